@@ -1,0 +1,73 @@
+# xnbd: see README.md.  The programs need a C11 compiler and libc, nothing else.
+#
+#   make                    build
+#   make check              build and test (installs what the tests need, where it may)
+#   make asan, make tsan    the same with sanitizers
+#   make bench              compare with other servers
+#   make install            DESTDIR and PREFIX are honoured
+
+PREFIX = /usr/local
+SBINDIR = $(PREFIX)/sbin
+MANDIR = $(PREFIX)/share/man
+
+CC = cc
+CFLAGS = -O2 -g
+LDFLAGS =
+
+# What the code needs whatever CFLAGS the user gives.
+XCFLAGS = -std=c11 -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Wshadow -Wstrict-prototypes \
+	-Wmissing-prototypes -Wpointer-arith -Wwrite-strings -pthread -MMD -MP
+
+# Objects and programs go here; "make asan" and "make tsan" use folders of their own.
+BUILD = .
+
+SERVER_OBJS = xnbd.o options.o listen.o conn.o loop.o tx.o proto.o backend.o disk.o worker.o util.o
+OBJS = $(addprefix $(BUILD)/,$(SERVER_OBJS))
+
+PYTHON = python3
+CHECKFLAGS =
+BENCHFLAGS =
+
+all: $(BUILD)/xnbd-server
+
+$(BUILD)/xnbd-server: $(OBJS)
+	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $(OBJS)
+
+$(BUILD)/%.o: %.c
+	@mkdir -p $(BUILD)
+	$(CC) $(CPPFLAGS) $(XCFLAGS) $(CFLAGS) -c -o $@ $<
+
+-include $(OBJS:.o=.d)
+
+check: $(BUILD)/xnbd-server
+	XNBD_SERVER=$(abspath $(BUILD)/xnbd-server) tests/run $(CHECKFLAGS)
+
+SANITIZE = -O1 -g -fno-omit-frame-pointer
+
+asan:
+	$(MAKE) BUILD=build/asan all \
+		CFLAGS='$(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=undefined'
+	XNBD_SANITIZED=1 $(MAKE) BUILD=build/asan -o build/asan/xnbd-server check
+
+tsan:
+	$(MAKE) BUILD=build/tsan all CFLAGS='$(SANITIZE) -fsanitize=thread'
+	XNBD_SANITIZED=1 $(MAKE) BUILD=build/tsan -o build/tsan/xnbd-server check
+
+tests/load: tests/load.c
+	$(CC) $(CPPFLAGS) -std=c11 -Wall -Wextra -pthread -O2 -g $(LDFLAGS) -o $@ tests/load.c
+
+bench: all tests/load
+	$(PYTHON) tests/bench.py $(BENCHFLAGS)
+
+install: all
+	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(MANDIR)/man8
+	install -m 755 $(BUILD)/xnbd-server $(DESTDIR)$(SBINDIR)
+	install -m 644 man/xnbd-server.8 $(DESTDIR)$(MANDIR)/man8
+
+uninstall:
+	rm -f $(DESTDIR)$(SBINDIR)/xnbd-server $(DESTDIR)$(MANDIR)/man8/xnbd-server.8
+
+clean:
+	rm -rf xnbd-server *.o *.d build tests/load tests/__pycache__ .pytest_cache
+
+.PHONY: all check asan tsan bench install uninstall clean

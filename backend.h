@@ -1,0 +1,126 @@
+/*
+ * backend.h - what serves the bytes of an export, and the way of a request to it and back.
+ */
+#ifndef XNBD_BACKEND_H
+#define XNBD_BACKEND_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "xnbd.h"
+
+/* How an operation is run. */
+enum how {
+	TRY,	/* by a connection's loop: it must not block, and says -EAGAIN where it would */
+	WAIT,	/* by a worker: it may block on local disk, not on a network */
+};
+
+/*
+ * The outcome of an operation is 0, a negative errno, -EAGAIN for TRY, or this: the backend keeps
+ * the request and will call request_done() for it, from any thread.
+ */
+enum { PENDING = 1 };
+
+/*
+ * The operations of a backend.  All entries are required.  Several threads call them at the same
+ * time.  The range r->h.off, r->h.len is inside the backend's size.
+ */
+struct backend_ops {
+	const char *name;
+
+	/* Fill r->buf with the range. */
+	int (*read)(struct backend *b, struct request *r, enum how how);
+
+	/*
+	 * Point iov, of max entries, at memory that holds the range, all of it there without waiting
+	 * for the disk.  Returns the number of entries, or 0 if there is no such memory.  The memory stays
+	 * mapped as long as the backend, is for the kernel to read, and shows later writes.
+	 */
+	int (*map)(struct backend *b, const struct request *r, struct iovec *iov, int max);
+
+	/* Store r->buf in the range. */
+	int (*write)(struct backend *b, struct request *r, enum how how);
+
+	/* Make durable all that was done before. */
+	int (*flush)(struct backend *b, struct request *r, enum how how);
+
+	/* Drop the range's contents; a hint. */
+	int (*trim)(struct backend *b, struct request *r, enum how how);
+
+	/* Make the range read as zeros; r->h.flags may hold NO_HOLE and FAST_ZERO. */
+	int (*zero)(struct backend *b, struct request *r, enum how how);
+
+	/* Bring the range closer; a hint. */
+	int (*cache)(struct backend *b, struct request *r, enum how how);
+
+	/*
+	 * Describe the range from its beginning in r->extent, of room for max; set r->extents, at
+	 * least 1.  It may stop early when there is no more room.
+	 */
+	int (*extents)(struct backend *b, struct request *r, unsigned max, enum how how);
+
+	/* Free it.  There are no requests any more. */
+	void (*close)(struct backend *b);
+};
+
+struct backend {
+	const struct backend_ops *ops;
+	uint64_t size;		/* bytes; does not change */
+	bool readonly;
+};
+
+/*
+ * A gate before a backend.  Whoever touches the backend is inside.  The main thread may close it,
+ * which waits until nobody is; who then comes is turned away, and woken when it opens.
+ */
+struct gate {
+	atomic_uint inside;
+	atomic_bool closed;
+	pthread_mutex_t lock;		/* for empty */
+	pthread_cond_t empty;		/* closed, and nobody inside */
+	void (*opened)(void);		/* wakes those who were turned away */
+};
+
+/* A name that clients ask for, and what they get. */
+struct export {
+	struct proto_export proto;
+	struct backend *backend;	/* changes only while the gate is closed */
+	struct gate gate;
+};
+
+void export_init(struct export *e, struct backend *backend, const char *name,
+		 const char *description, void (*opened)(void));
+
+/* Go inside.  False if the gate is closed: then nobody has gone in. */
+bool gate_enter(struct gate *g);
+
+/* Stay inside once more, for a request that others complete.  The caller is inside. */
+void gate_hold(struct gate *g);
+void gate_leave(struct gate *g);
+
+/* Main thread.  gate_close() blocks until nobody is inside. */
+void gate_close(struct gate *g);
+void gate_open(struct gate *g);
+
+/*
+ * Carry out the command of r, which proto_check_request() let pass, on the calling thread without
+ * blocking.  Returns 0, -errno, -EAGAIN (nothing was done: use request_queue()), or PENDING.
+ */
+int request_try(struct request *r);
+
+/* Let a worker carry it out; r->done is called, maybe before this returns. */
+void request_queue(struct request *r);
+
+/* Make durable what the WRITE r did, if it asked for FUA: 0, -errno or PENDING. */
+int request_commit(struct request *r);
+
+/* A backend completes a request that was PENDING, with 0 or -errno.  Any thread. */
+void request_done(struct request *r, int error);
+
+/* The most extents that one BLOCK_STATUS reply has; clients ask again for what follows. */
+enum { EXTENTS_MAX = 1024 };
+
+#endif

@@ -1,0 +1,105 @@
+/*
+ * conn.h - one client's connection: handshake, requests in, replies out.
+ *
+ * A connection belongs to the loop that it was given to.  But for conn_new(), all functions are called
+ * by that loop's thread, and none of them blocks.
+ */
+#ifndef XNBD_CONN_H
+#define XNBD_CONN_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "proto.h"
+#include "tx.h"
+#include "util.h"
+
+struct loop;
+struct request;
+
+/* How a connection begins. */
+enum greeting {
+	GREET_NEWSTYLE,
+	GREET_OLDSTYLE,		/* tells size and flags of the default export, no negotiation */
+	GREET_CONNECTED,	/* somebody else has negotiated: transmission at once */
+};
+
+enum conn_state {
+	CONN_CLIENT_FLAGS,
+	CONN_OPTION,
+	CONN_SKIP_OPTION,	/* throwing away the data of one that is too large */
+	CONN_REQUEST,
+	CONN_PAYLOAD,		/* of the WRITE in current */
+	CONN_FINISHING,		/* takes no more requests, and ends when all replies are sent */
+	CONN_LINGERING,		/* all is sent; waits for the client to close */
+	CONN_DEAD,		/* the socket is closed; ends when no request is in flight */
+};
+
+struct conn {
+	struct loop *loop;
+	struct conn *next;		/* in a list of the loop's */
+	int fd;
+	enum greeting greeting;
+	enum conn_state state;
+	const struct proto_exports *exports;
+	struct proto_session session;
+	struct export *export;		/* NULL until transmission */
+	uint64_t deadline;		/* now_ms() at which it is closed, 0 for none */
+
+	uint8_t *kept;			/* received and not taken yet */
+	size_t kept_len;
+	uint32_t skip_opt, skip_left;	/* CONN_SKIP_OPTION */
+	struct request *current;	/* CONN_PAYLOAD: the WRITE whose payload arrives */
+	uint64_t current_left;		/* bytes of it to come */
+
+	struct request *ready, **ready_end;	/* done, replies not yet written */
+	struct tx *backlog;		/* replies that the client does not take yet */
+	unsigned in_flight;		/* requests that others have */
+	uint64_t buffered;		/* bytes in buffers of requests */
+
+	bool stopping;			/* the server is */
+	bool shut;			/* linger before closing: we were the ones to end it */
+	bool blocked;			/* kept may hold whole requests, taken when there is room */
+	bool turned_away;		/* by the gate: goes on when it opens */
+	bool dirty;			/* in the loop's list of those with something ready */
+	bool lively;			/* had something to read in its last turn */
+	char peer[ADDRESS_MAX];
+};
+
+/*
+ * Make a connection of a socket, which it owns from now on; exports must outlive it.  NULL if out
+ * of memory, and then the socket is still the caller's.
+ */
+struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports *exports,
+		      const char *peer);
+
+/* Send the first words.  It has been given to loop. */
+void conn_start(struct conn *c, struct loop *loop);
+
+/* What to poll() for; 0 means nothing at all, not even a hang-up. */
+short conn_events(const struct conn *c);
+
+/* Receive and send what can be; readable says that poll() saw, or may have missed, input. */
+void conn_turn(struct conn *c, bool readable);
+
+/* A request of c has come back.  A conn_turn() must follow. */
+void conn_complete(struct conn *c, struct request *r);
+
+/* The gate has opened. */
+void conn_admit(struct conn *c);
+
+/* The server stops: finish what is in flight, and close. */
+void conn_stop(struct conn *c);
+
+/* Close a connection whose deadline has passed. */
+void conn_expire(struct conn *c);
+
+/* Whether it has ended and conn_free() may be called. */
+bool conn_is_over(const struct conn *c);
+
+/* Close it whatever it does.  Requests in flight must have come back before conn_free(). */
+void conn_kill(struct conn *c, const char *why);
+
+void conn_free(struct conn *c);
+
+#endif

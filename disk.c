@@ -1,0 +1,623 @@
+/*
+ * disk.c - backend: a raw image file or a block device.
+ *
+ * Positions are always explicit (pread, pwrite), so that no two threads share a file offset.  The
+ * image is mapped as well, but only for the kernel to read from when it sends large reads: our own code
+ * never touches the mapping, so that a page that cannot be read is an error, not a SIGBUS.
+ *
+ * Runs on loops (TRY) and workers (WAIT) alike.
+ */
+#define _GNU_SOURCE
+#include "disk.h"
+
+#include "util.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum {
+	/*
+	 * Pages sent from the mapping count as our memory until they are given back, which costs faults
+	 * when they are sent again: after this many bytes.
+	 */
+	MAP_BUDGET = 32 * 1024 * 1024,
+
+	/* A write that took longer means that the disk is behind: then workers write for a while. */
+	SLOW_WRITE_US = 3000,
+	SLOW_WRITE_PENALTY_US = 500 * 1000,
+
+	ZERO_CHUNK = 64 * 1024,
+};
+
+/* The largest image that is mapped: address space is scarce on 32-bit machines. */
+#if defined(XNBD_PORTABLE)
+#define MAP_MAX UINT64_C(0)
+#elif UINTPTR_MAX > UINT32_MAX
+#define MAP_MAX (UINT64_C(1) << 45)
+#else
+#define MAP_MAX (UINT64_C(1) << 28)
+#endif
+
+static size_t page_size;	/* set by disk_open() */
+
+struct disk {
+	struct backend backend;
+	int fd;
+	bool block_device;
+
+	/* NULL if the image cannot be mapped, or if mincore() would not tell the truth about it. */
+	uint8_t *map;
+	size_t map_len;
+	atomic_size_t map_sent;		/* bytes since the pages were given back */
+
+	atomic_bool no_nowait;		/* the file system cannot say whether a read would block */
+	atomic_bool no_punch;
+	atomic_bool no_zero_range;
+	atomic_uint_least64_t slow_until;	/* now_us() */
+
+	/* FLUSH: one fdatasync() for all who wait when it starts. */
+	pthread_mutex_t lock;		/* guards what follows; a leaf */
+	struct request *waiting;
+	bool syncing;			/* sync_job is with a worker */
+	int sync_error;			/* of the first that failed: sticky */
+	struct job sync_job;
+};
+
+static struct disk *to_disk(struct backend *b)
+{
+	return (struct disk *)b;
+}
+
+/* Reading */
+
+/* Whether the range, not empty, is in the page cache.  False also means "cannot tell". */
+static bool is_resident(const struct disk *d, uint64_t off, uint64_t len)
+{
+	unsigned char vec[512];
+	uint64_t page = page_size, pos = off - off % page, end = off + len;
+
+	if (!d->map)
+		return false;
+	while (pos < end) {
+		uint64_t n = (end - pos + page - 1) / page;
+
+		if (n > sizeof(vec))
+			n = sizeof(vec);
+		if (mincore(d->map + pos, n * page, (void *)vec) < 0)
+			return false;
+		for (uint64_t i = 0; i < n; i++)
+			if (!(vec[i] & 1))
+				return false;
+		pos += n * page;
+	}
+	return true;
+}
+
+/* 0, -errno; the image may have become shorter than it was: -EIO. */
+static int read_fully(const struct disk *d, uint8_t *buf, uint64_t len, uint64_t off)
+{
+	while (len > 0) {
+		ssize_t n = pread(d->fd, buf, len, (off_t)off);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n < 0 ? -errno : -EIO;
+		buf += n;
+		off += (uint64_t)n;
+		len -= (uint64_t)n;
+	}
+	return 0;
+}
+
+/* One pread() that does not wait for the disk; -EOPNOTSUPP where there is no such thing. */
+static ssize_t pread_nowait(int fd, void *buf, size_t len, uint64_t off)
+{
+#if defined(SYS_preadv2) && !defined(XNBD_PORTABLE)
+	enum { NOWAIT = 8 };	/* RWF_NOWAIT, which not every libc knows */
+	struct iovec iov = { buf, len };
+	ssize_t n = syscall(SYS_preadv2, fd, &iov, 1, (long)off, (long)(off >> 32), NOWAIT);
+
+	if (n >= 0)
+		return n;
+	return errno == ENOSYS || errno == EINVAL ? -EOPNOTSUPP : -errno;
+#else
+	(void)fd, (void)buf, (void)len, (void)off;
+	return -EOPNOTSUPP;
+#endif
+}
+
+/* Read without waiting for the disk, or -EAGAIN. */
+static int read_try(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off)
+{
+	if (!atomic_load_explicit(&d->no_nowait, memory_order_relaxed)) {
+		ssize_t n = pread_nowait(d->fd, buf, len, off);
+
+		if (n == (ssize_t)len)
+			return 0;
+		if (n != -EOPNOTSUPP)	/* a worker finds out what is wrong, if anything is */
+			return -EAGAIN;
+		atomic_store_explicit(&d->no_nowait, true, memory_order_relaxed);
+	}
+	return is_resident(d, off, len) ? read_fully(d, buf, len, off) : -EAGAIN;
+}
+
+static int disk_read(struct backend *b, struct request *r, enum how how)
+{
+	struct disk *d = to_disk(b);
+
+	if (r->h.len == 0)
+		return 0;
+	return how == TRY ? read_try(d, r->buf, r->h.len, r->h.off) :
+			    read_fully(d, r->buf, r->h.len, r->h.off);
+}
+
+/* Count bytes sent from the mapping, and give the pages back now and then. */
+static void account_mapped(struct disk *d, uint64_t len)
+{
+	size_t sent = atomic_fetch_add_explicit(&d->map_sent, len, memory_order_relaxed);
+
+	if (sent + len < MAP_BUDGET)
+		return;
+	atomic_store_explicit(&d->map_sent, 0, memory_order_relaxed);
+	madvise(d->map, d->map_len, MADV_DONTNEED);
+}
+
+static int disk_map(struct backend *b, const struct request *r, struct iovec *iov, int max)
+{
+	struct disk *d = to_disk(b);
+
+	assert(max > 0);
+	if (!is_resident(d, r->h.off, r->h.len))
+		return 0;
+	account_mapped(d, r->h.len);
+	iov->iov_base = d->map + r->h.off;
+	iov->iov_len = r->h.len;
+	return 1;
+}
+
+/* Writing */
+
+static int write_fully(const struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off)
+{
+	while (len > 0) {
+		ssize_t n = pwrite(d->fd, buf, len, (off_t)off);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n < 0 ? -errno : -EIO;
+		buf += n;
+		off += (uint64_t)n;
+		len -= (uint64_t)n;
+	}
+	return 0;
+}
+
+/* Whether the page at off must be read from disk first, since a write changes a part of it only. */
+static bool needs_read(struct disk *d, uint64_t off)
+{
+	uint8_t byte;
+
+	return off % page_size != 0 && off < d->backend.size && read_try(d, &byte, 1, off) != 0;
+}
+
+/*
+ * A write that lands in the page cache does not block, unless it needs a part of a block that is
+ * not there, or the kernel holds writers back because the disk is behind.  The second shows only
+ * in the time that a write takes.
+ */
+static int write_try(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off)
+{
+	uint64_t start = now_us();
+	int ret;
+
+	if (start < atomic_load_explicit(&d->slow_until, memory_order_relaxed))
+		return -EAGAIN;
+	if (needs_read(d, off) || needs_read(d, off + len))
+		return -EAGAIN;
+	ret = write_fully(d, buf, len, off);
+	if (now_us() - start > SLOW_WRITE_US)
+		atomic_store_explicit(&d->slow_until, start + SLOW_WRITE_PENALTY_US,
+				      memory_order_relaxed);
+	return ret;
+}
+
+static int disk_write(struct backend *b, struct request *r, enum how how)
+{
+	struct disk *d = to_disk(b);
+
+	return how == TRY ? write_try(d, r->buf, r->h.len, r->h.off) :
+			    write_fully(d, r->buf, r->h.len, r->h.off);
+}
+
+/* Make durable */
+
+/* One fdatasync(); whether it failed now or ever. */
+static int sync_once(struct disk *d)
+{
+	int err;
+
+	while (fdatasync(d->fd) < 0) {
+		err = errno;
+		if (err == EINTR)
+			continue;
+		/* The kernel tells of lost pages once, and a second call would say that all is well. */
+		pthread_mutex_lock(&d->lock);
+		if (!d->sync_error)
+			log_line("fdatasync failed: %s; every flush fails from now on",
+				 strerror(err));
+		d->sync_error = -err;
+		pthread_mutex_unlock(&d->lock);
+		break;
+	}
+	return d->sync_error;
+}
+
+/* On a worker: serve all who wait, and those who come meanwhile with another round. */
+static void sync_all(struct job *job)
+{
+	struct disk *d = (struct disk *)((char *)job - offsetof(struct disk, sync_job));
+
+	for (;;) {
+		struct request *r, *next;
+		int error;
+
+		pthread_mutex_lock(&d->lock);
+		r = d->waiting;
+		d->waiting = NULL;
+		d->syncing = r != NULL;
+		pthread_mutex_unlock(&d->lock);
+		if (!r)
+			return;
+		error = sync_once(d);
+		for (; r; r = next) {
+			next = r->next;
+			request_done(r, error);
+		}
+	}
+}
+
+static int disk_flush(struct backend *b, struct request *r, enum how how)
+{
+	struct disk *d = to_disk(b);
+	bool start;
+
+	(void)how;
+	if (b->readonly)
+		return 0;
+	pthread_mutex_lock(&d->lock);
+	r->next = d->waiting;
+	d->waiting = r;
+	start = !d->syncing;
+	d->syncing = true;
+	pthread_mutex_unlock(&d->lock);
+	if (start)
+		worker_submit(&d->sync_job);
+	return PENDING;
+}
+
+/* Zeros and holes */
+
+/* fallocate() where there is one; -EOPNOTSUPP, remembered in *missing, where it cannot. */
+static int allocate(const struct disk *d, int mode, atomic_bool *missing, uint64_t off,
+		    uint64_t len)
+{
+	int ret;
+
+	if (atomic_load_explicit(missing, memory_order_relaxed))
+		return -EOPNOTSUPP;
+	do
+		ret = fallocate(d->fd, mode, (off_t)off, (off_t)len);
+	while (ret < 0 && errno == EINTR);
+	if (ret == 0)
+		return 0;
+	if (errno != EOPNOTSUPP && errno != ENOSYS)
+		return -errno;
+	atomic_store_explicit(missing, true, memory_order_relaxed);
+	return -EOPNOTSUPP;
+}
+
+static int punch(struct disk *d, uint64_t off, uint64_t len)
+{
+#if defined(FALLOC_FL_PUNCH_HOLE) && !defined(XNBD_PORTABLE)
+	return allocate(d, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, &d->no_punch, off, len);
+#else
+	(void)d, (void)off, (void)len;
+	return -EOPNOTSUPP;
+#endif
+}
+
+static int zero_range(struct disk *d, uint64_t off, uint64_t len)
+{
+#if defined(FALLOC_FL_ZERO_RANGE) && !defined(XNBD_PORTABLE)
+	return allocate(d, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, &d->no_zero_range, off,
+			len);
+#else
+	(void)d, (void)off, (void)len;
+	return -EOPNOTSUPP;
+#endif
+}
+
+static int write_zeros(struct disk *d, uint64_t off, uint64_t len)
+{
+	static uint8_t zeros[ZERO_CHUNK];	/* not const: that would fill the program file */
+	int ret = 0;
+
+	while (len > 0 && ret == 0) {
+		uint64_t n = len < sizeof(zeros) ? len : sizeof(zeros);
+
+		ret = write_fully(d, zeros, n, off);
+		off += n;
+		len -= n;
+	}
+	return ret;
+}
+
+/* Zero a range, which on a block device is of whole blocks, by the cheapest way that the flags allow. */
+static int zero_blocks(struct disk *d, uint64_t off, uint64_t len, unsigned flags)
+{
+	bool fast = flags & NBD_CMD_FLAG_FAST_ZERO;
+	int ret = -EOPNOTSUPP;
+
+	if (len == 0)
+		return 0;
+	if (!(flags & NBD_CMD_FLAG_NO_HOLE))
+		ret = punch(d, off, len);
+	/* On a device without the command, the kernel itself would write zeros: not fast. */
+	if (ret == -EOPNOTSUPP && !(fast && d->block_device))
+		ret = zero_range(d, off, len);
+	if (ret == -EOPNOTSUPP && !fast)
+		ret = write_zeros(d, off, len);
+	return ret;
+}
+
+static uint64_t round_up(uint64_t off)
+{
+	return off + (BLOCK_SIZE - off % BLOCK_SIZE) % BLOCK_SIZE;
+}
+
+static uint64_t round_down(uint64_t off)
+{
+	return off - off % BLOCK_SIZE;
+}
+
+/* A device zeroes whole blocks only: write the edges, after what may fail for FAST_ZERO. */
+static int zero_device(struct disk *d, uint64_t off, uint64_t len, unsigned flags)
+{
+	uint64_t end = off + len, from = round_up(off), to = round_down(end);
+	int ret;
+
+	if (from >= to)
+		return write_zeros(d, off, len);
+	ret = zero_blocks(d, from, to - from, flags);
+	if (ret == 0)
+		ret = write_zeros(d, off, from - off);
+	if (ret == 0)
+		ret = write_zeros(d, to, end - to);
+	return ret;
+}
+
+static int disk_zero(struct backend *b, struct request *r, enum how how)
+{
+	struct disk *d = to_disk(b);
+
+	if (how == TRY)
+		return -EAGAIN;
+	return d->block_device ? zero_device(d, r->h.off, r->h.len, r->h.flags) :
+				 zero_blocks(d, r->h.off, r->h.len, r->h.flags);
+}
+
+/* A hint: whole blocks only, and where there are no holes nothing happens. */
+static int disk_trim(struct backend *b, struct request *r, enum how how)
+{
+	struct disk *d = to_disk(b);
+	uint64_t end = r->h.off + r->h.len, from = round_up(r->h.off);
+	int ret;
+
+	if (how == TRY)
+		return -EAGAIN;
+	if (end < b->size || d->block_device)
+		end = round_down(end);
+	if (from >= end)
+		return 0;
+	ret = punch(d, from, end - from);
+	return ret == -EOPNOTSUPP ? 0 : ret;
+}
+
+static int disk_cache(struct backend *b, struct request *r, enum how how)
+{
+	if (r->h.len == 0)
+		return 0;
+	if (how == TRY)
+		return -EAGAIN;
+	posix_fadvise(to_disk(b)->fd, (off_t)r->h.off, (off_t)r->h.len, POSIX_FADV_WILLNEED);
+	return 0;
+}
+
+/*
+ * The run at pos: its status, and where it ends, at most at end.  What cannot be told is data,
+ * which is always true; so is what lies behind the end of an image that was truncated: to read it
+ * fails.
+ */
+static struct extent extent_at(const struct disk *d, uint64_t pos, uint64_t end)
+{
+	struct extent data = { end - pos, 0 }, hole = { end - pos, NBD_STATE_HOLE | NBD_STATE_ZERO };
+#if defined(SEEK_DATA) && !defined(XNBD_PORTABLE)
+	off_t to = lseek(d->fd, (off_t)pos, SEEK_DATA);
+	struct stat st;
+
+	if (to < 0) {	/* ENXIO: nothing but a hole up to the end of the file */
+		bool whole = errno == ENXIO && fstat(d->fd, &st) == 0 &&
+			     (uint64_t)st.st_size >= end;
+
+		return whole ? hole : data;
+	}
+	if ((uint64_t)to > pos) {
+		if ((uint64_t)to < end)
+			hole.len = (uint64_t)to - pos;
+		return hole;
+	}
+	to = lseek(d->fd, (off_t)pos, SEEK_HOLE);
+	if (to > 0 && (uint64_t)to > pos && (uint64_t)to < end)
+		data.len = (uint64_t)to - pos;
+#else
+	(void)d, (void)hole;
+#endif
+	return data;
+}
+
+static int disk_extents(struct backend *b, struct request *r, unsigned max, enum how how)
+{
+	uint64_t pos = r->h.off, end = pos + r->h.len;
+
+	if (how == TRY)
+		return -EAGAIN;
+	r->extents = 0;
+	while (pos < end && r->extents < max) {
+		struct extent e = extent_at(to_disk(b), pos, end);
+
+		r->extent[r->extents++] = e;
+		pos += e.len;
+	}
+	return 0;
+}
+
+static void disk_close(struct backend *b)
+{
+	struct disk *d = to_disk(b);
+
+	if (d->map)
+		munmap(d->map, d->map_len);
+	close(d->fd);
+	pthread_mutex_destroy(&d->lock);
+	free(d);
+}
+
+static const struct backend_ops disk_ops = {
+	.name = "disk",
+	.read = disk_read,
+	.map = disk_map,
+	.write = disk_write,
+	.flush = disk_flush,
+	.trim = disk_trim,
+	.zero = disk_zero,
+	.cache = disk_cache,
+	.extents = disk_extents,
+	.close = disk_close,
+};
+
+/* Opening */
+
+bool disk_create(const char *path, uint64_t size)
+{
+	int fd, err = 0;
+
+	if (size > INT64_MAX) {
+		log_failure("--create: %s cannot have %llu bytes", path, (unsigned long long)size);
+		return false;
+	}
+	fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+	if (fd < 0 && errno == EEXIST)
+		return true;
+	if (fd < 0) {
+		log_failure("cannot create image %s: %s", path, strerror(errno));
+		return false;
+	}
+	if (ftruncate(fd, (off_t)size) < 0 || fsync(fd) < 0)
+		err = -errno;
+	close(fd);
+	if (!err)
+		err = sync_directory_of(path);
+	if (err) {
+		log_failure("cannot create image %s of %llu bytes: %s", path,
+			    (unsigned long long)size, strerror(-err));
+		unlink(path);
+	}
+	return !err;
+}
+
+/* Open a file or device, and find out its kind and size.  -1 after logging why not. */
+static int open_image(const char *path, bool readonly, struct stat *st, uint64_t *size)
+{
+	int fd;
+	off_t end;
+
+	/* Before open(), which would hang on a FIFO. */
+	if (stat(path, st) < 0) {
+		log_failure("cannot open image %s: %s", path, strerror(errno));
+		return -1;
+	}
+	if (!S_ISREG(st->st_mode) && !S_ISBLK(st->st_mode)) {
+		log_failure("cannot serve image %s: it is %s, and must be a file or a block device",
+			    path, S_ISDIR(st->st_mode) ? "a directory" : "of another kind");
+		return -1;
+	}
+	fd = open(path, (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY);
+	if (fd < 0) {
+		bool perhaps = !readonly && (errno == EACCES || errno == EROFS || errno == EPERM);
+
+		log_failure("cannot open image %s%s: %s%s", path, readonly ? "" : " for writing",
+			    strerror(errno), perhaps ? " (--readonly may help)" : "");
+		return -1;
+	}
+	end = lseek(fd, 0, SEEK_END);
+	if (end < 0 || fstat(fd, st) < 0) {
+		log_failure("cannot find out the size of image %s: %s", path, strerror(errno));
+		close(fd);
+		return -1;
+	}
+	*size = (uint64_t)end;
+	return fd;
+}
+
+/* mincore() answers "all there" about files that are neither ours nor open to us for writing. */
+static bool mincore_is_honest(const struct disk *d, const char *path, const struct stat *st)
+{
+	return !d->backend.readonly || geteuid() == 0 || st->st_uid == geteuid() ||
+	       faccessat(AT_FDCWD, path, W_OK, AT_EACCESS) == 0;
+}
+
+static void map_image(struct disk *d, const char *path, const struct stat *st)
+{
+	void *map;
+
+	if (d->backend.size == 0 || d->backend.size > MAP_MAX || !mincore_is_honest(d, path, st))
+		return;
+	map = mmap(NULL, d->backend.size, PROT_READ, MAP_SHARED, d->fd, 0);
+	if (map == MAP_FAILED)
+		return;
+	d->map = map;
+	d->map_len = d->backend.size;
+}
+
+struct backend *disk_open(const char *path, bool readonly)
+{
+	struct disk *d = calloc(1, sizeof(*d));
+	struct stat st;
+
+	if (!d) {
+		log_failure("cannot open image %s: %s", path, strerror(ENOMEM));
+		return NULL;
+	}
+	d->fd = open_image(path, readonly, &st, &d->backend.size);
+	if (d->fd < 0) {
+		free(d);
+		return NULL;
+	}
+	page_size = (size_t)sysconf(_SC_PAGESIZE);
+	d->backend.ops = &disk_ops;
+	d->backend.readonly = readonly;
+	d->block_device = S_ISBLK(st.st_mode);
+	d->sync_job.run = sync_all;
+	pthread_mutex_init(&d->lock, NULL);
+	map_image(d, path, &st);
+	return &d->backend;
+}

@@ -1,0 +1,267 @@
+/*
+ * listen.c - the sockets that clients connect to: see listen.h.
+ */
+#define _GNU_SOURCE
+#include "listen.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+enum {
+	BACKLOG = 1024,
+	FREE_PORT_TRIES = 32,
+};
+
+/* Takes fd and unix_path over, also when it fails. */
+static int add(struct listeners *l, int fd, char *unix_path)
+{
+	struct listener *all = realloc(l->all, (l->count + 1) * sizeof(*all));
+	union {
+		struct sockaddr sa;
+		struct sockaddr_storage room;
+	} address;
+	socklen_t len = sizeof(address);
+	struct listener *new;
+
+	if (!all) {
+		close(fd);
+		free(unix_path);
+		return -ENOMEM;
+	}
+	l->all = all;
+	new = &all[l->count++];
+	memset(new, 0, sizeof(*new));
+	new->fd = fd;
+	new->unix_path = unix_path;
+	if (getsockname(fd, &address.sa, &len) < 0)
+		return -errno;
+	format_address(&address.sa, len, new->address);
+	return 0;
+}
+
+static void close_from(struct listeners *l, size_t first)
+{
+	while (l->count > first)
+		close(l->all[--l->count].fd);
+}
+
+static void set_port(struct sockaddr *sa, unsigned port)
+{
+	if (sa->sa_family == AF_INET)
+		((struct sockaddr_in *)sa)->sin_port = htons((uint16_t)port);
+	else if (sa->sa_family == AF_INET6)
+		((struct sockaddr_in6 *)sa)->sin6_port = htons((uint16_t)port);
+}
+
+static unsigned get_port(const struct listener *l)
+{
+	return (unsigned)atoi(strrchr(l->address, ':') + 1);
+}
+
+/* 0 or -errno */
+static int listen_address(struct listeners *l, const struct addrinfo *ai, unsigned port)
+{
+	int on = 1, err;
+	int fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+
+	if (fd < 0)
+		return -errno;
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+	if (ai->ai_family == AF_INET6)
+		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof(on));
+	set_port(ai->ai_addr, port);
+	if (bind(fd, ai->ai_addr, ai->ai_addrlen) < 0 || listen(fd, BACKLOG) < 0) {
+		err = -errno;
+		close(fd);
+		return err;
+	}
+	return add(l, fd, NULL);
+}
+
+/* A machine without IPv6, or without IPv4, still has all of its addresses. */
+static bool family_is_missing(int err)
+{
+	return err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL || err == -EPROTONOSUPPORT;
+}
+
+/* All addresses of one list; *port is set when 0.  Returns 0 or -errno, failed names the address. */
+static int listen_list(struct listeners *l, const struct addrinfo *list, bool lenient,
+		       unsigned *port, char *failed)
+{
+	size_t before = l->count;
+	int err = 0;
+
+	for (const struct addrinfo *ai = list; ai; ai = ai->ai_next) {
+		err = listen_address(l, ai, *port);
+		if (err && lenient && family_is_missing(err))
+			continue;
+		if (err) {
+			set_port(ai->ai_addr, *port);
+			format_address(ai->ai_addr, ai->ai_addrlen, failed);
+			return err;
+		}
+		if (*port == 0)
+			*port = get_port(&l->all[l->count - 1]);
+	}
+	return l->count > before ? 0 : err;
+}
+
+static struct addrinfo *resolve(const char *name)
+{
+	const struct addrinfo hints = {
+		.ai_flags = AI_PASSIVE,
+		.ai_family = AF_UNSPEC,
+		.ai_socktype = SOCK_STREAM,
+	};
+	struct addrinfo *list;
+	int err = getaddrinfo(name, "0", &hints, &list);
+
+	if (err) {
+		log_failure("cannot listen on %s: %s", name ? name : "all addresses",
+			    err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err));
+		return NULL;
+	}
+	return list;
+}
+
+bool listen_tcp(struct listeners *l, const char *const *names, size_t count, unsigned port)
+{
+	struct addrinfo *lists[count ? count : 1];
+	size_t lists_count = count ? count : 1, before = l->count;
+	char failed[ADDRESS_MAX];
+	int err = -EADDRINUSE;
+
+	for (size_t i = 0; i < lists_count; i++) {
+		lists[i] = resolve(count ? names[i] : NULL);
+		if (!lists[i]) {
+			lists_count = i;
+			goto out;
+		}
+	}
+	for (int tries = 0; tries < FREE_PORT_TRIES && err == -EADDRINUSE; tries++) {
+		unsigned chosen = port;
+
+		close_from(l, before);
+		err = 0;
+		for (size_t i = 0; i < lists_count && !err; i++)
+			err = listen_list(l, lists[i], count == 0, &chosen, failed);
+		if (port != 0)
+			break;
+	}
+	if (err)
+		log_failure("cannot listen on %s: %s", failed, strerror(-err));
+out:
+	for (size_t i = 0; i < lists_count; i++)
+		freeaddrinfo(lists[i]);
+	return err == 0;
+}
+
+/* Whether somebody serves the socket. */
+static bool is_alive(const struct sockaddr_un *sun)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	bool alive;
+
+	if (fd < 0)
+		return true;
+	/* Only a refusal shows that nobody is there: a full backlog, for one, does not. */
+	alive = connect(fd, (const struct sockaddr *)sun, sizeof(*sun)) == 0 ||
+		errno != ECONNREFUSED;
+	close(fd);
+	return alive;
+}
+
+/* Bind, in place of a stale socket if there is one.  0 or -errno. */
+static int bind_unix(int fd, const struct sockaddr_un *sun)
+{
+	struct stat st;
+
+	if (bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) == 0)
+		return 0;
+	if (errno != EADDRINUSE)
+		return -errno;
+	if (lstat(sun->sun_path, &st) < 0)
+		return -errno;
+	if (!S_ISSOCK(st.st_mode))
+		return -EEXIST;
+	if (is_alive(sun))
+		return -EADDRINUSE;
+	if (unlink(sun->sun_path) < 0)
+		return -errno;
+	return bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0 ? -errno : 0;
+}
+
+/* 0 or -errno; fd is closed on failure. */
+static int start_unix(struct listeners *l, int fd, const struct sockaddr_un *sun)
+{
+	char *path = absolute_path(sun->sun_path);
+	struct stat st;
+	int err;
+
+	err = path ? bind_unix(fd, sun) : -ENOMEM;
+	if (!err && (listen(fd, BACKLOG) < 0 || lstat(path, &st) < 0))
+		err = -errno;
+	if (err) {
+		close(fd);
+		free(path);
+		return err;
+	}
+	err = add(l, fd, path);
+	if (!err) {
+		l->all[l->count - 1].dev = st.st_dev;
+		l->all[l->count - 1].ino = st.st_ino;
+	}
+	return err;
+}
+
+bool listen_unix(struct listeners *l, const char *path)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	int fd, err;
+
+	if (strlen(path) >= sizeof(sun.sun_path)) {
+		log_failure("cannot listen on unix:%s: the path has %zu bytes, %zu is the most",
+			    path, strlen(path), sizeof(sun.sun_path) - 1);
+		return false;
+	}
+	strcpy(sun.sun_path, path);
+	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	err = fd < 0 ? -errno : start_unix(l, fd, &sun);
+	if (err)
+		log_failure("cannot listen on unix:%s: %s", path,
+			    err == -EADDRINUSE ? "another server is listening there" :
+			    err == -EEXIST     ? "there is a file that is not a socket" :
+						 strerror(-err));
+	return err == 0;
+}
+
+static void remove_socket(const struct listener *l)
+{
+	struct stat st;
+
+	if (lstat(l->unix_path, &st) == 0 && st.st_dev == l->dev && st.st_ino == l->ino)
+		unlink(l->unix_path);
+}
+
+void listen_close(struct listeners *l)
+{
+	for (size_t i = 0; i < l->count; i++) {
+		if (l->all[i].unix_path)
+			remove_socket(&l->all[i]);
+		free(l->all[i].unix_path);
+		close(l->all[i].fd);
+	}
+	free(l->all);
+	l->all = NULL;
+	l->count = 0;
+}

@@ -1,0 +1,38 @@
+/*
+ * listen.h - the sockets that clients connect to.  Main thread only.
+ */
+#ifndef XNBD_LISTEN_H
+#define XNBD_LISTEN_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#include "util.h"
+
+struct listener {
+	int fd;
+	char address[ADDRESS_MAX];
+	char *unix_path;	/* from the root; NULL for TCP */
+	dev_t dev;		/* of the socket's file, so that only our own is unlinked */
+	ino_t ino;
+};
+
+struct listeners {
+	struct listener *all;
+	size_t count;
+};
+
+/*
+ * Listen on TCP: on each address that the names stand for, or on all addresses of the machine if there are no
+ * names.  Port 0 takes a port that is free on all of them.  False after logging why not.
+ */
+bool listen_tcp(struct listeners *l, const char *const *names, size_t count, unsigned port);
+
+/* Listen on a Unix socket; one that nobody serves any more is replaced.  False after logging why not. */
+bool listen_unix(struct listeners *l, const char *path);
+
+/* Close all, and remove the Unix sockets' files. */
+void listen_close(struct listeners *l);
+
+#endif

@@ -1,0 +1,512 @@
+/*
+ * loop.c - the threads that connections live on: see loop.h.
+ *
+ * Each loop polls its connections and a pipe.  Others leave it connections and completed
+ * requests in a mailbox, and write to the pipe only while the loop sleeps in poll(): it says that
+ * it is about to sleep and then looks into the mailbox, they fill the mailbox and then look whether
+ * it sleeps, so that one of them sees the other.
+ */
+#define _GNU_SOURCE
+#include "loop.h"
+
+#include "backend.h"
+#include "util.h"
+#include "xnbd.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum {
+	LOOP_STACK = 128 * 1024,
+
+	/* While the server stops, connections are looked after this often. */
+	STOPPING_TICK_MS = 10,
+
+	/*
+	 * Spinning: after a request, look for the next one for a while before sleeping, since to
+	 * sleep and be woken costs more than most requests.  Only while that pays.
+	 */
+	SPIN_US = 50,
+	SPIN_ROUNDS = 64,	/* then poll(), for the sake of the others */
+	SPIN_CONNS = 4,		/* busy ones in a round; with more, poll() costs little each */
+	SPIN_SKIP_MAX = 64,	/* sleeps without spinning after it did not pay */
+
+	FREE_REQUESTS = 64,	/* kept for use again */
+};
+
+static struct {
+	struct loop *loop;
+	unsigned count, max;
+	unsigned spinners_max;
+	void (*ended)(void);
+} loops;	/* changed by the main thread before it hands out what depends on it */
+
+static atomic_uint spinners;
+static atomic_size_t loops_total;
+
+/* The mailbox */
+
+static void wake(struct loop *l)
+{
+	atomic_store(&l->mail, true);
+	if (atomic_exchange(&l->sleeping, false))
+		poke_pipe(l->wake[1], 0);
+}
+
+void loop_complete(struct request *r)
+{
+	struct loop *l = r->conn->loop;
+
+	pthread_mutex_lock(&l->lock);
+	r->next = l->completed;
+	l->completed = r;
+	pthread_mutex_unlock(&l->lock);
+	wake(l);
+}
+
+void loops_wake(void)
+{
+	for (unsigned i = 0; i < loops.count; i++)
+		wake(&loops.loop[i]);
+}
+
+/* Requests */
+
+struct request *loop_request(struct loop *l)
+{
+	struct request *r = l->free;
+
+	if (!r)
+		return calloc(1, sizeof(*r));
+	l->free = r->next;
+	l->free_count--;
+	memset(r, 0, sizeof(*r));
+	return r;
+}
+
+void loop_release(struct loop *l, struct request *r)
+{
+	if (l->free_count >= FREE_REQUESTS) {
+		free(r);
+		return;
+	}
+	r->next = l->free;
+	l->free = r;
+	l->free_count++;
+}
+
+/* Connections */
+
+static bool make_place(struct loop *l)
+{
+	size_t room = l->room ? l->room * 2 : 8;
+	struct conn **conn;
+	struct pollfd *pfd;
+
+	if (l->count < l->room)
+		return true;
+	conn = realloc(l->conn, room * sizeof(*conn));
+	if (!conn)
+		return false;
+	l->conn = conn;
+	pfd = realloc(l->pfd, (room + 1) * sizeof(*pfd));
+	if (!pfd)
+		return false;
+	l->pfd = pfd;
+	l->room = room;
+	return true;
+}
+
+static void remove_conn(struct loop *l, size_t i)
+{
+	conn_free(l->conn[i]);
+	l->conn[i] = l->conn[--l->count];
+	atomic_fetch_sub(&l->load, 1);
+	atomic_fetch_sub(&loops_total, 1);
+	loops.ended();
+}
+
+static void add_conn(struct loop *l, struct conn *c)
+{
+	bool placed = make_place(l);
+
+	c->loop = l;
+	if (!placed) {
+		conn_kill(c, "out of memory");
+		conn_free(c);
+		atomic_fetch_sub(&l->load, 1);
+		atomic_fetch_sub(&loops_total, 1);
+		loops.ended();
+		return;
+	}
+	l->conn[l->count++] = c;
+	if (l->stopping)
+		conn_stop(c);
+	conn_start(c, l);
+}
+
+static void mark_dirty(struct loop *l, struct conn *c)
+{
+	if (c->dirty)
+		return;
+	c->dirty = true;
+	c->next = l->dirty;
+	l->dirty = c;
+}
+
+static void take_arriving(struct loop *l, struct conn *c)
+{
+	struct conn *next;
+
+	for (; c; c = next) {
+		next = c->next;
+		c->next = NULL;
+		add_conn(l, c);
+	}
+}
+
+/* The mailbox has the newest first; replies go out in the order in which requests came back. */
+static struct request *reverse(struct request *r)
+{
+	struct request *next, *result = NULL;
+
+	for (; r; r = next) {
+		next = r->next;
+		r->next = result;
+		result = r;
+	}
+	return result;
+}
+
+static void take_completed(struct loop *l, struct request *r)
+{
+	struct request *next;
+
+	for (r = reverse(r); r; r = next) {
+		struct conn *c = r->conn;
+
+		next = r->next;
+		conn_complete(c, r);
+		mark_dirty(l, c);
+	}
+}
+
+/* A gate may have opened. */
+static void admit_turned_away(struct loop *l)
+{
+	for (size_t i = 0; i < l->count; i++)
+		if (l->conn[i]->turned_away) {
+			conn_admit(l->conn[i]);
+			mark_dirty(l, l->conn[i]);
+		}
+}
+
+static void stop_all(struct loop *l)
+{
+	l->stopping = true;
+	for (size_t i = 0; i < l->count; i++)
+		conn_stop(l->conn[i]);
+}
+
+static void turn_dirty(struct loop *l)
+{
+	struct conn *c;
+
+	while ((c = l->dirty)) {
+		l->dirty = c->next;
+		c->dirty = false;
+		conn_turn(c, false);
+	}
+}
+
+static void take_mail(struct loop *l)
+{
+	struct conn *arriving;
+	struct request *completed;
+	bool stop;
+
+	if (!atomic_exchange(&l->mail, false))
+		return;
+	pthread_mutex_lock(&l->lock);
+	arriving = l->arriving;
+	l->arriving = NULL;
+	completed = l->completed;
+	l->completed = NULL;
+	stop = l->stop;
+	pthread_mutex_unlock(&l->lock);
+	if (stop && !l->stopping)
+		stop_all(l);
+	take_arriving(l, arriving);
+	take_completed(l, completed);
+	admit_turned_away(l);
+	turn_dirty(l);
+}
+
+/* Close what is overdue, forget what has ended.  Returns the time to the next deadline, or -1. */
+static int tend(struct loop *l)
+{
+	uint64_t now = 0, first = UINT64_MAX;
+
+	for (size_t i = 0; i < l->count;) {
+		struct conn *c = l->conn[i];
+
+		if (c->deadline) {
+			if (!now)
+				now = now_ms();
+			if (c->deadline <= now)
+				conn_expire(c);
+			else if (c->deadline < first)
+				first = c->deadline;
+		}
+		if (conn_is_over(c))
+			remove_conn(l, i);
+		else
+			i++;
+	}
+	return first == UINT64_MAX ? -1 : (int)(first - now);
+}
+
+static void prepare_poll(struct loop *l)
+{
+	l->pfd[0].fd = l->wake[0];
+	l->pfd[0].events = POLLIN;
+	for (size_t i = 0; i < l->count; i++) {
+		struct pollfd *p = &l->pfd[i + 1];
+
+		p->events = conn_events(l->conn[i]);
+		p->fd = p->events ? l->conn[i]->fd : -1;
+	}
+}
+
+/* Sleep until something happens, unless there is mail.  Returns what poll() does. */
+static int sleep_in_poll(struct loop *l, int timeout)
+{
+	int n;
+
+	atomic_store(&l->sleeping, true);
+	if (atomic_load(&l->mail))
+		timeout = 0;
+	n = poll(l->pfd, l->count + 1, timeout);
+	atomic_store(&l->sleeping, false);
+	if (n > 0 && l->pfd[0].revents)
+		drain_pipe(l->wake[0]);
+	return n;
+}
+
+/* A turn for everyone whom poll() named; busy gets those who had input, up to max of them. */
+static unsigned turn_ready(struct loop *l, struct conn **busy, unsigned max)
+{
+	unsigned n = 0;
+
+	for (size_t i = 0; i < l->count; i++) {
+		struct conn *c = l->conn[i];
+		short revents = l->pfd[i + 1].fd < 0 ? 0 : l->pfd[i + 1].revents;
+
+		if (!revents && !l->stopping)
+			continue;
+		conn_turn(c, true);
+		if (c->lively && n++ < max)
+			busy[n - 1] = c;
+	}
+	return n;
+}
+
+/* One look at each busy connection.  True if one of them had something. */
+static bool look_at(struct loop *l, struct conn **busy, unsigned n)
+{
+	bool found = false;
+
+	for (unsigned i = 0; i < n; i++) {
+		if (!(conn_events(busy[i]) & POLLIN))
+			continue;
+		conn_turn(busy[i], true);
+		found |= busy[i]->lively;
+	}
+	if (atomic_load_explicit(&l->mail, memory_order_relaxed)) {
+		take_mail(l);
+		found = true;
+	}
+	return found;
+}
+
+/* Look for more for a while; true if there was something. */
+static bool spin_for(struct loop *l, struct conn **busy, unsigned n)
+{
+	uint64_t until = now_us() + SPIN_US;
+	bool paid = false;
+
+	for (unsigned rounds = 0; rounds < SPIN_ROUNDS;) {
+		if (look_at(l, busy, n)) {
+			paid = true;
+			rounds++;
+			until = now_us() + SPIN_US;
+		} else if (now_us() >= until) {
+			break;
+		}
+	}
+	return paid;
+}
+
+/* Spin if that has paid lately, and if a processor is left for those we wait for. */
+static void spin(struct loop *l, struct conn **busy, unsigned n)
+{
+	if (l->spin_skip > 0) {
+		l->spin_skip--;
+		return;
+	}
+	if (atomic_fetch_add(&spinners, 1) < loops.spinners_max) {
+		if (spin_for(l, busy, n)) {
+			l->spin_misses = 0;
+		} else {
+			if (l->spin_misses < 16)
+				l->spin_misses++;
+			l->spin_skip = 1U << l->spin_misses;
+			if (l->spin_skip > SPIN_SKIP_MAX)
+				l->spin_skip = SPIN_SKIP_MAX;
+		}
+	}
+	atomic_fetch_sub(&spinners, 1);
+}
+
+static void *loop_main(void *arg)
+{
+	struct loop *l = arg;
+	struct conn *busy[SPIN_CONNS];
+
+	for (;;) {
+		unsigned n = 0;
+		int timeout;
+
+		take_mail(l);
+		timeout = tend(l);
+		if (l->stopping && l->count == 0)
+			return NULL;
+		if (l->stopping)
+			timeout = STOPPING_TICK_MS;
+		prepare_poll(l);
+		if (sleep_in_poll(l, timeout) > 0 || l->stopping)
+			n = turn_ready(l, busy, SPIN_CONNS);
+		if (n > 0 && n <= SPIN_CONNS)
+			spin(l, busy, n);
+	}
+}
+
+/* Starting and stopping */
+
+int loops_init(unsigned max, void (*ended)(void))
+{
+	loops.loop = calloc(max, sizeof(*loops.loop));
+	if (!loops.loop)
+		return -ENOMEM;
+	loops.max = max;
+	loops.spinners_max = cpu_count() - 1;
+	loops.ended = ended;
+	return 0;
+}
+
+static void free_loop(struct loop *l)
+{
+	struct request *r;
+
+	while ((r = l->free)) {
+		l->free = r->next;
+		free(r);
+	}
+	free(l->conn);
+	free(l->pfd);
+	free(l->rx);
+	free(l->tx);
+	close(l->wake[0]);
+	close(l->wake[1]);
+	pthread_mutex_destroy(&l->lock);
+}
+
+static int start_loop(struct loop *l)
+{
+	pthread_attr_t attr;
+	int err;
+
+	memset(l, 0, sizeof(*l));
+	err = make_pipe(l->wake);
+	if (err)
+		return err;
+	pthread_mutex_init(&l->lock, NULL);
+	l->rx = malloc(LOOP_RX_BYTES);
+	l->tx = tx_new();
+	err = l->rx && l->tx && make_place(l) ? 0 : -ENOMEM;
+	if (!err) {
+		pthread_attr_init(&attr);
+		pthread_attr_setstacksize(&attr, LOOP_STACK);
+		err = -pthread_create(&l->thread, &attr, loop_main, l);
+		pthread_attr_destroy(&attr);
+	}
+	if (err)
+		free_loop(l);
+	return err;
+}
+
+/* The loop with the fewest connections; a new one while there may be more and none is idle. */
+static struct loop *choose_loop(int *err)
+{
+	struct loop *best = NULL;
+
+	for (unsigned i = 0; i < loops.count; i++)
+		if (!best || atomic_load(&loops.loop[i].load) < atomic_load(&best->load))
+			best = &loops.loop[i];
+	if (best && (atomic_load(&best->load) == 0 || loops.count == loops.max))
+		return best;
+	*err = start_loop(&loops.loop[loops.count]);
+	if (*err)
+		return best;
+	return &loops.loop[loops.count++];
+}
+
+int loops_add(struct conn *c)
+{
+	int err = 0;
+	struct loop *l = choose_loop(&err);
+
+	if (!l)
+		return err;
+	atomic_fetch_add(&l->load, 1);
+	atomic_fetch_add(&loops_total, 1);
+	pthread_mutex_lock(&l->lock);
+	c->next = l->arriving;
+	l->arriving = c;
+	pthread_mutex_unlock(&l->lock);
+	wake(l);
+	return 0;
+}
+
+size_t loops_load(void)
+{
+	return atomic_load(&loops_total);
+}
+
+void loops_stop(void)
+{
+	for (unsigned i = 0; i < loops.count; i++) {
+		struct loop *l = &loops.loop[i];
+
+		pthread_mutex_lock(&l->lock);
+		l->stop = true;
+		pthread_mutex_unlock(&l->lock);
+		wake(l);
+	}
+}
+
+void loops_join(void)
+{
+	for (unsigned i = 0; i < loops.count; i++) {
+		pthread_join(loops.loop[i].thread, NULL);
+		free_loop(&loops.loop[i]);
+	}
+	free(loops.loop);
+	loops.loop = NULL;
+	loops.count = 0;
+}

@@ -1,0 +1,86 @@
+/*
+ * loop.h - the threads that connections live on.
+ */
+#ifndef XNBD_LOOP_H
+#define XNBD_LOOP_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "conn.h"
+
+struct pollfd;
+struct request;
+struct tx;
+
+enum {
+	/*
+	 * One recv() takes this much: a batch of requests, or a piece of a payload.  It goes behind
+	 * what a connection kept, which is an option at most while anything more is received.
+	 */
+	LOOP_RX_CHUNK = 256 * 1024,
+	LOOP_RX_BYTES = LOOP_RX_CHUNK + PROTO_OPTION_MAX + PROTO_OPTION_SIZE,
+};
+
+struct loop {
+	pthread_t thread;
+
+	/* What others leave for it. */
+	pthread_mutex_t lock;		/* guards the three; a leaf */
+	struct conn *arriving;
+	struct request *completed;	/* newest first */
+	bool stop;
+	atomic_bool mail;		/* one of the three is new */
+	atomic_bool sleeping;		/* in poll(), or about to be: needs a byte in the pipe */
+	int wake[2];
+
+	/* Its own, for its thread alone. */
+	struct conn **conn;
+	struct pollfd *pfd;		/* one more than conn: the pipe comes first */
+	size_t count, room;
+	struct conn *dirty;		/* have replies to send */
+	struct request *free;		/* to be used again */
+	unsigned free_count;
+	struct tx *tx;			/* the current turn's; empty between turns */
+	uint8_t *rx;			/* LOOP_RX_BYTES, for the current turn */
+	bool stopping;
+	unsigned spin_misses, spin_skip;	/* see spin() */
+
+	atomic_size_t load;		/* connections, those arriving included; read by others */
+};
+
+/*
+ * Prepare for at most max threads.  ended is called by a loop's thread whenever a connection ends.
+ * Main thread.  0 or -errno.
+ */
+int loops_init(unsigned max, void (*ended)(void));
+
+/*
+ * Give a connection to a loop, starting one if there is none idle and the bound allows.  On
+ * success the loop owns it.  Main thread.  0 or -errno.
+ */
+int loops_add(struct conn *c);
+
+/* Connections on all loops.  Any thread. */
+size_t loops_load(void);
+
+/* Let connections that a gate turned away try again.  Any thread. */
+void loops_wake(void);
+
+/* Ask all connections to finish.  Does not wait. */
+void loops_stop(void);
+
+/* Wait for all threads to end, after loops_stop(), and free everything. */
+void loops_join(void);
+
+/* A request has come back: the done function of requests.  Any thread. */
+void loop_complete(struct request *r);
+
+/* For connections, on the loop's thread.  loop_request() gives a zeroed request, NULL if out of memory. */
+struct request *loop_request(struct loop *l);
+void loop_release(struct loop *l, struct request *r);
+
+#endif

@@ -1,0 +1,281 @@
+/*
+ * options.c - the command line of xnbd-server: see options.h.
+ *
+ * One table drives the parser and the usage text.
+ */
+#define _GNU_SOURCE
+#include "options.h"
+
+#include "util.h"
+#include "xnbd.h"
+
+#include <getopt.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { DEFAULT_PORT = 8520 };
+
+enum kind {
+	KIND_MODE,
+	KIND_FLAG,	/* bool */
+	KIND_STRING,	/* const char * */
+	KIND_NUMBER,	/* unsigned long, from min to max */
+	KIND_FD,	/* long */
+	KIND_SIZE,	/* uint64_t, bytes */
+	KIND_LADDR,
+	KIND_HELP,
+	KIND_VERSION,
+};
+
+static const struct known {
+	const char *name;
+	const char *arg;		/* its name in the usage text, NULL for none */
+	enum kind kind;
+	unsigned modes;			/* in which it means something */
+	size_t field;			/* of struct options: where the value goes */
+	size_t given;			/* likewise: a bool to set, 0 for none */
+	unsigned long min, max;
+	const char *help;
+} known[] = {
+#define FIELD(name) offsetof(struct options, name)
+	{ "target", NULL, KIND_MODE, MODE_TARGET, 0, 0, 0, 0, "export a disk image" },
+	{ "cow-target", NULL, KIND_MODE, MODE_COW_TARGET, 0, 0, 0, 0,
+	  "export a base image, keep writes apart (not in this version)" },
+	{ "proxy", NULL, KIND_MODE, MODE_PROXY, 0, 0, 0, 0,
+	  "cache a remote server's disk (not in this version)" },
+	{ "lport", "PORT", KIND_NUMBER, MODE_ANY, FIELD(lport), FIELD(lport_given), 0, 65535,
+	  "TCP port to listen on, 0 for a free one (8520)" },
+	{ "laddr", "ADDR", KIND_LADDR, MODE_ANY, 0, 0, 0, 0,
+	  "address or name to listen on, may be repeated (all)" },
+	{ "unix", "PATH", KIND_STRING, MODE_ANY, FIELD(unix_path), 0, 0, 0,
+	  "Unix socket to listen on; without --lport and --laddr, there alone" },
+	{ "inetd", NULL, KIND_FLAG, MODE_ANY, FIELD(inetd), 0, 0, 0,
+	  "serve the one client on standard input" },
+	{ "connected-fd", "N", KIND_FD, MODE_ANY, FIELD(connected_fd), 0, 0, INT_MAX,
+	  "serve the one client on descriptor N, already negotiated" },
+	{ "oldstyle", NULL, KIND_FLAG, MODE_ANY, FIELD(oldstyle), 0, 0, 0,
+	  "greet like old servers, without negotiation" },
+	{ "readonly", NULL, KIND_FLAG, MODE_ANY, FIELD(readonly), 0, 0, 0,
+	  "refuse writes" },
+	{ "create", "SIZE", KIND_SIZE, MODE_TARGET, FIELD(create_size), FIELD(create), 0, 0,
+	  "create a sparse image of SIZE (512M, 10G, ...) if there is none" },
+	{ "threads", "N", KIND_NUMBER, MODE_ANY, FIELD(threads), 0, 1, 1024,
+	  "threads that connections are spread over, at most" },
+	{ "daemonize", NULL, KIND_FLAG, MODE_ANY, FIELD(daemonize), 0, 0, 0,
+	  "return when clients can connect, and go on in the background" },
+	{ "pidfile", "PATH", KIND_STRING, MODE_ANY, FIELD(pidfile), 0, 0, 0,
+	  "write the process id there" },
+	{ "logpath", "FILE", KIND_STRING, MODE_ANY, FIELD(logpath), 0, 0, 0,
+	  "log to FILE; SIGHUP opens it again" },
+	{ "syslog", NULL, KIND_FLAG, MODE_ANY, FIELD(syslog), 0, 0, 0,
+	  "log to syslog (with --inetd or --daemonize the default)" },
+	{ "help", NULL, KIND_HELP, MODE_ANY, 0, 0, 0, 0, "show this text" },
+	{ "version", NULL, KIND_VERSION, MODE_ANY, 0, 0, 0, 0, "show the version" },
+#undef FIELD
+};
+
+enum { FIRST_OPTION = 256 };	/* getopt's values for known[0] and so on: not a character */
+
+static _Noreturn void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+static _Noreturn void usage_error(const char *fmt, ...)
+{
+	char line[512];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(line, sizeof(line), fmt, ap);
+	va_end(ap);
+	log_failure("%s (see --help)", line);
+	exit(EXIT_USAGE);
+}
+
+static _Noreturn void show_help(void)
+{
+	printf("usage: xnbd-server --target [options] DISK_IMAGE\n"
+	       "Exports a disk image over the Network Block Device protocol.\n\n");
+	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
+		const struct known *k = &known[i];
+		char name[64];
+
+		snprintf(name, sizeof(name), "--%s%s%s", k->name, k->arg ? " " : "",
+			 k->arg ? k->arg : "");
+		printf("  %-18s %s\n", name, k->help);
+	}
+	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
+}
+
+static _Noreturn void show_version(void)
+{
+	printf("xnbd-server %s\n", XNBD_VERSION);
+	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
+}
+
+static void add_laddr(struct options *o, const char *value)
+{
+	const char **laddr = realloc(o->laddr, (o->laddrs + 1) * sizeof(*laddr));
+
+	if (!laddr)
+		usage_error("out of memory");
+	o->laddr = laddr;
+	o->laddr[o->laddrs++] = value;
+}
+
+static void set_mode(struct options *o, const struct known *k)
+{
+	if (o->mode != MODE_NONE)
+		usage_error("option '--%s': a mode was chosen before, and there can be one only",
+			    k->name);
+	o->mode = (enum mode)k->modes;
+}
+
+static void set_number(const struct known *k, const char *value, unsigned long *n)
+{
+	if (!parse_number(value, k->min, k->max, n))
+		usage_error("option '--%s': '%s' is not a number from %lu to %lu", k->name, value,
+			    k->min, k->max);
+}
+
+static void set_option(struct options *o, const struct known *k, const char *value)
+{
+	char *field = (char *)o + k->field;
+	unsigned long n;
+
+	switch (k->kind) {
+	case KIND_MODE:
+		set_mode(o, k);
+		break;
+	case KIND_FLAG:
+		*(bool *)field = true;
+		break;
+	case KIND_STRING:
+		if (!*value)
+			usage_error("option '--%s' needs a value that is not empty", k->name);
+		*(const char **)field = value;
+		break;
+	case KIND_NUMBER:
+		set_number(k, value, (unsigned long *)field);
+		break;
+	case KIND_FD:
+		set_number(k, value, &n);
+		*(long *)field = (long)n;
+		break;
+	case KIND_SIZE:
+		if (!parse_size(value, (uint64_t *)field))
+			usage_error("option '--%s': '%s' is not a size such as 512M or 10G",
+				    k->name, value);
+		break;
+	case KIND_LADDR:
+		add_laddr(o, value);
+		break;
+	case KIND_HELP:
+		show_help();
+	case KIND_VERSION:
+		show_version();
+	}
+	if (k->given)
+		*(bool *)((char *)o + k->given) = true;
+}
+
+/* getopt_long() returned '?' or ':'; word is the argument that it looked at last. */
+static _Noreturn void bad_option(int found, const char *word)
+{
+	if (optopt >= FIRST_OPTION && found == ':')
+		usage_error("option '--%s' needs a value: %s", known[optopt - FIRST_OPTION].name,
+			    known[optopt - FIRST_OPTION].arg);
+	if (optopt >= FIRST_OPTION)
+		usage_error("option '--%s' takes no value, as in '%s'",
+			    known[optopt - FIRST_OPTION].name, word);
+	if (optopt)
+		usage_error("unknown option '-%c'", optopt);
+	usage_error("unknown or ambiguous option '%s'", word);
+}
+
+/* Returns a bit for each option of known[] that was there. */
+static uint64_t parse_words(struct options *o, int argc, char **argv)
+{
+	struct option longopts[ARRAY_SIZE(known) + 1] = { 0 };
+	uint64_t seen = 0;
+	int found;
+
+	_Static_assert(ARRAY_SIZE(known) <= 64, "one bit for each option");
+	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
+		longopts[i].name = known[i].name;
+		longopts[i].has_arg = known[i].arg ? required_argument : no_argument;
+		longopts[i].val = FIRST_OPTION + (int)i;
+	}
+	opterr = 0;
+	while ((found = getopt_long(argc, argv, ":", longopts, NULL)) != -1) {
+		if (found < FIRST_OPTION)
+			bad_option(found, argv[optind - 1]);
+		set_option(o, &known[found - FIRST_OPTION], optarg);
+		seen |= UINT64_C(1) << (found - FIRST_OPTION);
+	}
+	return seen;
+}
+
+static void check_modes(const struct options *o, uint64_t seen)
+{
+	if (o->mode == MODE_NONE)
+		usage_error("no mode: --target is needed");
+	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
+		if (!(seen & UINT64_C(1) << i))
+			continue;
+		if (known[i].kind == KIND_MODE && o->mode != MODE_TARGET)
+			usage_error("option '--%s': this version has --target only",
+				    known[i].name);
+		if (!(known[i].modes & o->mode))
+			usage_error("option '--%s' does not belong to this mode", known[i].name);
+	}
+}
+
+/* Options that contradict each other, or that would do nothing. */
+static void check_together(const struct options *o)
+{
+	const char *single = o->inetd ? "--inetd" : "--connected-fd";
+
+	if (o->inetd && o->connected_fd >= 0)
+		usage_error("--inetd and --connected-fd exclude each other");
+	if (o->logpath && o->syslog)
+		usage_error("--logpath and --syslog exclude each other");
+	if (o->oldstyle && o->connected_fd >= 0)
+		usage_error("--oldstyle is of no use with --connected-fd: nothing is negotiated");
+	if (o->create && o->readonly)
+		usage_error("--create and --readonly exclude each other");
+	if (!o->inetd && o->connected_fd < 0)
+		return;
+	if (o->lport_given || o->laddrs || o->unix_path)
+		usage_error("%s serves one client, --lport, --laddr and --unix do not belong to it",
+			    single);
+	if (o->daemonize)
+		usage_error("%s and --daemonize exclude each other", single);
+	if (o->threads)
+		usage_error("%s serves one client, --threads does not belong to it", single);
+}
+
+void options_parse(struct options *o, int argc, char **argv)
+{
+	uint64_t seen;
+
+	memset(o, 0, sizeof(*o));
+	o->lport = DEFAULT_PORT;
+	o->connected_fd = -1;
+	seen = parse_words(o, argc, argv);
+	check_modes(o, seen);
+	check_together(o);
+	if (optind == argc)
+		usage_error("DISK_IMAGE is missing");
+	if (argc - optind > 1)
+		usage_error("one DISK_IMAGE is expected, '%s' is too much", argv[optind + 1]);
+	o->image = argv[optind];
+}
+
+void options_free(struct options *o)
+{
+	free(o->laddr);
+	o->laddr = NULL;
+}

@@ -1,0 +1,53 @@
+/*
+ * options.h - the command line of xnbd-server.
+ */
+#ifndef XNBD_OPTIONS_H
+#define XNBD_OPTIONS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum mode {
+	MODE_NONE = 0,
+	MODE_TARGET = 1 << 0,
+	MODE_COW_TARGET = 1 << 1,
+	MODE_PROXY = 1 << 2,
+	MODE_ANY = MODE_TARGET | MODE_COW_TARGET | MODE_PROXY,
+};
+
+/* What the command line said.  Strings are those of argv. */
+struct options {
+	enum mode mode;
+	const char *image;
+
+	unsigned long lport;
+	bool lport_given;
+	const char **laddr;	/* laddrs of them */
+	unsigned laddrs;
+	const char *unix_path;
+	bool inetd;
+	long connected_fd;	/* -1 for none */
+	bool oldstyle;
+
+	bool readonly;
+	bool create;
+	uint64_t create_size;	/* bytes */
+	unsigned long threads;	/* 0 for the default */
+
+	bool daemonize;
+	const char *pidfile;
+	const char *logpath;
+	bool syslog;
+};
+
+enum { EXIT_USAGE = 2 };
+
+/*
+ * Read the command line, which has to outlive *o.  Does not return after --help and --version, and neither after an
+ * error, which is one line on stderr and exit status 2.
+ */
+void options_parse(struct options *o, int argc, char **argv);
+
+void options_free(struct options *o);
+
+#endif

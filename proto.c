@@ -1,0 +1,696 @@
+/*
+ * proto.c - the NBD wire format: see proto.h.
+ *
+ * Everything a peer sent is read through struct in, and everything sent is written through
+ * struct proto_out or into room of a stated size, so that no length from the wire is ever trusted.
+ */
+#include "proto.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+
+/* Context ids: any number will do, a client gets to know it when it chooses the context. */
+enum { ALLOCATION_ID = 1 };
+
+static const char allocation[] = "base:allocation";
+
+/* Big-endian numbers. */
+
+static uint16_t get_be16(const uint8_t *p)
+{
+	return (uint16_t)(p[0] << 8 | p[1]);
+}
+
+static uint32_t get_be32(const uint8_t *p)
+{
+	return (uint32_t)get_be16(p) << 16 | get_be16(p + 2);
+}
+
+static uint64_t get_be64(const uint8_t *p)
+{
+	return (uint64_t)get_be32(p) << 32 | get_be32(p + 4);
+}
+
+static uint8_t *put_be16(uint8_t *p, uint16_t v)
+{
+	p[0] = (uint8_t)(v >> 8);
+	p[1] = (uint8_t)v;
+	return p + 2;
+}
+
+static uint8_t *put_be32(uint8_t *p, uint32_t v)
+{
+	return put_be16(put_be16(p, (uint16_t)(v >> 16)), (uint16_t)v);
+}
+
+static uint8_t *put_be64(uint8_t *p, uint64_t v)
+{
+	return put_be32(put_be32(p, (uint32_t)(v >> 32)), (uint32_t)v);
+}
+
+/* What is left of an option's data.  Reading past the end gives zeros and sets bad. */
+struct in {
+	const uint8_t *p;
+	size_t left;
+	bool bad;
+};
+
+static const uint8_t *in_bytes(struct in *in, size_t n)
+{
+	const uint8_t *p = in->p;
+
+	if (n > in->left) {
+		in->bad = true;
+		return NULL;
+	}
+	in->p += n;
+	in->left -= n;
+	return p;
+}
+
+static uint16_t in_be16(struct in *in)
+{
+	const uint8_t *p = in_bytes(in, 2);
+
+	return p ? get_be16(p) : 0;
+}
+
+static uint32_t in_be32(struct in *in)
+{
+	const uint8_t *p = in_bytes(in, 4);
+
+	return p ? get_be32(p) : 0;
+}
+
+static void out_bytes(struct proto_out *out, const void *p, size_t n)
+{
+	if (n > out->cap - out->len) {
+		out->overflow = true;
+		return;
+	}
+	if (n > 0)
+		memcpy(out->p + out->len, p, n);
+	out->len += n;
+}
+
+static void out_be16(struct proto_out *out, uint16_t v)
+{
+	uint8_t b[2];
+
+	put_be16(b, v);
+	out_bytes(out, b, sizeof(b));
+}
+
+static void out_be32(struct proto_out *out, uint32_t v)
+{
+	uint8_t b[4];
+
+	put_be32(b, v);
+	out_bytes(out, b, sizeof(b));
+}
+
+static void out_be64(struct proto_out *out, uint64_t v)
+{
+	uint8_t b[8];
+
+	put_be64(b, v);
+	out_bytes(out, b, sizeof(b));
+}
+
+/* Handshake */
+
+void proto_put_greeting(uint8_t *p)
+{
+	p = put_be64(p, NBD_INIT_PASSWD);
+	p = put_be64(p, NBD_IHAVEOPT);
+	put_be16(p, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+}
+
+void proto_put_oldstyle(uint8_t *p, const struct proto_export *e)
+{
+	p = put_be64(p, NBD_INIT_PASSWD);
+	p = put_be64(p, NBD_OLDSTYLE_MAGIC);
+	p = put_be64(p, e->size);
+	p = put_be16(p, 0);
+	p = put_be16(p, e->flags);
+	memset(p, 0, 124);
+}
+
+bool proto_client_flags(struct proto_session *s, const uint8_t *p)
+{
+	uint32_t flags = get_be32(p);
+
+	s->fixed = flags & NBD_FLAG_FIXED_NEWSTYLE;
+	s->no_zeroes = flags & NBD_FLAG_NO_ZEROES;
+	return (flags & ~(uint32_t)(NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES)) == 0;
+}
+
+bool proto_get_option(const uint8_t *p, uint32_t *opt, uint32_t *len)
+{
+	*opt = get_be32(p + 8);
+	*len = get_be32(p + 12);
+	return get_be64(p) == NBD_IHAVEOPT;
+}
+
+/* One option on its way through its handler. */
+struct option {
+	struct proto_session *s;
+	const struct proto_exports *exports;
+	uint32_t opt;
+	struct in in;
+	struct proto_out *out;
+};
+
+/* A string in an option's data, not terminated. */
+struct name {
+	const uint8_t *p;
+	size_t len;
+};
+
+/* "Fixed newstyle negotiation": the header of one answer, whose len bytes follow. */
+static void reply_header(const struct option *o, uint32_t type, size_t len)
+{
+	out_be64(o->out, NBD_OPTION_REPLY_MAGIC);
+	out_be32(o->out, o->opt);
+	out_be32(o->out, type);
+	out_be32(o->out, (uint32_t)len);
+}
+
+static enum proto_next reply(const struct option *o, uint32_t type)
+{
+	reply_header(o, type, 0);
+	return PROTO_HAGGLE;
+}
+
+/* The bytes of the UTF-8 sequence at p, 0 if there is none: shortest form, no surrogates. */
+static size_t utf8_sequence(const uint8_t *p, size_t left)
+{
+	uint8_t low = 0x80, high = 0xbf;
+	size_t n;
+
+	if (p[0] < 0x80)
+		return p[0] != 0;
+	if (p[0] < 0xc2 || p[0] > 0xf4)
+		return 0;
+	n = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
+	if (n > left)
+		return 0;
+	if (p[0] == 0xe0)
+		low = 0xa0;
+	else if (p[0] == 0xed)
+		high = 0x9f;
+	else if (p[0] == 0xf0)
+		low = 0x90;
+	else if (p[0] == 0xf4)
+		high = 0x8f;
+	if (p[1] < low || p[1] > high)
+		return 0;
+	for (size_t i = 2; i < n; i++)
+		if ((p[i] & 0xc0) != 0x80)
+			return 0;
+	return n;
+}
+
+/* "Conventions": UTF-8 without NUL. */
+static bool is_utf8(const struct name *name)
+{
+	size_t n;
+
+	for (size_t i = 0; i < name->len; i += n) {
+		n = utf8_sequence(name->p + i, name->len - i);
+		if (n == 0)
+			return false;
+	}
+	return true;
+}
+
+/* 0 for a good name, else the error to answer. */
+static uint32_t check_name(const struct name *name)
+{
+	if (name->len > PROTO_STRING_MAX)
+		return NBD_REP_ERR_TOO_BIG;
+	return is_utf8(name) ? 0 : NBD_REP_ERR_INVALID;
+}
+
+/* Read a length and as many bytes. */
+static uint32_t in_name(struct in *in, struct name *name)
+{
+	name->len = in_be32(in);
+	name->p = in_bytes(in, name->len);
+	return in->bad ? NBD_REP_ERR_INVALID : check_name(name);
+}
+
+static bool name_is(const struct name *name, const char *s)
+{
+	return name->len == strlen(s) && memcmp(name->p, s, name->len) == 0;
+}
+
+/* FNV-1a: tells whether two options meant the same name, without keeping 4096 bytes of it. */
+static uint64_t name_hash(const struct name *name)
+{
+	uint64_t h = UINT64_C(0xcbf29ce484222325);
+
+	for (size_t i = 0; i < name->len; i++)
+		h = (h ^ name->p[i]) * UINT64_C(0x100000001b3);
+	return h;
+}
+
+static const struct proto_export *find_export(const struct proto_exports *x,
+					      const struct name *name)
+{
+	if (name->len == 0)
+		return x->entry[0];
+	for (size_t i = 0; i < x->count; i++)
+		if (name_is(name, x->entry[i]->name))
+			return x->entry[i];
+	return x->any_name ? x->entry[0] : NULL;
+}
+
+static uint16_t session_flags(const struct proto_session *s, const struct proto_export *e)
+{
+	return e->flags | (s->structured ? NBD_FLAG_SEND_DF : 0);
+}
+
+/* Bind the session to its export; a context chosen for another name does not hold. */
+static enum proto_next enter_transmission(struct proto_session *s, const struct proto_export *e,
+					  const struct name *name)
+{
+	s->export = e;
+	if (s->allocation_name != name_hash(name))
+		s->allocation = false;
+	return PROTO_TRANSMIT;
+}
+
+/* "NBD_OPT_EXPORT_NAME": the data is the name, and there is no way to say no. */
+static enum proto_next opt_export_name(struct option *o)
+{
+	static const uint8_t zeroes[124];
+	struct name name = { o->in.p, o->in.left };
+	const struct proto_export *e;
+
+	if (check_name(&name) != 0)
+		return PROTO_CLOSE;
+	e = find_export(o->exports, &name);
+	if (!e)
+		return PROTO_CLOSE;
+	out_be64(o->out, e->size);
+	out_be16(o->out, session_flags(o->s, e));
+	if (!o->s->no_zeroes)
+		out_bytes(o->out, zeroes, sizeof(zeroes));
+	return enter_transmission(o->s, e, &name);
+}
+
+static enum proto_next opt_abort(struct option *o)
+{
+	reply(o, NBD_REP_ACK);
+	return PROTO_CLOSE;
+}
+
+static enum proto_next opt_list(struct option *o)
+{
+	for (size_t i = 0; i < o->exports->count; i++) {
+		const struct proto_export *e = o->exports->entry[i];
+		size_t name = strlen(e->name), description = strlen(e->description);
+
+		reply_header(o, NBD_REP_SERVER, 4 + name + description);
+		out_be32(o->out, (uint32_t)name);
+		out_bytes(o->out, e->name, name);
+		out_bytes(o->out, e->description, description);
+	}
+	return reply(o, NBD_REP_ACK);
+}
+
+static enum proto_next opt_unsupported(struct option *o)
+{
+	return reply(o, NBD_REP_ERR_UNSUP);
+}
+
+static void info_string(const struct option *o, uint16_t type, const void *p, size_t len)
+{
+	reply_header(o, NBD_REP_INFO, 2 + len);
+	out_be16(o->out, type);
+	out_bytes(o->out, p, len);
+}
+
+/* Answer one information request; those that we do not know are ignored. */
+static void info(const struct option *o, uint16_t type, const struct proto_export *e,
+		 const struct name *name)
+{
+	switch (type) {
+	case NBD_INFO_EXPORT:
+		reply_header(o, NBD_REP_INFO, 12);
+		out_be16(o->out, type);
+		out_be64(o->out, e->size);
+		out_be16(o->out, session_flags(o->s, e));
+		break;
+	case NBD_INFO_NAME:
+		info_string(o, type, name->p, name->len);
+		break;
+	case NBD_INFO_DESCRIPTION:
+		info_string(o, type, e->description, strlen(e->description));
+		break;
+	case NBD_INFO_BLOCK_SIZE:
+		reply_header(o, NBD_REP_INFO, 14);
+		out_be16(o->out, type);
+		out_be32(o->out, 1);
+		out_be32(o->out, PROTO_PREFERRED_BLOCK);
+		out_be32(o->out, PROTO_MAX_PAYLOAD);
+		break;
+	}
+}
+
+/* "NBD_OPT_INFO and NBD_OPT_GO": each kind of information is told once. */
+static enum proto_next opt_go(struct option *o)
+{
+	const struct proto_export *e;
+	unsigned wanted = 1 << NBD_INFO_EXPORT, n, type;
+	struct name name;
+	uint32_t err = in_name(&o->in, &name);
+
+	if (err)
+		return reply(o, err);
+	for (n = in_be16(&o->in); n > 0 && !o->in.bad; n--) {
+		type = in_be16(&o->in);
+		if (type <= NBD_INFO_BLOCK_SIZE)
+			wanted |= 1 << type;
+	}
+	if (o->in.bad || o->in.left > 0)
+		return reply(o, NBD_REP_ERR_INVALID);
+	e = find_export(o->exports, &name);
+	if (!e)
+		return reply(o, NBD_REP_ERR_UNKNOWN);
+	for (type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
+		if (wanted & 1 << type)
+			info(o, (uint16_t)type, e, &name);
+	reply(o, NBD_REP_ACK);
+	return o->opt == NBD_OPT_GO ? enter_transmission(o->s, e, &name) : PROTO_HAGGLE;
+}
+
+static enum proto_next opt_structured_reply(struct option *o)
+{
+	o->s->structured = true;
+	return reply(o, NBD_REP_ACK);
+}
+
+static void meta_context(const struct option *o, uint32_t id)
+{
+	reply_header(o, NBD_REP_META_CONTEXT, 4 + strlen(allocation));
+	out_be32(o->out, id);
+	out_bytes(o->out, allocation, strlen(allocation));
+}
+
+/* Read the queries; *match says whether one of them means base:allocation. */
+static uint32_t in_queries(struct option *o, bool *match)
+{
+	bool list = o->opt == NBD_OPT_LIST_META_CONTEXT;
+	uint32_t n = in_be32(&o->in), err;
+	struct name query;
+
+	*match = list && n == 0;
+	for (; n > 0 && !o->in.bad; n--) {
+		err = in_name(&o->in, &query);
+		if (err)
+			return err;
+		if (name_is(&query, allocation) || (list && name_is(&query, "base:")))
+			*match = true;
+	}
+	return o->in.bad || o->in.left > 0 ? NBD_REP_ERR_INVALID : 0;
+}
+
+/* "NBD_OPT_LIST_META_CONTEXT", "NBD_OPT_SET_META_CONTEXT" */
+static enum proto_next opt_meta_context(struct option *o)
+{
+	bool set = o->opt == NBD_OPT_SET_META_CONTEXT, match;
+	struct name name;
+	uint32_t err;
+
+	if (set)
+		o->s->allocation = false;
+	if (!o->s->structured)
+		return reply(o, NBD_REP_ERR_INVALID);
+	err = in_name(&o->in, &name);
+	if (!err)
+		err = in_queries(o, &match);
+	if (err)
+		return reply(o, err);
+	if (!find_export(o->exports, &name))
+		return reply(o, NBD_REP_ERR_UNKNOWN);
+	if (set && match) {
+		o->s->allocation = true;
+		o->s->allocation_name = name_hash(&name);
+	}
+	if (match)
+		meta_context(o, set ? ALLOCATION_ID : 0);
+	return reply(o, NBD_REP_ACK);
+}
+
+static const struct option_kind {
+	uint32_t opt;
+	bool bare;	/* must come without data */
+	enum proto_next (*handle)(struct option *);
+} option_kinds[] = {
+	{ NBD_OPT_EXPORT_NAME, false, opt_export_name },
+	{ NBD_OPT_ABORT, false, opt_abort },
+	{ NBD_OPT_LIST, true, opt_list },
+	{ NBD_OPT_STARTTLS, true, opt_unsupported },
+	{ NBD_OPT_INFO, false, opt_go },
+	{ NBD_OPT_GO, false, opt_go },
+	{ NBD_OPT_STRUCTURED_REPLY, true, opt_structured_reply },
+	{ NBD_OPT_LIST_META_CONTEXT, false, opt_meta_context },
+	{ NBD_OPT_SET_META_CONTEXT, false, opt_meta_context },
+	{ NBD_OPT_EXTENDED_HEADERS, true, opt_unsupported },
+};
+
+static const struct option_kind *find_option(uint32_t opt)
+{
+	for (size_t i = 0; i < sizeof(option_kinds) / sizeof(option_kinds[0]); i++)
+		if (option_kinds[i].opt == opt)
+			return &option_kinds[i];
+	return NULL;
+}
+
+/* EXPORT_NAME has no error replies, and a client that is not fixed newstyle knows no others. */
+static bool no_reply_possible(const struct proto_session *s, uint32_t opt)
+{
+	return !s->fixed || opt == NBD_OPT_EXPORT_NAME;
+}
+
+static enum proto_next refuse(const struct proto_session *s, uint32_t opt, uint32_t err,
+			      struct proto_out *out)
+{
+	struct option o = { .opt = opt, .out = out };
+
+	return no_reply_possible(s, opt) ? PROTO_CLOSE : reply(&o, err);
+}
+
+enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,
+			     uint32_t opt, const uint8_t *data, size_t len, struct proto_out *out)
+{
+	struct option o = { s, exports, opt, { data, len, false }, out };
+	const struct option_kind *kind = find_option(opt);
+	size_t start = out->len;
+	enum proto_next next;
+
+	if (!s->fixed && opt != NBD_OPT_EXPORT_NAME)
+		return PROTO_CLOSE;
+	if (!kind)
+		return reply(&o, NBD_REP_ERR_UNSUP);
+	if (kind->bare && len > 0)
+		return reply(&o, NBD_REP_ERR_INVALID);
+	next = kind->handle(&o);
+	if (out->overflow) {	/* only a LIST of very many exports: all or nothing */
+		out->overflow = false;
+		out->len = start;
+		return refuse(s, opt, NBD_REP_ERR_TOO_BIG, out);
+	}
+	return next;
+}
+
+enum proto_next proto_option_too_big(const struct proto_session *s, uint32_t opt,
+				     struct proto_out *out)
+{
+	return refuse(s, opt, find_option(opt) ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP, out);
+}
+
+enum proto_next proto_option_shutdown(const struct proto_session *s, uint32_t opt,
+				      struct proto_out *out)
+{
+	refuse(s, opt, NBD_REP_ERR_SHUTDOWN, out);
+	return PROTO_CLOSE;
+}
+
+/* Transmission */
+
+bool proto_get_request(const uint8_t *p, struct proto_request *r)
+{
+	r->flags = get_be16(p + 4);
+	r->cmd = get_be16(p + 6);
+	r->cookie = get_be64(p + 8);
+	r->off = get_be64(p + 16);
+	r->len = get_be32(p + 24);
+	return get_be32(p) == NBD_REQUEST_MAGIC;
+}
+
+bool proto_cmd_writes(uint16_t cmd)
+{
+	return cmd == NBD_CMD_WRITE || cmd == NBD_CMD_TRIM || cmd == NBD_CMD_WRITE_ZEROES;
+}
+
+/* "Request types": 0 if the command is known and its flags are its own. */
+static int check_flags(const struct proto_session *s, const struct proto_request *r)
+{
+	unsigned allowed = NBD_CMD_FLAG_FUA;	/* "Command flags": on every command */
+
+	switch (r->cmd) {
+	case NBD_CMD_READ:
+		if (s->structured)
+			allowed |= NBD_CMD_FLAG_DF;
+		break;
+	case NBD_CMD_WRITE:
+	case NBD_CMD_TRIM:
+	case NBD_CMD_CACHE:
+		break;
+	case NBD_CMD_FLUSH:
+		if (r->off || r->len)
+			return EINVAL;
+		break;
+	case NBD_CMD_WRITE_ZEROES:
+		allowed |= NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO;
+		break;
+	case NBD_CMD_BLOCK_STATUS:
+		allowed |= NBD_CMD_FLAG_REQ_ONE;
+		if (!s->allocation || r->len == 0)
+			return EINVAL;
+		break;
+	default:
+		return EINVAL;
+	}
+	return r->flags & ~allowed ? EINVAL : 0;
+}
+
+/* "Error values": what is beyond the end depends on whether it would grow the export. */
+int proto_check_request(const struct proto_session *s, const struct proto_request *r)
+{
+	uint64_t size = s->export->size;
+	int err = check_flags(s, r);
+
+	if (err)
+		return err;
+	if (proto_cmd_writes(r->cmd) && (s->export->flags & NBD_FLAG_READ_ONLY))
+		return EPERM;
+	if (r->cmd == NBD_CMD_READ && r->len > PROTO_MAX_PAYLOAD)
+		return EOVERFLOW;
+	if (r->cmd == NBD_CMD_WRITE && r->len > PROTO_MAX_PAYLOAD)
+		return EINVAL;
+	if (r->len > size || r->off > size - r->len)
+		return r->cmd == NBD_CMD_WRITE || r->cmd == NBD_CMD_WRITE_ZEROES ? ENOSPC : EINVAL;
+	return 0;
+}
+
+uint32_t proto_error(int err)
+{
+	switch (err) {
+	case 0:
+		return 0;
+	case EPERM:
+	case EACCES:
+	case EROFS:
+		return NBD_EPERM;
+	case ENOMEM:
+		return NBD_ENOMEM;
+	case EINVAL:
+		return NBD_EINVAL;
+	case ENOSPC:
+	case EDQUOT:
+	case EFBIG:
+		return NBD_ENOSPC;
+	case EOVERFLOW:
+		return NBD_EOVERFLOW;
+	case ENOTSUP:
+#if EOPNOTSUPP != ENOTSUP
+	case EOPNOTSUPP:
+#endif
+		return NBD_ENOTSUP;
+	case ESHUTDOWN:
+		return NBD_ESHUTDOWN;
+	default:
+		return NBD_EIO;
+	}
+}
+
+/* "Simple reply message" */
+static size_t put_simple(const struct proto_request *r, int err, uint8_t *p)
+{
+	p = put_be32(p, NBD_SIMPLE_REPLY_MAGIC);
+	p = put_be32(p, proto_error(err));
+	put_be64(p, r->cookie);
+	return 16;
+}
+
+/* "Structured reply chunk message": the header, before len bytes of payload. */
+static uint8_t *put_chunk(const struct proto_request *r, uint16_t type, bool last, uint32_t len,
+			  uint8_t *p)
+{
+	p = put_be32(p, NBD_STRUCTURED_REPLY_MAGIC);
+	p = put_be16(p, last ? NBD_REPLY_FLAG_DONE : 0);
+	p = put_be16(p, type);
+	p = put_be64(p, r->cookie);
+	return put_be32(p, len);
+}
+
+size_t proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
+		       uint8_t *p)
+{
+	uint8_t *start = p;
+
+	if (!s->structured || (r->cmd != NBD_CMD_READ && r->cmd != NBD_CMD_BLOCK_STATUS))
+		return put_simple(r, err, p);
+	if (!err)
+		return (size_t)(put_chunk(r, NBD_REPLY_TYPE_NONE, true, 0, p) - start);
+	p = put_chunk(r, NBD_REPLY_TYPE_ERROR, true, 6, p);
+	p = put_be32(p, proto_error(err));
+	p = put_be16(p, 0);
+	return (size_t)(p - start);
+}
+
+size_t proto_put_data(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		      uint32_t len, bool last, uint8_t *p)
+{
+	uint8_t *start = p;
+
+	if (!s->structured)
+		return put_simple(r, 0, p);
+	p = put_chunk(r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
+	p = put_be64(p, off);
+	return (size_t)(p - start);
+}
+
+size_t proto_put_hole(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		      uint32_t len, bool last, uint8_t *p)
+{
+	uint8_t *start = p;
+
+	assert(s->structured);
+	p = put_chunk(r, NBD_REPLY_TYPE_OFFSET_HOLE, last, 12, p);
+	p = put_be64(p, off);
+	p = put_be32(p, len);
+	return (size_t)(p - start);
+}
+
+size_t proto_put_status(const struct proto_session *s, const struct proto_request *r, unsigned n,
+			uint8_t *p)
+{
+	uint8_t *start = p;
+
+	assert(s->allocation && n > 0);
+	p = put_chunk(r, NBD_REPLY_TYPE_BLOCK_STATUS, true, 4 + n * PROTO_EXTENT_SIZE, p);
+	p = put_be32(p, ALLOCATION_ID);
+	return (size_t)(p - start);
+}
+
+size_t proto_put_extent(const struct extent *e, uint8_t *p)
+{
+	put_be32(put_be32(p, (uint32_t)e->len), e->flags);
+	return PROTO_EXTENT_SIZE;
+}

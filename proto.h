@@ -1,0 +1,247 @@
+/*
+ * proto.h - the NBD wire format.
+ *
+ * Pure functions: they encode, decode and validate in memory that the caller owns, and never
+ * block, log or allocate.  They may be called from any thread.  Headings cited in comments are
+ * those of doc/proto.md of the NBD project.
+ */
+#ifndef XNBD_PROTO_H
+#define XNBD_PROTO_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* "Newstyle negotiation", "Transmission flags": the numbers of the wire. */
+
+#define NBD_INIT_PASSWD UINT64_C(0x4e42444d41474943)
+#define NBD_IHAVEOPT UINT64_C(0x49484156454f5054)
+#define NBD_OLDSTYLE_MAGIC UINT64_C(0x00420281861253)
+#define NBD_OPTION_REPLY_MAGIC UINT64_C(0x0003e889045565a9)
+#define NBD_REQUEST_MAGIC UINT32_C(0x25609513)
+#define NBD_SIMPLE_REPLY_MAGIC UINT32_C(0x67446698)
+#define NBD_STRUCTURED_REPLY_MAGIC UINT32_C(0x668e33ef)
+
+enum {
+	/* handshake flags, and the client's answer to them */
+	NBD_FLAG_FIXED_NEWSTYLE = 1 << 0,
+	NBD_FLAG_NO_ZEROES = 1 << 1,
+
+	/* transmission flags */
+	NBD_FLAG_HAS_FLAGS = 1 << 0,
+	NBD_FLAG_READ_ONLY = 1 << 1,
+	NBD_FLAG_SEND_FLUSH = 1 << 2,
+	NBD_FLAG_SEND_FUA = 1 << 3,
+	NBD_FLAG_ROTATIONAL = 1 << 4,
+	NBD_FLAG_SEND_TRIM = 1 << 5,
+	NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6,
+	NBD_FLAG_SEND_DF = 1 << 7,
+	NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
+	NBD_FLAG_SEND_CACHE = 1 << 10,
+	NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
+
+	/* options */
+	NBD_OPT_EXPORT_NAME = 1,
+	NBD_OPT_ABORT = 2,
+	NBD_OPT_LIST = 3,
+	NBD_OPT_STARTTLS = 5,
+	NBD_OPT_INFO = 6,
+	NBD_OPT_GO = 7,
+	NBD_OPT_STRUCTURED_REPLY = 8,
+	NBD_OPT_LIST_META_CONTEXT = 9,
+	NBD_OPT_SET_META_CONTEXT = 10,
+	NBD_OPT_EXTENDED_HEADERS = 11,
+
+	/* option replies that are no errors */
+	NBD_REP_ACK = 1,
+	NBD_REP_SERVER = 2,
+	NBD_REP_INFO = 3,
+	NBD_REP_META_CONTEXT = 4,
+
+	/* information types of NBD_REP_INFO */
+	NBD_INFO_EXPORT = 0,
+	NBD_INFO_NAME = 1,
+	NBD_INFO_DESCRIPTION = 2,
+	NBD_INFO_BLOCK_SIZE = 3,
+
+	/* commands */
+	NBD_CMD_READ = 0,
+	NBD_CMD_WRITE = 1,
+	NBD_CMD_DISC = 2,
+	NBD_CMD_FLUSH = 3,
+	NBD_CMD_TRIM = 4,
+	NBD_CMD_CACHE = 5,
+	NBD_CMD_WRITE_ZEROES = 6,
+	NBD_CMD_BLOCK_STATUS = 7,
+
+	/* command flags */
+	NBD_CMD_FLAG_FUA = 1 << 0,
+	NBD_CMD_FLAG_NO_HOLE = 1 << 1,
+	NBD_CMD_FLAG_DF = 1 << 2,
+	NBD_CMD_FLAG_REQ_ONE = 1 << 3,
+	NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
+
+	/* structured replies: the one flag, and the chunk types */
+	NBD_REPLY_FLAG_DONE = 1 << 0,
+	NBD_REPLY_TYPE_NONE = 0,
+	NBD_REPLY_TYPE_OFFSET_DATA = 1,
+	NBD_REPLY_TYPE_OFFSET_HOLE = 2,
+	NBD_REPLY_TYPE_BLOCK_STATUS = 5,
+	NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
+
+	/* base:allocation */
+	NBD_STATE_HOLE = 1 << 0,
+	NBD_STATE_ZERO = 1 << 1,
+
+	/* errors */
+	NBD_EPERM = 1,
+	NBD_EIO = 5,
+	NBD_ENOMEM = 12,
+	NBD_EINVAL = 22,
+	NBD_ENOSPC = 28,
+	NBD_EOVERFLOW = 75,
+	NBD_ENOTSUP = 95,
+	NBD_ESHUTDOWN = 108,
+};
+
+/* option replies that are errors */
+#define NBD_REP_ERR(n) (UINT32_C(0x80000000) + (n))
+#define NBD_REP_ERR_UNSUP NBD_REP_ERR(1)
+#define NBD_REP_ERR_INVALID NBD_REP_ERR(3)
+#define NBD_REP_ERR_UNKNOWN NBD_REP_ERR(6)
+#define NBD_REP_ERR_SHUTDOWN NBD_REP_ERR(7)
+#define NBD_REP_ERR_TOO_BIG NBD_REP_ERR(9)
+
+/* Sizes in bytes. */
+enum {
+	PROTO_STRING_MAX = 4096,		/* "Conventions" */
+	PROTO_MAX_PAYLOAD = 32 * 1024 * 1024,	/* "Size constraints" */
+	PROTO_PREFERRED_BLOCK = 4096,
+	PROTO_GREETING_SIZE = 18,
+	PROTO_OLDSTYLE_SIZE = 152,
+	PROTO_CLIENT_FLAGS_SIZE = 4,
+	PROTO_OPTION_SIZE = 16,			/* an option's header */
+	PROTO_OPTION_MAX = 64 * 1024,		/* option data that is taken as a whole */
+	PROTO_OPTION_REPLY_ROOM = 32 * 1024,	/* room for the answer to one option */
+	PROTO_REQUEST_SIZE = 28,
+	PROTO_REPLY_ROOM = 128,			/* room for any reply's header, or whole error reply */
+	PROTO_EXTENT_SIZE = 8,			/* one extent of NBD_REPLY_TYPE_BLOCK_STATUS */
+};
+
+/* What the handshake tells of an export. */
+struct proto_export {
+	const char *name;		/* UTF-8, at most PROTO_STRING_MAX bytes */
+	const char *description;	/* likewise */
+	uint64_t size;			/* bytes */
+	uint16_t flags;			/* transmission flags, without SEND_DF */
+};
+
+struct proto_exports {
+	const struct proto_export *const *entry;	/* the first is the default export */
+	size_t count;
+	bool any_name;		/* a name that is not in the table means the default */
+};
+
+/* What one connection has negotiated; all zero is the state before the client's flags. */
+struct proto_session {
+	const struct proto_export *export;	/* NULL until transmission */
+	bool fixed;			/* fixed newstyle */
+	bool no_zeroes;
+	bool structured;
+	bool allocation;		/* base:allocation was chosen ... */
+	uint64_t allocation_name;	/* ... for the export name with this hash */
+};
+
+/* A request's header: "Request message". */
+struct proto_request {
+	uint64_t cookie;
+	uint64_t off;
+	uint64_t len;
+	uint16_t cmd;
+	uint16_t flags;
+};
+
+/* One run of blocks of the same status: "NBD_REPLY_TYPE_BLOCK_STATUS". */
+struct extent {
+	uint64_t len;		/* bytes, not 0 */
+	uint32_t flags;		/* NBD_STATE_* */
+};
+
+/* A buffer that is written to its end and no further. */
+struct proto_out {
+	uint8_t *p;
+	size_t len, cap;
+	bool overflow;		/* something did not fit and was left out */
+};
+
+enum proto_next {
+	PROTO_HAGGLE,		/* send the answer, then expect another option */
+	PROTO_TRANSMIT,		/* send the answer, then transmission begins */
+	PROTO_CLOSE,		/* send the answer, if there is one, then close */
+};
+
+/* Write the server's first words to p, of PROTO_GREETING_SIZE bytes. */
+void proto_put_greeting(uint8_t *p);
+
+/* Write the oldstyle greeting to p, of PROTO_OLDSTYLE_SIZE bytes: "Oldstyle negotiation". */
+void proto_put_oldstyle(uint8_t *p, const struct proto_export *e);
+
+/* Take the client's flags.  False if it wants what was not offered: drop the connection. */
+bool proto_client_flags(struct proto_session *s, const uint8_t *p);
+
+/* Take an option's header.  False if the magic is wrong: drop the connection. */
+bool proto_get_option(const uint8_t *p, uint32_t *opt, uint32_t *len);
+
+/*
+ * Handle one whole option and append its answer to out, which has PROTO_OPTION_REPLY_ROOM bytes.
+ * "Option types".
+ */
+enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,
+			     uint32_t opt, const uint8_t *data, size_t len, struct proto_out *out);
+
+/* The answer to an option whose data was larger than PROTO_OPTION_MAX and thrown away. */
+enum proto_next proto_option_too_big(const struct proto_session *s, uint32_t opt,
+				     struct proto_out *out);
+
+/* The answer to any option while the server stops: "Termination of the session during ..." */
+enum proto_next proto_option_shutdown(const struct proto_session *s, uint32_t opt,
+				      struct proto_out *out);
+
+/* Take a request's header.  False if the magic is wrong: drop the connection. */
+bool proto_get_request(const uint8_t *p, struct proto_request *r);
+
+/*
+ * The one gate for requests: 0 if r may be carried out on the session's export, else the errno
+ * for its reply.  What passes has a known command with flags of its own, on a range inside the export.
+ */
+int proto_check_request(const struct proto_session *s, const struct proto_request *r);
+
+/* Whether the command changes the export. */
+bool proto_cmd_writes(uint16_t cmd);
+
+/* The value on the wire for an errno: one of NBD_E*. */
+uint32_t proto_error(int err);
+
+/*
+ * Replies.  Each writes at p, which has PROTO_REPLY_ROOM bytes, and returns the bytes used.
+ * They choose the form by what the session negotiated.
+ */
+
+/* The reply to a request without data, or with an error (an errno, 0 for none). */
+size_t proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
+		       uint8_t *p);
+
+/* What precedes len bytes of data at off of a READ; last means that the reply ends with them. */
+size_t proto_put_data(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		      uint32_t len, bool last, uint8_t *p);
+
+/* A hole of len bytes at off of a READ.  Structured replies only. */
+size_t proto_put_hole(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		      uint32_t len, bool last, uint8_t *p);
+
+/* What precedes n extents of a BLOCK_STATUS reply, which proto_put_extent() writes one by one. */
+size_t proto_put_status(const struct proto_session *s, const struct proto_request *r, unsigned n,
+			uint8_t *p);
+size_t proto_put_extent(const struct extent *e, uint8_t *p);
+
+#endif

@@ -1,0 +1,81 @@
+/*
+ * tx.c - replies on their way out: see tx.h.
+ */
+#define _GNU_SOURCE
+#include "tx.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+
+struct tx *tx_new(void)
+{
+	struct tx *tx = malloc(sizeof(*tx));
+
+	if (tx) {
+		tx->held = NULL;
+		tx_reset(tx);
+	}
+	return tx;
+}
+
+void tx_reset(struct tx *tx)
+{
+	assert(!tx->held);
+	tx->first = tx->iovs = 0;
+	tx->used = 0;
+}
+
+void tx_refer(struct tx *tx, const void *p, size_t len)
+{
+	struct iovec *last = tx->iovs ? &tx->iov[tx->iovs - 1] : NULL;
+
+	if (len == 0)
+		return;
+	if (last && (const uint8_t *)last->iov_base + last->iov_len == p) {
+		last->iov_len += len;
+		return;
+	}
+	assert(tx->iovs < TX_IOVS);
+	tx->iov[tx->iovs].iov_base = (void *)(uintptr_t)p;
+	tx->iov[tx->iovs].iov_len = len;
+	tx->iovs++;
+}
+
+void tx_add(struct tx *tx, size_t len)
+{
+	assert(len <= TX_BYTES - tx->used);
+	tx_refer(tx, tx_tail(tx), len);
+	tx->used += len;
+}
+
+/* Take n sent bytes off the front. */
+static void consume(struct tx *tx, size_t n)
+{
+	while (tx->first < tx->iovs && n >= tx->iov[tx->first].iov_len)
+		n -= tx->iov[tx->first++].iov_len;
+	if (n > 0) {
+		tx->iov[tx->first].iov_base = (uint8_t *)tx->iov[tx->first].iov_base + n;
+		tx->iov[tx->first].iov_len -= n;
+	}
+}
+
+enum tx_result tx_send(struct tx *tx, int fd)
+{
+	struct msghdr msg = { 0 };
+	ssize_t n;
+
+	if (tx_is_empty(tx))
+		return TX_SENT;
+	msg.msg_iov = tx->iov + tx->first;
+	msg.msg_iovlen = tx->iovs - tx->first;
+	do
+		n = sendmsg(fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+	while (n < 0 && errno == EINTR);
+	if (n < 0)
+		return errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS ? TX_MORE :
+										     TX_DEAD;
+	consume(tx, (size_t)n);
+	return tx->first == tx->iovs ? TX_SENT : TX_MORE;
+}

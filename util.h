@@ -1,0 +1,85 @@
+/*
+ * util.h - the log, the clock, sockets and other small helpers.
+ */
+#ifndef XNBD_UTIL_H
+#define XNBD_UTIL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/socket.h>
+
+#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+
+#if defined(__GNUC__)
+#define PRINTF_LIKE(fmt, args) __attribute__((format(printf, fmt, args)))
+#else
+#define PRINTF_LIKE(fmt, args)
+#endif
+
+enum log_to { LOG_TO_STDERR, LOG_TO_FILE, LOG_TO_SYSLOG };
+
+/* The name before each line on stderr and in syslog: static storage. */
+void log_name(const char *program);
+
+/*
+ * Choose where the log goes; path, for LOG_TO_FILE, must outlive the log.  Call before threads
+ * start.  Returns 0 or -errno, and then the log is where it was.
+ */
+int log_open(enum log_to to, const char *path);
+
+/* Open the log file again under its name, for log rotation.  Main thread. */
+void log_reopen(void);
+
+/* One line, whole, whatever other threads log at the same time. */
+void log_line(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+/*
+ * One line about a failed start: always to stderr, and to the log as well where that is another
+ * place.  Where stderr is the client's socket, as under inetd, it goes to syslog instead.
+ */
+void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+/* Milliseconds and microseconds of a clock that only goes forward. */
+uint64_t now_ms(void);
+uint64_t now_us(void);
+
+/* A number of bytes such as 512, 64K, 10M, 1G, 4T (powers of 1024).  False if it is none. */
+bool parse_size(const char *s, uint64_t *value);
+
+/* A decimal number from min to max.  False if it is none. */
+bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned long *value);
+
+/* The path from the root, in memory that the caller frees; NULL if out of memory. */
+char *absolute_path(const char *path);
+
+/* The last component of a path, within it. */
+const char *base_name(const char *path);
+
+/* fsync the directory that holds path, so that its entry is durable.  0 or -errno. */
+int sync_directory_of(const char *path);
+
+enum { ADDRESS_MAX = 128 };
+
+/* "127.0.0.1:8520", "[::1]:8520" or "unix:/path", in buf of ADDRESS_MAX bytes. */
+void format_address(const struct sockaddr *sa, socklen_t len, char *buf);
+
+/* A pipe whose both ends do not block and are closed on exec.  0 or -errno. */
+int make_pipe(int fds[2]);
+
+/* Write a byte, which may be dropped when the pipe is full.  Keeps errno: signal handlers call it. */
+void poke_pipe(int fd, char byte);
+
+/* Throw away what is in the pipe. */
+void drain_pipe(int fd);
+
+/* Whether both descriptors are the same socket. */
+bool is_same_socket(int a, int b);
+
+/* No delay, and notice a peer that is gone.  Does nothing on sockets that are not TCP. */
+void tune_socket(int fd);
+
+/* The number of processors that we may run on, at least 1. */
+unsigned cpu_count(void);
+
+#endif

@@ -1,0 +1,522 @@
+/*
+ * xnbd.c - main() of xnbd-server: start-up order, signals, shutdown.
+ *
+ * The main thread opens everything, then accepts connections and hands them to loops, then
+ * ends them.  It sleeps in ppoll(), and only there do signals come in.
+ */
+#define _GNU_SOURCE
+#include "backend.h"
+#include "disk.h"
+#include "listen.h"
+#include "loop.h"
+#include "options.h"
+#include "util.h"
+#include "worker.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum {
+	CONNECTIONS_MAX = 4096,
+	SPARE_FDS = 64,			/* for everything that is not a connection */
+	ACCEPT_BATCH = 64,
+	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
+	STOP_MS = 4500,
+	LOOPS_PER_CPU = 2,
+	LOOPS_MIN = 4,
+};
+
+/* Everything that the server consists of.  The main thread's. */
+struct server {
+	struct options options;
+	struct backend *backend;
+	struct export export;
+	const struct proto_export *table[1];
+	struct proto_exports exports;
+	struct listeners listeners;
+	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
+	int ready_fd;			/* --daemonize: tells the first process; else -1 */
+	char *log_path, *pid_path;	/* from the root, since a daemon leaves its directory */
+	size_t connections_max;
+	uint64_t accept_again;		/* now_ms() when a pause of accepting ends, 0 for none */
+	uint64_t refusal_logged;	/* now_ms() */
+};
+
+/* Signals and loops wake the main thread with a byte in this pipe. */
+static int wake_pipe[2] = { -1, -1 };
+static volatile sig_atomic_t stop_signals, hup_signals;
+
+static void on_signal(int sig)
+{
+	if (sig == SIGHUP) {
+		hup_signals = 1;
+	} else {
+		if (stop_signals)
+			_exit(EXIT_FAILURE);
+		stop_signals = 1;
+	}
+	poke_pipe(wake_pipe[1], 0);
+}
+
+/* A loop's thread: a connection has ended. */
+static void on_ended(void)
+{
+	poke_pipe(wake_pipe[1], 0);
+}
+
+static const int handled[] = { SIGTERM, SIGINT, SIGHUP };
+
+/* Block what is handled, here and in all threads to come; handlers run in ppoll() only. */
+static bool setup_signals(void)
+{
+	struct sigaction sa = { .sa_handler = on_signal };
+	int err = make_pipe(wake_pipe);
+	sigset_t set;
+
+	if (err) {
+		log_failure("cannot make a pipe: %s", strerror(-err));
+		return false;
+	}
+	sigemptyset(&set);
+	for (size_t i = 0; i < ARRAY_SIZE(handled); i++) {
+		sigaddset(&set, handled[i]);
+		sigaction(handled[i], &sa, NULL);
+	}
+	pthread_sigmask(SIG_BLOCK, &set, NULL);
+	signal(SIGPIPE, SIG_IGN);
+	return true;
+}
+
+/* Sleep until a descriptor is ready or a signal comes in. */
+static int wait_for(struct pollfd *pfd, nfds_t n, int timeout_ms)
+{
+	struct timespec ts = { timeout_ms / 1000, timeout_ms % 1000 * 1000000L };
+	sigset_t none;
+
+	sigemptyset(&none);
+	return ppoll(pfd, n, timeout_ms < 0 ? NULL : &ts, &none);
+}
+
+/* Start-up */
+
+/*
+ * Go into the background.  Returns in the child; the first process waits until the child is ready
+ * and exits with status 0, or 1 when the child ended before, which then has said why.
+ */
+static bool daemonize(struct server *s)
+{
+	int fds[2], status;
+	pid_t pid;
+	char byte;
+
+	if (pipe2(fds, O_CLOEXEC) < 0 || (pid = fork()) < 0) {
+		log_failure("cannot daemonize: %s", strerror(errno));
+		return false;
+	}
+	if (pid > 0) {
+		close(fds[1]);
+		if (read(fds[0], &byte, 1) == 1)
+			_exit(EXIT_SUCCESS);
+		waitpid(pid, &status, 0);
+		_exit(EXIT_FAILURE);
+	}
+	close(fds[0]);
+	s->ready_fd = fds[1];
+	setsid();
+	return true;
+}
+
+/* The daemon can be used: let the first process go, and let go of its terminal and directory. */
+static bool detach(struct server *s)
+{
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+
+	if (null < 0 || chdir("/") < 0) {
+		log_failure("cannot daemonize: %s", strerror(errno));
+		return false;
+	}
+	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+		dup2(null, fd);
+	if (null > STDERR_FILENO)
+		close(null);
+	while (write(s->ready_fd, "", 1) < 0 && errno == EINTR)
+		;
+	close(s->ready_fd);
+	s->ready_fd = -1;
+	return true;
+}
+
+static bool setup_log(struct server *s)
+{
+	const struct options *o = &s->options;
+	int err;
+
+	if (o->logpath) {
+		s->log_path = absolute_path(o->logpath);
+		err = s->log_path ? log_open(LOG_TO_FILE, s->log_path) : -ENOMEM;
+		if (err)
+			log_failure("cannot open log file %s: %s", o->logpath, strerror(-err));
+		return err == 0;
+	}
+	if (o->syslog || o->inetd || o->daemonize)
+		log_open(LOG_TO_SYSLOG, NULL);
+	return true;
+}
+
+/* As many descriptors as we may have; how many connections that makes. */
+static size_t raise_limits(void)
+{
+	struct rlimit r;
+
+	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
+		return 256;
+	if (r.rlim_cur < r.rlim_max && r.rlim_cur < CONNECTIONS_MAX + SPARE_FDS) {
+		r.rlim_cur = r.rlim_max < CONNECTIONS_MAX + SPARE_FDS ?
+				     r.rlim_max :
+				     CONNECTIONS_MAX + SPARE_FDS;
+		setrlimit(RLIMIT_NOFILE, &r);
+		getrlimit(RLIMIT_NOFILE, &r);
+	}
+	if (r.rlim_cur >= CONNECTIONS_MAX + SPARE_FDS)
+		return CONNECTIONS_MAX;
+	return r.rlim_cur > 2 * SPARE_FDS ? r.rlim_cur - SPARE_FDS : r.rlim_cur / 2;
+}
+
+static bool open_export(struct server *s)
+{
+	const struct options *o = &s->options;
+
+	if (o->create && !disk_create(o->image, o->create_size))
+		return false;
+	s->backend = disk_open(o->image, o->readonly);
+	if (!s->backend)
+		return false;
+	export_init(&s->export, s->backend, "", base_name(o->image), loops_wake);
+	s->table[0] = &s->export.proto;
+	s->exports.entry = s->table;
+	s->exports.count = 1;
+	s->exports.any_name = true;
+	return true;
+}
+
+/* Whether fd is a connection; logs what it is if not. */
+static bool is_connection(int fd, const char *what)
+{
+	int listening = 0;
+	socklen_t len = sizeof(listening);
+	struct stat st;
+
+	if (fstat(fd, &st) < 0 || !S_ISSOCK(st.st_mode)) {
+		log_failure("%s: descriptor %d is not a socket", what, fd);
+		return false;
+	}
+	if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) == 0 && listening) {
+		log_failure("%s: descriptor %d is a socket that listens, not a connection", what,
+			    fd);
+		return false;
+	}
+	return true;
+}
+
+/* Take the client from standard input, and keep everything else off its socket. */
+static bool take_inetd(struct server *s)
+{
+	int null;
+
+	if (!is_connection(STDIN_FILENO, "--inetd"))
+		return false;
+	s->single_fd = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+	null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	if (s->single_fd < 0 || null < 0) {
+		log_failure("--inetd: %s", strerror(errno));
+		return false;
+	}
+	dup2(null, STDIN_FILENO);
+	dup2(null, STDOUT_FILENO);
+	if (is_same_socket(s->single_fd, STDERR_FILENO))
+		dup2(null, STDERR_FILENO);
+	close(null);
+	return true;
+}
+
+static bool open_sockets(struct server *s)
+{
+	const struct options *o = &s->options;
+
+	if (o->inetd)
+		return take_inetd(s);
+	if (o->connected_fd >= 0) {
+		s->single_fd = (int)o->connected_fd;
+		return is_connection(s->single_fd, "--connected-fd") &&
+		       fcntl(s->single_fd, F_SETFD, FD_CLOEXEC) == 0;
+	}
+	if (o->unix_path && !listen_unix(&s->listeners, o->unix_path))
+		return false;
+	if (o->unix_path && !o->lport_given && !o->laddrs)
+		return true;
+	return listen_tcp(&s->listeners, o->laddr, o->laddrs, (unsigned)o->lport);
+}
+
+static bool write_pidfile(struct server *s)
+{
+	const char *path = s->options.pidfile;
+	int fd, n;
+
+	if (!path)
+		return true;
+	fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0644);
+	n = fd < 0 ? -1 : dprintf(fd, "%ld\n", (long)getpid());
+	if (fd >= 0 && close(fd) < 0)
+		n = -1;
+	s->pid_path = n < 0 ? NULL : absolute_path(path);
+	if (!s->pid_path)
+		log_failure("cannot write pidfile %s: %s", path, strerror(errno));
+	return s->pid_path != NULL;
+}
+
+static bool start_loops(struct server *s)
+{
+	unsigned max = (unsigned)s->options.threads;
+	int err;
+
+	if (max == 0)
+		max = LOOPS_PER_CPU * cpu_count();
+	if (!s->options.threads && max < LOOPS_MIN)
+		max = LOOPS_MIN;
+	err = loops_init(max, on_ended);
+	if (err)
+		log_failure("cannot start: %s", strerror(-err));
+	return err == 0;
+}
+
+static bool start(struct server *s)
+{
+	s->connections_max = raise_limits();
+	if (!setup_log(s) || !setup_signals() || !open_export(s) || !open_sockets(s) ||
+	    !start_loops(s) || !write_pidfile(s))
+		return false;
+	for (size_t i = 0; i < s->listeners.count; i++)
+		log_line("listening on %s", s->listeners.all[i].address);
+	return s->ready_fd < 0 || detach(s);
+}
+
+/* Connections */
+
+/* Hand a client to a loop, or close it. */
+static void add_client(struct server *s, int fd, enum greeting greeting, const char *peer)
+{
+	struct conn *c = conn_new(fd, greeting, &s->exports, peer);
+	int err;
+
+	if (!c) {
+		log_line("%s: refused: out of memory", peer);
+		close(fd);
+		return;
+	}
+	err = loops_add(c);
+	if (err) {
+		conn_kill(c, strerror(-err));
+		conn_free(c);
+	}
+}
+
+/* Close a client that is one too many; the log says so once a second at most. */
+static void refuse_client(struct server *s, int fd, const char *peer)
+{
+	uint64_t now = now_ms();
+
+	close(fd);
+	if (s->refusal_logged && now - s->refusal_logged < 1000)
+		return;
+	s->refusal_logged = now;
+	log_line("%s: refused: there are %zu connections already", peer, s->connections_max);
+}
+
+static void pause_accepting(struct server *s)
+{
+	log_line("cannot accept: %s; trying again when a connection ends", strerror(errno));
+	s->accept_again = now_ms() + ACCEPT_PAUSE_MS;
+}
+
+static bool out_of_resources(int err)
+{
+	return err == EMFILE || err == ENFILE || err == ENOBUFS || err == ENOMEM;
+}
+
+/* Accept one client.  False if there is none, or accepting has to pause. */
+static bool accept_client(struct server *s, const struct listener *l)
+{
+	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
+	union {
+		struct sockaddr sa;
+		struct sockaddr_storage room;
+	} address;
+	socklen_t len = sizeof(address);
+	char peer[ADDRESS_MAX];
+	int fd = accept4(l->fd, &address.sa, &len, SOCK_CLOEXEC);
+
+	if (fd < 0) {
+		if (out_of_resources(errno))
+			pause_accepting(s);
+		return errno == EINTR || errno == ECONNABORTED;
+	}
+	serial++;
+	if (l->unix_path)
+		snprintf(peer, sizeof(peer), "unix client %lu", serial);
+	else
+		format_address(&address.sa, len, peer);
+	if (loops_load() >= s->connections_max)
+		refuse_client(s, fd, peer);
+	else
+		add_client(s, fd, s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE, peer);
+	return true;
+}
+
+static void accept_clients(struct server *s, const struct pollfd *pfd)
+{
+	for (size_t i = 0; i < s->listeners.count; i++)
+		for (int n = 0; pfd[i].revents && n < ACCEPT_BATCH; n++)
+			if (!accept_client(s, &s->listeners.all[i]))
+				break;
+}
+
+/* Milliseconds to the end of a pause of accepting, -1 if there is none. */
+static int pause_left(struct server *s)
+{
+	uint64_t now;
+
+	if (!s->accept_again)
+		return -1;
+	now = now_ms();
+	if (now < s->accept_again)
+		return (int)(s->accept_again - now);
+	s->accept_again = 0;
+	return -1;
+}
+
+/* The pipe had something: a connection ended, or a signal came. */
+static void take_wakeups(struct server *s)
+{
+	drain_pipe(wake_pipe[0]);
+	s->accept_again = 0;
+	if (hup_signals) {
+		hup_signals = 0;
+		log_reopen();
+	}
+}
+
+/* Accept clients until a signal to stop, or until the only client has left. */
+static void serve(struct server *s)
+{
+	struct pollfd pfd[1 + s->listeners.count];
+	bool single = s->single_fd >= 0;
+
+	pfd[0] = (struct pollfd){ .fd = wake_pipe[0], .events = POLLIN };
+	for (size_t i = 0; i < s->listeners.count; i++)
+		pfd[i + 1].events = POLLIN;
+	while (!stop_signals && !(single && loops_load() == 0)) {
+		int timeout = pause_left(s);
+
+		for (size_t i = 0; i < s->listeners.count; i++)
+			pfd[i + 1].fd = s->accept_again ? -1 : s->listeners.all[i].fd;
+		if (wait_for(pfd, 1 + s->listeners.count, timeout) <= 0)
+			continue;
+		if (pfd[0].revents)
+			take_wakeups(s);
+		accept_clients(s, pfd + 1);
+	}
+}
+
+static void add_single_client(struct server *s)
+{
+	enum greeting greeting = GREET_CONNECTED;
+	union {
+		struct sockaddr sa;
+		struct sockaddr_storage room;
+	} address;
+	socklen_t len = sizeof(address);
+	char peer[ADDRESS_MAX] = "client";
+
+	if (s->options.inetd)
+		greeting = s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE;
+	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
+		format_address(&address.sa, len, peer);
+	add_client(s, s->single_fd, greeting, peer);
+}
+
+/* End */
+
+/* Let all connections finish.  False if some have not in time. */
+static bool stop_connections(void)
+{
+	uint64_t deadline = now_ms() + STOP_MS, now;
+	struct pollfd pfd = { .fd = wake_pipe[0], .events = POLLIN };
+
+	loops_stop();
+	while (loops_load() > 0) {
+		now = now_ms();
+		if (now >= deadline)
+			return false;
+		if (wait_for(&pfd, 1, (int)(deadline - now)) > 0)
+			drain_pipe(wake_pipe[0]);
+	}
+	return true;
+}
+
+static void clean_up(struct server *s)
+{
+	listen_close(&s->listeners);
+	if (s->pid_path)
+		unlink(s->pid_path);
+	free(s->pid_path);
+	free(s->log_path);
+	options_free(&s->options);
+}
+
+static void run(struct server *s)
+{
+	if (s->single_fd >= 0)
+		add_single_client(s);
+	serve(s);
+	if (stop_signals)
+		log_line("stopping");
+	listen_close(&s->listeners);
+	if (!stop_connections()) {
+		log_line("stopped, but requests of %zu connections hang", loops_load());
+		if (s->pid_path)
+			unlink(s->pid_path);
+		_exit(EXIT_SUCCESS);
+	}
+	loops_join();
+	worker_stop();
+}
+
+int main(int argc, char **argv)
+{
+	static struct server s = { .single_fd = -1, .ready_fd = -1 };
+	int status = EXIT_FAILURE;
+
+	log_name("xnbd-server");
+	options_parse(&s.options, argc, argv);
+	if (s.options.daemonize && !daemonize(&s))
+		return EXIT_FAILURE;
+	if (start(&s)) {
+		run(&s);
+		status = EXIT_SUCCESS;
+	}
+	if (s.backend)
+		s.backend->ops->close(s.backend);
+	clean_up(&s);
+	return status;
+}

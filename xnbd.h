@@ -1,0 +1,47 @@
+/*
+ * xnbd.h - the types that pass between rooms.
+ */
+#ifndef XNBD_H
+#define XNBD_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "proto.h"
+#include "worker.h"
+
+#define XNBD_VERSION "0.1.0"
+
+enum {
+	BLOCK_SIZE = 4096,	/* the unit of bitmaps, of holes, and of write pieces */
+};
+
+/*
+ * One command in flight, or a piece of one.  It is made by a connection, handed to the export's
+ * backend, and comes back to the connection's loop; only one of them touches it at a time.
+ */
+struct request {
+	struct job job;			/* for the worker that runs it */
+	struct request *next;		/* list link of whoever holds it */
+	struct conn *conn;
+	struct backend *backend;
+	void (*done)(struct request *);	/* any thread may call it, see request_done() */
+	struct proto_request h;		/* off and len lie inside the export */
+	int error;			/* an errno, 0 for none */
+
+	uint8_t *buf;			/* READ: where to put data; WRITE: the payload */
+	bool owns_buf;			/* buf is freed with the request */
+
+	/*
+	 * BLOCK_STATUS: the answer.  READ by a worker: which runs of it are holes, whose part of
+	 * buf is not filled; none means that all is data.  Freed with the request.
+	 */
+	struct extent *extent;
+	unsigned extents;
+
+	/* A WRITE whose payload arrives in pieces: each piece is a request of its own. */
+	struct request *whole;		/* in a piece: the WRITE that it belongs to */
+	unsigned pieces;		/* in the WRITE: pieces that are not done */
+};
+
+#endif
