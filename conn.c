@@ -175,7 +175,7 @@ void conn_expire(struct conn *c)
 		conn_kill(c, c->stopping ? "server stops" : "handshake took too long");
 		break;
 	case CONN_LINGERING:
-		conn_kill(c, "closed");
+		conn_kill(c, c->end);
 		break;
 	default:
 		conn_kill(c, c->stopping ? "server stops" : "replies were not taken");
@@ -183,9 +183,10 @@ void conn_expire(struct conn *c)
 }
 
 /* Take no more requests; end when what is in flight is answered. */
-static void finish(struct conn *c)
+static void finish(struct conn *c, const char *why)
 {
 	c->state = CONN_FINISHING;
+	c->end = why;
 	if (!c->stopping)
 		c->deadline = 0;
 	set_deadline(c, FINISHING_MS);
@@ -194,8 +195,8 @@ static void finish(struct conn *c)
 /* The last step of an orderly end: nothing is in flight, and everything is sent. */
 static void close_orderly(struct conn *c)
 {
-	if (!c->shut) {
-		conn_kill(c, "client left");
+	if (!c->linger) {
+		conn_kill(c, c->end);
 		return;
 	}
 	/* To close with input unread would make TCP throw away replies that are on their way. */
@@ -476,8 +477,8 @@ static void option_answered(struct conn *c, enum proto_next next, const struct p
 		enter_transmission(c);
 		break;
 	case PROTO_CLOSE:
-		c->shut = true;
-		finish(c);
+		c->linger = true;
+		finish(c, "handshake ended");
 		break;
 	}
 }
@@ -628,7 +629,7 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 		return n;
 	}
 	if (h.cmd == NBD_CMD_DISC) {
-		finish(c);
+		finish(c, "client left");
 		return n;
 	}
 	r = loop_request(c->loop);
@@ -817,7 +818,7 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 static void end_of_input(struct conn *c)
 {
 	if (in_transmission(c) && !c->current && !c->blocked && c->kept_len == 0)
-		finish(c);
+		finish(c, "client left");
 	else if (in_transmission(c))
 		conn_kill(c, "client left in the middle of a request");
 	else
@@ -868,13 +869,22 @@ static void discard_input(struct conn *c)
 	ssize_t n = recv(c->fd, c->loop->rx, LOOP_RX_CHUNK, MSG_DONTWAIT);
 
 	if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
-		conn_kill(c, "closed");
+		conn_kill(c, c->end);
 }
 
-/* While the server stops: is there anything that it owes this client? */
+/* Whether there is nothing that we owe the client. */
 static bool is_idle(const struct conn *c)
 {
-	return c->in_flight == 0 && !c->ready && !c->current && !c->blocked && !c->lively;
+	return c->in_flight == 0 && !c->ready && !c->current && !c->blocked && !c->backlog;
+}
+
+/* While the server stops: end when the client has gone quiet. */
+static void stop_when_quiet(struct conn *c)
+{
+	if (!is_idle(c) || c->lively)
+		c->linger = true;
+	else if (c->state < CONN_FINISHING)
+		finish(c, "server stops");
 }
 
 void conn_turn(struct conn *c, bool readable)
@@ -893,11 +903,9 @@ void conn_turn(struct conn *c, bool readable)
 		return;
 	if (!c->backlog)
 		flush(c);
-	if (c->stopping && c->state < CONN_FINISHING && !c->backlog && is_idle(c)) {
-		c->shut = true;
-		finish(c);
-	}
-	if (c->state == CONN_FINISHING && !c->backlog && !c->ready && c->in_flight == 0)
+	if (c->stopping)
+		stop_when_quiet(c);
+	if (c->state == CONN_FINISHING && is_idle(c))
 		close_orderly(c);
 }
 

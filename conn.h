@@ -58,7 +58,8 @@ struct conn {
 	uint64_t buffered;		/* bytes in buffers of requests */
 
 	bool stopping;			/* the server is */
-	bool shut;			/* linger before closing: we were the ones to end it */
+	const char *end;		/* CONN_FINISHING: why it ends, for the log */
+	bool linger;			/* let the client close first: it may be sending */
 	bool blocked;			/* kept may hold whole requests, taken when there is room */
 	bool turned_away;		/* by the gate: goes on when it opens */
 	bool dirty;			/* in the loop's list of those with something ready */

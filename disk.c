@@ -30,7 +30,7 @@ enum {
 	MAP_BUDGET = 32 * 1024 * 1024,
 
 	/* A write that took longer means that the disk is behind: then workers write for a while. */
-	SLOW_WRITE_US = 3000,
+	SLOW_WRITE_US = 25 * 1000,	/* more than to lose the processor for a turn */
 	SLOW_WRITE_PENALTY_US = 500 * 1000,
 
 	ZERO_CHUNK = 64 * 1024,

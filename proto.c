@@ -233,6 +233,13 @@ static uint32_t check_name(const struct name *name)
 	return is_utf8(name) ? 0 : NBD_REP_ERR_INVALID;
 }
 
+bool proto_is_string(const char *s)
+{
+	struct name name = { (const uint8_t *)s, strlen(s) };
+
+	return check_name(&name) == 0;
+}
+
 /* Read a length and as many bytes. */
 static uint32_t in_name(struct in *in, struct name *name)
 {
@@ -507,9 +514,11 @@ enum proto_next proto_option(struct proto_session *s, const struct proto_exports
 	return next;
 }
 
-enum proto_next proto_option_too_big(const struct proto_session *s, uint32_t opt,
+enum proto_next proto_option_too_big(struct proto_session *s, uint32_t opt,
 				     struct proto_out *out)
 {
+	if (opt == NBD_OPT_SET_META_CONTEXT)	/* one that fails forgets the earlier choice */
+		s->allocation = false;
 	return refuse(s, opt, find_option(opt) ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP, out);
 }
 

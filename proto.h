@@ -180,6 +180,9 @@ enum proto_next {
 	PROTO_CLOSE,		/* send the answer, if there is one, then close */
 };
 
+/* Whether s may be sent as a string: "Conventions". */
+bool proto_is_string(const char *s);
+
 /* Write the server's first words to p, of PROTO_GREETING_SIZE bytes. */
 void proto_put_greeting(uint8_t *p);
 
@@ -200,7 +203,7 @@ enum proto_next proto_option(struct proto_session *s, const struct proto_exports
 			     uint32_t opt, const uint8_t *data, size_t len, struct proto_out *out);
 
 /* The answer to an option whose data was larger than PROTO_OPTION_MAX and thrown away. */
-enum proto_next proto_option_too_big(const struct proto_session *s, uint32_t opt,
+enum proto_next proto_option_too_big(struct proto_session *s, uint32_t opt,
 				     struct proto_out *out);
 
 /* The answer to any option while the server stops: "Termination of the session during ..." */

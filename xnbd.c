@@ -193,6 +193,14 @@ static size_t raise_limits(void)
 	return r.rlim_cur > 2 * SPARE_FDS ? r.rlim_cur - SPARE_FDS : r.rlim_cur / 2;
 }
 
+/* What clients may see of the image's path; a file name may have bytes that NBD does not allow. */
+static const char *describe_image(const char *path)
+{
+	const char *name = base_name(path);
+
+	return proto_is_string(name) ? name : "";
+}
+
 static bool open_export(struct server *s)
 {
 	const struct options *o = &s->options;
@@ -202,7 +210,7 @@ static bool open_export(struct server *s)
 	s->backend = disk_open(o->image, o->readonly);
 	if (!s->backend)
 		return false;
-	export_init(&s->export, s->backend, "", base_name(o->image), loops_wake);
+	export_init(&s->export, s->backend, "", describe_image(o->image), loops_wake);
 	s->table[0] = &s->export.proto;
 	s->exports.entry = s->table;
 	s->exports.count = 1;

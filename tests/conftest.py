@@ -1,0 +1,326 @@
+"""Fixtures of the tests: disk images, servers, skips and time limits."""
+
+import faulthandler
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nbd
+from nbd import DEADLINE, SANITIZED, until
+
+SERVER = os.environ.get("XNBD_SERVER",
+                        str(Path(__file__).resolve().parent.parent / "xnbd-server"))
+TIME_LIMIT = 600 if SANITIZED else 120      # seconds for one test
+STOP_LIMIT = 5                              # seconds from SIGTERM to the end
+# What a sanitizer, or the C library's checks, print before they end a program.
+CRASH = re.compile(r"Sanitizer|runtime error|Assertion .* failed|stack smashing"
+                   r"|corrupted|double free|free\(\): invalid")
+
+
+# Skips
+
+def skip(reason):
+    """Skips the running test, by name; with XNBD_NO_SKIP=1 it fails."""
+    if os.environ.get("XNBD_NO_SKIP") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def need(program, package):
+    """The path of a program; skips if it is absent."""
+    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    return path or skip(f"needs {program} ({package})")
+
+
+def need_module(module, package):
+    """Skips if another process cannot import that Python module.  (In this
+    one `nbd` is the raw client, not libnbd.)"""
+    found = subprocess.run([sys.executable, "-c", f"import {module}"], cwd="/",
+                           stderr=subprocess.DEVNULL)
+    if found.returncode:
+        skip(f"needs Python's {module} ({package})")
+
+
+def need_punch(directory):
+    """Skips if the file system cannot punch holes."""
+    probe = Path(directory) / "punch-probe"
+    probe.write_bytes(b"x" * 65536)
+    punched = subprocess.run([need("fallocate", "util-linux"), "-p", "-l", "65536", probe],
+                             stderr=subprocess.DEVNULL)
+    probe.unlink()
+    if punched.returncode:
+        skip("needs a file system that can punch holes")
+
+
+# Time limit
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "limit(seconds): how long this test may take")
+    config.addinivalue_line(
+        "markers", "hazard(what): how servers of this kind have failed before")
+
+
+@pytest.fixture(autouse=True)
+def time_limit(request):
+    """A test that hangs fails, and says where it was."""
+    def expired(*_):
+        faulthandler.dump_traceback(sys.__stderr__)
+        raise TimeoutError(f"the test took longer than {seconds} s")
+
+    marker = request.node.get_closest_marker("limit")
+    seconds = marker.args[0] if marker else TIME_LIMIT
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(seconds)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+# Disk images
+
+def make_disk(path, size=None, content=b"", sparse=True):
+    """Writes content, then zeros up to size: as a hole, or allocated."""
+    size = len(content) if size is None else size
+    with open(path, "wb") as f:
+        f.write(content)
+        if not sparse:
+            for at in range(len(content), size, 1 << 20):
+                f.write(bytes(min(1 << 20, size - at)))
+        f.truncate(size)
+    return path
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """disk(size, content, sparse, name): makes an image, returns its Path."""
+    made = []
+
+    def make(size=None, content=b"", sparse=True, name=None):
+        path = tmp_path / (name or f"disk{len(made) or ''}.img")
+        made.append(make_disk(path, size, content, sparse))
+        return path
+
+    yield make
+    for path in made:
+        path.unlink(missing_ok=True)
+
+
+# Servers
+
+class Server:
+    """A running server.
+
+    .proc .port .unix .addresses   what was started and where it listens
+    .log()                         everything it has logged
+    .client(**kw) .raw(**kw)       a negotiated client; one that has only connected
+    .uri                           nbd:// or nbd+unix://, for other programs
+    .stop()                        SIGTERM, and the checks of a good end
+    .expected_status               what stop() and the teardown must find (0);
+                                   None if anything but a crash will do
+    """
+
+    def __init__(self, arguments, directory, number, popen):
+        self.arguments = [str(a) for a in arguments]
+        self.stderr = directory / f"server{number}.log"
+        self.clients = []
+        self.expected_status = 0
+        with open(self.stderr, "ab") as log:
+            self.proc = subprocess.Popen([SERVER, *self.arguments], **{
+                "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **popen})
+
+    def logfile(self):
+        """The file of --logpath, if there is one."""
+        found = re.search(r"--logpath[= ](\S+)", " ".join(self.arguments))
+        return Path(found.group(1)) if found else None
+
+    def log(self):
+        text = self.stderr.read_text(errors="replace")
+        other = self.logfile()
+        if other and other.exists():
+            text += other.read_text(errors="replace")
+        return text
+
+    @property
+    def addresses(self):
+        """(host, port) or a path for each line "listening on"."""
+        return [parse_address(line) for line in
+                re.findall(r"listening on (.*)\n", self.log())]
+
+    @property
+    def port(self):
+        return next((a[1] for a in self.addresses if isinstance(a, tuple)), None)
+
+    @property
+    def unix(self):
+        return next((a for a in self.addresses if isinstance(a, str)), None)
+
+    @property
+    def uri(self):
+        first = self.addresses[0]
+        if isinstance(first, str):
+            return f"nbd+unix:///?socket={first}"
+        host = f"[{first[0]}]" if ":" in first[0] else first[0]
+        return f"nbd://{host}:{first[1]}"
+
+    def wait_ready(self):
+        """Until it says where it listens, and a connection is accepted."""
+        until(lambda: self.addresses or self.proc.poll() is not None,
+              what="listening")
+        if not self.addresses:
+            raise AssertionError(f"server ended, status {self.proc.returncode}: "
+                                 f"{self.log()}")
+        self.address = self.addresses[0]
+        nbd.Transport(self.address).close()
+        return self
+
+    def raw(self, address=None, **kw):
+        """A client that has connected and not read a byte."""
+        client = nbd.Client(address or self.address, **kw)
+        self.clients.append(client)
+        return client
+
+    def hello(self, **kw):
+        """A client that may send options."""
+        return self.raw(**kw).hello()
+
+    def client(self, address=None, timeout=DEADLINE, rcvbuf=None, **kw):
+        """A client in the transmission phase; see Handshake.negotiate()."""
+        return self.raw(address, timeout=timeout, rcvbuf=rcvbuf).negotiate(**kw)
+
+    def is_served(self):
+        """A new client is served (raises if not), and the server lives."""
+        with nbd.Client(self.address) as c:
+            c.negotiate()
+            c.pread(min(512, c.size))
+            c.disc()
+        assert self.proc.poll() is None, self.log()
+        return True
+
+    def status(self, field):
+        """A number of /proc/PID/status, such as VmRSS (in KiB) or Threads."""
+        text = Path(f"/proc/{self.proc.pid}/status").read_text()
+        return int(re.search(rf"^{field}:\s+(\d+)", text, re.M).group(1))
+
+    def rss(self):
+        return self.status("VmRSS") * 1024
+
+    def cpu(self):
+        """Seconds of CPU time used so far."""
+        fields = Path(f"/proc/{self.proc.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def descriptors(self):
+        return len(os.listdir(f"/proc/{self.proc.pid}/fd"))
+
+    def terminate(self, number=signal.SIGTERM):
+        self.proc.send_signal(number)
+
+    def wait(self, seconds=STOP_LIMIT):
+        """Waits for the end and checks how it ended."""
+        try:
+            status = self.proc.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"server did not end in {seconds} s: "
+                                 f"{self.log()}") from None
+        log = self.log()
+        assert not CRASH.search(log), log
+        expected = self.expected_status
+        assert status == expected or (expected is None and status >= 0), (
+            f"server ended with status {status}: {log}")
+        return status
+
+    def stop(self):
+        """SIGTERM; it must end well within 5 seconds."""
+        if self.proc.poll() is None:
+            self.terminate()
+        return self.wait()
+
+    def kill(self):
+        """SIGKILL; the end is not checked any more."""
+        self.expected_status = -signal.SIGKILL
+        self.proc.kill()
+        self.proc.wait()
+
+
+def parse_address(text):
+    """(host, port), or the path after "unix:"."""
+    if text.startswith("unix:"):
+        return text[len("unix:"):]
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def arguments_of(image, options):
+    """The default command line; --unix replaces the TCP address."""
+    own = {"--unix", "--laddr", "--lport"} & {str(o).split("=")[0] for o in options}
+    where = [] if own else ["--laddr", "127.0.0.1", "--lport", "0"]
+    return ["--target", *where, *options, image]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """server(image, *options): starts a server and waits until it listens.
+
+    server(image, "--readonly")         --target --laddr 127.0.0.1 --lport 0 --readonly IMAGE
+    server(image, "--unix", path)       no TCP address unless one is given
+    server(args=[...])                  exactly these arguments
+    wait=False                          does not wait; the test calls wait_ready()
+    further keywords                    go to subprocess.Popen
+    """
+    started = []
+
+    def start(image=None, *options, args=None, wait=True, **popen):
+        if args is None:
+            args = arguments_of(image, options)
+        one = Server(args, tmp_path, len(started), popen)
+        started.append(one)
+        return one.wait_ready() if wait else one
+
+    yield start
+    end_all(started)
+
+
+def end_all(servers):
+    """Stops every server, and only then complains about the first bad end."""
+    problems = []
+    for one in servers:
+        try:
+            one.stop()
+        except AssertionError as e:
+            problems.append(e)
+        for client in one.clients:
+            client.close()
+    if problems:
+        raise problems[0]
+
+
+@pytest.fixture
+def run_server():
+    """run_server(*arguments): runs the server to its end (for refusals, --help);
+    returns subprocess.CompletedProcess with text."""
+    def run(*arguments, timeout=DEADLINE, **kw):
+        done = subprocess.run([SERVER, *map(str, arguments)], **{
+            "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE, "text": True, "timeout": timeout, **kw})
+        assert done.returncode >= 0 and not CRASH.search(done.stderr), done
+        return done
+
+    return run
+
+
+def raise_descriptor_limit(wanted):
+    """Lets this process and the servers it starts open that many files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            skip(f"needs {wanted} open files (ulimit -n)")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

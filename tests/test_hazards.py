@@ -1,0 +1,948 @@
+"""How NBD servers have failed before: each hazard, re-tried on this one.
+
+The marker of a test names its hazard.  Whatever a client does, it may lose its
+connection, the server lives and serves the next one; the fixture `server`
+checks at the end that it ends well and that no sanitizer complained.
+"""
+
+import os
+import random
+import resource
+import select
+import signal
+import stat
+import struct
+import threading
+import time
+
+import pytest
+
+from conftest import need_punch, raise_descriptor_limit
+from nbd import *
+
+MIB = 1 << 20
+SIZE = 4 * MIB + 77
+ALLOCATION = "base:allocation"
+# What the server may grow by; a sanitizer keeps freed memory for a while.
+MEMORY = 1024 * MIB if SANITIZED else 64 * MIB
+FIXED = NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES
+hazard = pytest.mark.hazard
+both_replies = pytest.mark.parametrize("structured", [False, True],
+                                       ids=["simple", "structured"])
+
+
+@pytest.fixture
+def image(disk):
+    return disk(content=pattern(0, SIZE))
+
+
+@pytest.fixture
+def target(server, image):
+    return server(image)
+
+
+def option(number, data=b""):
+    return option_header(number, len(data)) + data
+
+
+def in_step(c):
+    assert c.pread(512, 1000) == pattern(1000, 512)
+
+
+def unchanged(c):
+    for at in range(0, c.size, MIB):
+        length = min(MIB, c.size - at)
+        assert c.pread(length, at) == pattern(at, length)
+
+
+def settled(server):
+    """Until the server has nothing to do any more."""
+    seen = [server.cpu()]
+    while len(seen) < 4 or len(set(seen[-4:])) > 1:
+        time.sleep(0.05)
+        seen.append(server.cpu())
+        assert len(seen) < 20 * DEADLINE, "the server is busy for ever"
+
+
+# Handshake
+
+SESSION = b"".join([
+    struct.pack(">I", FIXED),
+    option(NBD_OPT_STRUCTURED_REPLY),
+    option(NBD_OPT_LIST),
+    option(NBD_OPT_SET_META_CONTEXT, meta_data("ab", [ALLOCATION])),
+    option(NBD_OPT_INFO, info_data("ab", [NBD_INFO_NAME])),
+    option(1000, b"unknown"),
+    option(NBD_OPT_GO, info_data("ab", [NBD_INFO_BLOCK_SIZE])),
+    request_header(NBD_CMD_READ, 0, 512),
+    request_header(NBD_CMD_WRITE, SIZE - 8, 8) + b"payload.",
+    request_header(NBD_CMD_BLOCK_STATUS, 0, 512),
+])
+LEGACY = b"".join([struct.pack(">I", 0), option(NBD_OPT_EXPORT_NAME, b"ab"),
+                   request_header(NBD_CMD_READ, 0, 512)])
+sessions = pytest.mark.parametrize("session", [SESSION, LEGACY], ids=["fixed", "legacy"])
+
+
+@hazard("handshake cut off at every byte; reset instead of close")
+@pytest.mark.parametrize("end", ["close", "reset"])
+@sessions
+def test_session_cut_off_at_every_byte(target, session, end):
+    before = target.descriptors()
+    for length in range(len(session) + 1):
+        c = Client(target.address)
+        c.send(session[:length])
+        if length % 2:
+            c.recv(18)              # else the greeting goes unread
+        getattr(c, end)()
+        if length % 40 == 0:
+            target.is_served()
+    target.is_served()
+    until(lambda: target.descriptors() <= before, what="closing of all connections")
+
+
+@hazard("handshake followed by junk at every byte")
+@pytest.mark.parametrize("junk", [b"\0" * 300, b"\xff" * 300, b"IHAVEOPT" * 40],
+                         ids=["zeros", "ones", "magic"])
+@sessions
+def test_junk_at_every_byte(target, session, junk):
+    for length in range(len(session) + 1):
+        with Client(target.address) as c:
+            try:
+                c.send(session[:length] + junk)
+                c.shutdown_write()
+            except (Closed, OSError):
+                pass
+            c.recv_until_closed()
+    target.is_served()
+
+
+@hazard("handshake followed by junk")
+def test_random_options_get_one_final_reply_each(target):
+    """Random numbers, lengths and data; the connection stays in step."""
+    dice = random.Random(1)
+    for _ in range(20):
+        with target.hello() as c:
+            for _ in range(20):
+                number = dice.choice([*range(3, 6), *range(8, 14), dice.getrandbits(32)])
+                c.option(number, dice.randbytes(dice.choice([0, 1, 4, 8, 20, 300])))
+                while not c.option_reply(number).is_final:
+                    pass
+            assert c.list() == [""]
+
+
+@hazard("handshake followed by junk")
+def test_random_bytes_end_only_their_own_connection(target):
+    dice = random.Random(2)
+    with target.client() as witness:
+        for i in range(100):
+            with (target.hello() if i % 2 else target.client()) as c:
+                try:
+                    c.send(dice.randbytes(dice.randrange(1, 2000)))
+                    c.shutdown_write()
+                except (Closed, OSError):
+                    pass
+                c.recv_until_closed()
+            in_step(witness)
+
+
+@hazard("handshake cut off or followed by junk: oldstyle")
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_oldstyle_session_cut_off_at_every_byte(server, image, end):
+    s = server(image, "--oldstyle")
+    session = request_header(NBD_CMD_READ, 0, 512) + request_header(NBD_CMD_WRITE, 0, 9)
+    for length in range(len(session) + 1):
+        c = s.client(oldstyle=True)
+        c.send(session[:length])
+        getattr(c, end)()
+    with s.client(oldstyle=True) as c:
+        in_step(c)
+
+
+class Laggard:
+    """A connection that never finishes its handshake."""
+
+    def __init__(self, server, start, drip=b""):
+        self.client = server.raw()
+        self.client.send(start)
+        self.drip, self.closed_after = drip, None
+        self.born = time.monotonic()
+
+    def tick(self):
+        """Reads what there is, and sends one more piece."""
+        if self.closed_after is not None:
+            return
+        try:
+            self.client.sock.setblocking(False)
+            while self.client.sock.recv(65536):
+                pass
+            self.closed_after = time.monotonic() - self.born
+        except BlockingIOError:
+            self._send()
+        except ConnectionError:
+            self.closed_after = time.monotonic() - self.born
+
+    def _send(self):
+        try:
+            self.client.sock.send(self.drip)
+        except ConnectionError:
+            self.closed_after = time.monotonic() - self.born
+
+
+@hazard("idle connections that never finish the handshake")
+def test_handshake_has_a_deadline_of_10_seconds(target):
+    """However the time is spent; and it does not concern those who finished."""
+    done = [target.client(structured=i % 2) for i in range(2)]
+    flags = struct.pack(">I", FIXED)
+    late = [Laggard(target, b""), Laggard(target, flags), Laggard(target, flags[:2]),
+            Laggard(target, flags + option(NBD_OPT_LIST)[:11]),
+            Laggard(target, flags + option_header(1000, 1 << 20), drip=b"x"),
+            Laggard(target, flags, drip=option(NBD_OPT_LIST)),
+            Laggard(target, flags + option_header(NBD_OPT_GO, 6) + b"\0\0\0"),
+            Laggard(target, flags + option(NBD_OPT_ABORT))]
+    until(lambda: [one.tick() for one in late] and all(one.closed_after for one in late),
+          seconds=20, what="closing of the unfinished handshakes")
+    assert all(9 < one.closed_after < 15 for one in late[:-1]), [
+        one.closed_after for one in late]
+    for c in done:
+        in_step(c)
+
+
+@hazard("idle connections that never finish the handshake: a cap")
+def test_connections_have_a_cap(target):
+    """Those above it are closed unserved and logged; stopping closes all."""
+    raise_descriptor_limit(4400)
+    with target.client() as served:
+        idle = [target.raw() for _ in range(4095)]
+        idle[-1].greeting()
+        target.raw().expect_closed()
+        in_step(served)
+        assert len(target.log().splitlines()) < 100
+        idle.pop().close()
+        until(lambda: greeted(target), what="room for one more")
+
+
+def greeted(server):
+    try:
+        server.raw().greeting()
+        return True
+    except Closed:
+        return False
+
+
+@hazard("idle connections: their memory")
+def test_2000_idle_connections_cost_little(target):
+    raise_descriptor_limit(2300)
+    before = target.rss()
+    idle = [target.client(structured=i % 2) for i in range(2000)]
+    assert target.rss() - before < MEMORY
+    target.is_served()
+    for c in idle[::100]:
+        in_step(c)
+    before = target.cpu()
+    time.sleep(0.5)                 # a measurement
+    assert target.cpu() - before < 0.2, "idle connections keep the server busy"
+
+
+@hazard("accept() out of descriptors")
+def test_running_out_of_descriptors_pauses_and_does_not_spin(server, image):
+    limit = 64
+    s = server(image, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_NOFILE, (limit, limit)))
+    with s.client() as served:
+        crowd = [s.raw() for _ in range(2 * limit)]
+        settled(s)
+        before = s.cpu()
+        time.sleep(0.5)             # a measurement
+        assert s.cpu() - before < 0.25
+        in_step(served)
+        for c in crowd:
+            c.close()
+        s.is_served()
+
+
+# Option lengths
+
+@hazard("option length 0xffffffff")
+@pytest.mark.parametrize("length", [(1 << 32) - 1, 1 << 31, PAYLOAD_MAX + 1])
+@pytest.mark.parametrize("number", [*range(1, 13), 0xffffffff])
+def test_oversize_option_is_refused_at_once(target, number, length):
+    """Before its data, and nothing is allocated for it."""
+    with target.hello() as c:
+        c.option(number, length=length)
+        c.expect_closed()
+
+
+@hazard("option length: nothing allocated")
+def test_announced_option_data_costs_no_memory(target):
+    before = target.rss()
+    for i in range(50):
+        target.hello().option([1000, *range(3, 12)][i % 10], b"x", length=PAYLOAD_MAX)
+    target.is_served()
+    assert target.status("VmHWM") * 1024 - before < MEMORY
+
+
+@hazard("name length 0xffffffff or larger than its option")
+@pytest.mark.parametrize("length", [(1 << 32) - 1, (1 << 32) - 4, (1 << 32) - 6, 1 << 31,
+                                    4097, 65536, 5, 4])
+@pytest.mark.parametrize("number", [NBD_OPT_INFO, NBD_OPT_GO, NBD_OPT_LIST_META_CONTEXT,
+                                    NBD_OPT_SET_META_CONTEXT])
+def test_name_larger_than_its_option(target, number, length):
+    with target.hello() as c:
+        c.structured_reply()
+        data = struct.pack(">I", length) + b"abc" + b"\0\0"
+        assert c.refused(number, data) == NBD_REP_ERR_INVALID
+        assert c.list() == [""]
+
+
+NAME_SIZES = [0, 1, 255, 256, 257, 3000, 4095, 4096, 4097]
+name_sizes = pytest.mark.parametrize("length", NAME_SIZES)
+
+
+@hazard("names of 0 to 4097 bytes")
+@name_sizes
+def test_information_about_names_of_many_sizes(target, length):
+    name = ("name" * 1025)[:length]
+    with target.hello() as c:
+        if length > STRING_MAX:
+            assert c.refused(NBD_OPT_INFO, info_data(name, [1, 2, 3])) == NBD_REP_ERR_TOO_BIG
+        else:
+            assert c.info(name, [1, 2, 3]).size == SIZE
+        assert c.list() == [""]
+
+
+@hazard("names of 0 to 4097 bytes")
+@name_sizes
+def test_contexts_of_names_of_many_sizes(target, length):
+    name = ("name" * 1025)[:length]
+    with target.hello() as c:
+        c.structured_reply()
+        if length > STRING_MAX:
+            assert c.refused(NBD_OPT_SET_META_CONTEXT,
+                             meta_data(name, [ALLOCATION])) == NBD_REP_ERR_TOO_BIG
+        else:
+            c.set_meta_context(name)
+            c.go(name)
+            assert c.block_status(SIZE)[ALLOCATION]
+            in_step(c)
+
+
+@hazard("names of 0 to 4097 bytes")
+@name_sizes
+def test_export_names_of_many_sizes(target, length):
+    with target.hello() as c:
+        c.option(NBD_OPT_EXPORT_NAME, ("name" * 1025)[:length].encode())
+        if length > STRING_MAX:
+            c.expect_closed()
+        else:
+            c.size, c.flags = c.unpack(">QH")
+            in_step(c)
+
+
+# Order of options
+
+@hazard("GO twice")
+def test_second_go_is_no_request(target):
+    with target.hello() as c:
+        c.go()
+        c.option(NBD_OPT_GO, info_data())
+        c.expect_closed()
+    target.is_served()
+
+
+@hazard("GO twice, in one packet")
+def test_second_go_in_one_packet_is_no_request(target):
+    with target.hello() as c:
+        c.send(option(NBD_OPT_GO, info_data()) * 2)
+        c.option_replies(NBD_OPT_GO)
+        c.expect_closed()
+    target.is_served()
+
+
+@hazard("INFO after INFO")
+def test_info_after_info_for_other_names(target):
+    with target.hello() as c:
+        for i in range(300):
+            assert c.info("n" * i, [i % 5]).size == SIZE
+        c.go("other")
+        in_step(c)
+
+
+@hazard("options after ABORT")
+@pytest.mark.parametrize("number", [NBD_OPT_ABORT, NBD_OPT_LIST, NBD_OPT_GO,
+                                    NBD_OPT_EXPORT_NAME, 1000])
+def test_options_after_abort_are_not_served(target, number):
+    """One packet, so that the later option arrives whatever ABORT does."""
+    with target.hello() as c:
+        c.send(option(NBD_OPT_ABORT) + option(number, info_data()))
+        assert c.option_replies(NBD_OPT_ABORT) == []
+        c.expect_closed()
+    target.is_served()
+
+
+@hazard("transmission bytes among options")
+def test_request_among_options_closes(target):
+    with target.hello() as c:
+        c.list()
+        c.send(request_header(NBD_CMD_READ, 0, 512))
+        c.recv_until_closed()
+    target.is_served()
+
+
+@hazard("transmission bytes among options: behind the last one they are welcome")
+@both_replies
+def test_whole_session_in_one_packet(target, structured):
+    first = option(NBD_OPT_STRUCTURED_REPLY) if structured else b""
+    with target.raw() as c:
+        c.greeting()
+        for i in range(64):
+            c.expect(i, Request(NBD_CMD_READ, i * 1000, 1000, 0))
+        c.send(struct.pack(">I", FIXED) + first + option(NBD_OPT_GO, info_data())
+               + b"".join(request_header(NBD_CMD_READ, i * 1000, 1000, cookie=i)
+                          for i in range(64)))
+        if structured:
+            c.option_replies(NBD_OPT_STRUCTURED_REPLY)
+            c.structured = True
+        c.option_replies(NBD_OPT_GO)
+        for i, reply in c.collect_all().items():
+            assert reply.data == pattern(i * 1000, 1000)
+
+
+# Sizes of reads and writes
+
+def sizes_around_buffers():
+    for power in range(9, 22):
+        for delta in (-28, -16, -1, 0, 1, 16, 28):
+            yield (1 << power) + delta
+
+
+@hazard("READ of exactly a buffer's size, and a little less or more")
+@both_replies
+def test_reads_around_the_sizes_of_buffers(target, structured):
+    with target.client(structured=structured) as c:
+        for length in sizes_around_buffers():
+            for offset in (0, 7, SIZE - length):
+                assert c.pread(length, offset) == pattern(offset, length), (offset, length)
+
+
+@hazard("READ of exactly a buffer's size: WRITE likewise")
+def test_writes_around_the_sizes_of_buffers(server, disk):
+    with server(disk(SIZE)).client() as c:
+        for seed, length in enumerate(sizes_around_buffers(), 1):
+            data = pattern(0, length, seed)
+            c.pwrite(data, 9)
+            assert c.pread(length, 9) == data, length
+
+
+@hazard("offset + length wraps; lengths near 2^32")
+@pytest.mark.parametrize("offset, length", [
+    (U64 - 1, 1), (U64 - 4096, 4096), (U64 - 4096, 8192), (U64 - 1, (1 << 32) - 1),
+    (0, (1 << 32) - 1), (0, (1 << 32) - 512), (SIZE - 1, (1 << 32) - 1), (SIZE, (1 << 32) - 1),
+    (1 << 63, (1 << 32) - 1), ((1 << 63) - 4096, 4096), ((1 << 63) - 1, 2), (1 << 32, 1)])
+def test_ranges_that_wrap_change_nothing(target, offset, length):
+    with target.client(contexts=[ALLOCATION]) as c:
+        for command in (NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_CACHE, NBD_CMD_WRITE_ZEROES,
+                        NBD_CMD_BLOCK_STATUS):
+            for flags in (0, NBD_CMD_FLAG_FUA):
+                assert c.error_of(command, offset, length, flags) in (
+                    NBD_EINVAL, NBD_ENOSPC, NBD_EOVERFLOW)
+        if length <= 8192:
+            assert c.error_of(NBD_CMD_WRITE, offset, payload=b"x" * length) == NBD_ENOSPC
+        unchanged(c)
+
+
+@hazard("length 0 at offset 0: takes the whole disk")
+def test_length_0_touches_nothing(target):
+    with target.client(contexts=[ALLOCATION]) as c:
+        for command in (NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_CACHE,
+                        NBD_CMD_WRITE_ZEROES):
+            assert c.error_of(command, 0, 0) == 0
+        unchanged(c)
+
+
+@hazard("refused WRITE whose payload is not drained")
+def test_refused_payload_that_arrives_slowly_is_drained(target):
+    """Meanwhile others are served."""
+    payload = request_header(NBD_CMD_WRITE_ZEROES, 0, SIZE) * 4000
+    with target.client() as c:
+        cookie = c.request(NBD_CMD_WRITE, SIZE, len(payload), payload=payload[:100])
+        target.is_served()
+        c.send(payload[100:50000])
+        target.is_served()
+        c.send(payload[50000:] + b"".join(
+            request_header(NBD_CMD_READ, i, 100, cookie=i) for i in range(10)))
+        for i in range(10):
+            c.expect(i, Request(NBD_CMD_READ, i, 100, 0))
+        assert c.collect(cookie).error == NBD_ENOSPC
+        for i, reply in c.collect_all().items():
+            assert reply.data == pattern(i, 100)
+        unchanged(c)
+
+
+@hazard("WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part")
+@pytest.mark.parametrize("command, flags", [
+    (NBD_CMD_WRITE_ZEROES, 0), (NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_NO_HOLE), (NBD_CMD_TRIM, 0)])
+def test_long_zeroing_clears_all_of_its_range(server, disk, tmp_path, command, flags):
+    if command == NBD_CMD_TRIM:
+        need_punch(tmp_path)
+    size, start, length = 160 * MIB, 4 * MIB, 150 * MIB
+    with server(disk(size)).client() as c:
+        for at in range(0, size, MIB):
+            c.pwrite(pattern(at, 8192), at)
+            c.pwrite(pattern(at + MIB - 4096, 4096), at + MIB - 4096)
+        assert c.error_of(command, start, length, flags) == 0
+        for at in range(0, size, MIB):
+            cleared = start <= at < start + length
+            assert c.pread(8192, at) == (bytes(8192) if cleared else pattern(at, 8192))
+            last = at + MIB - 4096
+            assert c.pread(4096, last) == (bytes(4096) if cleared else pattern(last, 4096))
+
+
+@hazard("READ longer than IOV_MAX pieces")
+@both_replies
+def test_read_of_thousands_of_extents(server, disk, structured):
+    """Data and holes take turns, 4 KiB each: 4096 pieces in 16 MiB."""
+    image = disk(16 * MIB)
+    with open(image, "r+b") as f:
+        for at in range(0, 16 * MIB, 8192):
+            f.seek(at)
+            f.write(pattern(at, 4096))
+    expected = b"".join(pattern(at, 4096) + bytes(4096) for at in range(0, 16 * MIB, 8192))
+    with server(image).client(structured=structured) as c:
+        assert c.pread(16 * MIB) == expected
+        assert c.pread(16 * MIB - 2, 1) == expected[1:-1]
+
+
+@hazard("READ longer than IOV_MAX pieces: as many replies at once")
+@both_replies
+def test_burst_of_thousands_of_requests(target, structured):
+    """One send, so that the server may want to answer all at once."""
+    count = 5000
+    with target.client(structured=structured) as c:
+        for i in range(count):
+            c.expect(i, Request(NBD_CMD_READ, i, 1 + i % 5, 0))
+        c.send(b"".join(request_header(NBD_CMD_READ, i, 1 + i % 5, cookie=i)
+                        for i in range(count)))
+        for i, reply in c.collect_all().items():
+            assert reply.data == pattern(i, 1 + i % 5)
+
+
+@hazard("payload of 32 MiB, of 33 MiB")
+def test_payloads_at_the_maximum(server, disk):
+    with server(disk(34 * MIB)).client() as c:
+        data = pattern(0, PAYLOAD_MAX)
+        c.pwrite(data, 1)
+        assert c.error_of(NBD_CMD_WRITE, 0, payload=bytes(33 * MIB)) == NBD_EINVAL
+        assert c.error_of(NBD_CMD_READ, 0, 33 * MIB) == NBD_EOVERFLOW
+        assert c.pread(PAYLOAD_MAX, 1) == data
+
+
+# Commands
+
+@hazard("FLUSH as the first command")
+@both_replies
+def test_flush_as_the_first_command(target, structured):
+    with target.client(structured=structured) as c:
+        c.flush()
+        in_step(c)
+
+
+@hazard("command types 0 to 65535")
+@both_replies
+def test_every_command_type_is_answered(target, structured):
+    """Those that do not exist; one reply each, in step."""
+    with target.client(structured=structured) as c:
+        for start in range(0, 65536, 1024):
+            cookies = [c.request(command, 0, 512) for command in range(start, start + 1024)
+                       if command not in COMMANDS]
+            cookies.append(c.request(NBD_CMD_RESIZE, 0, 512))
+            assert all(c.collect(cookie).error == NBD_EINVAL for cookie in cookies)
+        unchanged(c)
+
+
+@hazard("flags on every command")
+def test_random_requests_get_one_reply_each(target):
+    """Any flags, offsets and lengths; WRITE with the payload it announces."""
+    dice = random.Random(3)
+    with target.client(contexts=[ALLOCATION]) as c:
+        for _ in range(3000):
+            command = dice.choice([*COMMANDS, dice.getrandbits(16)])
+            if command == NBD_CMD_DISC:
+                continue
+            offset = dice.choice([0, 1, 4096, SIZE - 1, SIZE, 1 << 63, dice.getrandbits(64)])
+            length = dice.choice([0, 1, 511, 4096, 65537, dice.getrandbits(32)])
+            flags = dice.choice([0, 0, 1, 2, 4, 8, 16, dice.getrandbits(16)])
+            payload = b""
+            if command == NBD_CMD_WRITE:
+                length %= 70000
+                payload = bytes(length)
+            c.request(command, offset, length, flags, payload)
+            if len(c.pending) > 8:
+                c.collect()
+        c.collect_all()
+    target.is_served()
+
+
+# Clients that do not do their part
+
+def send_until_blocked(c, data, quiet=0.3):
+    """Sends as much as the server takes; returns how much that was."""
+    c.sock.setblocking(False)
+    sent = 0
+    while sent < len(data) and select.select([], [c.sock], [], quiet)[1]:
+        sent += c.sock.send(data[sent:sent + 65536])
+    c.sock.settimeout(DEADLINE)
+    return sent
+
+
+UNREAD = {
+    "READ of 1 MiB": request_header(NBD_CMD_READ, 0, MIB) * 20000,
+    "READ of 32 MiB": request_header(NBD_CMD_READ, 0, PAYLOAD_MAX) * 2000,
+    "READ of 4 KiB": request_header(NBD_CMD_READ, 0, 4096) * 100000,
+    "BLOCK_STATUS": request_header(NBD_CMD_BLOCK_STATUS, 0, PAYLOAD_MAX) * 50000,
+    "CACHE": request_header(NBD_CMD_CACHE, 0, 512) * 200000,
+    "WRITE of 1 byte": (request_header(NBD_CMD_WRITE, 0, 1) + b"x") * 200000,
+    "refused WRITE": (request_header(NBD_CMD_WRITE, U64 - 1, 64) + b"x" * 64) * 100000,
+    "unknown": request_header(1000, 0, 512) * 200000,
+}
+
+
+@pytest.fixture
+def checked(disk):
+    """An image of data and holes, so that every reply is long."""
+    image = disk(PAYLOAD_MAX)
+    with open(image, "r+b") as f:
+        for at in range(0, PAYLOAD_MAX, 32768):
+            f.seek(at)
+            f.write(pattern(at, 16384))
+    return image
+
+
+@hazard("client that does not read its replies")
+@pytest.mark.parametrize("requests", UNREAD.values(), ids=UNREAD.keys())
+@both_replies
+def test_unread_replies_cost_bounded_memory(server, checked, requests, structured):
+    s = server(checked)
+    with s.client(rcvbuf=4096, structured=structured,
+                  contexts=[ALLOCATION] if structured else []) as deaf:
+        s.is_served()
+        before = s.rss()
+        send_until_blocked(deaf, requests)
+        settled(s)
+        s.is_served()
+        assert s.status("VmHWM") * 1024 - before < MEMORY + PAYLOAD_MAX
+
+
+@hazard("client that does not read its replies: ten of them, others unaffected")
+def test_ten_deaf_clients_do_not_disturb_others(server, checked):
+    s = server(checked)
+    with s.client() as witness:
+        before, open_before = s.rss(), s.descriptors()
+        deaf = [s.client(rcvbuf=4096) for _ in range(10)]
+        for c in deaf:
+            send_until_blocked(c, UNREAD["READ of 1 MiB"])
+        settled(s)
+        for at in range(0, PAYLOAD_MAX, 32768):
+            assert witness.pread(16384, at) == pattern(at, 16384)
+        assert s.status("RssAnon") * 1024 - before < 10 * (MEMORY if SANITIZED else 8 * MIB)
+        for i, c in enumerate(deaf):
+            c.reset() if i % 2 else c.close()
+        until(lambda: s.descriptors() <= open_before, what="return of the descriptors")
+
+
+@hazard("client that does not read its replies: it may begin to")
+def test_replies_are_complete_when_they_are_read_late(target):
+    with target.client(rcvbuf=4096) as c:
+        for i in range(200):
+            c.request(NBD_CMD_READ, i * 1000, 100000)
+        settled(target)
+        for reply in c.collect_all().values():
+            assert reply.data == pattern(reply.request.offset, 100000)
+
+
+@hazard("large reads leave the image resident: memory bounded")
+def test_pass_over_the_image_does_not_stay_resident(server, disk):
+    s = server(disk(400 * MIB))
+    with s.client() as c:
+        before = s.rss()
+        for at in range(0, c.size, 4 * MIB):
+            c.pread(4 * MIB, at)
+        assert s.rss() - before < MEMORY + 96 * MIB
+
+
+@hazard("one byte at a time")
+def test_session_one_byte_at_a_time(target):
+    with target.raw() as c:
+        c.greeting()
+        for i in range(len(SESSION)):
+            c.send(SESSION[i:i + 1])
+            if i % 50 == 0:
+                target.is_served()
+        c.option_replies(NBD_OPT_STRUCTURED_REPLY)
+        c.option_replies(NBD_OPT_LIST)
+        c.contexts = {reply.context[0]: reply.context[1]
+                      for reply in c.option_replies(NBD_OPT_SET_META_CONTEXT)}
+        c.option_replies(NBD_OPT_INFO)
+        with pytest.raises(OptionError):
+            c.option_replies(1000)
+        c.option_replies(NBD_OPT_GO)
+        c.structured, c.size = True, SIZE
+        for command, offset, length in ((NBD_CMD_READ, 0, 512), (NBD_CMD_WRITE, SIZE - 8, 8),
+                                        (NBD_CMD_BLOCK_STATUS, 0, 512)):
+            c.pending.clear()
+            c.expect(0, Request(command, offset, length, 0))
+            assert c.collect(0).error == 0
+        assert c.pread(8, SIZE - 8) == b"payload."
+
+
+@hazard("closes with 64 reads in flight")
+@pytest.mark.parametrize("length", [512, 65536, MIB])
+@pytest.mark.parametrize("end", ["close", "reset", "shutdown_write"])
+@both_replies
+def test_closing_with_reads_in_flight(target, end, length, structured):
+    before = target.descriptors()
+    for _ in range(10):
+        c = target.client(structured=structured)
+        c.send(request_header(NBD_CMD_READ, 0, length) * 64)
+        getattr(c, end)()
+        c.close()
+    target.is_served()
+    until(lambda: target.descriptors() <= before, what="return of the descriptors")
+
+
+@hazard("client dies within a payload")
+@pytest.mark.parametrize("end", ["close", "reset"])
+@pytest.mark.parametrize("sent", [0, 1, 4095, 100000, MIB - 1])
+def test_death_within_a_payload_touches_nothing_else(target, sent, end):
+    """What was sent may be on the disk; what was not must be as it was."""
+    c = target.client()
+    c.request(NBD_CMD_WRITE, MIB, MIB, payload=b"x" * sent)
+    getattr(c, end)()
+    target.is_served()
+    with target.client() as c:
+        assert c.pread(MIB) == pattern(0, MIB)
+        data = c.pread(SIZE - MIB, MIB)
+        whole = pattern(MIB, SIZE - MIB)
+        assert data[sent:] == whole[sent:]
+        assert all(byte in (120, old) for byte, old in zip(data[:sent], whole[:sent]))
+
+
+# Several connections at once
+
+@hazard("two connections read at once through a shared file offset")
+def test_connections_that_read_at_once_get_their_own_bytes(target):
+    clients = [target.client(structured=i % 2) for i in range(4)]
+    dice = random.Random(4)
+    for c in clients:
+        for _ in range(300):
+            length = dice.choice([1, 512, 4096, 10000])
+            c.request(NBD_CMD_READ, dice.randrange(SIZE - length), length)
+    for c in clients:
+        for reply in c.collect_all().values():
+            request = reply.request
+            assert reply.data == pattern(request.offset, request.length)
+
+
+@hazard("early READ error sent as a simple reply though structured replies were negotiated")
+def test_early_read_errors_are_chunks(target):
+    """Among good ones, so that they take the fast path; nbd.py checks."""
+    bad = [(SIZE, 512, 0, NBD_EINVAL), (0, 512, 1 << 9, NBD_EINVAL), (U64 - 1, 512, 0, NBD_EINVAL),
+           (0, PAYLOAD_MAX + 1, 0, NBD_EOVERFLOW), (0, 512, NBD_CMD_FLAG_REQ_ONE, NBD_EINVAL)]
+    with target.client(structured=True) as c:
+        wanted = {}
+        for _ in range(20):
+            for offset, length, flags, error in bad:
+                wanted[c.request(NBD_CMD_READ, offset, length, flags)] = error
+                wanted[c.request(NBD_CMD_READ, 0, 512)] = 0
+        replies = c.collect_all()
+        assert {cookie: reply.error for cookie, reply in replies.items()} == wanted
+        assert all(reply.structured for reply in replies.values())
+
+
+# Signals
+
+class Storm(threading.Thread):
+    """Sends signals until it is stopped."""
+
+    def __init__(self, proc, numbers):
+        super().__init__(daemon=True)
+        self.proc, self.numbers, self.calm = proc, numbers, threading.Event()
+
+    def run(self):
+        while not self.calm.is_set():
+            for number in self.numbers:
+                self.proc.send_signal(number)
+            self.calm.wait(0.0005)
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.calm.set()
+        self.join()
+
+
+@hazard("signal storm during load")
+@both_replies
+def test_signal_storm_during_load(server, image, tmp_path, structured):
+    s = server(image, "--logpath", tmp_path / "storm.log")
+    numbers = [signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD, signal.SIGCONT]
+    with Storm(s.proc, numbers), s.client(structured=structured) as c:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            for i in range(32):
+                c.request(NBD_CMD_READ, i * 5000, 100000)
+            c.request(NBD_CMD_FLUSH)
+            c.request(NBD_CMD_WRITE, 12345, payload=pattern(12345, 50000))
+            for reply in c.collect_all().values():
+                assert reply.error == 0
+                if reply.request.command == NBD_CMD_READ:
+                    assert reply.data == pattern(reply.request.offset, 100000)
+        s.is_served()
+
+
+def deaf(server):
+    send_until_blocked(server.client(rcvbuf=4096), UNREAD["READ of 1 MiB"])
+
+
+def half_a_payload(server):
+    server.client().request(NBD_CMD_WRITE, 0, PAYLOAD_MAX, payload=b"x" * 100000)
+
+
+def half_a_request(server):
+    server.client().send(request_header(NBD_CMD_READ, 0, 512)[:13])
+
+
+def half_a_handshake(server):
+    server.hello().send(option(NBD_OPT_LIST)[:9])
+
+
+def half_an_option(server):
+    server.hello().option(NBD_OPT_GO, b"x", length=60000)
+
+
+def idle(server):
+    server.client()
+
+
+@hazard("SIGTERM with a client that does not read")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("obstacle", [deaf, half_a_payload, half_a_request, half_a_handshake,
+                                      half_an_option, idle])
+def test_ends_in_time_whatever_clients_do(server, image, obstacle, number):
+    s = server(image)
+    obstacle(s)
+    s.client()
+    s.terminate(number)
+    s.wait()
+
+
+# Files
+
+@hazard("fixed names under /tmp")
+def test_creates_no_files_of_its_own(server, image, tmp_path):
+    home, temporary = tmp_path / "cwd", tmp_path / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    s = server(image, cwd=home, env={**os.environ, "TMPDIR": str(temporary)})
+    s.is_served()
+    fds = f"/proc/{s.proc.pid}/fd"
+    files = {os.readlink(f"{fds}/{fd}") for fd in os.listdir(fds)}
+    own = {f for f in files if f.startswith("/") and not f.startswith(("/dev/", "/memfd"))}
+    assert own == {str(image), str(s.stderr)}
+    s.stop()
+    assert not os.listdir(home) and not os.listdir(temporary)
+
+
+@hazard("followed symlinks")
+def test_created_image_follows_no_symlink(run_server, tmp_path):
+    victim, link = tmp_path / "victim", tmp_path / "link.img"
+    link.symlink_to(victim)
+    done = run_server("--target", "--unix", tmp_path / "sock", "--create", "1M", link)
+    assert done.returncode == 1 and "link.img" in done.stderr
+    assert not victim.exists()
+
+
+@hazard("fixed names, files of mode other than 0600")
+def test_created_image_is_private(server, tmp_path):
+    image = tmp_path / "new.img"
+    with server(image, "--create", "1M", umask=0).client() as c:
+        assert c.size == MIB
+        assert stat.S_IMODE(image.stat().st_mode) == 0o600
+
+
+@hazard("followed symlinks: the log and the pid file")
+def test_files_created_are_not_for_others_to_write(server, image, tmp_path):
+    log, pidfile = tmp_path / "a.log", tmp_path / "a.pid"
+    server(image, "--logpath", log, "--pidfile", pidfile, umask=0)
+    for path in (log, pidfile):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o022 == 0, path
+
+
+# The image goes bad
+
+@hazard("image truncated under a running server")
+@both_replies
+@pytest.mark.parametrize("command", [NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_FLUSH, NBD_CMD_TRIM,
+                                     NBD_CMD_CACHE, NBD_CMD_WRITE_ZEROES, NBD_CMD_BLOCK_STATUS],
+                         ids=COMMANDS.get)
+def test_truncated_image_costs_one_connection_at_most(server, image, command, structured):
+    s = server(image)
+    with s.client(structured=structured, contexts=[ALLOCATION] if structured else []) as c:
+        c.pread(MIB, MIB)               # whatever the server keeps of that range
+        os.truncate(image, 512)
+        for offset, length in ((0, 512), (100, 4096), (MIB, 4096), (MIB, MIB)):
+            if command == NBD_CMD_FLUSH:
+                offset = length = 0
+            payload = b"x" * length if command == NBD_CMD_WRITE else b""
+            try:
+                reply = c.call(command, offset, length, payload=payload)
+            except Closed:
+                break
+            assert reply.error in (0, NBD_EIO, NBD_EINVAL), reply
+            assert command != NBD_CMD_READ or length == 512 or reply.error == NBD_EIO
+    assert s.proc.poll() is None
+    with s.client() as c:
+        assert c.pread(1) in (pattern(0, 1), b"x", b"\0")
+
+
+@hazard("image truncated while it is read")
+@both_replies
+def test_image_truncated_while_reads_are_in_flight(server, disk, structured):
+    """Data that is there, EIO, or a close; never the death of the server."""
+    image = disk(content=pattern(0, SIZE))
+    s = server(image)
+    for size in (SIZE - MIB, 4096, 0):
+        make_whole(image)
+        c = s.client(structured=structured)
+        for i in range(64):
+            c.request(NBD_CMD_READ, i * 50000, MIB)
+        os.truncate(image, size)
+        try:
+            for reply in c.collect_all().values():
+                assert reply.error in (0, NBD_EIO)
+        except Closed:
+            pass
+        c.close()
+    make_whole(image)
+    with s.client() as c:
+        unchanged(c)
+
+
+def make_whole(image):
+    with open(image, "r+b") as f:
+        f.write(pattern(0, SIZE))
+
+
+@hazard("an I/O error under a running server")
+@both_replies
+def test_write_that_the_system_refuses_is_enospc(server, disk, structured):
+    """A file size limit: EFBIG, and a signal that by default kills."""
+    limit = MIB
+    s = server(disk(SIZE, pattern(0, limit // 2)), preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, limit)))
+    with s.client(structured=structured) as c:
+        assert c.error_of(NBD_CMD_WRITE, 2 * limit, payload=b"x" * 4096) == NBD_ENOSPC
+        c.pwrite(b"x" * 4096, limit - 4096)
+        assert c.pread(4096, limit - 4096) == b"x" * 4096
+        in_step(c)
