@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include "disk.h"
 
+#include "commit.h"
 #include "util.h"
 
 #include <assert.h>
@@ -62,12 +63,7 @@ struct disk {
 	atomic_bool no_zero_range;
 	atomic_uint_least64_t slow_until;	/* now_us() */
 
-	/* FLUSH: one fdatasync() for all who wait when it starts. */
-	pthread_mutex_t lock;		/* guards what follows; a leaf */
-	struct request *waiting;
-	bool syncing;			/* sync_job is with a worker */
-	int sync_error;			/* of the first that failed: sticky */
-	struct job sync_job;
+	struct committer committer;
 };
 
 static struct disk *to_disk(struct backend *b)
@@ -149,14 +145,9 @@ static int read_try(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off)
 	return is_resident(d, off, len) ? read_fully(d, buf, len, off) : -EAGAIN;
 }
 
-static int disk_read(struct backend *b, struct request *r, enum how how)
+int disk_read(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	struct disk *d = to_disk(b);
-
-	if (r->h.len == 0)
-		return 0;
-	return how == TRY ? read_try(d, r->buf, r->h.len, r->h.off) :
-			    read_fully(d, r->buf, r->h.len, r->h.off);
+	return how == TRY ? read_try(d, buf, len, off) : read_fully(d, buf, len, off);
 }
 
 /* Count bytes sent from the mapping, and give the pages back now and then. */
@@ -170,17 +161,14 @@ static void account_mapped(struct disk *d, uint64_t len)
 	madvise(d->map, d->map_len, MADV_DONTNEED);
 }
 
-static int disk_map(struct backend *b, const struct request *r, struct iovec *iov, int max)
+bool disk_map(struct disk *d, uint64_t len, uint64_t off, struct iovec *iov)
 {
-	struct disk *d = to_disk(b);
-
-	assert(max > 0);
-	if (!is_resident(d, r->h.off, r->h.len))
-		return 0;
-	account_mapped(d, r->h.len);
-	iov->iov_base = d->map + r->h.off;
-	iov->iov_len = r->h.len;
-	return 1;
+	if (!is_resident(d, off, len))
+		return false;
+	account_mapped(d, len);
+	iov->iov_base = d->map + off;
+	iov->iov_len = len;
+	return true;
 }
 
 /* Writing */
@@ -230,78 +218,24 @@ static int write_try(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t 
 	return ret;
 }
 
-static int disk_write(struct backend *b, struct request *r, enum how how)
+int disk_write(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	struct disk *d = to_disk(b);
-
-	return how == TRY ? write_try(d, r->buf, r->h.len, r->h.off) :
-			    write_fully(d, r->buf, r->h.len, r->h.off);
+	return how == TRY ? write_try(d, buf, len, off) : write_fully(d, buf, len, off);
 }
 
 /* Make durable */
 
-/* One fdatasync(); whether it failed now or ever. */
-static int sync_once(struct disk *d)
+int disk_sync(struct disk *d)
 {
-	int err;
-
-	while (fdatasync(d->fd) < 0) {
-		err = errno;
-		if (err == EINTR)
-			continue;
-		/* The kernel tells of lost pages once, and a second call would say that all is well. */
-		pthread_mutex_lock(&d->lock);
-		if (!d->sync_error)
-			log_line("fdatasync failed: %s; every flush fails from now on",
-				 strerror(err));
-		d->sync_error = -err;
-		pthread_mutex_unlock(&d->lock);
-		break;
-	}
-	return d->sync_error;
+	while (fdatasync(d->fd) < 0)
+		if (errno != EINTR)
+			return -errno;
+	return 0;
 }
 
-/* On a worker: serve all who wait, and those who come meanwhile with another round. */
-static void sync_all(struct job *job)
+static int commit(struct committer *c)
 {
-	struct disk *d = (struct disk *)((char *)job - offsetof(struct disk, sync_job));
-
-	for (;;) {
-		struct request *r, *next;
-		int error;
-
-		pthread_mutex_lock(&d->lock);
-		r = d->waiting;
-		d->waiting = NULL;
-		d->syncing = r != NULL;
-		pthread_mutex_unlock(&d->lock);
-		if (!r)
-			return;
-		error = sync_once(d);
-		for (; r; r = next) {
-			next = r->next;
-			request_done(r, error);
-		}
-	}
-}
-
-static int disk_flush(struct backend *b, struct request *r, enum how how)
-{
-	struct disk *d = to_disk(b);
-	bool start;
-
-	(void)how;
-	if (b->readonly)
-		return 0;
-	pthread_mutex_lock(&d->lock);
-	r->next = d->waiting;
-	d->waiting = r;
-	start = !d->syncing;
-	d->syncing = true;
-	pthread_mutex_unlock(&d->lock);
-	if (start)
-		worker_submit(&d->sync_job);
-	return PENDING;
+	return disk_sync((struct disk *)((char *)c - offsetof(struct disk, committer)));
 }
 
 /* Zeros and holes */
@@ -405,26 +339,17 @@ static int zero_device(struct disk *d, uint64_t off, uint64_t len, unsigned flag
 	return ret;
 }
 
-static int disk_zero(struct backend *b, struct request *r, enum how how)
+int disk_zero(struct disk *d, uint64_t len, uint64_t off, unsigned flags)
 {
-	struct disk *d = to_disk(b);
-
-	if (how == TRY)
-		return -EAGAIN;
-	return d->block_device ? zero_device(d, r->h.off, r->h.len, r->h.flags) :
-				 zero_blocks(d, r->h.off, r->h.len, r->h.flags);
+	return d->block_device ? zero_device(d, off, len, flags) : zero_blocks(d, off, len, flags);
 }
 
-/* A hint: whole blocks only, and where there are no holes nothing happens. */
-static int disk_trim(struct backend *b, struct request *r, enum how how)
+int disk_trim(struct disk *d, uint64_t len, uint64_t off)
 {
-	struct disk *d = to_disk(b);
-	uint64_t end = r->h.off + r->h.len, from = round_up(r->h.off);
+	uint64_t end = off + len, from = round_up(off);
 	int ret;
 
-	if (how == TRY)
-		return -EAGAIN;
-	if (end < b->size || d->block_device)
+	if (end < d->backend.size || d->block_device)
 		end = round_down(end);
 	if (from >= end)
 		return 0;
@@ -432,22 +357,17 @@ static int disk_trim(struct backend *b, struct request *r, enum how how)
 	return ret == -EOPNOTSUPP ? 0 : ret;
 }
 
-static int disk_cache(struct backend *b, struct request *r, enum how how)
+void disk_prefetch(struct disk *d, uint64_t len, uint64_t off)
 {
-	if (r->h.len == 0)
-		return 0;
-	if (how == TRY)
-		return -EAGAIN;
-	posix_fadvise(to_disk(b)->fd, (off_t)r->h.off, (off_t)r->h.len, POSIX_FADV_WILLNEED);
-	return 0;
+	if (len > 0)
+		posix_fadvise(d->fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
 }
 
 /*
- * The run at pos: its status, and where it ends, at most at end.  What cannot be told is data,
- * which is always true; so is what lies behind the end of an image that was truncated: to read it
- * fails.
+ * What cannot be told is data, which is always true; so is what lies behind the end of an image
+ * that was truncated: to read it fails.
  */
-static struct extent extent_at(const struct disk *d, uint64_t pos, uint64_t end)
+struct extent disk_extent(const struct disk *d, uint64_t pos, uint64_t end)
 {
 	struct extent data = { end - pos, 0 }, hole = { end - pos, NBD_STATE_HOLE | NBD_STATE_ZERO };
 #if defined(SEEK_DATA) && !defined(XNBD_PORTABLE)
@@ -474,7 +394,65 @@ static struct extent extent_at(const struct disk *d, uint64_t pos, uint64_t end)
 	return data;
 }
 
-static int disk_extents(struct backend *b, struct request *r, unsigned max, enum how how)
+uint64_t disk_size(const struct disk *d)
+{
+	return d->backend.size;
+}
+
+void disk_close(struct disk *d)
+{
+	if (!d)
+		return;
+	if (d->map)
+		munmap(d->map, d->map_len);
+	close(d->fd);
+	committer_destroy(&d->committer);
+	free(d);
+}
+
+/* The backend */
+
+static int op_read(struct backend *b, struct request *r, enum how how)
+{
+	return disk_read(to_disk(b), r->buf, r->h.len, r->h.off, how);
+}
+
+static int op_map(struct backend *b, const struct request *r, struct iovec *iov, int max)
+{
+	assert(max > 0);
+	return disk_map(to_disk(b), r->h.len, r->h.off, iov);
+}
+
+static int op_write(struct backend *b, struct request *r, enum how how)
+{
+	return disk_write(to_disk(b), r->buf, r->h.len, r->h.off, how);
+}
+
+static int op_flush(struct backend *b, struct request *r, enum how how)
+{
+	(void)how;
+	return b->readonly ? 0 : committer_flush(&to_disk(b)->committer, r);
+}
+
+static int op_trim(struct backend *b, struct request *r, enum how how)
+{
+	return how == TRY ? -EAGAIN : disk_trim(to_disk(b), r->h.len, r->h.off);
+}
+
+static int op_zero(struct backend *b, struct request *r, enum how how)
+{
+	return how == TRY ? -EAGAIN : disk_zero(to_disk(b), r->h.len, r->h.off, r->h.flags);
+}
+
+static int op_cache(struct backend *b, struct request *r, enum how how)
+{
+	if (how == TRY)
+		return -EAGAIN;
+	disk_prefetch(to_disk(b), r->h.len, r->h.off);
+	return 0;
+}
+
+static int op_extents(struct backend *b, struct request *r, unsigned max, enum how how)
 {
 	uint64_t pos = r->h.off, end = pos + r->h.len;
 
@@ -482,7 +460,7 @@ static int disk_extents(struct backend *b, struct request *r, unsigned max, enum
 		return -EAGAIN;
 	r->extents = 0;
 	while (pos < end && r->extents < max) {
-		struct extent e = extent_at(to_disk(b), pos, end);
+		struct extent e = disk_extent(to_disk(b), pos, end);
 
 		r->extent[r->extents++] = e;
 		pos += e.len;
@@ -490,29 +468,28 @@ static int disk_extents(struct backend *b, struct request *r, unsigned max, enum
 	return 0;
 }
 
-static void disk_close(struct backend *b)
+static void op_close(struct backend *b)
 {
-	struct disk *d = to_disk(b);
-
-	if (d->map)
-		munmap(d->map, d->map_len);
-	close(d->fd);
-	pthread_mutex_destroy(&d->lock);
-	free(d);
+	disk_close(to_disk(b));
 }
 
 static const struct backend_ops disk_ops = {
 	.name = "disk",
-	.read = disk_read,
-	.map = disk_map,
-	.write = disk_write,
-	.flush = disk_flush,
-	.trim = disk_trim,
-	.zero = disk_zero,
-	.cache = disk_cache,
-	.extents = disk_extents,
-	.close = disk_close,
+	.read = op_read,
+	.map = op_map,
+	.write = op_write,
+	.flush = op_flush,
+	.trim = op_trim,
+	.zero = op_zero,
+	.cache = op_cache,
+	.extents = op_extents,
+	.close = op_close,
 };
+
+struct backend *disk_backend(struct disk *d)
+{
+	return &d->backend;
+}
 
 /* Opening */
 
@@ -545,19 +522,20 @@ bool disk_create(const char *path, uint64_t size)
 }
 
 /* Open a file or device, and find out its kind and size.  -1 after logging why not. */
-static int open_image(const char *path, bool readonly, struct stat *st, uint64_t *size)
+static int open_image(const char *path, bool readonly, uint64_t *size)
 {
+	struct stat st;
 	int fd;
 	off_t end;
 
 	/* Before open(), which would hang on a FIFO. */
-	if (stat(path, st) < 0) {
+	if (stat(path, &st) < 0) {
 		log_failure("cannot open image %s: %s", path, strerror(errno));
 		return -1;
 	}
-	if (!S_ISREG(st->st_mode) && !S_ISBLK(st->st_mode)) {
+	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) {
 		log_failure("cannot serve image %s: it is %s, and must be a file or a block device",
-			    path, S_ISDIR(st->st_mode) ? "a directory" : "of another kind");
+			    path, S_ISDIR(st.st_mode) ? "a directory" : "of another kind");
 		return -1;
 	}
 	fd = open(path, (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY);
@@ -569,7 +547,7 @@ static int open_image(const char *path, bool readonly, struct stat *st, uint64_t
 		return -1;
 	}
 	end = lseek(fd, 0, SEEK_END);
-	if (end < 0 || fstat(fd, st) < 0) {
+	if (end < 0) {
 		log_failure("cannot find out the size of image %s: %s", path, strerror(errno));
 		close(fd);
 		return -1;
@@ -579,17 +557,16 @@ static int open_image(const char *path, bool readonly, struct stat *st, uint64_t
 }
 
 /* mincore() answers "all there" about files that are neither ours nor open to us for writing. */
-static bool mincore_is_honest(const struct disk *d, const char *path, const struct stat *st)
+static bool mincore_is_honest(const struct disk *d, const struct stat *st)
 {
-	return !d->backend.readonly || geteuid() == 0 || st->st_uid == geteuid() ||
-	       faccessat(AT_FDCWD, path, W_OK, AT_EACCESS) == 0;
+	return !d->backend.readonly || geteuid() == 0 || st->st_uid == geteuid();
 }
 
-static void map_image(struct disk *d, const char *path, const struct stat *st)
+static void map_image(struct disk *d, const struct stat *st)
 {
 	void *map;
 
-	if (d->backend.size == 0 || d->backend.size > MAP_MAX || !mincore_is_honest(d, path, st))
+	if (d->backend.size == 0 || d->backend.size > MAP_MAX || !mincore_is_honest(d, st))
 		return;
 	map = mmap(NULL, d->backend.size, PROT_READ, MAP_SHARED, d->fd, 0);
 	if (map == MAP_FAILED)
@@ -598,26 +575,32 @@ static void map_image(struct disk *d, const char *path, const struct stat *st)
 	d->map_len = d->backend.size;
 }
 
-struct backend *disk_open(const char *path, bool readonly)
+struct disk *disk_adopt(int fd, uint64_t size, bool readonly)
 {
 	struct disk *d = calloc(1, sizeof(*d));
 	struct stat st;
 
-	if (!d) {
-		log_failure("cannot open image %s: %s", path, strerror(ENOMEM));
-		return NULL;
-	}
-	d->fd = open_image(path, readonly, &st, &d->backend.size);
-	if (d->fd < 0) {
+	if (!d || fstat(fd, &st) < 0) {
+		log_failure("cannot serve an image: %s", strerror(d ? errno : ENOMEM));
+		close(fd);
 		free(d);
 		return NULL;
 	}
 	page_size = (size_t)sysconf(_SC_PAGESIZE);
+	d->fd = fd;
 	d->backend.ops = &disk_ops;
+	d->backend.size = size;
 	d->backend.readonly = readonly;
 	d->block_device = S_ISBLK(st.st_mode);
-	d->sync_job.run = sync_all;
-	pthread_mutex_init(&d->lock, NULL);
-	map_image(d, path, &st);
-	return &d->backend;
+	committer_init(&d->committer, commit, "the image");
+	map_image(d, &st);
+	return d;
+}
+
+struct disk *disk_open(const char *path, bool readonly)
+{
+	uint64_t size;
+	int fd = open_image(path, readonly, &size);
+
+	return fd < 0 ? NULL : disk_adopt(fd, size, readonly);
 }

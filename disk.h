@@ -1,10 +1,16 @@
 /*
- * disk.h - backend: a raw image file or a block device.
+ * disk.h - a raw image file or a block device, and the backend that serves it.
+ *
+ * Ranges lie inside the disk.  Those functions that take an enum how do not block when it is TRY and
+ * return -EAGAIN instead; the others may block on local disk.  All may be called by several threads at
+ * the same time.  Errors are -errno.
  */
 #ifndef XNBD_DISK_H
 #define XNBD_DISK_H
 
 #include "backend.h"
+
+struct disk;
 
 /*
  * Create a sparse image of size bytes at path unless something is there already.  False after
@@ -12,10 +18,38 @@
  */
 bool disk_create(const char *path, uint64_t size);
 
-/*
- * Open the image; it stays open until the backend's close operation.  NULL after logging why it
- * could not.
- */
-struct backend *disk_open(const char *path, bool readonly);
+/* Open the image at path.  NULL after logging why it could not. */
+struct disk *disk_open(const char *path, bool readonly);
+
+/* Make a disk of an open image of that size; takes fd over, also when it fails.  NULL as above. */
+struct disk *disk_adopt(int fd, uint64_t size, bool readonly);
+
+/* NULL is allowed. */
+void disk_close(struct disk *d);
+
+/* The backend that serves the disk and nothing else; its close operation is disk_close(). */
+struct backend *disk_backend(struct disk *d);
+
+uint64_t disk_size(const struct disk *d);
+
+int disk_read(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off, enum how how);
+int disk_write(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
+
+/* See the map operation of backends; true if *iov was set. */
+bool disk_map(struct disk *d, uint64_t len, uint64_t off, struct iovec *iov);
+
+/* Zero a range; of flags, NO_HOLE and FAST_ZERO count. */
+int disk_zero(struct disk *d, uint64_t len, uint64_t off, unsigned flags);
+
+/* Punch out the whole blocks of a range; where there are no holes nothing happens. */
+int disk_trim(struct disk *d, uint64_t len, uint64_t off);
+
+void disk_prefetch(struct disk *d, uint64_t len, uint64_t off);
+
+/* The run at pos: its status, and its length, which ends at end at the latest. */
+struct extent disk_extent(const struct disk *d, uint64_t pos, uint64_t end);
+
+/* fdatasync() */
+int disk_sync(struct disk *d);
 
 #endif

@@ -204,12 +204,14 @@ static const char *describe_image(const char *path)
 static bool open_export(struct server *s)
 {
 	const struct options *o = &s->options;
+	struct disk *disk;
 
 	if (o->create && !disk_create(o->image, o->create_size))
 		return false;
-	s->backend = disk_open(o->image, o->readonly);
-	if (!s->backend)
+	disk = disk_open(o->image, o->readonly);
+	if (!disk)
 		return false;
+	s->backend = disk_backend(disk);
 	export_init(&s->export, s->backend, "", describe_image(o->image), loops_wake);
 	s->table[0] = &s->export.proto;
 	s->exports.entry = s->table;

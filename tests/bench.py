@@ -503,7 +503,8 @@ def find_servers(opts):
     """{name: how to start it}, ours first; what is missing is named and left out."""
     servers = {}
     for arg in opts.server or ["xnbd=" + os.path.join(os.path.dirname(HERE), "xnbd-server")]:
-        name, path = arg.split("=", 1) if "=" in arg else ("xnbd", os.path.abspath(arg))
+        name, path = arg.split("=", 1) if "=" in arg else ("xnbd", arg)
+        path = os.path.abspath(path)
         if arg != "none" and os.access(path, os.X_OK):
             servers[name] = dict(OURS, path=path, modes=modes_of(path), version=version([path, "--version"]))
         elif arg != "none":

@@ -402,8 +402,9 @@ class Transport:
         return b"".join(parts)
 
     def expect_closed(self):
-        """The server closes without another byte."""
+        """The server closes without another byte; so does the client then."""
         rest = self.recv_until_closed()
+        self.close()
         check(not rest, f"expected a close, got {rest[:64]!r}")
 
     def unpack(self, layout):
@@ -604,21 +605,25 @@ class Client(Handshake):
 
     def collect(self, cookie=None):
         """The Reply with that cookie, or the next one if None."""
-        if cookie is None and self.finished:
-            cookie = next(iter(self.finished))
+        if cookie is None:
+            return self.finished.popitem()[1] if self.finished else self._next_reply()
         while cookie not in self.finished:
+            reply = self._next_reply()
+            self.finished[reply.cookie] = reply
+        return self.finished.pop(cookie)
+
+    def _next_reply(self):
+        """Reads messages until one of them completes a reply."""
+        while True:
             reply = self._read_message()
             if reply.done:
                 del self.pending[reply.cookie]
-                if cookie is None:
-                    return reply
-                self.finished[reply.cookie] = reply
-        return self.finished.pop(cookie)
+                return reply
 
     def collect_all(self):
         """{cookie: Reply} for everything that was sent."""
         while self.pending:
-            reply = self.collect()
+            reply = self._next_reply()
             self.finished[reply.cookie] = reply
         replies, self.finished = self.finished, {}
         return replies

@@ -270,10 +270,12 @@ def test_swap_on_an_export(kernel, server, image):
         mkdir -p $TMP/cgroup
         mount -t cgroup2 none $TMP/cgroup
         echo +memory >$TMP/cgroup/cgroup.subtree_control
-        mkdir $TMP/cgroup/small
+        mkdir -p $TMP/cgroup/small
         echo 4M >$TMP/cgroup/small/memory.high
-        for i in 1 2 3 4 5; do cat $TREE/d0/3000000; done |
-                sh -c 'echo $$ >'$TMP/cgroup'/small/cgroup.procs; cat >'$TMP/swapped'
+        for i in 1 2 3 4 5; do cat $TREE/d0/3000000; done | (
+                echo 0 >$TMP/cgroup/small/cgroup.procs          # this process
+                cat >$TMP/swapped
+        )
         awk -v dev=$DEV '$1 == dev { print $4 }' /proc/swaps
         [ "$(for i in 1 2 3 4 5; do cat $TREE/d0/3000000; done | md5sum)" = "$(md5sum <$TMP/swapped)" ]
         rm $TMP/swapped

@@ -413,7 +413,7 @@ class Guest(Machine):
         self.deadline = time.monotonic() + deadline
         append = f"console=ttyS0 panic=-1 oops=panic random.trust_cpu=on deadline={deadline}"
         self.proc = subprocess.Popen(
-            [qemu, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(CPUS),
+            [qemu, "-accel", "tcg,thread=single", "-cpu", "max", "-smp", str(CPUS),
              "-m", str(memory), "-nodefaults", "-display", "none", "-no-reboot",
              "-kernel", vmlinuz, "-initrd", initrd, "-append", append,
              "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",

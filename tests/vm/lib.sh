@@ -97,6 +97,7 @@ cleanup() {
 	umount "$MNT" 2>/dev/null || umount -l "$MNT" 2>/dev/null || true
 	for dev in "$DEV" "$DEV2"; do
 		if ! disconnected "$dev"; then
+			swapoff "$dev" 2>/dev/null || true
 			nbd-client -d "$dev" >/dev/null 2>&1 || true
 			await 10 disconnected "$dev"
 		fi

@@ -1,0 +1,84 @@
+/*
+ * commit.c - make durable, once for all who wait: see commit.h.
+ *
+ * A FLUSH has to wait for a commit that begins after it came.  While one runs, those who come gather
+ * for the next, so that any number of clients costs two at a time.
+ *
+ * A failure is sticky: the kernel tells of lost pages once, and a second try would say that all
+ * is well.
+ */
+#include "commit.h"
+
+#include "backend.h"
+#include "util.h"
+#include "worker.h"
+
+#include <stddef.h>
+#include <string.h>
+
+int committer_run(struct committer *c)
+{
+	int err = c->commit(c);
+
+	pthread_mutex_lock(&c->lock);
+	if (err && !c->error) {
+		log_line("%s is not durable: %s; every flush fails from now on", c->what,
+			 strerror(-err));
+		c->error = err;
+	}
+	err = c->error;
+	pthread_mutex_unlock(&c->lock);
+	return err;
+}
+
+static void run_job(struct job *job)
+{
+	struct committer *c = (struct committer *)((char *)job - offsetof(struct committer, job));
+
+	for (;;) {
+		struct request *r, *next;
+		int error;
+
+		pthread_mutex_lock(&c->lock);
+		r = c->waiting;
+		c->waiting = NULL;
+		c->running = r != NULL;
+		pthread_mutex_unlock(&c->lock);
+		if (!r)
+			return;
+		error = committer_run(c);
+		for (; r; r = next) {
+			next = r->next;
+			request_done(r, error);
+		}
+	}
+}
+
+int committer_flush(struct committer *c, struct request *r)
+{
+	bool start;
+
+	pthread_mutex_lock(&c->lock);
+	r->next = c->waiting;
+	c->waiting = r;
+	start = !c->running;
+	c->running = true;
+	pthread_mutex_unlock(&c->lock);
+	if (start)
+		worker_submit(&c->job);
+	return PENDING;
+}
+
+void committer_init(struct committer *c, int (*commit)(struct committer *), const char *what)
+{
+	memset(c, 0, sizeof(*c));
+	c->commit = commit;
+	c->what = what;
+	c->job.run = run_job;
+	pthread_mutex_init(&c->lock, NULL);
+}
+
+void committer_destroy(struct committer *c)
+{
+	pthread_mutex_destroy(&c->lock);
+}

@@ -1,0 +1,33 @@
+/*
+ * commit.h - make durable, once for all who wait.
+ */
+#ifndef XNBD_COMMIT_H
+#define XNBD_COMMIT_H
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "xnbd.h"
+
+struct committer {
+	/* Make durable all that was done before the call: 0 or -errno.  On a worker, one at a time. */
+	int (*commit)(struct committer *);
+	const char *what;		/* for the log */
+
+	pthread_mutex_t lock;		/* guards what follows; a leaf */
+	struct request *waiting;
+	bool running;			/* job is with a worker */
+	int error;			/* of the first that failed: sticky */
+	struct job job;
+};
+
+void committer_init(struct committer *c, int (*commit)(struct committer *), const char *what);
+void committer_destroy(struct committer *c);
+
+/* Complete r when a commit that began after this call has ended: the flush operation of a backend. */
+int committer_flush(struct committer *c, struct request *r);
+
+/* Commit now, on this thread; no request may be waiting.  0 or -errno. */
+int committer_run(struct committer *c);
+
+#endif
