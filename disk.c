@@ -22,6 +22,9 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#if defined(__linux__)
+#include <sys/vfs.h>
+#endif
 
 enum {
 	/*
@@ -58,6 +61,7 @@ struct disk {
 	size_t map_len;
 	atomic_size_t map_sent;		/* bytes since the pages were given back */
 
+	bool in_memory;			/* on tmpfs: nothing ever waits for a disk */
 	atomic_bool no_nowait;		/* the file system cannot say whether a read would block */
 	atomic_bool no_punch;
 	atomic_bool no_zero_range;
@@ -133,6 +137,8 @@ static ssize_t pread_nowait(int fd, void *buf, size_t len, uint64_t off)
 /* Read without waiting for the disk, or -EAGAIN. */
 static int read_try(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off)
 {
+	if (d->in_memory)
+		return read_fully(d, buf, len, off);
 	if (!atomic_load_explicit(&d->no_nowait, memory_order_relaxed)) {
 		ssize_t n = pread_nowait(d->fd, buf, len, off);
 
@@ -562,6 +568,19 @@ static bool mincore_is_honest(const struct disk *d, const struct stat *st)
 	return !d->backend.readonly || geteuid() == 0 || st->st_uid == geteuid();
 }
 
+static bool is_in_memory(int fd)
+{
+#if defined(__linux__) && !defined(XNBD_PORTABLE)
+	enum { TMPFS_MAGIC = 0x01021994 };
+	struct statfs st;
+
+	return fstatfs(fd, &st) == 0 && st.f_type == TMPFS_MAGIC;
+#else
+	(void)fd;
+	return false;
+#endif
+}
+
 static void map_image(struct disk *d, const struct stat *st)
 {
 	void *map;
@@ -592,6 +611,7 @@ struct disk *disk_adopt(int fd, uint64_t size, bool readonly)
 	d->backend.size = size;
 	d->backend.readonly = readonly;
 	d->block_device = S_ISBLK(st.st_mode);
+	d->in_memory = is_in_memory(fd);
 	committer_init(&d->committer, commit, "the image");
 	map_image(d, &st);
 	return d;

@@ -44,7 +44,7 @@ static const struct known {
 #define FIELD(name) offsetof(struct options, name)
 	{ "target", NULL, KIND_MODE, MODE_TARGET, 0, 0, 0, 0, "export a disk image" },
 	{ "cow-target", NULL, KIND_MODE, MODE_COW_TARGET, 0, 0, 0, 0,
-	  "export a base image, keep writes apart (not in this version)" },
+	  "export a base image, keep writes in an overlay" },
 	{ "proxy", NULL, KIND_MODE, MODE_PROXY, 0, 0, 0, 0,
 	  "cache a remote server's disk (not in this version)" },
 	{ "lport", "PORT", KIND_NUMBER, MODE_ANY, FIELD(lport), FIELD(lport_given), 0, 65535,
@@ -63,6 +63,10 @@ static const struct known {
 	  "refuse writes" },
 	{ "create", "SIZE", KIND_SIZE, MODE_TARGET, FIELD(create_size), FIELD(create), 0, 0,
 	  "create a sparse image of SIZE (512M, 10G, ...) if there is none" },
+	{ "cow-dir", "DIR", KIND_STRING, MODE_COW_TARGET, FIELD(cow_dir), 0, 0, 0,
+	  "where the overlay goes, which has no name (beside the base)" },
+	{ "cow-file", "PATH", KIND_STRING, MODE_COW_TARGET, FIELD(cow_file), 0, 0, 0,
+	  "keep the overlay in PATH and PATH.map, and go on from there" },
 	{ "threads", "N", KIND_NUMBER, MODE_ANY, FIELD(threads), 0, 1, 1024,
 	  "threads that connections are spread over, at most" },
 	{ "daemonize", NULL, KIND_FLAG, MODE_ANY, FIELD(daemonize), 0, 0, 0,
@@ -97,6 +101,7 @@ static _Noreturn void usage_error(const char *fmt, ...)
 static _Noreturn void show_help(void)
 {
 	printf("usage: xnbd-server --target [options] DISK_IMAGE\n"
+	       "       xnbd-server --cow-target [options] BASE_DISK_IMAGE\n"
 	       "Exports a disk image over the Network Block Device protocol.\n\n");
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
 		const struct known *k = &known[i];
@@ -221,13 +226,12 @@ static uint64_t parse_words(struct options *o, int argc, char **argv)
 static void check_modes(const struct options *o, uint64_t seen)
 {
 	if (o->mode == MODE_NONE)
-		usage_error("no mode: --target is needed");
+		usage_error("no mode: --target or --cow-target is needed");
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
 		if (!(seen & UINT64_C(1) << i))
 			continue;
-		if (known[i].kind == KIND_MODE && o->mode != MODE_TARGET)
-			usage_error("option '--%s': this version has --target only",
-				    known[i].name);
+		if (known[i].modes == MODE_PROXY && known[i].kind == KIND_MODE)
+			usage_error("option '--%s': not in this version", known[i].name);
 		if (!(known[i].modes & o->mode))
 			usage_error("option '--%s' does not belong to this mode", known[i].name);
 	}
@@ -244,6 +248,8 @@ static void check_together(const struct options *o)
 		usage_error("--logpath and --syslog exclude each other");
 	if (o->oldstyle && o->connected_fd >= 0)
 		usage_error("--oldstyle is of no use with --connected-fd: nothing is negotiated");
+	if (o->cow_dir && o->cow_file)
+		usage_error("--cow-dir and --cow-file exclude each other");
 	if (o->create && o->readonly)
 		usage_error("--create and --readonly exclude each other");
 	if (!o->inetd && o->connected_fd < 0)

@@ -29,6 +29,9 @@ struct options {
 	long connected_fd;	/* -1 for none */
 	bool oldstyle;
 
+	const char *cow_dir;
+	const char *cow_file;
+
 	bool readonly;
 	bool create;
 	uint64_t create_size;	/* bytes */

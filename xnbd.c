@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "backend.h"
+#include "cow.h"
 #include "disk.h"
 #include "listen.h"
 #include "loop.h"
@@ -201,17 +202,30 @@ static const char *describe_image(const char *path)
 	return proto_is_string(name) ? name : "";
 }
 
-static bool open_export(struct server *s)
+static struct backend *open_target(const struct options *o)
 {
-	const struct options *o = &s->options;
 	struct disk *disk;
 
 	if (o->create && !disk_create(o->image, o->create_size))
-		return false;
+		return NULL;
 	disk = disk_open(o->image, o->readonly);
-	if (!disk)
+	return disk ? disk_backend(disk) : NULL;
+}
+
+static struct backend *open_cow_target(const struct options *o)
+{
+	const struct cow_options cow = { o->image, o->cow_dir, o->cow_file, o->readonly };
+
+	return cow_open(&cow);
+}
+
+static bool open_export(struct server *s)
+{
+	const struct options *o = &s->options;
+
+	s->backend = o->mode == MODE_COW_TARGET ? open_cow_target(o) : open_target(o);
+	if (!s->backend)
 		return false;
-	s->backend = disk_backend(disk);
 	export_init(&s->export, s->backend, "", describe_image(o->image), loops_wake);
 	s->table[0] = &s->export.proto;
 	s->exports.entry = s->table;

@@ -1,0 +1,473 @@
+/*
+ * bitmap.c - block bitmaps, in memory and in a durable file: see bitmap.h.
+ *
+ * The file, all numbers little-endian:
+ *
+ *	offset  size
+ *	     0     8  magic "xnbdbmap"
+ *	     8     4  version, 1
+ *	    12     4  kind: enum bitmap_kind
+ *	    16     8  bytes per block, 4096
+ *	    24     8  size of the disk in bytes
+ *	    32     8  fingerprint of the base image
+ *	    40    16  boot id of the machine that wrote it last; zeros: not known
+ *	    56     4  1 if it was closed in order: then both maps are the same
+ *	    60     4  0
+ *	    64     8  checksum (FNV-1a) of the 64 bytes before
+ *	  4096     m  committed map: bit n % 8 of byte n / 8 is block n
+ *	4096+m     m  live map, likewise; m is a multiple of 4096
+ *
+ * The live map is a shared mapping, so that kill -9 leaves it as it was at the last store: the page cache
+ * holds it, as it holds the data.  A power cut does not, and what the disk then has of it is worth nothing: after a
+ * reboot, which the boot id shows, the committed map alone counts.  Its bits are written after
+ * the data that they speak of is on stable storage.
+ *
+ * Three facts are kept apart: set (live), set since the last commit (a dirty flag for each page of the map),
+ * and committed.  A commit takes the dirty pages' contents first and syncs the data then,
+ * so that a bit set meanwhile waits for the next.
+ */
+#define _GNU_SOURCE
+#include "bitmap.h"
+
+#include "util.h"
+#include "xnbd.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum {
+	HEADER_SIZE = 4096,
+	MAP_PAGE = 4096,		/* bytes of a map that are committed together */
+	COMMIT_PAGES = 64,		/* at most, for one sync of the data */
+	VERSION = 1,
+	BOOT_ID_SIZE = 16,
+	CHECKED_SIZE = 64,		/* of the header */
+};
+
+static const char magic[8] = { 'x', 'n', 'b', 'd', 'b', 'm', 'a', 'p' };
+
+struct bitmap {
+	uint64_t blocks;
+	atomic_uchar *live;
+	uint64_t map_bytes;		/* of one map, a multiple of MAP_PAGE */
+
+	/* For a durable one; fd is -1 otherwise. */
+	int fd;
+	uint8_t *file;			/* the mapping of all of it */
+	uint64_t file_bytes;
+	atomic_uchar *dirty;		/* one for each page of the map */
+	uint8_t *pages;			/* room for COMMIT_PAGES */
+	uint64_t page_number[COMMIT_PAGES];
+	struct bitmap_identity id;
+};
+
+static void put_le(uint8_t *p, uint64_t v, int bytes)
+{
+	for (int i = 0; i < bytes; i++)
+		p[i] = (uint8_t)(v >> 8 * i);
+}
+
+static uint64_t get_le(const uint8_t *p, int bytes)
+{
+	uint64_t v = 0;
+
+	for (int i = bytes; i > 0; i--)
+		v = v << 8 | p[i - 1];
+	return v;
+}
+
+uint64_t bitmap_blocks(uint64_t size)
+{
+	return size / BLOCK_SIZE + (size % BLOCK_SIZE != 0);
+}
+
+static uint64_t map_bytes_of(uint64_t blocks)
+{
+	uint64_t bytes = blocks / 8 + (blocks % 8 != 0);
+
+	return (bytes + MAP_PAGE - 1) / MAP_PAGE * MAP_PAGE;
+}
+
+/* Bits */
+
+bool bitmap_test(const struct bitmap *b, uint64_t blk)
+{
+	return atomic_load_explicit(&b->live[blk / 8], memory_order_acquire) >> blk % 8 & 1;
+}
+
+uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *set)
+{
+	bool first = bitmap_test(b, blk);
+	unsigned char all = first ? 0xff : 0;
+	uint64_t n = 1;
+
+	*set = first;
+	while (n < max) {
+		uint64_t at = blk + n;
+
+		if (at % 8 == 0 && max - n >= 8 &&
+		    atomic_load_explicit(&b->live[at / 8], memory_order_acquire) == all)
+			n += 8;
+		else if (bitmap_test(b, at) == first)
+			n++;
+		else
+			break;
+	}
+	return n;
+}
+
+/* The page is marked after its bits: a commit that misses a bit finds the mark next time. */
+static void mark_dirty(struct bitmap *b, uint64_t first_byte, uint64_t last_byte)
+{
+	if (!b->dirty)
+		return;
+	for (uint64_t page = first_byte / MAP_PAGE; page <= last_byte / MAP_PAGE; page++)
+		atomic_store_explicit(&b->dirty[page], 1, memory_order_release);
+}
+
+void bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n)
+{
+	uint64_t end = blk + n, at = blk;
+
+	if (n == 0)
+		return;
+	while (at < end) {
+		uint64_t count = 8 - at % 8;
+		unsigned char bits;
+
+		if (count > end - at)
+			count = end - at;
+		bits = (unsigned char)((0xffU >> (8 - count)) << at % 8);
+		if (bits == 0xff)
+			atomic_store_explicit(&b->live[at / 8], bits, memory_order_release);
+		else
+			atomic_fetch_or_explicit(&b->live[at / 8], bits, memory_order_release);
+		at += count;
+	}
+	mark_dirty(b, blk / 8, (end - 1) / 8);
+}
+
+uint64_t bitmap_count(const struct bitmap *b)
+{
+	uint64_t count = 0, n;
+	bool set;
+
+	for (uint64_t blk = 0; blk < b->blocks; blk += n) {
+		n = bitmap_run(b, blk, b->blocks - blk, &set);
+		if (set)
+			count += n;
+	}
+	return count;
+}
+
+struct bitmap *bitmap_new(uint64_t blocks)
+{
+	struct bitmap *b = calloc(1, sizeof(*b));
+	void *map;
+
+	if (!b)
+		return NULL;
+	b->fd = -1;
+	b->blocks = blocks;
+	b->map_bytes = map_bytes_of(blocks ? blocks : 1);
+	map = mmap(NULL, b->map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (map == MAP_FAILED) {
+		free(b);
+		return NULL;
+	}
+	b->live = map;
+	return b;
+}
+
+/* The file */
+
+/* The machine's boot id in its 16 bytes; zeros if there is none, which equals no other. */
+static void read_boot_id(uint8_t *id)
+{
+	char text[64] = "";
+	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+	unsigned digits = 0;
+	ssize_t n = 0;
+
+	memset(id, 0, BOOT_ID_SIZE);
+	if (fd >= 0) {
+		n = read(fd, text, sizeof(text) - 1);
+		close(fd);
+	}
+	for (const char *p = text; n > 0 && *p && digits < 2 * BOOT_ID_SIZE; p++) {
+		static const char hex[] = "0123456789abcdef";
+		const char *digit = strchr(hex, *p);
+
+		if (digit) {
+			id[digits / 2] = (uint8_t)(id[digits / 2] << 4 | (digit - hex));
+			digits++;
+		}
+	}
+}
+
+static uint64_t checksum(const uint8_t *p)
+{
+	uint64_t h = UINT64_C(0xcbf29ce484222325);
+
+	for (int i = 0; i < CHECKED_SIZE; i++)
+		h = (h ^ p[i]) * UINT64_C(0x100000001b3);
+	return h;
+}
+
+static int write_fully(int fd, const uint8_t *p, uint64_t len, uint64_t off)
+{
+	while (len > 0) {
+		ssize_t n = pwrite(fd, p, len, (off_t)off);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n < 0 ? -errno : -EIO;
+		p += n;
+		off += (uint64_t)n;
+		len -= (uint64_t)n;
+	}
+	return 0;
+}
+
+static int write_header(struct bitmap *b, bool clean)
+{
+	uint8_t p[CHECKED_SIZE + 8] = { 0 };
+	int err;
+
+	memcpy(p, magic, sizeof(magic));
+	put_le(p + 8, VERSION, 4);
+	put_le(p + 12, b->id.kind, 4);
+	put_le(p + 16, BLOCK_SIZE, 8);
+	put_le(p + 24, b->id.disk_size, 8);
+	put_le(p + 32, b->id.fingerprint, 8);
+	read_boot_id(p + 40);
+	put_le(p + 56, clean, 4);
+	put_le(p + 64, checksum(p), 8);
+	err = write_fully(b->fd, p, sizeof(p), 0);
+	if (!err && fdatasync(b->fd) < 0)
+		err = -errno;
+	return err;
+}
+
+static bool refuse(const char *path, const char *what, uint64_t found, uint64_t expected)
+{
+	log_failure("bitmap file %s: %s is %llu, and %llu is expected", path, what,
+		    (unsigned long long)found, (unsigned long long)expected);
+	return false;
+}
+
+/* Whether the file, of which st tells, is what it should be. */
+static bool check_header(const struct bitmap *b, const char *path, uint64_t file_size)
+{
+	const uint8_t *p = b->file;
+
+	if (memcmp(p, magic, sizeof(magic)) != 0) {
+		log_failure("bitmap file %s: it is no bitmap file of xnbd", path);
+		return false;
+	}
+	if (get_le(p + 8, 4) != VERSION)
+		return refuse(path, "version", get_le(p + 8, 4), VERSION);
+	if (get_le(p + 64, 8) != checksum(p)) {
+		log_failure("bitmap file %s: the header is damaged, its checksum is wrong", path);
+		return false;
+	}
+	if (get_le(p + 12, 4) != b->id.kind)
+		return refuse(path, "kind", get_le(p + 12, 4), b->id.kind);
+	if (get_le(p + 16, 8) != BLOCK_SIZE)
+		return refuse(path, "block size", get_le(p + 16, 8), BLOCK_SIZE);
+	if (get_le(p + 24, 8) != b->id.disk_size)
+		return refuse(path, "size of the disk", get_le(p + 24, 8), b->id.disk_size);
+	if (get_le(p + 32, 8) != b->id.fingerprint)
+		return refuse(path, "fingerprint of the base image", get_le(p + 32, 8),
+			      b->id.fingerprint);
+	if (file_size != b->file_bytes)
+		return refuse(path, "size of the file", file_size, b->file_bytes);
+	return true;
+}
+
+/* After a reboot, or if we cannot know, the live map is what was committed. */
+static void settle_live_map(struct bitmap *b)
+{
+	static const uint8_t unknown[BOOT_ID_SIZE];
+	const uint8_t *written_by = b->file + 40, *committed = b->file + HEADER_SIZE;
+	uint8_t now[BOOT_ID_SIZE];
+
+	read_boot_id(now);
+	if (memcmp(now, unknown, BOOT_ID_SIZE) != 0 &&
+	    memcmp(now, written_by, BOOT_ID_SIZE) == 0) {
+		/* What was set and not committed waits for the first commit. */
+		for (uint64_t at = 0; at < b->map_bytes; at += MAP_PAGE)
+			b->dirty[at / MAP_PAGE] =
+				memcmp((void *)(b->live + at), committed + at, MAP_PAGE) != 0;
+		return;
+	}
+	memcpy((void *)b->live, committed, b->map_bytes);
+}
+
+/* Create the file's contents; a mapping must never meet a full disk, so all of it is allocated. */
+static int format(struct bitmap *b, const char *path)
+{
+	int err = posix_fallocate(b->fd, 0, (off_t)b->file_bytes);
+
+	if (err)
+		return -err;
+	err = write_header(b, false);
+	if (!err && fsync(b->fd) < 0)
+		err = -errno;
+	return err ? err : sync_directory_of(path);
+}
+
+static int open_file(struct bitmap *b, const char *path, bool *created)
+{
+	*created = false;
+	b->fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
+	if (b->fd < 0 && errno == ENOENT) {
+		b->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+		*created = true;
+	}
+	if (b->fd < 0)
+		return -errno;
+	return flock(b->fd, LOCK_EX | LOCK_NB) < 0 ? -errno : 0;
+}
+
+static int map_file(struct bitmap *b)
+{
+	void *map = mmap(NULL, b->file_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, b->fd, 0);
+
+	if (map == MAP_FAILED)
+		return -errno;
+	b->file = map;
+	b->live = (atomic_uchar *)(b->file + HEADER_SIZE + b->map_bytes);
+	return 0;
+}
+
+static bool prepare(struct bitmap *b, const char *path)
+{
+	bool created;
+	struct stat st;
+	int err = open_file(b, path, &created);
+
+	if (err) {
+		log_failure("bitmap file %s: %s", path,
+			    err == -EWOULDBLOCK ? "another server uses it" : strerror(-err));
+		return false;
+	}
+	if (created)
+		err = format(b, path);
+	if (!err && fstat(b->fd, &st) < 0)
+		err = -errno;
+	if (!err && (uint64_t)st.st_size < HEADER_SIZE)
+		return refuse(path, "size of the file", (uint64_t)st.st_size, b->file_bytes);
+	if (!err)
+		err = map_file(b);
+	if (err) {
+		log_failure("bitmap file %s: %s", path, strerror(-err));
+		if (created)
+			unlink(path);
+		return false;
+	}
+	if (!check_header(b, path, (uint64_t)st.st_size))
+		return false;
+	settle_live_map(b);
+	err = write_header(b, false);
+	if (err)
+		log_failure("bitmap file %s: %s", path, strerror(-err));
+	return err == 0;
+}
+
+struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id)
+{
+	struct bitmap *b = calloc(1, sizeof(*b));
+
+	if (!b)
+		goto out_of_memory;
+	b->fd = -1;
+	b->id = *id;
+	b->blocks = bitmap_blocks(id->disk_size);
+	b->map_bytes = map_bytes_of(b->blocks ? b->blocks : 1);
+	b->file_bytes = HEADER_SIZE + 2 * b->map_bytes;
+	b->dirty = calloc(b->map_bytes / MAP_PAGE, sizeof(*b->dirty));
+	b->pages = malloc(COMMIT_PAGES * MAP_PAGE);
+	if (!b->dirty || !b->pages)
+		goto out_of_memory;
+	if (prepare(b, path))
+		return b;
+	bitmap_close(b);
+	return NULL;
+out_of_memory:
+	log_failure("bitmap file %s: %s", path, strerror(ENOMEM));
+	bitmap_close(b);
+	return NULL;
+}
+
+void bitmap_close(struct bitmap *b)
+{
+	if (!b)
+		return;
+	if (b->file)
+		munmap(b->file, b->file_bytes);
+	else if (b->live)
+		munmap((void *)b->live, b->map_bytes);
+	if (b->fd >= 0)
+		close(b->fd);
+	free((void *)b->dirty);
+	free(b->pages);
+	free(b);
+}
+
+/* Take the contents of dirty pages from *page on; returns how many. */
+static unsigned take_dirty(struct bitmap *b, uint64_t *page)
+{
+	uint64_t pages = b->map_bytes / MAP_PAGE;
+	unsigned n = 0;
+
+	for (; *page < pages && n < COMMIT_PAGES; ++*page) {
+		if (!atomic_exchange_explicit(&b->dirty[*page], 0, memory_order_acquire))
+			continue;
+		for (unsigned i = 0; i < MAP_PAGE; i++)
+			b->pages[n * MAP_PAGE + i] = atomic_load_explicit(
+				&b->live[*page * MAP_PAGE + i], memory_order_acquire);
+		b->page_number[n++] = *page;
+	}
+	return n;
+}
+
+static int write_committed(struct bitmap *b, unsigned n)
+{
+	int err = 0;
+
+	for (unsigned i = 0; i < n && !err; i++)
+		err = write_fully(b->fd, b->pages + i * MAP_PAGE, MAP_PAGE,
+				  HEADER_SIZE + b->page_number[i] * MAP_PAGE);
+	if (!err && n > 0 && fdatasync(b->fd) < 0)
+		err = -errno;
+	return err;
+}
+
+int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg)
+{
+	uint64_t page = 0;
+	unsigned n;
+	int err;
+
+	do {
+		n = take_dirty(b, &page);
+		err = sync(arg);
+		if (!err)
+			err = write_committed(b, n);
+	} while (!err && n == COMMIT_PAGES);
+	return err;
+}
+
+int bitmap_mark_clean(struct bitmap *b)
+{
+	return write_header(b, true);
+}

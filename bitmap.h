@@ -1,0 +1,62 @@
+/*
+ * bitmap.h - which blocks of a disk are held elsewhere: in memory, or in a durable file.
+ *
+ * A bit goes from 0 to 1 and never back.  All functions but those that open and close may be called by
+ * several threads at the same time.
+ */
+#ifndef XNBD_BITMAP_H
+#define XNBD_BITMAP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct bitmap;
+
+/* What a bitmap file belongs to.  The numbers are part of its format: xnbd-bitmap(5). */
+enum bitmap_kind {
+	BITMAP_OVERLAY = 1,	/* of a copy-on-write target */
+	BITMAP_CACHE = 2,	/* of a proxy */
+};
+
+struct bitmap_identity {
+	enum bitmap_kind kind;
+	uint64_t disk_size;	/* bytes */
+	uint64_t fingerprint;	/* of the base image; 0 where there is none */
+};
+
+/* The blocks of a disk of size bytes, the last of which may be a part of one. */
+uint64_t bitmap_blocks(uint64_t size);
+
+/* In memory, all 0, gone when it is closed.  NULL if out of memory. */
+struct bitmap *bitmap_new(uint64_t blocks);
+
+/*
+ * Open the file at path, or create it, and lock it until it is closed.  NULL after logging what
+ * is wrong with it.
+ */
+struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id);
+
+/* NULL is allowed.  Does not commit. */
+void bitmap_close(struct bitmap *b);
+
+/* Who sees the bit also sees what was written before it was set. */
+bool bitmap_test(const struct bitmap *b, uint64_t blk);
+
+/* The number of blocks from blk on, at most max, that have the same bit; *set is that bit. */
+uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *set);
+
+/* Set n bits, each atomically. */
+void bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n);
+
+uint64_t bitmap_count(const struct bitmap *b);
+
+/*
+ * Make durable what was set before the call.  sync() makes durable the data that the bits speak of, and is
+ * called before they are written.  One thread at a time.  0 or -errno.
+ */
+int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg);
+
+/* After a commit, when no bit will be set any more: mark the file so.  0 or -errno. */
+int bitmap_mark_clean(struct bitmap *b);
+
+#endif
