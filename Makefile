@@ -22,7 +22,7 @@ XCFLAGS = -std=c11 -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Wshadow -Wstrict-protot
 BUILD = .
 
 SERVER_OBJS = xnbd.o options.o listen.o conn.o loop.o tx.o proto.o backend.o disk.o \
-	cow.o bitmap.o range.o commit.o worker.o util.o
+	snapshot.o cow.o bitmap.o range.o commit.o worker.o util.o
 OBJS = $(addprefix $(BUILD)/,$(SERVER_OBJS))
 
 PYTHON = python3

@@ -221,22 +221,6 @@ static uint64_t checksum(const uint8_t *p)
 	return h;
 }
 
-static int write_fully(int fd, const uint8_t *p, uint64_t len, uint64_t off)
-{
-	while (len > 0) {
-		ssize_t n = pwrite(fd, p, len, (off_t)off);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return n < 0 ? -errno : -EIO;
-		p += n;
-		off += (uint64_t)n;
-		len -= (uint64_t)n;
-	}
-	return 0;
-}
-
 static int write_header(struct bitmap *b, bool clean)
 {
 	uint8_t p[CHECKED_SIZE + 8] = { 0 };
@@ -251,7 +235,7 @@ static int write_header(struct bitmap *b, bool clean)
 	read_boot_id(p + 40);
 	put_le(p + 56, clean, 4);
 	put_le(p + 64, checksum(p), 8);
-	err = write_fully(b->fd, p, sizeof(p), 0);
+	err = write_at(b->fd, p, sizeof(p), 0);
 	if (!err && fdatasync(b->fd) < 0)
 		err = -errno;
 	return err;
@@ -445,7 +429,7 @@ static int write_committed(struct bitmap *b, unsigned n)
 	int err = 0;
 
 	for (unsigned i = 0; i < n && !err; i++)
-		err = write_fully(b->fd, b->pages + i * MAP_PAGE, MAP_PAGE,
+		err = write_at(b->fd, b->pages + i * MAP_PAGE, MAP_PAGE,
 				  HEADER_SIZE + b->page_number[i] * MAP_PAGE);
 	if (!err && n > 0 && fdatasync(b->fd) < 0)
 		err = -errno;

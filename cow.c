@@ -385,7 +385,6 @@ static int unnamed_file(const char *dir)
 
 static bool open_throw_away(struct cow *c, const struct cow_options *o)
 {
-	size_t len = (size_t)(base_name(o->base) - o->base);
 	struct stat st;
 	char *dir;
 	int fd;
@@ -395,7 +394,7 @@ static bool open_throw_away(struct cow *c, const struct cow_options *o)
 			    o->base);
 		return false;
 	}
-	dir = o->dir ? strdup(o->dir) : len ? strndup(o->base, len) : strdup(".");
+	dir = o->dir ? strdup(o->dir) : directory_of(o->base);
 	fd = dir ? unnamed_file(dir) : -1;
 	if (fd < 0)
 		log_failure("cannot make an overlay in %s: %s%s", dir ? dir : "memory",

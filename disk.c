@@ -11,6 +11,7 @@
 #include "disk.h"
 
 #include "commit.h"
+#include "snapshot.h"
 #include "util.h"
 
 #include <assert.h>
@@ -18,6 +19,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -68,6 +70,7 @@ struct disk {
 	atomic_uint_least64_t slow_until;	/* now_us() */
 
 	struct committer committer;
+	struct snapshot *snapshot;	/* changes only while the gate is closed; NULL if none */
 };
 
 static struct disk *to_disk(struct backend *b)
@@ -100,23 +103,6 @@ static bool is_resident(const struct disk *d, uint64_t off, uint64_t len)
 	return true;
 }
 
-/* 0, -errno; the image may have become shorter than it was: -EIO. */
-static int read_fully(const struct disk *d, uint8_t *buf, uint64_t len, uint64_t off)
-{
-	while (len > 0) {
-		ssize_t n = pread(d->fd, buf, len, (off_t)off);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return n < 0 ? -errno : -EIO;
-		buf += n;
-		off += (uint64_t)n;
-		len -= (uint64_t)n;
-	}
-	return 0;
-}
-
 /* One pread() that does not wait for the disk; -EOPNOTSUPP where there is no such thing. */
 static ssize_t pread_nowait(int fd, void *buf, size_t len, uint64_t off)
 {
@@ -138,7 +124,7 @@ static ssize_t pread_nowait(int fd, void *buf, size_t len, uint64_t off)
 static int read_try(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off)
 {
 	if (d->in_memory)
-		return read_fully(d, buf, len, off);
+		return read_at(d->fd, buf, len, off);
 	if (!atomic_load_explicit(&d->no_nowait, memory_order_relaxed)) {
 		ssize_t n = pread_nowait(d->fd, buf, len, off);
 
@@ -148,12 +134,12 @@ static int read_try(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off)
 			return -EAGAIN;
 		atomic_store_explicit(&d->no_nowait, true, memory_order_relaxed);
 	}
-	return is_resident(d, off, len) ? read_fully(d, buf, len, off) : -EAGAIN;
+	return is_resident(d, off, len) ? read_at(d->fd, buf, len, off) : -EAGAIN;
 }
 
 int disk_read(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	return how == TRY ? read_try(d, buf, len, off) : read_fully(d, buf, len, off);
+	return how == TRY ? read_try(d, buf, len, off) : read_at(d->fd, buf, len, off);
 }
 
 /* Count bytes sent from the mapping, and give the pages back now and then. */
@@ -179,22 +165,6 @@ bool disk_map(struct disk *d, uint64_t len, uint64_t off, struct iovec *iov)
 
 /* Writing */
 
-static int write_fully(const struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off)
-{
-	while (len > 0) {
-		ssize_t n = pwrite(d->fd, buf, len, (off_t)off);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return n < 0 ? -errno : -EIO;
-		buf += n;
-		off += (uint64_t)n;
-		len -= (uint64_t)n;
-	}
-	return 0;
-}
-
 /* Whether the page at off must be read from disk first, since a write changes a part of it only. */
 static bool needs_read(struct disk *d, uint64_t off)
 {
@@ -217,7 +187,7 @@ static int write_try(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t 
 		return -EAGAIN;
 	if (needs_read(d, off) || needs_read(d, off + len))
 		return -EAGAIN;
-	ret = write_fully(d, buf, len, off);
+	ret = write_at(d->fd, buf, len, off);
 	if (now_us() - start > SLOW_WRITE_US)
 		atomic_store_explicit(&d->slow_until, start + SLOW_WRITE_PENALTY_US,
 				      memory_order_relaxed);
@@ -226,7 +196,7 @@ static int write_try(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t 
 
 int disk_write(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	return how == TRY ? write_try(d, buf, len, off) : write_fully(d, buf, len, off);
+	return how == TRY ? write_try(d, buf, len, off) : write_at(d->fd, buf, len, off);
 }
 
 /* Make durable */
@@ -294,7 +264,7 @@ static int write_zeros(struct disk *d, uint64_t off, uint64_t len)
 	while (len > 0 && ret == 0) {
 		uint64_t n = len < sizeof(zeros) ? len : sizeof(zeros);
 
-		ret = write_fully(d, zeros, n, off);
+		ret = write_at(d->fd, zeros, n, off);
 		off += n;
 		len -= n;
 	}
@@ -416,6 +386,26 @@ void disk_close(struct disk *d)
 	free(d);
 }
 
+bool disk_is_file(const struct disk *d)
+{
+	return !d->block_device;
+}
+
+bool disk_clone(const struct disk *d, int fd)
+{
+#if defined(__linux__) && !defined(XNBD_PORTABLE)
+	return ioctl(fd, _IOW(0x94, 9, int), d->fd) == 0;	/* FICLONE of <linux/fs.h> */
+#else
+	(void)d, (void)fd;
+	return false;
+#endif
+}
+
+void disk_set_snapshot(struct disk *d, struct snapshot *s)
+{
+	d->snapshot = s;
+}
+
 /* The backend */
 
 static int op_read(struct backend *b, struct request *r, enum how how)
@@ -429,9 +419,19 @@ static int op_map(struct backend *b, const struct request *r, struct iovec *iov,
 	return disk_map(to_disk(b), r->h.len, r->h.off, iov);
 }
 
+/* To be called before what changes the disk: a snapshot may need the old blocks. */
+static int keep_old(struct disk *d, const struct request *r, enum how how)
+{
+	if (!d->snapshot || r->h.len == 0)
+		return 0;
+	return snapshot_before_change(d->snapshot, r->h.len, r->h.off, how);
+}
+
 static int op_write(struct backend *b, struct request *r, enum how how)
 {
-	return disk_write(to_disk(b), r->buf, r->h.len, r->h.off, how);
+	int ret = keep_old(to_disk(b), r, how);
+
+	return ret ? ret : disk_write(to_disk(b), r->buf, r->h.len, r->h.off, how);
 }
 
 static int op_flush(struct backend *b, struct request *r, enum how how)
@@ -442,12 +442,16 @@ static int op_flush(struct backend *b, struct request *r, enum how how)
 
 static int op_trim(struct backend *b, struct request *r, enum how how)
 {
-	return how == TRY ? -EAGAIN : disk_trim(to_disk(b), r->h.len, r->h.off);
+	int ret = how == TRY ? -EAGAIN : keep_old(to_disk(b), r, how);
+
+	return ret ? ret : disk_trim(to_disk(b), r->h.len, r->h.off);
 }
 
 static int op_zero(struct backend *b, struct request *r, enum how how)
 {
-	return how == TRY ? -EAGAIN : disk_zero(to_disk(b), r->h.len, r->h.off, r->h.flags);
+	int ret = how == TRY ? -EAGAIN : keep_old(to_disk(b), r, how);
+
+	return ret ? ret : disk_zero(to_disk(b), r->h.len, r->h.off, r->h.flags);
 }
 
 static int op_cache(struct backend *b, struct request *r, enum how how)

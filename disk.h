@@ -49,6 +49,16 @@ void disk_prefetch(struct disk *d, uint64_t len, uint64_t off);
 /* The run at pos: its status, and its length, which ends at end at the latest. */
 struct extent disk_extent(const struct disk *d, uint64_t pos, uint64_t end);
 
+/* Whether it is a file, which has a place beside it, and not a device. */
+bool disk_is_file(const struct disk *d);
+
+/* Make the file fd share all blocks of the disk.  False where the file system cannot. */
+bool disk_clone(const struct disk *d, int fd);
+
+/* Tell a snapshot of what changes through the backend; NULL for none.  While the gate is closed. */
+struct snapshot;
+void disk_set_snapshot(struct disk *d, struct snapshot *s);
+
 /* fdatasync() */
 int disk_sync(struct disk *d);
 

@@ -219,10 +219,48 @@ const char *base_name(const char *path)
 	return slash ? slash + 1 : path;
 }
 
-int sync_directory_of(const char *path)
+char *directory_of(const char *path)
 {
 	size_t len = (size_t)(base_name(path) - path);
-	char *dir = len ? strndup(path, len) : strdup(".");
+
+	return len ? strndup(path, len) : strdup(".");
+}
+
+int read_at(int fd, uint8_t *buf, uint64_t len, uint64_t off)
+{
+	while (len > 0) {
+		ssize_t n = pread(fd, buf, len, (off_t)off);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n < 0 ? -errno : -EIO;
+		buf += n;
+		off += (uint64_t)n;
+		len -= (uint64_t)n;
+	}
+	return 0;
+}
+
+int write_at(int fd, const uint8_t *buf, uint64_t len, uint64_t off)
+{
+	while (len > 0) {
+		ssize_t n = pwrite(fd, buf, len, (off_t)off);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n < 0 ? -errno : -EIO;
+		buf += n;
+		off += (uint64_t)n;
+		len -= (uint64_t)n;
+	}
+	return 0;
+}
+
+int sync_directory_of(const char *path)
+{
+	char *dir = directory_of(path);
 	int fd, ret = 0;
 
 	if (!dir)

@@ -56,6 +56,13 @@ char *absolute_path(const char *path);
 /* The last component of a path, within it. */
 const char *base_name(const char *path);
 
+/* The directory of a path, "." if it names none, in memory that the caller frees; or NULL. */
+char *directory_of(const char *path);
+
+/* All of len bytes at off, or an error: 0 or -errno, -EIO where the file ends before. */
+int read_at(int fd, uint8_t *buf, uint64_t len, uint64_t off);
+int write_at(int fd, const uint8_t *buf, uint64_t len, uint64_t off);
+
 /* fsync the directory that holds path, so that its entry is durable.  0 or -errno. */
 int sync_directory_of(const char *path);
 

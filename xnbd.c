@@ -11,6 +11,7 @@
 #include "listen.h"
 #include "loop.h"
 #include "options.h"
+#include "snapshot.h"
 #include "util.h"
 #include "worker.h"
 
@@ -42,13 +43,16 @@ enum {
 struct server {
 	struct options options;
 	struct backend *backend;
+	struct disk *disk;		/* --target: what snapshots are taken of */
+	struct snapshot *snapshot;	/* that is being made, or NULL */
+	bool snapshot_wanted;		/* another one, when that is done */
 	struct export export;
 	const struct proto_export *table[1];
 	struct proto_exports exports;
 	struct listeners listeners;
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
-	char *log_path, *pid_path;	/* from the root, since a daemon leaves its directory */
+	char *log_path, *pid_path, *image_path;	/* from the root, since a daemon leaves its directory */
 	size_t connections_max;
 	uint64_t accept_again;		/* now_ms() when a pause of accepting ends, 0 for none */
 	uint64_t refusal_logged;	/* now_ms() */
@@ -56,13 +60,21 @@ struct server {
 
 /* Signals and loops wake the main thread with a byte in this pipe. */
 static int wake_pipe[2] = { -1, -1 };
-static volatile sig_atomic_t stop_signals, hup_signals;
+static volatile sig_atomic_t stop_signals, hup_signals, usr1_signals, usr2_signals;
 
 static void on_signal(int sig)
 {
-	if (sig == SIGHUP) {
+	switch (sig) {
+	case SIGHUP:
 		hup_signals = 1;
-	} else {
+		break;
+	case SIGUSR1:
+		usr1_signals = 1;
+		break;
+	case SIGUSR2:
+		usr2_signals = 1;
+		break;
+	default:
 		if (stop_signals)
 			_exit(EXIT_FAILURE);
 		stop_signals = 1;
@@ -70,13 +82,13 @@ static void on_signal(int sig)
 	poke_pipe(wake_pipe[1], 0);
 }
 
-/* A loop's thread: a connection has ended. */
+/* Another thread: a connection, or a snapshot, has ended. */
 static void on_ended(void)
 {
 	poke_pipe(wake_pipe[1], 0);
 }
 
-static const int handled[] = { SIGTERM, SIGINT, SIGHUP };
+static const int handled[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 };
 
 /* Block what is handled, here and in all threads to come; handlers run in ppoll() only. */
 static bool setup_signals(void)
@@ -202,14 +214,15 @@ static const char *describe_image(const char *path)
 	return proto_is_string(name) ? name : "";
 }
 
-static struct backend *open_target(const struct options *o)
+static struct backend *open_target(struct server *s)
 {
-	struct disk *disk;
+	const struct options *o = &s->options;
 
 	if (o->create && !disk_create(o->image, o->create_size))
 		return NULL;
-	disk = disk_open(o->image, o->readonly);
-	return disk ? disk_backend(disk) : NULL;
+	s->image_path = absolute_path(o->image);
+	s->disk = disk_open(o->image, o->readonly);
+	return s->disk ? disk_backend(s->disk) : NULL;
 }
 
 static struct backend *open_cow_target(const struct options *o)
@@ -223,7 +236,7 @@ static bool open_export(struct server *s)
 {
 	const struct options *o = &s->options;
 
-	s->backend = o->mode == MODE_COW_TARGET ? open_cow_target(o) : open_target(o);
+	s->backend = o->mode == MODE_COW_TARGET ? open_cow_target(o) : open_target(s);
 	if (!s->backend)
 		return false;
 	export_init(&s->export, s->backend, "", describe_image(o->image), loops_wake);
@@ -429,7 +442,39 @@ static int pause_left(struct server *s)
 	return -1;
 }
 
-/* The pipe had something: a connection ended, or a signal came. */
+/* Snapshots */
+
+/* The gate is closed for the instant that the snapshot shows, and no longer. */
+static void start_snapshot(struct server *s)
+{
+	s->snapshot_wanted = false;
+	s->snapshot = snapshot_new(s->disk, s->image_path, on_ended);
+	if (!s->snapshot)
+		return;
+	gate_close(&s->export.gate);
+	snapshot_take(s->snapshot);
+	gate_open(&s->export.gate);
+	snapshot_start(s->snapshot);
+}
+
+static void end_snapshot(struct server *s)
+{
+	gate_close(&s->export.gate);
+	snapshot_free(s->snapshot);
+	s->snapshot = NULL;
+	gate_open(&s->export.gate);
+}
+
+/* One at a time; a signal during one is remembered. */
+static void tend_snapshots(struct server *s)
+{
+	if (s->snapshot && snapshot_is_over(s->snapshot))
+		end_snapshot(s);
+	if (s->snapshot_wanted && !s->snapshot)
+		start_snapshot(s);
+}
+
+/* The pipe had something: something ended, or a signal came. */
 static void take_wakeups(struct server *s)
 {
 	drain_pipe(wake_pipe[0]);
@@ -438,6 +483,18 @@ static void take_wakeups(struct server *s)
 		hup_signals = 0;
 		log_reopen();
 	}
+	if (usr1_signals) {
+		usr1_signals = 0;
+		if (s->disk && s->image_path)
+			s->snapshot_wanted = true;
+		else
+			log_line("SIGUSR1 ignored: snapshots are taken in target mode");
+	}
+	if (usr2_signals) {
+		usr2_signals = 0;
+		log_line("SIGUSR2 ignored: there is no proxy to switch");
+	}
+	tend_snapshots(s);
 }
 
 /* Accept clients until a signal to stop, or until the only client has left. */
@@ -481,14 +538,21 @@ static void add_single_client(struct server *s)
 
 /* End */
 
-/* Let all connections finish.  False if some have not in time. */
-static bool stop_connections(void)
+static bool has_work(const struct server *s)
+{
+	return loops_load() > 0 || (s->snapshot && !snapshot_is_over(s->snapshot));
+}
+
+/* Let all connections finish, and give up a snapshot.  False if that takes too long. */
+static bool stop_all(struct server *s)
 {
 	uint64_t deadline = now_ms() + STOP_MS, now;
 	struct pollfd pfd = { .fd = wake_pipe[0], .events = POLLIN };
 
+	if (s->snapshot)
+		snapshot_abandon(s->snapshot);
 	loops_stop();
-	while (loops_load() > 0) {
+	while (has_work(s)) {
 		now = now_ms();
 		if (now >= deadline)
 			return false;
@@ -505,6 +569,7 @@ static void clean_up(struct server *s)
 		unlink(s->pid_path);
 	free(s->pid_path);
 	free(s->log_path);
+	free(s->image_path);
 	options_free(&s->options);
 }
 
@@ -516,14 +581,15 @@ static void run(struct server *s)
 	if (stop_signals)
 		log_line("stopping");
 	listen_close(&s->listeners);
-	if (!stop_connections()) {
-		log_line("stopped, but requests of %zu connections hang", loops_load());
+	if (!stop_all(s)) {
+		log_line("stopped, but %zu connections wait for the disk", loops_load());
 		if (s->pid_path)
 			unlink(s->pid_path);
 		_exit(EXIT_SUCCESS);
 	}
 	loops_join();
 	worker_stop();
+	snapshot_free(s->snapshot);
 }
 
 int main(int argc, char **argv)
