@@ -108,6 +108,7 @@ static bool setup_signals(void)
 	}
 	pthread_sigmask(SIG_BLOCK, &set, NULL);
 	signal(SIGPIPE, SIG_IGN);
+	signal(SIGXFSZ, SIG_IGN);	/* a file size limit is an error of one write */
 	return true;
 }
 

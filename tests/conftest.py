@@ -217,8 +217,15 @@ class Server:
         fields = Path(f"/proc/{self.proc.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def descriptors(self):
-        return len(os.listdir(f"/proc/{self.proc.pid}/fd"))
+    def sockets(self):
+        """How many sockets it has open: listeners and connections."""
+        directory, count = f"/proc/{self.proc.pid}/fd", 0
+        for fd in os.listdir(directory):
+            try:
+                count += os.readlink(f"{directory}/{fd}").startswith("socket:")
+            except FileNotFoundError:       # closed meanwhile
+                pass
+        return count
 
     def terminate(self, number=signal.SIGTERM):
         self.proc.send_signal(number)
@@ -320,7 +327,11 @@ def run_server():
 def raise_descriptor_limit(wanted):
     """Lets this process and the servers it starts open that many files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
-            skip(f"needs {wanted} open files (ulimit -n)")
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY:
+        hard = max(hard, wanted)            # which only root may raise
+    try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except ValueError:
+        skip(f"needs {wanted} open files (ulimit -n)")

@@ -24,7 +24,7 @@ import sys
 import time
 
 SANITIZED = os.environ.get("XNBD_SANITIZED") == "1"
-DEADLINE = 60 if SANITIZED else 10      # seconds: for what should happen at once
+DEADLINE = 60 if SANITIZED else 20      # seconds: for what should happen at once
 
 # Magic numbers
 INIT_PASSWD = 0x4e42444d41474943

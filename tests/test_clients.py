@@ -291,7 +291,7 @@ def test_nbdsh_reads_and_writes(serve, disk):
                 "print(h.get_size(), bytes(h.pread(7, 4092)), h.get_protocol())",
                 "h.zero(5, 4093, nbd.CMD_FLAG_NO_HOLE | nbd.CMD_FLAG_FUA)",
                 "h.pwrite(b'bye', h.get_size() - 3, nbd.CMD_FLAG_FUA)"]
-    told = tool("libnbd-bin", "nbdsh", "-u", s.uri, *[w for c in commands for w in ("-c", c)],
+    told = tool("python3-libnbd", "nbdsh", "-u", s.uri, *[w for c in commands for w in ("-c", c)],
                 env=shell_environment())
     assert told.split("\n")[0] == f"{RAGGED} {bytes(1) + b'hello' + bytes(1)} newstyle-fixed"
     s.stop()

