@@ -216,17 +216,26 @@ static int commit(struct committer *c)
 
 /* Zeros and holes */
 
+enum allocation { PUNCH_HOLE, ZERO_RANGE };
+
 /* fallocate() where there is one; -EOPNOTSUPP, remembered in *missing, where it cannot. */
-static int allocate(const struct disk *d, int mode, atomic_bool *missing, uint64_t off,
+static int allocate(const struct disk *d, enum allocation how, atomic_bool *missing, uint64_t off,
 		    uint64_t len)
 {
-	int ret;
+	int ret = -1;
 
+	errno = EOPNOTSUPP;
 	if (atomic_load_explicit(missing, memory_order_relaxed))
 		return -EOPNOTSUPP;
+#if defined(FALLOC_FL_PUNCH_HOLE) && defined(FALLOC_FL_ZERO_RANGE) && !defined(XNBD_PORTABLE)
+	int mode = how == PUNCH_HOLE ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
+
 	do
-		ret = fallocate(d->fd, mode, (off_t)off, (off_t)len);
+		ret = fallocate(d->fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len);
 	while (ret < 0 && errno == EINTR);
+#else
+	(void)d, (void)how, (void)off, (void)len;
+#endif
 	if (ret == 0)
 		return 0;
 	if (errno != EOPNOTSUPP && errno != ENOSYS)
@@ -237,23 +246,12 @@ static int allocate(const struct disk *d, int mode, atomic_bool *missing, uint64
 
 static int punch(struct disk *d, uint64_t off, uint64_t len)
 {
-#if defined(FALLOC_FL_PUNCH_HOLE) && !defined(XNBD_PORTABLE)
-	return allocate(d, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, &d->no_punch, off, len);
-#else
-	(void)d, (void)off, (void)len;
-	return -EOPNOTSUPP;
-#endif
+	return allocate(d, PUNCH_HOLE, &d->no_punch, off, len);
 }
 
 static int zero_range(struct disk *d, uint64_t off, uint64_t len)
 {
-#if defined(FALLOC_FL_ZERO_RANGE) && !defined(XNBD_PORTABLE)
-	return allocate(d, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, &d->no_zero_range, off,
-			len);
-#else
-	(void)d, (void)off, (void)len;
-	return -EOPNOTSUPP;
-#endif
+	return allocate(d, ZERO_RANGE, &d->no_zero_range, off, len);
 }
 
 static int write_zeros(struct disk *d, uint64_t off, uint64_t len)

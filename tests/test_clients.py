@@ -388,12 +388,12 @@ def test_libnbd_handles_agree_with_a_model(serve, disk):
 FIO_SIZE = 16 if SANITIZED else 48      # MiB, of all jobs together
 
 
-def fio(uri, *options):
+def fio(server, *options):
     """Three jobs, each with its own third of the disk and its own connection."""
-    job = ["--name=job", "--ioengine=nbd", f"--uri={uri}", "--numjobs=3",
+    job = ["--name=job", "--ioengine=nbd", f"--uri={server.uri}", "--numjobs=3",
            f"--size={FIO_SIZE // 3}m", f"--offset_increment={FIO_SIZE // 3}m", "--iodepth=32",
            "--randseed=1", "--thread", "--group_reporting", "--minimal", *options]
-    text = tool("fio", "fio", *job)
+    text = tool("fio", "fio", *job, cwd=server.stderr.parent)    # it leaves files there
     assert not re.search("verify|error|fail", text), text
 
 
@@ -407,13 +407,13 @@ VERIFY = ["--verify=crc32c-intel", "--verify_fatal=1", "--verify_backlog=256"]
 def test_fio_verifies_what_it_wrote(serve, disk, options):
     need("fio", "fio")
     s = serve(disk(FIO_SIZE * MIB))
-    fio(s.uri, *options, *VERIFY)
+    fio(s, *options, *VERIFY)
     s.stop()
 
 
 def test_fio_trims_among_writes(serve, disk):
     s = serve(disk(content=b"\x5a" * (FIO_SIZE * MIB)))
-    fio(s.uri, "--rw=randtrim", "--bs=64k")
+    fio(s, "--rw=randtrim", "--bs=64k")
     s.stop()
 
 

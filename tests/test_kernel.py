@@ -152,8 +152,7 @@ def test_fstrim_gives_space_back_and_spares_files(kernel, server, image, client)
         for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
                 cmp -n $((102400 * (1 + i % 3))) $MNT/stays.$i $TREE/d0/1000001
         done
-        verify_tree
-        """ + REMOUNT_AND_VERIFY, CLIENT=client, PORT=s.port)
+        """ + REMOUNT_AND_VERIFY + "detach $DEV $CLIENT", CLIENT=client, PORT=s.port)
     s.stop()
     check_image(image, kernel)
     assert allocated(image) < 25 * MIB
