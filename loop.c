@@ -32,7 +32,7 @@ enum {
 	 * sleep and be woken costs more than most requests.  Only while that pays.
 	 */
 	SPIN_US = 50,
-	SPIN_ROUNDS = 64,	/* then poll(), for the sake of the others */
+	SPIN_ROUNDS = 16,	/* then poll(), for the sake of the others */
 	SPIN_CONNS = 4,		/* busy ones in a round; with more, poll() costs little each */
 	SPIN_SKIP_MAX = 64,	/* sleeps without spinning after it did not pay */
 

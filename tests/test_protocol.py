@@ -1044,8 +1044,8 @@ def test_read_that_fails_does_not_begin_with_success(server, disk, structured, l
 # 28. Structured reply types
 
 @pytest.fixture
-def swiss(server, disk):
-    """A server on 4 MiB of data and holes, and the bytes it must serve."""
+def holey(disk):
+    """An image of 4 MiB of data and holes, and the bytes of it."""
     image = disk(4 * MIB)
     data = bytearray(4 * MIB)
     with open(image, "r+b") as f:
@@ -1054,7 +1054,14 @@ def swiss(server, disk):
             data[at:at + len(piece)] = piece
             f.seek(at)
             f.write(piece)
-    return server(image), bytes(data)
+    return image, bytes(data)
+
+
+@pytest.fixture
+def swiss(server, holey):
+    """A server on data and holes, and the bytes it must serve."""
+    image, data = holey
+    return server(image), data
 
 
 READS = [(0, 4 * MIB), (1, 4 * MIB - 2), (0, 1), (32767, 2), (32768, 65536), (32768, 1),
@@ -1068,6 +1075,39 @@ def test_chunks_cover_the_request_exactly(swiss, structured):
     with s.client(structured=structured) as c:
         for offset, length in READS:
             assert c.pread(length, offset) == data[offset:offset + length], (offset, length)
+
+
+def evict(path):
+    """Asks the kernel to forget what it caches of a file: the next read has to
+    wait for the disk."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@both_replies
+@pytest.mark.parametrize("offset, length", READS)
+def test_reads_that_wait_for_the_disk_are_right(server, holey, structured, offset, length):
+    """28. Other requests may overtake them."""
+    image, data = holey
+    with server(image).client(structured=structured) as c:
+        evict(image)
+        for at in (offset, 0, 3 * MIB):
+            c.request(NBD_CMD_READ, at, min(length, 4 * MIB - at))
+        c.request(NBD_CMD_FLUSH)
+        for reply in c.collect_all().values():
+            at, size = reply.request.offset, reply.request.length
+            assert reply.error == 0
+            assert reply.request.command == NBD_CMD_FLUSH or reply.data == data[at:at + size]
+
+
+@pytest.mark.parametrize("length", [1, 4096, MIB])
+def test_df_read_that_waits_for_the_disk_is_one_chunk(server, holey, length):
+    image, data = holey
+    with server(image).client(structured=True) as c:
+        for offset in (0, 30000, 2 * MIB + 1):
+            evict(image)
+            assert c.pread(length, offset, NBD_CMD_FLAG_DF) == data[offset:offset + length]
 
 
 def test_hole_chunks_are_holes(server, disk):

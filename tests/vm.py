@@ -1,13 +1,14 @@
 """A real Linux kernel to test the server with: machines that run shell scripts.
 
 A Guest is a small virtual machine: Debian's cloud kernel with nbd.ko, and an
-initramfs of busybox, two nbd-clients and the ext4 tools of this host.  Nothing
-but the kernel is fetched and nothing is installed.  It is emulated, so no
-/dev/kvm is needed; it boots in a few seconds.  A Local machine is this one, as
-root, where its kernel has NBD devices.  Scripts do not notice the difference:
+initramfs of busybox, two nbd-clients and the ext4 tools of this host.  The
+kernel and busybox's source are fetched once, and nothing is installed.  It is
+emulated, so no /dev/kvm is needed; it boots in a few seconds.  A Local machine
+is this one, as root, where its kernel has NBD devices.  Scripts do not notice
+the difference:
 
     with vm.Guest(directory) as guest:
-        guest.run('nbd-client -N "" $HOST 10809 $DEV')  # raises Failed, returns output
+        guest.run("attach $DEV debian -C 4", PORT=port) # raises Failed, returns output
         job = guest.start("dd if=$DEV of=/dev/null; echo done")
         job.wait_for("done")                            # while others run
         job.wait()
@@ -252,13 +253,13 @@ def make_tree(directory):
 
 def initramfs(tree, extra=()):
     """The guest's file system, with further programs of this host."""
-    programs = [program(n, p) for n, p in GUEST_PROGRAMS.items()] + list(extra)
     files = {"bin/busybox": program("busybox", "busybox-static"),
              "bin/busybox-nbd": busybox_with_client(),
              **{name: HERE / "vm" / name for name in ("init", "agent", "lib.sh")}}
-    for path in [*programs, *files.values()]:
-        for each in [path, *libraries(path)] if path in programs else libraries(path):
-            files[str(each).lstrip("/")] = each
+    for path in [*(program(n, p) for n, p in GUEST_PROGRAMS.items()), *extra]:
+        files[str(path).lstrip("/")] = path
+    for path in list(files.values()):
+        files.update((library.lstrip("/"), library) for library in libraries(path))
     for path in [tree.parent / "sums", *tree.glob("*/*")]:
         files[str(path.relative_to(tree.parent))] = path
     entries = {name: (0o100755, Path(path).read_bytes()) for name, path in files.items()}
@@ -290,7 +291,7 @@ class Job:
         deadline = time.monotonic() + seconds
         while not condition():
             if not self.machine.receive(deadline):
-                raise Failed(f"no {what} after {seconds} s:\n{self.output}"
+                raise Failed(f"no {what} (in {seconds} s at most):\n{self.output}"
                              f"{self.machine.state()}")
 
     def wait_for(self, text, seconds=60):
@@ -412,6 +413,7 @@ class Guest(Machine):
         self.console = Path(directory, "console.log")
         self.deadline = time.monotonic() + deadline
         append = f"console=ttyS0 panic=-1 oops=panic random.trust_cpu=on deadline={deadline}"
+        # One thread for all processors: here it takes half the time of one for each.
         self.proc = subprocess.Popen(
             [qemu, "-accel", "tcg,thread=single", "-cpu", "max", "-smp", str(CPUS),
              "-m", str(memory), "-nodefaults", "-display", "none", "-no-reboot",
