@@ -32,7 +32,7 @@ static uint16_t transmission_flags(const struct backend *b)
 }
 
 void export_init(struct export *e, struct backend *backend, const char *name,
-		 const char *description, void (*opened)(void))
+		 const char *description, void (*emptied)(void), void (*opened)(void))
 {
 	e->backend = backend;
 	e->proto.name = name;
@@ -41,14 +41,14 @@ void export_init(struct export *e, struct backend *backend, const char *name,
 	e->proto.flags = transmission_flags(backend);
 	atomic_init(&e->gate.inside, 0);
 	atomic_init(&e->gate.closed, false);
-	pthread_mutex_init(&e->gate.lock, NULL);
-	pthread_cond_init(&e->gate.empty, NULL);
+	e->gate.emptied = emptied;
 	e->gate.opened = opened;
 }
 
 /*
- * Going in and closing meet on two variables: who goes in counts itself and then looks whether the gate is
- * closed, who closes sets the flag and then looks at the count.  One of them sees the other.
+ * Going in and closing meet on two variables: who goes in counts itself and then looks whether
+ * the gate is closed, who closes sets the flag and then looks at the count.  One of them sees
+ * the other.
  */
 bool gate_enter(struct gate *g)
 {
@@ -66,20 +66,14 @@ void gate_hold(struct gate *g)
 
 void gate_leave(struct gate *g)
 {
-	if (atomic_fetch_sub(&g->inside, 1) != 1 || !atomic_load(&g->closed))
-		return;
-	pthread_mutex_lock(&g->lock);
-	pthread_cond_signal(&g->empty);
-	pthread_mutex_unlock(&g->lock);
+	if (atomic_fetch_sub(&g->inside, 1) == 1 && atomic_load(&g->closed))
+		g->emptied();
 }
 
-void gate_close(struct gate *g)
+bool gate_close(struct gate *g)
 {
 	atomic_store(&g->closed, true);
-	pthread_mutex_lock(&g->lock);
-	while (atomic_load(&g->inside) > 0)
-		pthread_cond_wait(&g->empty, &g->lock);
-	pthread_mutex_unlock(&g->lock);
+	return atomic_load(&g->inside) == 0;
 }
 
 void gate_open(struct gate *g)
@@ -177,12 +171,19 @@ static int run(struct request *r, enum how how)
 	}
 }
 
-/* The flush that FUA asks for; the flag is taken off, so that it happens once. */
+/*
+ * The flush that FUA asks for; the flag is taken off, so that it happens once.  It may take
+ * long, and does not hold up who closes the gate.
+ */
 static int commit(struct request *r, enum how how)
 {
 	if (!(r->h.flags & NBD_CMD_FLAG_FUA) || !proto_cmd_writes(r->h.cmd))
 		return 0;
 	r->h.flags &= (uint16_t)~NBD_CMD_FLAG_FUA;
+	if (r->inside) {
+		r->inside = false;
+		gate_leave(r->gate);
+	}
 	return r->backend->ops->flush(r->backend, r, how);
 }
 

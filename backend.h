@@ -4,7 +4,6 @@
 #ifndef XNBD_BACKEND_H
 #define XNBD_BACKEND_H
 
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -15,12 +14,14 @@
 /* How an operation is run. */
 enum how {
 	TRY,	/* by a connection's loop: it must not block, and says -EAGAIN where it would */
-	WAIT,	/* by a worker: it may block on local disk, not on a network */
+	WAIT,	/* by a worker, after -EAGAIN, all of it: it may block on disk, not on a network */
 };
 
 /*
- * The outcome of an operation is 0, a negative errno, -EAGAIN for TRY, or this: the backend keeps
- * the request and will call request_done() for it, from any thread.
+ * The outcome of an operation is 0, a negative errno, -EAGAIN for TRY, or this: the backend
+ * keeps the request and will call request_done() for it, from any thread.  Not for a READ or
+ * WRITE by TRY, whose buffer is the connection's.  A flush is outside the gate while it is
+ * PENDING.
  */
 enum { PENDING = 1 };
 
@@ -35,9 +36,10 @@ struct backend_ops {
 	int (*read)(struct backend *b, struct request *r, enum how how);
 
 	/*
-	 * Point iov, of max entries, at memory that holds the range, all of it there without waiting
-	 * for the disk.  Returns the number of entries, or 0 if there is no such memory.  The memory stays
-	 * mapped as long as the backend, is for the kernel to read, and shows later writes.
+	 * Point iov, of max entries, at memory that holds the range, all of it there without
+	 * waiting for the disk.  Returns the number of entries, or 0 if there is no such
+	 * memory.  The memory stays mapped as long as the backend, is for the kernel to read,
+	 * and shows later writes.
 	 */
 	int (*map)(struct backend *b, const struct request *r, struct iovec *iov, int max);
 
@@ -57,12 +59,12 @@ struct backend_ops {
 	int (*cache)(struct backend *b, struct request *r, enum how how);
 
 	/*
-	 * Describe the range from its beginning in r->extent, of room for max; set r->extents, at
-	 * least 1.  It may stop early when there is no more room.
+	 * Describe the range from its beginning in r->extent, of room for max; set r->extents,
+	 * at least 1.  It may stop early when there is no more room.
 	 */
 	int (*extents)(struct backend *b, struct request *r, unsigned max, enum how how);
 
-	/* Free it.  There are no requests any more. */
+	/* Free it, at the end of the program: replies may refer to its memory until then. */
 	void (*close)(struct backend *b);
 };
 
@@ -73,14 +75,13 @@ struct backend {
 };
 
 /*
- * A gate before a backend.  Whoever touches the backend is inside.  The main thread may close it,
- * which waits until nobody is; who then comes is turned away, and woken when it opens.
+ * A gate before a backend.  Whoever reads or changes the disk is inside.  The main thread may
+ * close it; who then comes is turned away, and woken when it opens.
  */
 struct gate {
 	atomic_uint inside;
 	atomic_bool closed;
-	pthread_mutex_t lock;		/* for empty */
-	pthread_cond_t empty;		/* closed, and nobody inside */
+	void (*emptied)(void);		/* closed, and nobody is inside any more; any thread */
 	void (*opened)(void);		/* wakes those who were turned away */
 };
 
@@ -92,7 +93,7 @@ struct export {
 };
 
 void export_init(struct export *e, struct backend *backend, const char *name,
-		 const char *description, void (*opened)(void));
+		 const char *description, void (*emptied)(void), void (*opened)(void));
 
 /* Go inside.  False if the gate is closed: then nobody has gone in. */
 bool gate_enter(struct gate *g);
@@ -101,13 +102,17 @@ bool gate_enter(struct gate *g);
 void gate_hold(struct gate *g);
 void gate_leave(struct gate *g);
 
-/* Main thread.  gate_close() blocks until nobody is inside. */
-void gate_close(struct gate *g);
+/*
+ * Main thread.  gate_close() does not wait: true if nobody is inside, else emptied is called
+ * when that is so, and gate_close() may be called again to see.
+ */
+bool gate_close(struct gate *g);
 void gate_open(struct gate *g);
 
 /*
- * Carry out the command of r, which proto_check_request() let pass, on the calling thread without
- * blocking.  Returns 0, -errno, -EAGAIN (nothing was done: use request_queue()), or PENDING.
+ * Carry out the command of r, which proto_check_request() let pass, on the calling thread
+ * without blocking.  Returns 0, -errno, -EAGAIN (use request_queue(), which does all of it), or
+ * PENDING.
  */
 int request_try(struct request *r);
 

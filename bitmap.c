@@ -17,14 +17,14 @@
  *	  4096     m  committed map: bit n % 8 of byte n / 8 is block n
  *	4096+m     m  live map, likewise; m is a multiple of 4096
  *
- * The live map is a shared mapping, so that kill -9 leaves it as it was at the last store: the page cache
- * holds it, as it holds the data.  A power cut does not, and what the disk then has of it is worth nothing: after a
- * reboot, which the boot id shows, the committed map alone counts.  Its bits are written after
- * the data that they speak of is on stable storage.
+ * The live map is a shared mapping, so that kill -9 leaves it as it was at the last store: the
+ * page cache holds it, as it holds the data.  A power cut does not, and what the disk then has
+ * of it is worth nothing: after a reboot, which the boot id shows, the committed map alone
+ * counts.  Its bits are written after the data that they speak of is on stable storage.
  *
- * Three facts are kept apart: set (live), set since the last commit (a dirty flag for each page of the map),
- * and committed.  A commit takes the dirty pages' contents first and syncs the data then,
- * so that a bit set meanwhile waits for the next.
+ * Three facts are kept apart: set (live), set since the last commit (a dirty flag for each page
+ * of the map), and committed.  A commit takes the dirty pages' contents first and syncs the
+ * data then, so that a bit set meanwhile waits for the next.
  */
 #define _GNU_SOURCE
 #include "bitmap.h"

@@ -1,8 +1,8 @@
 /*
  * bitmap.h - which blocks of a disk are held elsewhere: in memory, or in a durable file.
  *
- * A bit goes from 0 to 1 and never back.  All functions but those that open and close may be called by
- * several threads at the same time.
+ * A bit goes from 0 to 1 and never back.  All functions but those that open and close may be
+ * called by several threads at the same time.
  */
 #ifndef XNBD_BITMAP_H
 #define XNBD_BITMAP_H
@@ -51,8 +51,8 @@ void bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n);
 uint64_t bitmap_count(const struct bitmap *b);
 
 /*
- * Make durable what was set before the call.  sync() makes durable the data that the bits speak of, and is
- * called before they are written.  One thread at a time.  0 or -errno.
+ * Make durable what was set before the call.  sync() makes durable the data that the bits speak
+ * of, and is called before they are written.  One thread at a time.  0 or -errno.
  */
 int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg);
 

@@ -1,8 +1,8 @@
 /*
  * commit.c - make durable, once for all who wait: see commit.h.
  *
- * A FLUSH has to wait for a commit that begins after it came.  While one runs, those who come gather
- * for the next, so that any number of clients costs two at a time.
+ * A FLUSH has to wait for a commit that begins after it came.  While one runs, those who come
+ * gather for the next, so that any number of clients costs two at a time.
  *
  * A failure is sticky: the kernel tells of lost pages once, and a second try would say that all
  * is well.
@@ -13,6 +13,7 @@
 #include "util.h"
 #include "worker.h"
 
+#include <assert.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -80,5 +81,6 @@ void committer_init(struct committer *c, int (*commit)(struct committer *), cons
 
 void committer_destroy(struct committer *c)
 {
+	assert(!c->running && !c->waiting);
 	pthread_mutex_destroy(&c->lock);
 }

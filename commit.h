@@ -10,7 +10,7 @@
 #include "xnbd.h"
 
 struct committer {
-	/* Make durable all that was done before the call: 0 or -errno.  On a worker, one at a time. */
+	/* Make durable all that was done before: 0 or -errno.  On a worker, one at a time. */
 	int (*commit)(struct committer *);
 	const char *what;		/* for the log */
 
@@ -24,7 +24,7 @@ struct committer {
 void committer_init(struct committer *c, int (*commit)(struct committer *), const char *what);
 void committer_destroy(struct committer *c);
 
-/* Complete r when a commit that began after this call has ended: the flush operation of a backend. */
+/* A backend's flush operation: r is done when a commit that begins after this call has ended. */
 int committer_flush(struct committer *c, struct request *r);
 
 /* Commit now, on this thread; no request may be waiting.  0 or -errno. */

@@ -1,9 +1,10 @@
 /*
  * conn.c - one client's connection: see conn.h.
  *
- * A turn: receive what has arrived behind what was kept, take requests from it one after the other,
- * gather their replies in the loop's tx, send them at once, keep what is not a whole request yet.
- * Requests that would block are in flight meanwhile and come back through conn_complete().
+ * A turn: receive what has arrived behind what was kept, take requests from it one after the
+ * other, gather their replies in the loop's tx, send them at once, keep what is not a whole
+ * request yet.  Requests that would block are in flight meanwhile and come back through
+ * conn_complete().
  *
  *	CLIENT_FLAGS -> OPTION <-> SKIP_OPTION       newstyle
  *	                  |
@@ -178,7 +179,9 @@ void conn_expire(struct conn *c)
 		conn_kill(c, c->end);
 		break;
 	default:
-		conn_kill(c, c->stopping ? "server stops" : "replies were not taken");
+		conn_kill(c, c->stopping  ? "server stops" :
+			     c->in_flight ? "its requests take too long" :
+					    "replies were not taken");
 	}
 }
 
@@ -186,6 +189,7 @@ void conn_expire(struct conn *c)
 static void finish(struct conn *c, const char *why)
 {
 	c->state = CONN_FINISHING;
+	c->blocked = false;
 	c->end = why;
 	if (!c->stopping)
 		c->deadline = 0;
@@ -362,16 +366,12 @@ static void put_ready_replies(struct conn *c)
 
 /* Requests in flight */
 
-static void hold(struct conn *c)
-{
-	c->in_flight++;
-	gate_hold(&c->export->gate);
-}
-
 /* A worker has to do it. */
 static void queue(struct conn *c, struct request *r)
 {
-	hold(c);
+	c->in_flight++;
+	r->inside = true;
+	gate_hold(r->gate);
 	request_queue(r);
 }
 
@@ -379,7 +379,7 @@ static void queue(struct conn *c, struct request *r)
 static void settle(struct conn *c, struct request *r, int ret)
 {
 	if (ret == PENDING) {
-		hold(c);
+		c->in_flight++;
 	} else if (ret == -EAGAIN) {
 		queue(c, r);
 	} else {
@@ -422,7 +422,7 @@ static void complete_piece(struct conn *c, struct request *piece)
 	}
 	ret = commit_write(c, r);
 	if (ret == PENDING) {
-		hold(c);
+		c->in_flight++;
 		return;
 	}
 	r->error = -ret;
@@ -431,6 +431,8 @@ static void complete_piece(struct conn *c, struct request *piece)
 
 void conn_complete(struct conn *c, struct request *r)
 {
+	struct gate *gate = r->inside ? r->gate : NULL;
+
 	c->in_flight--;
 	if (r->whole)
 		complete_piece(c, r);
@@ -438,7 +440,8 @@ void conn_complete(struct conn *c, struct request *r)
 		free_request(c, r);
 	else
 		put_ready(c, r);
-	gate_leave(&c->export->gate);
+	if (gate)
+		gate_leave(gate);
 }
 
 /*
@@ -451,7 +454,8 @@ static void enter_transmission(struct conn *c)
 
 	c->export = (struct export *)((char *)(uintptr_t)e - offsetof(struct export, proto));
 	c->state = CONN_REQUEST;
-	c->deadline = 0;
+	if (!c->stopping)
+		c->deadline = 0;
 	log_line("%s: connected", c->peer);
 }
 
@@ -536,6 +540,20 @@ static size_t step_skip_option(struct conn *c, size_t n)
 		option_answered(c, next, &out);
 	}
 	return n;
+}
+
+static struct request *new_request(struct conn *c, const struct proto_request *h)
+{
+	struct request *r = loop_request(c->loop);
+
+	if (r) {
+		r->conn = c;
+		r->backend = c->export->backend;
+		r->gate = &c->export->gate;
+		r->done = loop_complete;
+		r->h = *h;
+	}
+	return r;
 }
 
 /* READ from memory: true if it was there. */
@@ -632,15 +650,11 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 		finish(c, "client left");
 		return n;
 	}
-	r = loop_request(c->loop);
+	r = new_request(c, &h);
 	if (!r) {
 		conn_kill(c, "out of memory");
 		return n;
 	}
-	r->conn = c;
-	r->backend = c->export->backend;
-	r->done = loop_complete;
-	r->h = h;
 	r->error = c->stopping ? ESHUTDOWN : proto_check_request(&c->session, &h);
 	if (r->error && h.cmd != NBD_CMD_WRITE)
 		put_reply(c, r);
@@ -669,7 +683,7 @@ static int store(struct conn *c, struct request *r, const uint8_t *p)
 	if (ret == -EAGAIN)
 		return queue_payload(c, r, p);
 	if (ret == PENDING)
-		hold(c);
+		c->in_flight++;
 	return ret;
 }
 
@@ -685,22 +699,21 @@ static void store_whole(struct conn *c, struct request *r, const uint8_t *p)
 /* n bytes of the payload, which are some whole blocks or its end. */
 static void store_piece(struct conn *c, struct request *r, const uint8_t *p, size_t n)
 {
+	const struct proto_request h = {
+		.cmd = NBD_CMD_WRITE,
+		.off = r->h.off + (r->h.len - c->current_left),
+		.len = n,
+	};
 	struct request *piece;
 	int ret;
 
 	if (r->error)
 		return;
-	piece = loop_request(c->loop);
+	piece = new_request(c, &h);
 	if (!piece) {
 		r->error = ENOMEM;
 		return;
 	}
-	piece->conn = c;
-	piece->backend = c->export->backend;
-	piece->done = loop_complete;
-	piece->h.cmd = NBD_CMD_WRITE;
-	piece->h.off = r->h.off + (r->h.len - c->current_left);
-	piece->h.len = n;
 	piece->whole = r;
 	r->pieces++;
 	ret = store(c, piece, p);
@@ -897,12 +910,14 @@ void conn_turn(struct conn *c, bool readable)
 	if (c->state == CONN_DEAD || !send_backlog(c))
 		return;
 	put_ready_replies(c);
-	if ((readable || c->blocked) && takes_input(c))
-		input(c);
-	if (c->state == CONN_DEAD && tx_is_empty(c->loop->tx))
-		return;
-	if (!c->backlog)
-		flush(c);
+	/* What is sent makes room for what was blocked. */
+	do {
+		if ((readable || c->blocked) && takes_input(c))
+			input(c);
+		if (!c->backlog)
+			flush(c);
+		readable = false;
+	} while (c->blocked && takes_input(c));
 	if (c->stopping)
 		stop_when_quiet(c);
 	if (c->state == CONN_FINISHING && is_idle(c))

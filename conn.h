@@ -1,8 +1,8 @@
 /*
  * conn.h - one client's connection: handshake, requests in, replies out.
  *
- * A connection belongs to the loop that it was given to.  But for conn_new(), all functions are called
- * by that loop's thread, and none of them blocks.
+ * A connection belongs to the loop that it was given to.  But for conn_new(), all functions are
+ * called by that loop's thread, and none of them blocks.
  */
 #ifndef XNBD_CONN_H
 #define XNBD_CONN_H
@@ -68,8 +68,8 @@ struct conn {
 };
 
 /*
- * Make a connection of a socket, which it owns from now on; exports must outlive it.  NULL if out
- * of memory, and then the socket is still the caller's.
+ * Make a connection of a socket, which it owns from now on; exports must outlive it.  NULL if
+ * out of memory, and then the socket is still the caller's.
  */
 struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports *exports,
 		      const char *peer);

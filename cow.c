@@ -2,9 +2,9 @@
  * cow.c - backend: copy on write: see cow.h.
  *
  * A bit for each block tells where it is: 1 in the overlay, at the same offset, 0 in the base.
- * A bit is set after the block's data is in the overlay, all of it, and is never taken back: a block
- * that is trimmed or zeroed is a hole in the overlay.  So a reader that finds 0 reads the base, which
- * does not change, and one that finds 1 reads what was stored.
+ * A bit is set after the block's data is in the overlay, all of it, and is never taken back: a
+ * block that is trimmed or zeroed is a hole in the overlay.  So a reader that finds 0 reads the
+ * base, which does not change, and one that finds 1 reads what was stored.
  *
  * The first write to a block may have to add the rest of it from the base.  Until its bit is
  * set, a block is written only by who holds its range (range.h): else a merge could bury a
@@ -117,20 +117,23 @@ static uint64_t block_bytes(const struct cow *c, uint64_t off)
 	return left < BLOCK_SIZE ? left : BLOCK_SIZE;
 }
 
-/* Store a part of one block, whose range is held; buf NULL means zeros. */
+/*
+ * Store a part of one block, whose range is held.  The rest is added from the base, but never
+ * once the block is in the overlay: others may write there at the same time.
+ */
 static int write_part(struct cow *c, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	uint64_t at = off % BLOCK_SIZE, start = off - at, bytes = block_bytes(c, off);
 	uint8_t block[BLOCK_SIZE];
-	int ret = read_runs(c, block, bytes, start, how);
+	int ret;
 
 	assert(at + len <= bytes);
+	if (is_in_overlay(c, len, off))
+		return disk_write(c->overlay, buf, len, off, how);
+	ret = disk_read(c->base, block, bytes, start, how);
 	if (ret)
 		return ret;
-	if (buf)
-		memcpy(block + at, buf, len);
-	else
-		memset(block + at, 0, len);
+	memcpy(block + at, buf, len);
 	ret = disk_write(c->overlay, block, bytes, start, how);
 	if (ret == 0)
 		bitmap_set(c->map, start / BLOCK_SIZE, 1);
@@ -162,9 +165,7 @@ static int write_first(struct cow *c, const uint8_t *buf, uint64_t len, uint64_t
 			n = BLOCK_SIZE - off % BLOCK_SIZE;
 			if (n > len)
 				n = len;
-			ret = is_in_overlay(c, n, off) ?
-				      disk_write(c->overlay, buf, n, off, how) :
-				      write_part(c, buf, n, off, how);
+			ret = write_part(c, buf, n, off, how);
 		}
 		buf += n;
 		off += n;
@@ -220,14 +221,15 @@ static uint64_t head_bytes(uint64_t len, uint64_t off)
 /* Whole blocks first: for FAST_ZERO that is what may fail, and then nothing may have changed. */
 static int zero_range(struct cow *c, uint64_t len, uint64_t off, unsigned flags)
 {
+	static uint8_t zeros[BLOCK_SIZE];	/* never written */
 	uint64_t head = head_bytes(len, off), whole = whole_blocks(c, len - head, off + head);
 	uint64_t tail = len - head - whole;
 	int ret = zero_whole(c, whole, off + head, flags);
 
 	if (ret == 0 && head > 0)
-		ret = write_part(c, NULL, head, off, WAIT);
+		ret = write_part(c, zeros, head, off, WAIT);
 	if (ret == 0 && tail > 0)
-		ret = write_part(c, NULL, tail, off + head + whole, WAIT);
+		ret = write_part(c, zeros, tail, off + head + whole, WAIT);
 	return ret;
 }
 
@@ -411,8 +413,8 @@ static bool open_throw_away(struct cow *c, const struct cow_options *o)
 }
 
 /*
- * Tells one base image from another of the same size: a hash of some of its blocks, from all over
- * it.  It stays the same when the image is moved or copied.
+ * Tells one base image from another of the same size: a hash of some of its blocks, from all
+ * over it.  It stays the same when the image is moved or copied.
  */
 static bool fingerprint(const struct cow *c, uint64_t *result)
 {
@@ -440,7 +442,7 @@ static bool fingerprint(const struct cow *c, uint64_t *result)
 static bool create_kept(struct cow *c, const char *path)
 {
 	uint64_t held = bitmap_count(c->map);
-	int fd;
+	int fd, err;
 
 	if (held > 0) {
 		log_failure("overlay %s does not exist, but %s.map says that it holds %llu blocks",
@@ -448,12 +450,22 @@ static bool create_kept(struct cow *c, const char *path)
 		return false;
 	}
 	fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-	if (fd < 0 || fsync(fd) < 0) {
+	if (fd < 0) {
 		log_failure("cannot create overlay %s: %s", path, strerror(errno));
 		return false;
 	}
-	return adopt_overlay(c, fd, path) && disk_sync(c->overlay) == 0 &&
-	       sync_directory_of(path) == 0;
+	if (!adopt_overlay(c, fd, path)) {
+		unlink(path);
+		return false;
+	}
+	err = disk_sync(c->overlay);
+	if (!err)
+		err = sync_directory_of(path);
+	if (err) {
+		log_failure("cannot create overlay %s: %s", path, strerror(-err));
+		unlink(path);
+	}
+	return err == 0;
 }
 
 static bool open_kept_file(struct cow *c, const char *path)

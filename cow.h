@@ -11,7 +11,7 @@
 struct cow_options {
 	const char *base;	/* path of the base image */
 	const char *dir;	/* where the throw-away overlay goes, NULL: beside the base */
-	const char *file;	/* path of an overlay that is kept, with its map in FILE.map; or NULL */
+	const char *file;	/* of an overlay that is kept, its map in FILE.map; or NULL */
 	bool readonly;
 };
 

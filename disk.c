@@ -1,9 +1,10 @@
 /*
  * disk.c - backend: a raw image file or a block device.
  *
- * Positions are always explicit (pread, pwrite), so that no two threads share a file offset.  The
- * image is mapped as well, but only for the kernel to read from when it sends large reads: our own code
- * never touches the mapping, so that a page that cannot be read is an error, not a SIGBUS.
+ * Positions are always explicit (pread, pwrite), so that no two threads share a file offset.
+ * The image is mapped as well, but only for the kernel to read from when it sends large reads:
+ * our own code never touches the mapping, so that a page that cannot be read is an error, not a
+ * SIGBUS.
  *
  * Runs on loops (TRY) and workers (WAIT) alike.
  */
@@ -30,12 +31,12 @@
 
 enum {
 	/*
-	 * Pages sent from the mapping count as our memory until they are given back, which costs faults
-	 * when they are sent again: after this many bytes.
+	 * Pages sent from the mapping count as our memory until they are given back, which
+	 * costs faults when they are sent again: after this many bytes.
 	 */
 	MAP_BUDGET = 32 * 1024 * 1024,
 
-	/* A write that took longer means that the disk is behind: then workers write for a while. */
+	/* A write that took longer shows that the disk is behind: workers write for a while. */
 	SLOW_WRITE_US = 25 * 1000,	/* more than to lose the processor for a turn */
 	SLOW_WRITE_PENALTY_US = 500 * 1000,
 
@@ -51,7 +52,7 @@ enum {
 #define MAP_MAX (UINT64_C(1) << 28)
 #endif
 
-static size_t page_size;	/* set by disk_open() */
+static size_t page_size;	/* set when a disk is opened */
 
 struct disk {
 	struct backend backend;
@@ -269,7 +270,7 @@ static int write_zeros(struct disk *d, uint64_t off, uint64_t len)
 	return ret;
 }
 
-/* Zero a range, which on a block device is of whole blocks, by the cheapest way that the flags allow. */
+/* Zero a range, of whole blocks on a device, by the cheapest way that the flags allow. */
 static int zero_blocks(struct disk *d, uint64_t off, uint64_t len, unsigned flags)
 {
 	bool fast = flags & NBD_CMD_FLAG_FAST_ZERO;
@@ -343,7 +344,8 @@ void disk_prefetch(struct disk *d, uint64_t len, uint64_t off)
  */
 struct extent disk_extent(const struct disk *d, uint64_t pos, uint64_t end)
 {
-	struct extent data = { end - pos, 0 }, hole = { end - pos, NBD_STATE_HOLE | NBD_STATE_ZERO };
+	struct extent data = { end - pos, 0 };
+	struct extent hole = { end - pos, NBD_STATE_HOLE | NBD_STATE_ZERO };
 #if defined(SEEK_DATA) && !defined(XNBD_PORTABLE)
 	off_t to = lseek(d->fd, (off_t)pos, SEEK_DATA);
 	struct stat st;

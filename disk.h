@@ -1,9 +1,9 @@
 /*
  * disk.h - a raw image file or a block device, and the backend that serves it.
  *
- * Ranges lie inside the disk.  Those functions that take an enum how do not block when it is TRY and
- * return -EAGAIN instead; the others may block on local disk.  All may be called by several threads at
- * the same time.  Errors are -errno.
+ * Ranges lie inside the disk.  Those functions that take an enum how do not block when it is
+ * TRY and return -EAGAIN instead; the others may block on local disk.  All may be called by
+ * several threads at the same time.  Errors are -errno.
  */
 #ifndef XNBD_DISK_H
 #define XNBD_DISK_H

@@ -94,20 +94,23 @@ static bool family_is_missing(int err)
 	return err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL || err == -EPROTONOSUPPORT;
 }
 
-/* All addresses of one list; *port is set when 0.  Returns 0 or -errno, failed names the address. */
-static int listen_list(struct listeners *l, const struct addrinfo *list, bool lenient,
-		       unsigned *port, char *failed)
+/*
+ * All addresses of one list, without those of a missing family if there are others; *port is set
+ * when 0.  Returns 0 or -errno, failed names the address.
+ */
+static int listen_list(struct listeners *l, const struct addrinfo *list, unsigned *port,
+		       char *failed)
 {
 	size_t before = l->count;
 	int err = 0;
 
 	for (const struct addrinfo *ai = list; ai; ai = ai->ai_next) {
 		err = listen_address(l, ai, *port);
-		if (err && lenient && family_is_missing(err))
-			continue;
 		if (err) {
 			set_port(ai->ai_addr, *port);
 			format_address(ai->ai_addr, ai->ai_addrlen, failed);
+			if (family_is_missing(err))
+				continue;
 			return err;
 		}
 		if (*port == 0)
@@ -138,7 +141,7 @@ bool listen_tcp(struct listeners *l, const char *const *names, size_t count, uns
 {
 	struct addrinfo *lists[count ? count : 1];
 	size_t lists_count = count ? count : 1, before = l->count;
-	char failed[ADDRESS_MAX];
+	char failed[ADDRESS_MAX] = "";
 	int err = -EADDRINUSE;
 
 	for (size_t i = 0; i < lists_count; i++) {
@@ -154,7 +157,7 @@ bool listen_tcp(struct listeners *l, const char *const *names, size_t count, uns
 		close_from(l, before);
 		err = 0;
 		for (size_t i = 0; i < lists_count && !err; i++)
-			err = listen_list(l, lists[i], count == 0, &chosen, failed);
+			err = listen_list(l, lists[i], &chosen, failed);
 		if (port != 0)
 			break;
 	}

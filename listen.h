@@ -24,12 +24,13 @@ struct listeners {
 };
 
 /*
- * Listen on TCP: on each address that the names stand for, or on all addresses of the machine if there are no
- * names.  Port 0 takes a port that is free on all of them.  False after logging why not.
+ * Listen on TCP: on each address that the names stand for, or on all addresses of the machine
+ * if there are no names.  Port 0 takes a port that is free on all of them.  False after logging
+ * why not.
  */
 bool listen_tcp(struct listeners *l, const char *const *names, size_t count, unsigned port);
 
-/* Listen on a Unix socket; one that nobody serves any more is replaced.  False after logging why not. */
+/* Listen on a Unix socket, in place of one that nobody serves.  False after logging why not. */
 bool listen_unix(struct listeners *l, const char *path);
 
 /* Close all, and remove the Unix sockets' files. */

@@ -2,14 +2,13 @@
  * loop.c - the threads that connections live on: see loop.h.
  *
  * Each loop polls its connections and a pipe.  Others leave it connections and completed
- * requests in a mailbox, and write to the pipe only while the loop sleeps in poll(): it says that
- * it is about to sleep and then looks into the mailbox, they fill the mailbox and then look whether
- * it sleeps, so that one of them sees the other.
+ * requests in a mailbox, and write to the pipe only while the loop sleeps in poll(): it says
+ * that it is about to sleep and then looks into the mailbox, they fill the mailbox and then
+ * look whether it sleeps, so that one of them sees the other.
  */
 #define _GNU_SOURCE
 #include "loop.h"
 
-#include "backend.h"
 #include "util.h"
 #include "xnbd.h"
 

@@ -18,8 +18,9 @@ struct tx;
 
 enum {
 	/*
-	 * One recv() takes this much: a batch of requests, or a piece of a payload.  It goes behind
-	 * what a connection kept, which is an option at most while anything more is received.
+	 * One recv() takes this much: a batch of requests, or a piece of a payload.  It goes
+	 * behind what a connection kept, with as much room as is left: that of an option at
+	 * least, unless whole requests are waiting there.
 	 */
 	LOOP_RX_CHUNK = 256 * 1024,
 	LOOP_RX_BYTES = LOOP_RX_CHUNK + PROTO_OPTION_MAX + PROTO_OPTION_SIZE,
@@ -53,8 +54,8 @@ struct loop {
 };
 
 /*
- * Prepare for at most max threads.  ended is called by a loop's thread whenever a connection ends.
- * Main thread.  0 or -errno.
+ * Prepare for at most max threads.  ended is called by a loop's thread whenever a connection
+ * ends. Main thread.  0 or -errno.
  */
 int loops_init(unsigned max, void (*ended)(void));
 
@@ -67,7 +68,7 @@ int loops_add(struct conn *c);
 /* Connections on all loops.  Any thread. */
 size_t loops_load(void);
 
-/* Let connections that a gate turned away try again.  Any thread. */
+/* Let connections that a gate turned away try again.  Main thread. */
 void loops_wake(void);
 
 /* Ask all connections to finish.  Does not wait. */
@@ -79,7 +80,7 @@ void loops_join(void);
 /* A request has come back: the done function of requests.  Any thread. */
 void loop_complete(struct request *r);
 
-/* For connections, on the loop's thread.  loop_request() gives a zeroed request, NULL if out of memory. */
+/* For connections, on the loop's thread: a zeroed request, or NULL if out of memory. */
 struct request *loop_request(struct loop *l);
 void loop_release(struct loop *l, struct request *r);
 

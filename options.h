@@ -46,8 +46,8 @@ struct options {
 enum { EXIT_USAGE = 2 };
 
 /*
- * Read the command line, which has to outlive *o.  Does not return after --help and --version, and neither after an
- * error, which is one line on stderr and exit status 2.
+ * Read the command line, which has to outlive *o.  Does not return after --help and --version,
+ * and neither after an error, which is one line on stderr and exit status 2.
  */
 void options_parse(struct options *o, int argc, char **argv);
 

@@ -2,7 +2,8 @@
  * proto.c - the NBD wire format: see proto.h.
  *
  * Everything a peer sent is read through struct in, and everything sent is written through
- * struct proto_out or into room of a stated size, so that no length from the wire is ever trusted.
+ * struct proto_out or into room of a stated size, so that no length from the wire is ever
+ * trusted.
  */
 #include "proto.h"
 

@@ -124,7 +124,7 @@ enum {
 	PROTO_OPTION_MAX = 64 * 1024,		/* option data that is taken as a whole */
 	PROTO_OPTION_REPLY_ROOM = 32 * 1024,	/* room for the answer to one option */
 	PROTO_REQUEST_SIZE = 28,
-	PROTO_REPLY_ROOM = 128,			/* room for any reply's header, or whole error reply */
+	PROTO_REPLY_ROOM = 128,			/* room for any reply's header */
 	PROTO_EXTENT_SIZE = 8,			/* one extent of NBD_REPLY_TYPE_BLOCK_STATUS */
 };
 
@@ -215,7 +215,8 @@ bool proto_get_request(const uint8_t *p, struct proto_request *r);
 
 /*
  * The one gate for requests: 0 if r may be carried out on the session's export, else the errno
- * for its reply.  What passes has a known command with flags of its own, on a range inside the export.
+ * for its reply.  What passes has a known command with flags of its own, on a range inside the
+ * export.
  */
 int proto_check_request(const struct proto_session *s, const struct proto_request *r);
 

@@ -1,8 +1,8 @@
 /*
  * range.h - ranges of a disk that somebody is changing in several steps.
  *
- * Whoever holds a range is alone with it.  A holder never waits for another range, and never for anything
- * but local disk, so that those who wait for it get it.
+ * Whoever holds a range is alone with it.  A holder never waits for another range, and never
+ * for anything but local disk, so that those who wait for it get it.
  */
 #ifndef XNBD_RANGE_H
 #define XNBD_RANGE_H
@@ -27,7 +27,7 @@ struct ranges {
 void ranges_init(struct ranges *s);
 void ranges_destroy(struct ranges *s);
 
-/* Take r, whose off and len are set.  False if somebody holds a part of it and wait is not allowed. */
+/* Take r, whose off and len are set.  False if that would mean to wait, unless wait is set. */
 bool ranges_take(struct ranges *s, struct range *r, bool wait);
 
 void ranges_release(struct ranges *s, struct range *r);

@@ -1,10 +1,11 @@
 /*
  * snapshot.c - a copy of an image as it was at one instant: see snapshot.h.
  *
- * Where the file system can share blocks (reflink), that is all.  Elsewhere a thread copies the image from
- * its beginning to its end, and a client's change to a block that is not copied yet copies it
- * first.  A block is copied when it lies before the position of the thread, or has its bit set.  Whoever
- * copies a block holds its range (range.h), so that it does not change in the middle.
+ * Where the file system can share blocks (reflink), that is all.  Elsewhere a thread copies the
+ * image from its beginning to its end, and a client's change to a block that is not copied yet
+ * copies it first.  A block is copied when it lies before the position of the thread, or has
+ * its bit set.  Whoever copies a block holds its range (range.h), so that it does not change in
+ * the middle.
  *
  * The file has no name, or a temporary one where that is not possible, until it is complete and
  * durable.

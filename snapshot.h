@@ -15,8 +15,9 @@ struct disk;
 struct snapshot;
 
 /*
- * Prepare a snapshot IMAGE.snapshot.<seconds> of the disk, whose image has that path from the root.  ended is called by
- * the snapshot's thread when it has ended.  NULL after logging why not.
+ * Prepare a snapshot IMAGE.snapshot.<seconds> of the disk, whose image has that path from the
+ * root.  ended is called by the snapshot's thread when it has ended.  NULL after logging why
+ * not.
  */
 struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(void));
 
@@ -36,8 +37,8 @@ void snapshot_abandon(struct snapshot *s);
 void snapshot_free(struct snapshot *s);
 
 /*
- * A range of the disk is about to change: copy what the snapshot still needs of it.  0, or -EAGAIN for
- * TRY; that the copy fails harms the snapshot only.  Any thread.
+ * A range of the disk is about to change: copy what the snapshot still needs of it.  0, or
+ * -EAGAIN for TRY; that the copy fails harms the snapshot only.  Any thread.
  */
 int snapshot_before_change(struct snapshot *s, uint64_t len, uint64_t off, enum how how);
 

@@ -9,6 +9,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,6 +25,7 @@ static enum log_to log_to = LOG_TO_STDERR;
 static const char *log_program = "xnbd";
 static const char *log_path;
 static int log_fd = STDERR_FILENO;
+static int client_fd = STDIN_FILENO;
 
 void log_name(const char *program)
 {
@@ -123,10 +125,19 @@ bool is_same_socket(int a, int b)
 	       sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino;
 }
 
+void log_keep_off(int fd)
+{
+	client_fd = fd;
+}
+
+bool log_would_disturb(void)
+{
+	return is_same_socket(client_fd, STDERR_FILENO);
+}
+
 void log_failure(const char *fmt, ...)
 {
-	/* inetd makes the client's socket our stderr too: a message there would break the protocol. */
-	bool silent = is_same_socket(STDIN_FILENO, STDERR_FILENO);
+	bool silent = log_would_disturb();
 	va_list ap;
 
 	if (silent && log_to == LOG_TO_STDERR)
@@ -333,6 +344,11 @@ void tune_socket(int fd)
 unsigned cpu_count(void)
 {
 	long n = sysconf(_SC_NPROCESSORS_ONLN);
+#if defined(__linux__) && !defined(XNBD_PORTABLE)
+	cpu_set_t set;
 
+	if (sched_getaffinity(0, sizeof(set), &set) == 0)
+		n = CPU_COUNT(&set);
+#endif
 	return n > 0 ? (unsigned)n : 1;
 }

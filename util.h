@@ -28,6 +28,12 @@ void log_name(const char *program);
  */
 int log_open(enum log_to to, const char *path);
 
+/* Never write to this socket, the client's: standard input is it if this is not called. */
+void log_keep_off(int fd);
+
+/* Whether stderr is that socket, as it is under inetd. */
+bool log_would_disturb(void);
+
 /* Open the log file again under its name, for log rotation.  Main thread. */
 void log_reopen(void);
 
@@ -36,7 +42,7 @@ void log_line(const char *fmt, ...) PRINTF_LIKE(1, 2);
 
 /*
  * One line about a failed start: always to stderr, and to the log as well where that is another
- * place.  Where stderr is the client's socket, as under inetd, it goes to syslog instead.
+ * place.  Where stderr is the client's socket it goes to syslog instead.
  */
 void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
 
@@ -74,7 +80,7 @@ void format_address(const struct sockaddr *sa, socklen_t len, char *buf);
 /* A pipe whose both ends do not block and are closed on exec.  0 or -errno. */
 int make_pipe(int fds[2]);
 
-/* Write a byte, which may be dropped when the pipe is full.  Keeps errno: signal handlers call it. */
+/* Write a byte, dropped when the pipe is full.  Keeps errno: signal handlers call it. */
 void poke_pipe(int fd, char byte);
 
 /* Throw away what is in the pipe. */
@@ -86,7 +92,7 @@ bool is_same_socket(int a, int b);
 /* No delay, and notice a peer that is gone.  Does nothing on sockets that are not TCP. */
 void tune_socket(int fd);
 
-/* The number of processors that we may run on, at least 1. */
+/* The processors that we may run on, at least 1. */
 unsigned cpu_count(void);
 
 #endif

@@ -25,7 +25,6 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -45,6 +44,7 @@ struct server {
 	struct backend *backend;
 	struct disk *disk;		/* --target: what snapshots are taken of */
 	struct snapshot *snapshot;	/* that is being made, or NULL */
+	bool snapshot_taken;		/* its instant is past; else it waits for the gate */
 	bool snapshot_wanted;		/* another one, when that is done */
 	struct export export;
 	const struct proto_export *table[1];
@@ -52,7 +52,7 @@ struct server {
 	struct listeners listeners;
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
-	char *log_path, *pid_path, *image_path;	/* from the root, since a daemon leaves its directory */
+	char *log_path, *pid_path, *image_path;	/* from the root: a daemon leaves its place */
 	size_t connections_max;
 	uint64_t accept_again;		/* now_ms() when a pause of accepting ends, 0 for none */
 	uint64_t refusal_logged;	/* now_ms() */
@@ -82,8 +82,8 @@ static void on_signal(int sig)
 	poke_pipe(wake_pipe[1], 0);
 }
 
-/* Another thread: a connection, or a snapshot, has ended. */
-static void on_ended(void)
+/* Another thread: something that the main thread waits for has happened. */
+static void wake_main(void)
 {
 	poke_pipe(wake_pipe[1], 0);
 }
@@ -125,8 +125,8 @@ static int wait_for(struct pollfd *pfd, nfds_t n, int timeout_ms)
 /* Start-up */
 
 /*
- * Go into the background.  Returns in the child; the first process waits until the child is ready
- * and exits with status 0, or 1 when the child ended before, which then has said why.
+ * Go into the background.  Returns in the child; the first process waits until the child is
+ * ready and exits with status 0, or 1 when the child ended before, which then has said why.
  */
 static bool daemonize(struct server *s)
 {
@@ -176,6 +176,8 @@ static bool setup_log(struct server *s)
 	const struct options *o = &s->options;
 	int err;
 
+	if (o->connected_fd >= 0)
+		log_keep_off((int)o->connected_fd);
 	if (o->logpath) {
 		s->log_path = absolute_path(o->logpath);
 		err = s->log_path ? log_open(LOG_TO_FILE, s->log_path) : -ENOMEM;
@@ -183,7 +185,7 @@ static bool setup_log(struct server *s)
 			log_failure("cannot open log file %s: %s", o->logpath, strerror(-err));
 		return err == 0;
 	}
-	if (o->syslog || o->inetd || o->daemonize)
+	if (o->syslog || o->inetd || o->daemonize || log_would_disturb())
 		log_open(LOG_TO_SYSLOG, NULL);
 	return true;
 }
@@ -240,7 +242,8 @@ static bool open_export(struct server *s)
 	s->backend = o->mode == MODE_COW_TARGET ? open_cow_target(o) : open_target(s);
 	if (!s->backend)
 		return false;
-	export_init(&s->export, s->backend, "", describe_image(o->image), loops_wake);
+	export_init(&s->export, s->backend, "", describe_image(o->image), wake_main,
+		    loops_wake);
 	s->table[0] = &s->export.proto;
 	s->exports.entry = s->table;
 	s->exports.count = 1;
@@ -251,12 +254,11 @@ static bool open_export(struct server *s)
 /* Whether fd is a connection; logs what it is if not. */
 static bool is_connection(int fd, const char *what)
 {
-	int listening = 0;
-	socklen_t len = sizeof(listening);
-	struct stat st;
+	int listening = 0, type = 0;
+	socklen_t len = sizeof(type);
 
-	if (fstat(fd, &st) < 0 || !S_ISSOCK(st.st_mode)) {
-		log_failure("%s: descriptor %d is not a socket", what, fd);
+	if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) < 0 || type != SOCK_STREAM) {
+		log_failure("%s: descriptor %d is not a stream socket", what, fd);
 		return false;
 	}
 	if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) == 0 && listening) {
@@ -332,7 +334,7 @@ static bool start_loops(struct server *s)
 		max = LOOPS_PER_CPU * cpu_count();
 	if (!s->options.threads && max < LOOPS_MIN)
 		max = LOOPS_MIN;
-	err = loops_init(max, on_ended);
+	err = loops_init(max, wake_main);
 	if (err)
 		log_failure("cannot start: %s", strerror(-err));
 	return err == 0;
@@ -445,22 +447,21 @@ static int pause_left(struct server *s)
 
 /* Snapshots */
 
-/* The gate is closed for the instant that the snapshot shows, and no longer. */
-static void start_snapshot(struct server *s)
+/* The instant that the snapshot shows: nobody reads or writes. */
+static void take_snapshot(struct server *s)
 {
-	s->snapshot_wanted = false;
-	s->snapshot = snapshot_new(s->disk, s->image_path, on_ended);
-	if (!s->snapshot)
-		return;
-	gate_close(&s->export.gate);
+	if (!gate_close(&s->export.gate))
+		return;		/* called again when it is empty */
 	snapshot_take(s->snapshot);
+	s->snapshot_taken = true;
 	gate_open(&s->export.gate);
 	snapshot_start(s->snapshot);
 }
 
 static void end_snapshot(struct server *s)
 {
-	gate_close(&s->export.gate);
+	if (!gate_close(&s->export.gate))
+		return;
 	snapshot_free(s->snapshot);
 	s->snapshot = NULL;
 	gate_open(&s->export.gate);
@@ -469,10 +470,14 @@ static void end_snapshot(struct server *s)
 /* One at a time; a signal during one is remembered. */
 static void tend_snapshots(struct server *s)
 {
-	if (s->snapshot && snapshot_is_over(s->snapshot))
+	if (s->snapshot && s->snapshot_taken && snapshot_is_over(s->snapshot))
 		end_snapshot(s);
-	if (s->snapshot_wanted && !s->snapshot)
-		start_snapshot(s);
+	if (s->snapshot_wanted && !s->snapshot) {
+		s->snapshot_wanted = s->snapshot_taken = false;
+		s->snapshot = snapshot_new(s->disk, s->image_path, wake_main);
+	}
+	if (s->snapshot && !s->snapshot_taken)
+		take_snapshot(s);
 }
 
 /* The pipe had something: something ended, or a signal came. */
@@ -541,7 +546,8 @@ static void add_single_client(struct server *s)
 
 static bool has_work(const struct server *s)
 {
-	return loops_load() > 0 || (s->snapshot && !snapshot_is_over(s->snapshot));
+	return loops_load() > 0 ||
+	       (s->snapshot && s->snapshot_taken && !snapshot_is_over(s->snapshot));
 }
 
 /* Let all connections finish, and give up a snapshot.  False if that takes too long. */
@@ -552,6 +558,7 @@ static bool stop_all(struct server *s)
 
 	if (s->snapshot)
 		snapshot_abandon(s->snapshot);
+	gate_open(&s->export.gate);	/* nobody waits for it any more */
 	loops_stop();
 	while (has_work(s)) {
 		now = now_ms();
@@ -593,11 +600,24 @@ static void run(struct server *s)
 	snapshot_free(s->snapshot);
 }
 
+/* A socket or an image that got one of these numbers would take what is meant for a terminal. */
+static void open_standard_descriptors(void)
+{
+	int fd;
+
+	do
+		fd = open("/dev/null", O_RDWR);
+	while (fd >= 0 && fd <= STDERR_FILENO);
+	if (fd >= 0)
+		close(fd);
+}
+
 int main(int argc, char **argv)
 {
 	static struct server s = { .single_fd = -1, .ready_fd = -1 };
 	int status = EXIT_FAILURE;
 
+	open_standard_descriptors();
 	log_name("xnbd-server");
 	options_parse(&s.options, argc, argv);
 	if (s.options.daemonize && !daemonize(&s))

@@ -25,6 +25,8 @@ struct request {
 	struct request *next;		/* list link of whoever holds it */
 	struct conn *conn;
 	struct backend *backend;
+	struct gate *gate;		/* the export's */
+	bool inside;			/* the gate; whoever has the request leaves it */
 	void (*done)(struct request *);	/* any thread may call it, see request_done() */
 	struct proto_request h;		/* off and len lie inside the export */
 	int error;			/* an errno, 0 for none */
