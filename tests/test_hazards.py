@@ -944,3 +944,18 @@ def test_write_that_the_system_refuses_is_enospc(server, disk, structured):
         c.pwrite(b"x" * 4096, limit - 4096)
         assert c.pread(4096, limit - 4096) == b"x" * 4096
         in_step(c)
+
+
+@hazard("client that does not read its replies")
+@pytest.mark.parametrize("first", [4 * MIB, 32 * MIB])
+def test_request_behind_a_large_reply_needs_no_further_input(server, disk, first):
+    """The large one takes all the buffers that a connection may have, and
+    gives them back when it is sent: then the next must be looked at."""
+    s = server(disk(size=64 * MIB))
+    with s.client(structured=True) as c:
+        c.send(request_header(NBD_CMD_READ, 0, first, cookie=1)
+               + request_header(NBD_CMD_READ, first, 512, cookie=2))
+        c.expect(1, Request(NBD_CMD_READ, 0, first, 0))
+        c.expect(2, Request(NBD_CMD_READ, first, 512, 0))
+        assert c.collect(2).data == bytes(512)
+        assert c.collect(1).data == bytes(first)
