@@ -28,6 +28,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -891,12 +892,24 @@ static bool is_idle(const struct conn *c)
 	return c->in_flight == 0 && !c->ready && !c->current && !c->blocked && !c->backlog;
 }
 
+/* Whether replies are on their way that a close with input unread would throw away. */
+static bool has_unsent(const struct conn *c)
+{
+	int bytes = 0;
+
+	return ioctl(c->fd, TIOCOUTQ, &bytes) < 0 || bytes > 0;
+}
+
 /* While the server stops: end when the client has gone quiet. */
 static void stop_when_quiet(struct conn *c)
 {
-	if (!is_idle(c) || c->lively)
+	if (c->state == CONN_DEAD)
+		return;
+	if (!is_idle(c) || c->lively || has_unsent(c))
 		c->linger = true;
-	else if (c->state < CONN_FINISHING)
+	if (!is_idle(c) || c->lively)
+		return;
+	if (c->state < CONN_FINISHING)
 		finish(c, "server stops");
 }
 

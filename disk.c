@@ -531,6 +531,19 @@ bool disk_create(const char *path, uint64_t size)
 	return !err;
 }
 
+/* Linux lets a read-only device be opened for writing, and then fails the writes. */
+static bool is_readonly_device(int fd)
+{
+#if defined(__linux__)
+	int readonly = 0;
+
+	return ioctl(fd, _IO(0x12, 94), &readonly) == 0 && readonly;	/* BLKROGET */
+#else
+	(void)fd;
+	return false;
+#endif
+}
+
 /* Open a file or device, and find out its kind and size.  -1 after logging why not. */
 static int open_image(const char *path, bool readonly, uint64_t *size)
 {
@@ -554,6 +567,12 @@ static int open_image(const char *path, bool readonly, uint64_t *size)
 
 		log_failure("cannot open image %s%s: %s%s", path, readonly ? "" : " for writing",
 			    strerror(errno), perhaps ? " (--readonly may help)" : "");
+		return -1;
+	}
+	if (!readonly && is_readonly_device(fd)) {
+		log_failure("cannot open image %s for writing: the device is read-only "
+			    "(--readonly may help)", path);
+		close(fd);
 		return -1;
 	}
 	end = lseek(fd, 0, SEEK_END);

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,14 @@ class Server:
             except FileNotFoundError:       # closed meanwhile
                 pass
         return count
+
+    def settle(self):
+        """Until it has nothing to do any more."""
+        seen = [self.cpu()]
+        while len(seen) < 4 or len(set(seen[-4:])) > 1:
+            time.sleep(0.05)
+            seen.append(self.cpu())
+            assert len(seen) < 20 * DEADLINE, "the server is busy for ever"
 
     def terminate(self, number=signal.SIGTERM):
         self.proc.send_signal(number)

@@ -56,15 +56,6 @@ def unchanged(c):
         assert c.pread(length, at) == pattern(at, length)
 
 
-def settled(server):
-    """Until the server has nothing to do any more."""
-    seen = [server.cpu()]
-    while len(seen) < 4 or len(set(seen[-4:])) > 1:
-        time.sleep(0.05)
-        seen.append(server.cpu())
-        assert len(seen) < 20 * DEADLINE, "the server is busy for ever"
-
-
 # Handshake
 
 SESSION = b"".join([
@@ -250,7 +241,7 @@ def test_running_out_of_descriptors_pauses_and_does_not_spin(server, image):
     with s.client() as served:
         resource.prlimit(s.proc.pid, resource.RLIMIT_NOFILE, (24, 24))
         crowd = [s.raw() for _ in range(64)]
-        settled(s)
+        s.settle()
         before = s.cpu()
         time.sleep(0.5)             # a measurement
         assert s.cpu() - before < 0.25
@@ -626,7 +617,7 @@ def test_unread_replies_cost_bounded_memory(server, checked, requests, structure
         s.is_served()
         before = s.rss()
         send_until_blocked(deaf, requests)
-        settled(s)
+        s.settle()
         s.is_served()
         assert s.status("VmHWM") * 1024 - before < MEMORY + PAYLOAD_MAX
 
@@ -639,7 +630,7 @@ def test_ten_deaf_clients_do_not_disturb_others(server, checked):
         deaf = [s.client(rcvbuf=4096) for _ in range(10)]
         for c in deaf:
             send_until_blocked(c, UNREAD["READ of 1 MiB"])
-        settled(s)
+        s.settle()
         for at in range(0, PAYLOAD_MAX, 32768):
             assert witness.pread(16384, at) == pattern(at, 16384)
         assert s.rss() - before < 10 * (MEMORY if SANITIZED else 24 * MIB)
@@ -653,7 +644,7 @@ def test_replies_are_complete_when_they_are_read_late(target):
     with target.client(rcvbuf=4096) as c:
         for i in range(200):
             c.request(NBD_CMD_READ, i * 1000, 100000)
-        settled(target)
+        target.settle()
         for reply in c.collect_all().values():
             assert reply.data == pattern(reply.request.offset, 100000)
 

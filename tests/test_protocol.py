@@ -1183,6 +1183,22 @@ def test_shutdown_finishes_or_refuses_what_is_in_flight(target, structured):
         target.wait()
 
 
+@both_replies
+def test_shutdown_refuses_what_comes_later(target, structured):
+    """31. The unfinished payload keeps the connection open meanwhile."""
+    with target.client(structured=structured) as c:
+        write = c.request(NBD_CMD_WRITE, 0, 1000, payload=b"x" * 500)
+        target.settle()
+        target.terminate()
+        until(lambda: "stopping" in target.log(), what="notice of the signal")
+        target.settle()
+        c.send(b"x" * 500)
+        read = c.request(NBD_CMD_READ, 4096, 4096)
+        assert c.collect(write).error in (0, NBD_ESHUTDOWN)
+        assert c.collect(read).error == NBD_ESHUTDOWN
+        c.expect_closed()
+
+
 def test_shutdown_refuses_options(target):
     c = target.hello()
     target.terminate()

@@ -257,17 +257,16 @@ def largest_file(directory, most):
     return skip(f"needs a file system with files of over 4 TiB ({directory})")
 
 
-@pytest.mark.parametrize("options", [[], ["--threads", "1"]], ids=["", "threads 1"])
-def test_sparse_image_as_large_as_the_file_system_allows(server, tmp_path, options):
+def test_sparse_image_as_large_as_the_file_system_allows(server, tmp_path):
     image, size = largest_file(tmp_path, (1 << 63) - 1)
     places = [0, 2 * GIB - 5, 4 * GIB - 5, 2 * TIB - 5, 4 * TIB - 5, size - 4097, size - 10]
-    s = server(image, *options)
+    s = server(image)
     with s.client(structured=True, contexts=["base:allocation"]) as c:
         assert c.size == size
         for at in places:
-            c.pwrite(pattern(at, 10, seed=7), at)
+            c.pwrite(at.to_bytes(10, "big"), at)
         for at in places:
-            assert c.pread(10, at) == pattern(at, 10, seed=7)
+            assert c.pread(10, at) == at.to_bytes(10, "big")
         assert c.pread(MIB, TIB) == bytes(MIB)
         assert c.block_status(4096, size - 4096)["base:allocation"]
         assert c.error_of(NBD_CMD_READ, size - 9, 10) == NBD_EINVAL
@@ -276,7 +275,7 @@ def test_sparse_image_as_large_as_the_file_system_allows(server, tmp_path, optio
     assert image.stat().st_size == size
     with open(image, "rb") as f:
         for at in places:
-            assert os.pread(f.fileno(), 10, at) == pattern(at, 10, seed=7)
+            assert os.pread(f.fileno(), 10, at) == at.to_bytes(10, "big")
     image.unlink()
 
 
