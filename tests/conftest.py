@@ -133,6 +133,7 @@ class Server:
         self.stderr = directory / f"server{number}.log"
         self.clients = []
         self.expected_status = 0
+        self.terminated = False         # a second signal would end it at once
         with open(self.stderr, "ab") as log:
             self.proc = subprocess.Popen([SERVER, *self.arguments], **{
                 "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **popen})
@@ -237,6 +238,7 @@ class Server:
             assert len(seen) < 20 * DEADLINE, "the server is busy for ever"
 
     def terminate(self, number=signal.SIGTERM):
+        self.terminated = True
         self.proc.send_signal(number)
 
     def wait(self, seconds=STOP_LIMIT):
@@ -256,7 +258,7 @@ class Server:
 
     def stop(self):
         """SIGTERM; it must end well within 5 seconds."""
-        if self.proc.poll() is None:
+        if self.proc.poll() is None and not self.terminated:
             self.terminate()
         return self.wait()
 

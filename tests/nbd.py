@@ -401,8 +401,10 @@ class Transport:
             pass
         return b"".join(parts)
 
-    def expect_closed(self):
-        """The server closes without another byte; so does the client then."""
+    def expect_closed(self, seconds=8):
+        """The server closes at once, without another byte; so does the client
+        then.  8 s is less than the deadline of a handshake, which closes too."""
+        self.sock.settimeout(seconds)
         rest = self.recv_until_closed()
         self.close()
         check(not rest, f"expected a close, got {rest[:64]!r}")

@@ -15,7 +15,7 @@ import pytest
 from conftest import make_disk, need, need_module, need_punch
 from nbd import DEADLINE, SANITIZED, pattern
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 SIZE = 8 * MIB + 512            # qemu rounds sizes up to whole sectors
 RAGGED = 3 * MIB + 77
 DATA = pattern(0, SIZE)

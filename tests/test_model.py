@@ -16,7 +16,6 @@ on, and later reads must find the same.
 """
 
 import bisect
-import collections
 import os
 import random
 import select
