@@ -501,10 +501,14 @@ void loops_stop(void)
 
 void loops_join(void)
 {
-	for (unsigned i = 0; i < loops.count; i++) {
+	for (unsigned i = 0; i < loops.count; i++)
 		pthread_join(loops.loop[i].thread, NULL);
+}
+
+void loops_free(void)
+{
+	for (unsigned i = 0; i < loops.count; i++)
 		free_loop(&loops.loop[i]);
-	}
 	free(loops.loop);
 	loops.loop = NULL;
 	loops.count = 0;

@@ -74,8 +74,11 @@ void loops_wake(void);
 /* Ask all connections to finish.  Does not wait. */
 void loops_stop(void);
 
-/* Wait for all threads to end, after loops_stop(), and free everything. */
+/* Wait for all threads to end, after loops_stop(). */
 void loops_join(void);
+
+/* Free everything, when no other thread can complete a request any more. */
+void loops_free(void);
 
 /* A request has come back: the done function of requests.  Any thread. */
 void loop_complete(struct request *r);

@@ -135,11 +135,19 @@ static bool is_copied(const struct snapshot *s, uint64_t off, uint64_t end)
 	return bitmap_run(s->copied, blk, blocks, &copied) == blocks && copied;
 }
 
+/*
+ * Copy ahead of the thread; the range is held.  What lies before the thread's position has no bit
+ * but is copied, and may have changed since.
+ */
 static void copy_first(struct snapshot *s, uint64_t off, uint64_t end)
 {
+	uint64_t position = atomic_load(&s->position);
 	uint8_t *buf = malloc(PIECE);
-	int err = buf ? copy_missing(s, end - off, off, buf, PIECE) : -ENOMEM;
+	int err;
 
+	if (off < position)
+		off = position;
+	err = buf ? copy_missing(s, end - off, off, buf, PIECE) : -ENOMEM;
 	if (err)
 		fail(s, err);
 	else

@@ -596,7 +596,8 @@ static void run(struct server *s)
 		_exit(EXIT_SUCCESS);
 	}
 	loops_join();
-	worker_stop();
+	worker_stop();		/* one may be at its last words to a loop */
+	loops_free();
 	snapshot_free(s->snapshot);
 }
 
