@@ -61,12 +61,14 @@ bench: all tests/load
 	$(PYTHON) tests/bench.py $(BENCHFLAGS)
 
 install: all
-	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(MANDIR)/man8
+	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(MANDIR)/man5 $(DESTDIR)$(MANDIR)/man8
 	install -m 755 $(BUILD)/xnbd-server $(DESTDIR)$(SBINDIR)
+	install -m 644 man/xnbd-bitmap.5 $(DESTDIR)$(MANDIR)/man5
 	install -m 644 man/xnbd-server.8 $(DESTDIR)$(MANDIR)/man8
 
 uninstall:
-	rm -f $(DESTDIR)$(SBINDIR)/xnbd-server $(DESTDIR)$(MANDIR)/man8/xnbd-server.8
+	rm -f $(DESTDIR)$(SBINDIR)/xnbd-server $(DESTDIR)$(MANDIR)/man5/xnbd-bitmap.5 \
+		$(DESTDIR)$(MANDIR)/man8/xnbd-server.8
 
 clean:
 	rm -rf xnbd-server *.o *.d build tests/load tests/__pycache__ .pytest_cache
