@@ -308,15 +308,16 @@ def server(tmp_path):
 
 
 def end_all(servers):
-    """Stops every server, and only then complains about the first bad end."""
+    """Stops every server, and only then complains about the first bad end.
+    Clients leave first: a server that stops waits a little for those who stay."""
     problems = []
     for one in servers:
+        for client in one.clients:
+            client.close()
         try:
             one.stop()
         except AssertionError as e:
             problems.append(e)
-        for client in one.clients:
-            client.close()
     if problems:
         raise problems[0]
 

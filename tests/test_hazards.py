@@ -211,6 +211,7 @@ def test_connections_have_a_cap(target):
         assert re.search("connections", target.log())
         idle.pop().close()
         until(lambda: greeted(target), what="room for one more")
+        target.stop()
 
 
 def greeted(server):
@@ -233,6 +234,7 @@ def test_2000_idle_connections_cost_little(target):
     before = target.cpu()
     time.sleep(0.5)                 # a measurement
     assert target.cpu() - before < 0.2, "idle connections keep the server busy"
+    target.stop()
 
 
 @hazard("accept() out of descriptors")

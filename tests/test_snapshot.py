@@ -257,7 +257,7 @@ class Snapshots:
         return self.count("complete") + self.count("failed")
 
     def signal(self):
-        self.server.terminate(signal.SIGUSR1)
+        self.server.proc.send_signal(signal.SIGUSR1)
 
     def take(self, load=None):
         """Takes one, with the load running.  Returns its path, and the model's
@@ -516,7 +516,7 @@ def test_snapshot_is_complete_when_its_name_appears(server, disk):
     content = pattern(0, 32 * MIB)
     image = disk(content=content)
     with (s := server(image)).client() as c:
-        s.terminate(signal.SIGUSR1)
+        s.proc.send_signal(signal.SIGUSR1)
         seen = until(lambda: c.pread(1) and [n for n in names(image) if ".snapshot." in n])
         assert (image.parent / seen[0]).read_bytes() == content
 
@@ -579,7 +579,7 @@ def test_end_at_any_moment_leaves_all_or_nothing(server, disk):
     image = disk(content=content)
     for i in range(12):
         s = server(image)
-        s.terminate(signal.SIGUSR1)
+        s.proc.send_signal(signal.SIGUSR1)
         time.sleep(i * 0.008)           # a moment of its life, not a wait for anything
         s.kill() if i % 3 == 2 else s.stop()
         for name in names(image) - {image.name}:
@@ -594,7 +594,7 @@ def test_storm_of_signals_under_load(loaded):
     image, model, s, load, snapshots = loaded(mib=4)
     before = model.tick()
     for _ in range(200):
-        s.terminate(random.choice([signal.SIGUSR1, signal.SIGHUP]))
+        s.proc.send_signal(random.choice([signal.SIGUSR1, signal.SIGHUP]))
         load.run_for(2)
     load.run(lambda: snapshots.lines("complete"))
     load.drain()
@@ -611,7 +611,7 @@ def test_signal_is_ignored_in_other_modes(server, disk, options):
     s = server(args=["--cow-target", "--laddr", "127.0.0.1", "--lport", "0",
                      *[image.parent / o if o == "overlay" else o for o in options], image])
     before = names(image)
-    s.terminate(signal.SIGUSR1)
+    s.proc.send_signal(signal.SIGUSR1)
     until(lambda: re.search(r"SIGUSR1.*ignored", s.log()))
     assert s.is_served() and names(image) == before
 
@@ -652,7 +652,7 @@ def test_directory_that_cannot_be_written_is_logged(server, disk, tmp_path):
     s = server(image)
     image.rename(tmp_path / "moved.img")
     place.rmdir()
-    s.terminate(signal.SIGUSR1)
+    s.proc.send_signal(signal.SIGUSR1)
     until(lambda: re.search(r"snapshot.*: failed: ", s.log()))
     with s.client() as c:
         assert c.pread(MIB) == pattern(0, MIB)
@@ -668,7 +668,7 @@ def test_device_has_no_snapshot_and_says_so(server, disk):
     device = made.stdout.strip()
     try:
         s = server(device)
-        s.terminate(signal.SIGUSR1)
+        s.proc.send_signal(signal.SIGUSR1)
         until(lambda: re.search(r"snapshot.*failed: .*device", s.log()))
         assert s.is_served()
         s.stop()
