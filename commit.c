@@ -5,7 +5,7 @@
  * gather for the next, so that any number of clients costs two at a time.
  *
  * A failure is sticky: the kernel tells of lost pages once, and a second try would say that all
- * is well.
+ * is well.  So nothing is committed any more: it might speak of data that was lost.
  */
 #include "commit.h"
 
@@ -17,19 +17,16 @@
 #include <stddef.h>
 #include <string.h>
 
+/* One commit runs at a time, so that nobody else changes the error meanwhile. */
 int committer_run(struct committer *c)
 {
-	int err = c->commit(c);
-
-	pthread_mutex_lock(&c->lock);
-	if (err && !c->error) {
+	if (c->error)
+		return c->error;
+	c->error = c->commit(c);
+	if (c->error)
 		log_line("%s is not durable: %s; every flush fails from now on", c->what,
-			 strerror(-err));
-		c->error = err;
-	}
-	err = c->error;
-	pthread_mutex_unlock(&c->lock);
-	return err;
+			 strerror(-c->error));
+	return c->error;
 }
 
 static void run_job(struct job *job)

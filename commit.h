@@ -14,10 +14,10 @@ struct committer {
 	int (*commit)(struct committer *);
 	const char *what;		/* for the log */
 
+	int error;			/* of the first that failed: sticky; for who commits */
 	pthread_mutex_t lock;		/* guards what follows; a leaf */
 	struct request *waiting;
 	bool running;			/* job is with a worker */
-	int error;			/* of the first that failed: sticky */
 	struct job job;
 };
 
