@@ -366,6 +366,36 @@ def test_clients_at_the_same_moment_all_win(cow, patterned, name, state):
         check_race(after[at:at + group], parts, before[at:at + group], at)
 
 
+@hazard("marking is not atomic: a neighbour's bit vanishes")
+def test_neighbours_marked_at_the_same_moment_all_stay(cow, base):
+    """Two clients go through the disk side by side, a block each."""
+    blocks = 32 * MIB // BLOCK
+    with (s := cow(base(32 * MIB))).client() as witness:
+        clients = s.client(), s.client()
+        parts = (WRITE, 0, BLOCK), (WRITE, BLOCK, 2 * BLOCK)
+        for first in range(0, blocks, 1024):
+            race(clients, parts, range(first * BLOCK, (first + 1024) * BLOCK, 2 * BLOCK))
+        for at in range(0, 32 * MIB, 8 * MIB):
+            data = witness.pread(8 * MIB, at)
+            lost = [b for b in range(0, len(data), BLOCK) if not any(data[b:b + 16])]
+            assert not lost, f"blocks at {at} + {lost} are as if they were never written"
+
+
+@hazard("client dies after 4 of 64 KiB: the rest of the range reads as zeros")
+def test_reader_beside_a_first_write_finds_old_or_new(cow, patterned):
+    """Never zeros: a block is marked after its data is stored, not before."""
+    length, some = 128 * KIB, 64
+    with (s := cow(patterned)).client() as writer, s.client() as reader:
+        for at in range(0, 4 * MIB, length):
+            last = at + length - some
+            new = requests_of(writer, (WRITE, 0, length), 1, [at])
+            reads = requests_of(reader, (NBD_CMD_READ, 0, some), 0, [last] * 300)
+            at_once([lambda: writer.send(new), lambda: reader.send(reads)])
+            writer.collect_all()
+            found = {reply.data for reply in reader.collect_all().values()}
+            assert found <= {pattern(last, some), pattern(last, some, seed=1)}, last
+
+
 # A client that dies
 
 def merged(old, new, first, last):
