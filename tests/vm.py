@@ -48,6 +48,9 @@ HERE = Path(__file__).resolve().parent
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 MODULES = ["virtio_pci", "virtio_console", "virtio_net", "nbd", "ext4"]    # and what they need
 MODULE_OPTIONS = {"nbd": "nbds_max=4"}
+# Without these two features the card tells of each buffer that it gets.  With them QEMU before
+# 9.1 may wait for ever for buffers that are there: "No route to host" in the guest.
+NETWORK_CARD = "virtio-net-pci,netdev=net,romfile=,event_idx=off,mrg_rxbuf=off"
 CPUS = 4                # the kernel client uses a connection per processor
 GUEST_PROGRAMS = {      # of this host: the package each comes from
     "nbd-client": "nbd-client", "mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs",
@@ -418,7 +421,7 @@ class Guest(Machine):
             [qemu, "-accel", "tcg,thread=single", "-cpu", "max", "-smp", str(CPUS),
              "-m", str(memory), "-nodefaults", "-display", "none", "-no-reboot",
              "-kernel", vmlinuz, "-initrd", initrd, "-append", append,
-             "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
+             "-netdev", "user,id=net", "-device", NETWORK_CARD,
              "-serial", f"file:{self.console}", "-device", "virtio-serial-pci",
              "-chardev", f"socket,id=agent,fd={self.agent_end.fileno()}",
              "-device", "virtserialport,chardev=agent"],
