@@ -22,25 +22,31 @@ XCFLAGS = -std=c11 -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Wshadow -Wstrict-protot
 BUILD = .
 
 SERVER_OBJS = xnbd.o options.o listen.o conn.o loop.o tx.o proto.o backend.o disk.o \
-	snapshot.o cow.o bitmap.o range.o commit.o worker.o util.o
+	snapshot.o cow.o layer.o bitmap.o range.o commit.o worker.o util.o \
+	proxy.o ctl.o cache.o fetch.o ahead.o copy.o origin.o link.o dial.o proto_client.o
+BGCTL_OBJS = bgctl.o util.o
 OBJS = $(addprefix $(BUILD)/,$(SERVER_OBJS))
+PROGRAMS = $(BUILD)/xnbd-server $(BUILD)/xnbd-bgctl
 
 PYTHON = python3
 CHECKFLAGS =
 BENCHFLAGS =
 
-all: $(BUILD)/xnbd-server
+all: $(PROGRAMS)
 
 $(BUILD)/xnbd-server: $(OBJS)
 	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $(OBJS)
+
+$(BUILD)/xnbd-bgctl: $(addprefix $(BUILD)/,$(BGCTL_OBJS))
+	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $^
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(BUILD)
 	$(CC) $(CPPFLAGS) $(XCFLAGS) $(CFLAGS) -c -o $@ $<
 
--include $(OBJS:.o=.d)
+-include $(OBJS:.o=.d) $(BUILD)/bgctl.d
 
-check: $(BUILD)/xnbd-server
+check: $(PROGRAMS)
 	XNBD_SERVER=$(abspath $(BUILD)/xnbd-server) tests/run $(CHECKFLAGS)
 
 SANITIZE = -O1 -g -fno-omit-frame-pointer
@@ -48,13 +54,13 @@ SANITIZE = -O1 -g -fno-omit-frame-pointer
 asan:
 	$(MAKE) BUILD=build/asan all \
 		CFLAGS='$(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=undefined'
-	XNBD_SANITIZED=1 $(MAKE) BUILD=build/asan -o build/asan/xnbd-server check
+	XNBD_SANITIZED=1 $(MAKE) BUILD=build/asan -o build/asan/xnbd-server -o build/asan/xnbd-bgctl check
 
 # A second signal ends the server at once, threads and all: no leak.
 tsan:
 	$(MAKE) BUILD=build/tsan all CFLAGS='$(SANITIZE) -fsanitize=thread'
 	XNBD_SANITIZED=1 TSAN_OPTIONS=report_thread_leaks=0 \
-		$(MAKE) BUILD=build/tsan -o build/tsan/xnbd-server check
+		$(MAKE) BUILD=build/tsan -o build/tsan/xnbd-server -o build/tsan/xnbd-bgctl check
 
 tests/load: tests/load.c
 	$(CC) $(CPPFLAGS) -std=c11 -Wall -Wextra -pthread -O2 -g $(LDFLAGS) -o $@ tests/load.c
@@ -63,16 +69,18 @@ bench: all tests/load
 	$(PYTHON) tests/bench.py $(BENCHFLAGS)
 
 install: all
-	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(MANDIR)/man5 $(DESTDIR)$(MANDIR)/man8
-	install -m 755 $(BUILD)/xnbd-server $(DESTDIR)$(SBINDIR)
+	install -d $(DESTDIR)$(SBINDIR) $(addprefix $(DESTDIR)$(MANDIR)/man,1 5 8)
+	install -m 755 $(PROGRAMS) $(DESTDIR)$(SBINDIR)
+	install -m 644 man/xnbd-bgctl.1 $(DESTDIR)$(MANDIR)/man1
 	install -m 644 man/xnbd-bitmap.5 $(DESTDIR)$(MANDIR)/man5
 	install -m 644 man/xnbd-server.8 $(DESTDIR)$(MANDIR)/man8
 
 uninstall:
-	rm -f $(DESTDIR)$(SBINDIR)/xnbd-server $(DESTDIR)$(MANDIR)/man5/xnbd-bitmap.5 \
+	rm -f $(DESTDIR)$(SBINDIR)/xnbd-server $(DESTDIR)$(SBINDIR)/xnbd-bgctl \
+		$(DESTDIR)$(MANDIR)/man1/xnbd-bgctl.1 $(DESTDIR)$(MANDIR)/man5/xnbd-bitmap.5 \
 		$(DESTDIR)$(MANDIR)/man8/xnbd-server.8
 
 clean:
-	rm -rf xnbd-server *.o *.d build tests/load tests/__pycache__ .pytest_cache
+	rm -rf xnbd-server xnbd-bgctl *.o *.d build tests/load tests/__pycache__ .pytest_cache
 
 .PHONY: all check asan tsan bench install uninstall clean

@@ -85,9 +85,18 @@ struct gate {
 	void (*opened)(void);		/* wakes those who were turned away */
 };
 
+/* What clients have asked for and not got yet, all of them together; and how much that may be. */
+struct load {
+	atomic_size_t requests;
+	atomic_size_t bytes;		/* in buffers of requests */
+	size_t requests_max, bytes_max;	/* 0: each connection has bounds of its own */
+	void (*room)(void);		/* there is room again; any thread */
+};
+
 /* A name that clients ask for, and what they get. */
 struct export {
 	struct proto_export proto;
+	struct load load;
 	struct backend *backend;	/* changes only while the gate is closed */
 	struct gate gate;
 };

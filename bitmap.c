@@ -35,6 +35,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
@@ -55,6 +56,7 @@ static const char magic[8] = { 'x', 'n', 'b', 'd', 'b', 'm', 'a', 'p' };
 
 struct bitmap {
 	uint64_t blocks;
+	atomic_size_t set;		/* bits that are; 32 bits are enough for 16 TiB */
 	atomic_uchar *live;
 	uint64_t map_bytes;		/* of one map, a multiple of MAP_PAGE */
 
@@ -132,29 +134,44 @@ static void mark_dirty(struct bitmap *b, uint64_t first_byte, uint64_t last_byte
 		atomic_store_explicit(&b->dirty[page], 1, memory_order_release);
 }
 
-void bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n)
+static unsigned count_bits(unsigned bits)
 {
-	uint64_t end = blk + n, at = blk;
+	unsigned n = 0;
+
+	for (; bits; bits &= bits - 1)
+		n++;
+	return n;
+}
+
+uint64_t bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n)
+{
+	uint64_t end = blk + n, at = blk, fresh = 0;
 
 	if (n == 0)
-		return;
+		return 0;
 	while (at < end) {
 		uint64_t count = 8 - at % 8;
-		unsigned char bits;
+		unsigned char bits, old;
 
 		if (count > end - at)
 			count = end - at;
 		bits = (unsigned char)((0xffU >> (8 - count)) << at % 8);
-		if (bits == 0xff)
-			atomic_store_explicit(&b->live[at / 8], bits, memory_order_release);
-		else
-			atomic_fetch_or_explicit(&b->live[at / 8], bits, memory_order_release);
+		old = atomic_fetch_or_explicit(&b->live[at / 8], bits, memory_order_acq_rel);
+		fresh += count_bits(bits & ~(unsigned)old);
 		at += count;
 	}
 	mark_dirty(b, blk / 8, (end - 1) / 8);
+	atomic_fetch_add_explicit(&b->set, fresh, memory_order_relaxed);
+	return fresh;
 }
 
 uint64_t bitmap_count(const struct bitmap *b)
+{
+	return atomic_load_explicit(&b->set, memory_order_relaxed);
+}
+
+/* How many bits a file had when it was opened. */
+static uint64_t count_all(const struct bitmap *b)
 {
 	uint64_t count = 0, n;
 	bool set;
@@ -241,10 +258,17 @@ static int write_header(struct bitmap *b, bool clean)
 	return err;
 }
 
-static bool refuse(const char *path, const char *what, uint64_t found, uint64_t expected)
+/* What to do about a file that is refused. */
+static const char *remedy(const struct bitmap *b)
 {
-	log_failure("bitmap file %s: %s is %llu, and %llu is expected", path, what,
-		    (unsigned long long)found, (unsigned long long)expected);
+	return b->id.kind == BITMAP_CACHE ? " (--clear-bitmap begins afresh)" : "";
+}
+
+static bool refuse(const struct bitmap *b, const char *path, const char *what, uint64_t found,
+		   uint64_t expected)
+{
+	log_failure("bitmap file %s: %s is %llu, and %llu is expected%s", path, what,
+		    (unsigned long long)found, (unsigned long long)expected, remedy(b));
 	return false;
 }
 
@@ -254,26 +278,27 @@ static bool check_header(const struct bitmap *b, const char *path, uint64_t file
 	const uint8_t *p = b->file;
 
 	if (memcmp(p, magic, sizeof(magic)) != 0) {
-		log_failure("bitmap file %s: it is no bitmap file of xnbd", path);
+		log_failure("bitmap file %s: it is no bitmap file of xnbd%s", path, remedy(b));
 		return false;
 	}
 	if (get_le(p + 8, 4) != VERSION)
-		return refuse(path, "version", get_le(p + 8, 4), VERSION);
+		return refuse(b, path, "version", get_le(p + 8, 4), VERSION);
 	if (get_le(p + 64, 8) != checksum(p)) {
-		log_failure("bitmap file %s: the header is damaged, its checksum is wrong", path);
+		log_failure("bitmap file %s: the header is damaged, its checksum is wrong%s", path,
+			    remedy(b));
 		return false;
 	}
 	if (get_le(p + 12, 4) != b->id.kind)
-		return refuse(path, "kind", get_le(p + 12, 4), b->id.kind);
+		return refuse(b, path, "kind", get_le(p + 12, 4), b->id.kind);
 	if (get_le(p + 16, 8) != BLOCK_SIZE)
-		return refuse(path, "block size", get_le(p + 16, 8), BLOCK_SIZE);
+		return refuse(b, path, "block size", get_le(p + 16, 8), BLOCK_SIZE);
 	if (get_le(p + 24, 8) != b->id.disk_size)
-		return refuse(path, "size of the disk", get_le(p + 24, 8), b->id.disk_size);
+		return refuse(b, path, "size of the disk", get_le(p + 24, 8), b->id.disk_size);
 	if (get_le(p + 32, 8) != b->id.fingerprint)
-		return refuse(path, "fingerprint of the base image", get_le(p + 32, 8),
+		return refuse(b, path, "fingerprint of the base image", get_le(p + 32, 8),
 			      b->id.fingerprint);
 	if (file_size != b->file_bytes)
-		return refuse(path, "size of the file", file_size, b->file_bytes);
+		return refuse(b, path, "size of the file", file_size, b->file_bytes);
 	return true;
 }
 
@@ -296,30 +321,78 @@ static void settle_live_map(struct bitmap *b)
 	memcpy((void *)b->live, committed, b->map_bytes);
 }
 
-/* Create the file's contents; a mapping must never meet a full disk, so all of it is allocated. */
-static int format(struct bitmap *b, const char *path)
+/* Write the contents of a new file; a mapping must never meet a full disk, so all is allocated. */
+static int format(struct bitmap *b)
 {
 	int err = posix_fallocate(b->fd, 0, (off_t)b->file_bytes);
 
 	if (err)
 		return -err;
 	err = write_header(b, false);
-	if (!err && fsync(b->fd) < 0)
+	return !err && fsync(b->fd) < 0 ? -errno : err;
+}
+
+/* Give the file at tmp its name; replace says whether something may be there. */
+static int name_file(const char *tmp, const char *path, bool replace)
+{
+	if (!replace && link(tmp, path) == 0)
+		return unlink(tmp) < 0 ? -errno : 0;
+	if (!replace && errno != EPERM && errno != EOPNOTSUPP)	/* no links there */
+		return -errno;
+	return rename(tmp, path) < 0 ? -errno : 0;
+}
+
+/* The file gets its name when it is whole and durable, so that a crash leaves none or all of it. */
+static int create_file(struct bitmap *b, const char *path, bool replace)
+{
+	size_t len = strlen(path) + sizeof(".XXXXXX");
+	char *tmp = malloc(len);
+	int err;
+
+	if (!tmp)
+		return -ENOMEM;
+	snprintf(tmp, len, "%s.XXXXXX", path);
+	b->fd = mkostemp(tmp, O_CLOEXEC);
+	if (b->fd < 0) {
 		err = -errno;
+		free(tmp);
+		return err;
+	}
+	err = format(b);
+	if (!err)
+		err = name_file(tmp, path, replace);
+	if (err)
+		unlink(tmp);
+	free(tmp);
+	close(b->fd);
+	b->fd = -1;
 	return err ? err : sync_directory_of(path);
 }
 
-static int open_file(struct bitmap *b, const char *path, bool *created)
+/* Open and lock a file that is there; -EWOULDBLOCK if somebody has it, or has just replaced it. */
+static int open_existing(struct bitmap *b, const char *path)
 {
-	*created = false;
+	struct stat st, named;
+
 	b->fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
-	if (b->fd < 0 && errno == ENOENT) {
-		b->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-		*created = true;
-	}
-	if (b->fd < 0)
+	if (b->fd < 0 || flock(b->fd, LOCK_EX | LOCK_NB) < 0 || fstat(b->fd, &st) < 0 ||
+	    lstat(path, &named) < 0)
 		return -errno;
-	return flock(b->fd, LOCK_EX | LOCK_NB) < 0 ? -errno : 0;
+	if (!S_ISREG(st.st_mode))
+		return -EINVAL;
+	return st.st_dev == named.st_dev && st.st_ino == named.st_ino ? 0 : -EWOULDBLOCK;
+}
+
+static int open_file(struct bitmap *b, const char *path, bool clear)
+{
+	int err = open_existing(b, path), old = b->fd;
+
+	if (err != -ENOENT && (err || !clear))
+		return err;
+	err = create_file(b, path, clear && !err);
+	if (old >= 0)
+		close(old);		/* and with it the lock on what was there */
+	return err == 0 || err == -EEXIST ? open_existing(b, path) : err;
 }
 
 static int map_file(struct bitmap *b)
@@ -333,41 +406,32 @@ static int map_file(struct bitmap *b)
 	return 0;
 }
 
-static bool prepare(struct bitmap *b, const char *path)
+static bool prepare(struct bitmap *b, const char *path, bool clear)
 {
-	bool created;
 	struct stat st;
-	int err = open_file(b, path, &created);
+	int err = open_file(b, path, clear);
 
-	if (err) {
-		log_failure("bitmap file %s: %s", path,
-			    err == -EWOULDBLOCK ? "another server uses it" : strerror(-err));
-		return false;
-	}
-	if (created)
-		err = format(b, path);
 	if (!err && fstat(b->fd, &st) < 0)
 		err = -errno;
 	if (!err && (uint64_t)st.st_size < HEADER_SIZE)
-		return refuse(path, "size of the file", (uint64_t)st.st_size, b->file_bytes);
+		return refuse(b, path, "size of the file", (uint64_t)st.st_size, b->file_bytes);
 	if (!err)
 		err = map_file(b);
-	if (err) {
-		log_failure("bitmap file %s: %s", path, strerror(-err));
-		if (created)
-			unlink(path);
+	if (!err && !check_header(b, path, (uint64_t)st.st_size))
 		return false;
+	if (!err) {
+		settle_live_map(b);
+		err = write_header(b, false);
 	}
-	if (!check_header(b, path, (uint64_t)st.st_size))
-		return false;
-	settle_live_map(b);
-	err = write_header(b, false);
 	if (err)
-		log_failure("bitmap file %s: %s", path, strerror(-err));
+		log_failure("bitmap file %s: %s", path,
+			    err == -EWOULDBLOCK ? "another server uses it" :
+			    err == -EINVAL	? "it is not a regular file" :
+						  strerror(-err));
 	return err == 0;
 }
 
-struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id)
+struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, bool clear)
 {
 	struct bitmap *b = calloc(1, sizeof(*b));
 
@@ -382,8 +446,10 @@ struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id)
 	b->pages = malloc(COMMIT_PAGES * MAP_PAGE);
 	if (!b->dirty || !b->pages)
 		goto out_of_memory;
-	if (prepare(b, path))
+	if (prepare(b, path, clear)) {
+		atomic_init(&b->set, count_all(b));
 		return b;
+	}
 	bitmap_close(b);
 	return NULL;
 out_of_memory:
@@ -449,6 +515,14 @@ int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg)
 			err = write_committed(b, n);
 	} while (!err && n == COMMIT_PAGES);
 	return err;
+}
+
+bool bitmap_is_dirty(const struct bitmap *b)
+{
+	for (uint64_t page = 0; page < b->map_bytes / MAP_PAGE; page++)
+		if (atomic_load_explicit(&b->dirty[page], memory_order_relaxed))
+			return true;
+	return false;
 }
 
 int bitmap_mark_clean(struct bitmap *b)

@@ -31,10 +31,10 @@ uint64_t bitmap_blocks(uint64_t size);
 struct bitmap *bitmap_new(uint64_t blocks);
 
 /*
- * Open the file at path, or create it, and lock it until it is closed.  NULL after logging what
- * is wrong with it.
+ * Open the file at path, or create it, and lock it until it is closed.  If clear is set, whatever
+ * is there is forgotten.  NULL after logging what is wrong with it.
  */
-struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id);
+struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, bool clear);
 
 /* NULL is allowed.  Does not commit. */
 void bitmap_close(struct bitmap *b);
@@ -45,9 +45,10 @@ bool bitmap_test(const struct bitmap *b, uint64_t blk);
 /* The number of blocks from blk on, at most max, that have the same bit; *set is that bit. */
 uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *set);
 
-/* Set n bits, each atomically. */
-void bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n);
+/* Set n bits, each atomically.  Returns how many were not set before. */
+uint64_t bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n);
 
+/* How many bits are set. */
 uint64_t bitmap_count(const struct bitmap *b);
 
 /*
@@ -55,6 +56,9 @@ uint64_t bitmap_count(const struct bitmap *b);
  * of, and is called before they are written.  One thread at a time.  0 or -errno.
  */
 int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg);
+
+/* Whether something is to be committed, of a durable one. */
+bool bitmap_is_dirty(const struct bitmap *b);
 
 /* After a commit, when no bit will be set any more: mark the file so.  0 or -errno. */
 int bitmap_mark_clean(struct bitmap *b);

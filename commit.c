@@ -17,6 +17,8 @@
 #include <stddef.h>
 #include <string.h>
 
+enum { COMMIT_MS = 1000 };
+
 /* One commit runs at a time, so that nobody else changes the error meanwhile. */
 int committer_run(struct committer *c)
 {
@@ -40,10 +42,13 @@ static void run_job(struct job *job)
 		pthread_mutex_lock(&c->lock);
 		r = c->waiting;
 		c->waiting = NULL;
-		c->running = r != NULL;
-		pthread_mutex_unlock(&c->lock);
-		if (!r)
+		c->running = c->wanted;
+		c->wanted = false;
+		if (!c->running) {
+			pthread_mutex_unlock(&c->lock);
 			return;
+		}
+		pthread_mutex_unlock(&c->lock);
 		error = committer_run(c);
 		for (; r; r = next) {
 			next = r->next;
@@ -52,19 +57,44 @@ static void run_job(struct job *job)
 	}
 }
 
-int committer_flush(struct committer *c, struct request *r)
+/* Have a commit begin after this call; r, if there is one, waits for it. */
+static void want(struct committer *c, struct request *r)
 {
 	bool start;
 
 	pthread_mutex_lock(&c->lock);
-	r->next = c->waiting;
-	c->waiting = r;
+	if (r) {
+		r->next = c->waiting;
+		c->waiting = r;
+	}
+	c->wanted = true;
 	start = !c->running;
 	c->running = true;
 	pthread_mutex_unlock(&c->lock);
 	if (start)
 		worker_submit(&c->job);
+}
+
+int committer_flush(struct committer *c, struct request *r)
+{
+	want(c, r);
 	return PENDING;
+}
+
+static void timer_due(struct job *timer)
+{
+	struct committer *c =
+		(struct committer *)((char *)timer - offsetof(struct committer, timer));
+
+	atomic_store(&c->soon, false);
+	want(c, NULL);
+}
+
+void committer_soon(struct committer *c)
+{
+	if (!atomic_load_explicit(&c->soon, memory_order_relaxed) &&
+	    !atomic_exchange(&c->soon, true))
+		worker_submit_later(&c->timer, COMMIT_MS);
 }
 
 void committer_init(struct committer *c, int (*commit)(struct committer *), const char *what)
@@ -73,6 +103,8 @@ void committer_init(struct committer *c, int (*commit)(struct committer *), cons
 	c->commit = commit;
 	c->what = what;
 	c->job.run = run_job;
+	c->timer.run = timer_due;
+	atomic_init(&c->soon, false);
 	pthread_mutex_init(&c->lock, NULL);
 }
 

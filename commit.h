@@ -5,6 +5,7 @@
 #define XNBD_COMMIT_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 
 #include "xnbd.h"
@@ -17,8 +18,12 @@ struct committer {
 	int error;			/* of the first that failed: sticky; for who commits */
 	pthread_mutex_t lock;		/* guards what follows; a leaf */
 	struct request *waiting;
+	bool wanted;			/* a commit is, also if nobody waits */
 	bool running;			/* job is with a worker */
 	struct job job;
+
+	atomic_bool soon;		/* timer is with the workers */
+	struct job timer;
 };
 
 void committer_init(struct committer *c, int (*commit)(struct committer *), const char *what);
@@ -26,6 +31,9 @@ void committer_destroy(struct committer *c);
 
 /* A backend's flush operation: r is done when a commit that begins after this call has ended. */
 int committer_flush(struct committer *c, struct request *r);
+
+/* Something has to be committed, within about a second.  Any thread; cheap. */
+void committer_soon(struct committer *c);
 
 /* Commit now, on this thread; no request may be waiting.  0 or -errno. */
 int committer_run(struct committer *c);

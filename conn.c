@@ -78,10 +78,22 @@ struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports
 	return c;
 }
 
+/* Count down what bounds the load; there may be room again. */
+static void unload(const struct load *load, atomic_size_t *count, size_t n, size_t max)
+{
+	size_t before = atomic_fetch_sub(count, n);
+
+	if (max && before >= max && before - n < max)
+		load->room();
+}
+
 static void free_request(struct conn *c, struct request *r)
 {
 	if (r->owns_buf) {
+		struct load *load = &c->export->load;
+
 		c->buffered -= r->h.len;
+		unload(load, &load->bytes, r->h.len, load->bytes_max);
 		free(r->buf);
 	}
 	free(r->extent);
@@ -367,10 +379,17 @@ static void put_ready_replies(struct conn *c)
 
 /* Requests in flight */
 
+/* A request, or a piece of one, is with others until conn_complete(). */
+static void lend(struct conn *c)
+{
+	c->in_flight++;
+	atomic_fetch_add(&c->export->load.requests, 1);
+}
+
 /* A worker has to do it. */
 static void queue(struct conn *c, struct request *r)
 {
-	c->in_flight++;
+	lend(c);
 	r->inside = true;
 	gate_hold(r->gate);
 	request_queue(r);
@@ -380,7 +399,7 @@ static void queue(struct conn *c, struct request *r)
 static void settle(struct conn *c, struct request *r, int ret)
 {
 	if (ret == PENDING) {
-		c->in_flight++;
+		lend(c);
 	} else if (ret == -EAGAIN) {
 		queue(c, r);
 	} else {
@@ -397,6 +416,7 @@ static bool own_buffer(struct conn *c, struct request *r)
 		return false;
 	r->owns_buf = true;
 	c->buffered += r->h.len;
+	atomic_fetch_add(&c->export->load.bytes, r->h.len);
 	return true;
 }
 
@@ -423,7 +443,7 @@ static void complete_piece(struct conn *c, struct request *piece)
 	}
 	ret = commit_write(c, r);
 	if (ret == PENDING) {
-		c->in_flight++;
+		lend(c);
 		return;
 	}
 	r->error = -ret;
@@ -433,8 +453,10 @@ static void complete_piece(struct conn *c, struct request *piece)
 void conn_complete(struct conn *c, struct request *r)
 {
 	struct gate *gate = r->inside ? r->gate : NULL;
+	struct load *load = &c->export->load;
 
 	c->in_flight--;
+	unload(load, &load->requests, 1, load->requests_max);
 	if (r->whole)
 		complete_piece(c, r);
 	else if (c->state == CONN_DEAD)
@@ -684,7 +706,7 @@ static int store(struct conn *c, struct request *r, const uint8_t *p)
 	if (ret == -EAGAIN)
 		return queue_payload(c, r, p);
 	if (ret == PENDING)
-		c->in_flight++;
+		lend(c);
 	return ret;
 }
 
@@ -774,12 +796,25 @@ static bool in_transmission(const struct conn *c)
 	return c->state == CONN_REQUEST || c->state == CONN_PAYLOAD;
 }
 
+/* Whether no more may be in flight.  A bound for all clients takes the place of each one's. */
+static bool is_full(const struct conn *c)
+{
+	const struct load *load;
+
+	if (!c->export)
+		return false;
+	load = &c->export->load;
+	if (load->requests_max ? atomic_load(&load->requests) >= load->requests_max :
+				 c->in_flight >= IN_FLIGHT_MAX)
+		return true;
+	return load->bytes_max ? atomic_load(&load->bytes) >= load->bytes_max :
+				 c->buffered >= BUFFERED_MAX;
+}
+
 /* Whether a step may be taken: room for its reply, and not too much in flight. */
 static bool may_step(struct conn *c)
 {
-	if (c->in_flight >= IN_FLIGHT_MAX || c->buffered >= BUFFERED_MAX)
-		return false;
-	return make_room(c, STEP_BYTES, MAP_IOVS + 1);
+	return !is_full(c) && make_room(c, STEP_BYTES, MAP_IOVS + 1);
 }
 
 static size_t step(struct conn *c, const uint8_t *p, size_t n)
@@ -842,8 +877,7 @@ static void end_of_input(struct conn *c)
 /* Whether requests may be received now. */
 static bool takes_input(const struct conn *c)
 {
-	return c->state < CONN_FINISHING && !c->backlog && !c->turned_away &&
-	       c->in_flight < IN_FLIGHT_MAX && c->buffered < BUFFERED_MAX;
+	return c->state < CONN_FINISHING && !c->backlog && !c->turned_away && !is_full(c);
 }
 
 /* Receive behind what was kept, and take from it what can be taken. */
@@ -946,9 +980,12 @@ short conn_events(const struct conn *c)
 	return c->state == CONN_LINGERING || takes_input(c) ? POLLIN : 0;
 }
 
-void conn_admit(struct conn *c)
+bool conn_admit(struct conn *c)
 {
+	bool waits = c->turned_away || (c->blocked && !c->backlog);
+
 	c->turned_away = false;
+	return waits;
 }
 
 void conn_stop(struct conn *c)

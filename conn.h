@@ -86,8 +86,8 @@ void conn_turn(struct conn *c, bool readable);
 /* A request of c has come back.  A conn_turn() must follow. */
 void conn_complete(struct conn *c, struct request *r);
 
-/* The gate has opened. */
-void conn_admit(struct conn *c);
+/* The gate has opened, or there is room again.  True if a conn_turn() must follow. */
+bool conn_admit(struct conn *c);
 
 /* The server stops: finish what is in flight, and close. */
 void conn_stop(struct conn *c);

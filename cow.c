@@ -1,28 +1,18 @@
 /*
  * cow.c - backend: copy on write: see cow.h.
  *
- * A bit for each block tells where it is: 1 in the overlay, at the same offset, 0 in the base.
- * A bit is set after the block's data is in the overlay, all of it, and is never taken back: a
- * block that is trimmed or zeroed is a hole in the overlay.  So a reader that finds 0 reads the
+ * The overlay holds a block, at the same offset, or the base does (layer.h).  A block that is
+ * trimmed or zeroed is a hole in the overlay.  So a reader that finds 0 in the map reads the
  * base, which does not change, and one that finds 1 reads what was stored.
- *
- * The first write to a block may have to add the rest of it from the base.  Until its bit is
- * set, a block is written only by who holds its range (range.h): else a merge could bury a
- * write that came between its reading and its writing.  Once the bit is set, writes go straight
- * to the overlay.
  *
  * A throw-away overlay has no name.  One that is kept has its bits in a bitmap file (bitmap.h).
  */
 #define _GNU_SOURCE
 #include "cow.h"
 
-#include "bitmap.h"
-#include "commit.h"
-#include "disk.h"
-#include "range.h"
+#include "layer.h"
 #include "util.h"
 
-#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -33,16 +23,12 @@
 
 struct cow {
 	struct backend backend;
-	struct disk *base, *overlay;
-	struct bitmap *map;
-	struct ranges first_writes;
-	bool kept;
-	struct committer committer;	/* if it is kept */
+	struct layer layer;		/* the overlay, and its base */
 };
 
-static struct cow *to_cow(struct backend *b)
+static struct layer *layer_of(struct backend *b)
 {
-	return (struct cow *)b;
+	return &((struct cow *)b)->layer;
 }
 
 /* A run of blocks that lie in the same place. */
@@ -52,31 +38,22 @@ struct run {
 };
 
 /* The run at off, at most len bytes. */
-static struct run run_at(const struct cow *c, uint64_t off, uint64_t len)
+static struct run run_at(const struct layer *l, uint64_t off, uint64_t len)
 {
-	uint64_t blk = off / BLOCK_SIZE, end = off + len, blocks, to;
-	bool set;
+	bool held;
+	uint64_t n = layer_run(l, len, off, &held);
 
-	blocks = bitmap_run(c->map, blk, bitmap_blocks(end) - blk, &set);
-	to = (blk + blocks) * BLOCK_SIZE;
-	return (struct run){ set ? c->overlay : c->base, (to < end ? to : end) - off };
+	return (struct run){ held ? l->disk : l->base, n };
 }
 
-static bool is_in_overlay(const struct cow *c, uint64_t len, uint64_t off)
+static int op_read(struct backend *b, struct request *r, enum how how)
 {
-	struct run run = run_at(c, off, len);
-
-	return run.disk == c->overlay && run.len == len;
-}
-
-/* Reading */
-
-static int read_runs(struct cow *c, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
-{
+	uint64_t off = r->h.off, len = r->h.len;
+	uint8_t *buf = r->buf;
 	int ret = 0;
 
 	while (len > 0 && ret == 0) {
-		struct run run = run_at(c, off, len);
+		struct run run = run_at(layer_of(b), off, len);
 
 		ret = disk_read(run.disk, buf, run.len, off, how);
 		buf += run.len;
@@ -86,18 +63,13 @@ static int read_runs(struct cow *c, uint8_t *buf, uint64_t len, uint64_t off, en
 	return ret;
 }
 
-static int op_read(struct backend *b, struct request *r, enum how how)
-{
-	return read_runs(to_cow(b), r->buf, r->h.len, r->h.off, how);
-}
-
 static int op_map(struct backend *b, const struct request *r, struct iovec *iov, int max)
 {
 	uint64_t off = r->h.off, len = r->h.len;
 	int n = 0;
 
 	while (len > 0) {
-		struct run run = run_at(to_cow(b), off, len);
+		struct run run = run_at(layer_of(b), off, len);
 
 		if (n == max || !disk_map(run.disk, run.len, off, &iov[n++]))
 			return 0;
@@ -107,173 +79,35 @@ static int op_map(struct backend *b, const struct request *r, struct iovec *iov,
 	return n;
 }
 
-/* Writing */
-
-/* Bytes of the block that holds off; the last block may be a part of one. */
-static uint64_t block_bytes(const struct cow *c, uint64_t off)
-{
-	uint64_t left = c->backend.size - (off - off % BLOCK_SIZE);
-
-	return left < BLOCK_SIZE ? left : BLOCK_SIZE;
-}
-
-/*
- * Store a part of one block, whose range is held.  The rest is added from the base, but never
- * once the block is in the overlay: others may write there at the same time.
- */
-static int write_part(struct cow *c, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
-{
-	uint64_t at = off % BLOCK_SIZE, start = off - at, bytes = block_bytes(c, off);
-	uint8_t block[BLOCK_SIZE];
-	int ret;
-
-	assert(at + len <= bytes);
-	if (is_in_overlay(c, len, off))
-		return disk_write(c->overlay, buf, len, off, how);
-	ret = disk_read(c->base, block, bytes, start, how);
-	if (ret)
-		return ret;
-	memcpy(block + at, buf, len);
-	ret = disk_write(c->overlay, block, bytes, start, how);
-	if (ret == 0)
-		bitmap_set(c->map, start / BLOCK_SIZE, 1);
-	return ret;
-}
-
-/* How many of len bytes at off are whole blocks from the beginning on. */
-static uint64_t whole_blocks(const struct cow *c, uint64_t len, uint64_t off)
-{
-	if (off % BLOCK_SIZE != 0)
-		return 0;
-	return off + len == c->backend.size ? len : len - len % BLOCK_SIZE;
-}
-
-/* Store blocks that may be in the base as yet; their range is held. */
-static int write_first(struct cow *c, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
-{
-	int ret = 0;
-
-	while (len > 0 && ret == 0) {
-		uint64_t n = whole_blocks(c, len, off);
-
-		if (n > 0) {
-			ret = disk_write(c->overlay, buf, n, off, how);
-			if (ret == 0)
-				bitmap_set(c->map, off / BLOCK_SIZE,
-					   bitmap_blocks(off + n) - off / BLOCK_SIZE);
-		} else {
-			n = BLOCK_SIZE - off % BLOCK_SIZE;
-			if (n > len)
-				n = len;
-			ret = write_part(c, buf, n, off, how);
-		}
-		buf += n;
-		off += n;
-		len -= n;
-	}
-	return ret;
-}
-
-/* The range of all blocks that a change touches. */
-static struct range blocks_of(uint64_t len, uint64_t off)
-{
-	uint64_t start = off - off % BLOCK_SIZE;
-
-	return (struct range){ NULL, start, bitmap_blocks(off + len) * BLOCK_SIZE - start };
-}
-
 static int op_write(struct backend *b, struct request *r, enum how how)
 {
-	struct cow *c = to_cow(b);
-	struct range range = blocks_of(r->h.len, r->h.off);
-	int ret;
+	uint64_t fresh = 0;
 
-	if (is_in_overlay(c, r->h.len, r->h.off))
-		return disk_write(c->overlay, r->buf, r->h.len, r->h.off, how);
-	if (!ranges_take(&c->first_writes, &range, how == WAIT))
-		return -EAGAIN;
-	ret = write_first(c, r->buf, r->h.len, r->h.off, how);
-	ranges_release(&c->first_writes, &range);
-	return ret;
-}
-
-/* Zero whole blocks: they become holes of the overlay where it can have holes. */
-static int zero_whole(struct cow *c, uint64_t len, uint64_t off, unsigned flags)
-{
-	int ret;
-
-	if (len == 0)
-		return 0;
-	ret = disk_zero(c->overlay, len, off, flags);
-	if (ret == 0)
-		bitmap_set(c->map, off / BLOCK_SIZE, bitmap_blocks(off + len) - off / BLOCK_SIZE);
-	return ret;
-}
-
-/* Bytes from off to the next block boundary, at most len. */
-static uint64_t head_bytes(uint64_t len, uint64_t off)
-{
-	uint64_t head = (BLOCK_SIZE - off % BLOCK_SIZE) % BLOCK_SIZE;
-
-	return head < len ? head : len;
-}
-
-/* Whole blocks first: for FAST_ZERO that is what may fail, and then nothing may have changed. */
-static int zero_range(struct cow *c, uint64_t len, uint64_t off, unsigned flags)
-{
-	static uint8_t zeros[BLOCK_SIZE];	/* never written */
-	uint64_t head = head_bytes(len, off), whole = whole_blocks(c, len - head, off + head);
-	uint64_t tail = len - head - whole;
-	int ret = zero_whole(c, whole, off + head, flags);
-
-	if (ret == 0 && head > 0)
-		ret = write_part(c, zeros, head, off, WAIT);
-	if (ret == 0 && tail > 0)
-		ret = write_part(c, zeros, tail, off + head + whole, WAIT);
-	return ret;
+	return layer_write(layer_of(b), r->buf, r->h.len, r->h.off, how, &fresh);
 }
 
 static int op_zero(struct backend *b, struct request *r, enum how how)
 {
-	struct cow *c = to_cow(b);
-	struct range range = blocks_of(r->h.len, r->h.off);
-	int ret;
+	uint64_t fresh = 0;
 
 	if (how == TRY)
 		return -EAGAIN;
-	ranges_take(&c->first_writes, &range, true);
-	ret = zero_range(c, r->h.len, r->h.off, r->h.flags);
-	ranges_release(&c->first_writes, &range);
-	return ret;
+	return layer_zero(layer_of(b), r->h.len, r->h.off, r->h.flags, &fresh);
 }
 
-/* Whole blocks become holes.  Where the overlay cannot have holes nothing happens. */
 static int op_trim(struct backend *b, struct request *r, enum how how)
 {
-	struct cow *c = to_cow(b);
-	uint64_t head = head_bytes(r->h.len, r->h.off), off = r->h.off + head;
-	uint64_t len = whole_blocks(c, r->h.len - head, off);
-	struct range range = blocks_of(len, off);
-	int ret;
+	uint64_t fresh = 0;
 
-	if (len == 0)
-		return 0;
 	if (how == TRY)
 		return -EAGAIN;
-	ranges_take(&c->first_writes, &range, true);
-	ret = zero_whole(c, len, off, NBD_CMD_FLAG_FAST_ZERO);
-	ranges_release(&c->first_writes, &range);
-	return ret == -EOPNOTSUPP ? 0 : ret;
+	return layer_trim(layer_of(b), r->h.len, r->h.off, &fresh);
 }
-
-/* The rest */
 
 static int op_flush(struct backend *b, struct request *r, enum how how)
 {
-	struct cow *c = to_cow(b);
-
 	(void)how;
-	return c->kept && !b->readonly ? committer_flush(&c->committer, r) : 0;
+	return b->readonly ? 0 : layer_flush(layer_of(b), r);
 }
 
 static int op_cache(struct backend *b, struct request *r, enum how how)
@@ -283,7 +117,7 @@ static int op_cache(struct backend *b, struct request *r, enum how how)
 	if (how == TRY)
 		return -EAGAIN;
 	while (len > 0) {
-		struct run run = run_at(to_cow(b), off, len);
+		struct run run = run_at(layer_of(b), off, len);
 
 		disk_prefetch(run.disk, run.len, off);
 		off += run.len;
@@ -302,7 +136,7 @@ static int op_extents(struct backend *b, struct request *r, unsigned max, enum h
 		return -EAGAIN;
 	r->extents = 0;
 	for (; pos < end; pos += e.len) {
-		struct run run = run_at(to_cow(b), pos, end - pos);
+		struct run run = run_at(layer_of(b), pos, end - pos);
 
 		e = disk_extent(run.disk, pos, pos + run.len);
 		if (last && last->flags == e.flags) {
@@ -319,20 +153,16 @@ static int op_extents(struct backend *b, struct request *r, unsigned max, enum h
 
 static void free_cow(struct cow *c)
 {
-	disk_close(c->base);
-	disk_close(c->overlay);
-	bitmap_close(c->map);
-	ranges_destroy(&c->first_writes);
-	committer_destroy(&c->committer);
+	layer_destroy(&c->layer);
 	free(c);
 }
 
 static void op_close(struct backend *b)
 {
-	struct cow *c = to_cow(b);
+	struct cow *c = (struct cow *)b;
 
-	if (c->kept && committer_run(&c->committer) == 0)
-		bitmap_mark_clean(c->map);
+	if (c->layer.durable)
+		layer_finish(&c->layer);
 	free_cow(c);
 }
 
@@ -360,8 +190,8 @@ static bool adopt_overlay(struct cow *c, int fd, const char *where)
 		close(fd);
 		return false;
 	}
-	c->overlay = disk_adopt(fd, c->backend.size, false);
-	return c->overlay != NULL;
+	c->layer.disk = disk_adopt(fd, c->backend.size, false);
+	return c->layer.disk != NULL;
 }
 
 /* A file without a name in dir: -1 and errno if that is not possible. */
@@ -406,10 +236,10 @@ static bool open_throw_away(struct cow *c, const struct cow_options *o)
 	free(dir);
 	if (fd < 0)
 		return false;
-	c->map = bitmap_new(bitmap_blocks(c->backend.size));
-	if (!c->map)
+	c->layer.map = bitmap_new(bitmap_blocks(c->backend.size));
+	if (!c->layer.map)
 		log_failure("cannot make a bitmap: %s", strerror(ENOMEM));
-	return c->map != NULL;
+	return c->layer.map != NULL;
 }
 
 /*
@@ -424,9 +254,12 @@ static bool fingerprint(const struct cow *c, uint64_t *result)
 	uint8_t block[BLOCK_SIZE];
 
 	for (uint64_t blk = 0; blk < blocks; blk += blk < SAMPLES ? 1 : step) {
-		uint64_t off = blk * BLOCK_SIZE, bytes = block_bytes(c, off);
-		int err = disk_read(c->base, block, bytes, off, WAIT);
+		uint64_t off = blk * BLOCK_SIZE, bytes = c->backend.size - off;
+		int err;
 
+		if (bytes > BLOCK_SIZE)
+			bytes = BLOCK_SIZE;
+		err = disk_read(c->layer.base, block, bytes, off, WAIT);
 		if (err) {
 			log_failure("cannot read the base image: %s", strerror(-err));
 			return false;
@@ -441,7 +274,7 @@ static bool fingerprint(const struct cow *c, uint64_t *result)
 /* The overlay's file is not there yet: right only if its map is empty. */
 static bool create_kept(struct cow *c, const char *path)
 {
-	uint64_t held = bitmap_count(c->map);
+	uint64_t held = bitmap_count(c->layer.map);
 	int fd, err;
 
 	if (held > 0) {
@@ -458,7 +291,7 @@ static bool create_kept(struct cow *c, const char *path)
 		unlink(path);
 		return false;
 	}
-	err = disk_sync(c->overlay);
+	err = disk_sync(c->layer.disk);
 	if (!err)
 		err = sync_directory_of(path);
 	if (err) {
@@ -468,10 +301,16 @@ static bool create_kept(struct cow *c, const char *path)
 	return err == 0;
 }
 
+/* An overlay that was being created when the server was killed is short, and holds nothing. */
+static bool is_unfinished(const struct cow *c, const struct stat *st)
+{
+	return (uint64_t)st->st_size < c->backend.size && bitmap_count(c->layer.map) == 0;
+}
+
 static bool open_kept_file(struct cow *c, const char *path)
 {
 	struct stat st;
-	int fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
+	int fd = open(path, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
 
 	if (fd < 0 && errno == ENOENT)
 		return create_kept(c, path);
@@ -481,6 +320,8 @@ static bool open_kept_file(struct cow *c, const char *path)
 			close(fd);
 		return false;
 	}
+	if (S_ISREG(st.st_mode) && is_unfinished(c, &st))
+		return adopt_overlay(c, fd, path);
 	if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size != c->backend.size) {
 		log_failure("overlay %s: its size is %llu, and %llu, that of its base, is expected",
 			    path, (unsigned long long)st.st_size,
@@ -488,8 +329,8 @@ static bool open_kept_file(struct cow *c, const char *path)
 		close(fd);
 		return false;
 	}
-	c->overlay = disk_adopt(fd, c->backend.size, false);
-	return c->overlay != NULL;
+	c->layer.disk = disk_adopt(fd, c->backend.size, false);
+	return c->layer.disk != NULL;
 }
 
 static bool open_kept(struct cow *c, const char *path)
@@ -507,23 +348,11 @@ static bool open_kept(struct cow *c, const char *path)
 			    "of no use, remove it to begin afresh", path, map_path);
 		goto out;
 	}
-	c->map = bitmap_open(map_path, &id);
-	ok = c->map && open_kept_file(c, path);
+	c->layer.map = bitmap_open(map_path, &id, false);
+	ok = c->layer.map && open_kept_file(c, path);
 out:
 	free(map_path);
 	return ok;
-}
-
-static int sync_overlay(void *overlay)
-{
-	return disk_sync(overlay);
-}
-
-static int commit(struct committer *committer)
-{
-	struct cow *c = (struct cow *)((char *)committer - offsetof(struct cow, committer));
-
-	return bitmap_commit(c->map, sync_overlay, c->overlay);
 }
 
 struct backend *cow_open(const struct cow_options *o)
@@ -536,14 +365,15 @@ struct backend *cow_open(const struct cow_options *o)
 	}
 	c->backend.ops = &cow_ops;
 	c->backend.readonly = o->readonly;
-	c->kept = o->file != NULL;
-	ranges_init(&c->first_writes);
-	committer_init(&c->committer, commit, "the overlay");
-	c->base = disk_open(o->base, true);
-	if (c->base) {
-		c->backend.size = disk_size(c->base);
-		if (o->file ? open_kept(c, o->file) : open_throw_away(c, o))
+	layer_init(&c->layer, 0, "the overlay");
+	c->layer.durable = o->file != NULL;
+	c->layer.base = disk_open(o->base, true);
+	if (c->layer.base) {
+		c->backend.size = c->layer.size = disk_size(c->layer.base);
+		if (o->file ? open_kept(c, o->file) : open_throw_away(c, o)) {
+			layer_begin(&c->layer);
 			return &c->backend;
+		}
 	}
 	free_cow(c);
 	return NULL;

@@ -370,6 +370,19 @@ struct extent disk_extent(const struct disk *d, uint64_t pos, uint64_t end)
 	return data;
 }
 
+unsigned disk_extents(const struct disk *d, struct extent *extent, unsigned max, uint64_t len,
+		      uint64_t off)
+{
+	uint64_t end = off + len;
+	unsigned n = 0;
+
+	while (off < end && n < max) {
+		extent[n] = disk_extent(d, off, end);
+		off += extent[n++].len;
+	}
+	return n;
+}
+
 uint64_t disk_size(const struct disk *d)
 {
 	return d->backend.size;
@@ -464,17 +477,9 @@ static int op_cache(struct backend *b, struct request *r, enum how how)
 
 static int op_extents(struct backend *b, struct request *r, unsigned max, enum how how)
 {
-	uint64_t pos = r->h.off, end = pos + r->h.len;
-
 	if (how == TRY)
 		return -EAGAIN;
-	r->extents = 0;
-	while (pos < end && r->extents < max) {
-		struct extent e = disk_extent(to_disk(b), pos, end);
-
-		r->extent[r->extents++] = e;
-		pos += e.len;
-	}
+	r->extents = disk_extents(to_disk(b), r->extent, max, r->h.len, r->h.off);
 	return 0;
 }
 
@@ -529,6 +534,17 @@ bool disk_create(const char *path, uint64_t size)
 		unlink(path);
 	}
 	return !err;
+}
+
+bool disk_limit(struct disk *d, const char *path, uint64_t size)
+{
+	if (d->backend.size < size) {
+		log_failure("image %s has %llu bytes, and at least %llu are expected", path,
+			    (unsigned long long)d->backend.size, (unsigned long long)size);
+		return false;
+	}
+	d->backend.size = size;
+	return true;
 }
 
 /* Linux lets a read-only device be opened for writing, and then fails the writes. */

@@ -24,6 +24,9 @@ struct disk *disk_open(const char *path, bool readonly);
 /* Make a disk of an open image of that size; takes fd over, also when it fails.  NULL as above. */
 struct disk *disk_adopt(int fd, uint64_t size, bool readonly);
 
+/* Use the first size bytes only.  False after logging that there are less; path is for the log. */
+bool disk_limit(struct disk *d, const char *path, uint64_t size);
+
 /* NULL is allowed. */
 void disk_close(struct disk *d);
 
@@ -48,6 +51,10 @@ void disk_prefetch(struct disk *d, uint64_t len, uint64_t off);
 
 /* The run at pos: its status, and its length, which ends at end at the latest. */
 struct extent disk_extent(const struct disk *d, uint64_t pos, uint64_t end);
+
+/* The runs of a range, at most max: how many, and they end before the range if there are more. */
+unsigned disk_extents(const struct disk *d, struct extent *extent, unsigned max, uint64_t len,
+		      uint64_t off);
 
 /* Whether it is a file, which has a place beside it, and not a device. */
 bool disk_is_file(const struct disk *d);

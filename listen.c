@@ -205,13 +205,15 @@ static int bind_unix(int fd, const struct sockaddr_un *sun)
 }
 
 /* 0 or -errno; fd is closed on failure. */
-static int start_unix(struct listeners *l, int fd, const struct sockaddr_un *sun)
+static int start_unix(struct listeners *l, int fd, const struct sockaddr_un *sun, mode_t mode)
 {
 	char *path = absolute_path(sun->sun_path);
 	struct stat st;
 	int err;
 
 	err = path ? bind_unix(fd, sun) : -ENOMEM;
+	if (!err && mode && chmod(path, mode) < 0)
+		err = -errno;
 	if (!err && (listen(fd, BACKLOG) < 0 || lstat(path, &st) < 0))
 		err = -errno;
 	if (err) {
@@ -227,7 +229,7 @@ static int start_unix(struct listeners *l, int fd, const struct sockaddr_un *sun
 	return err;
 }
 
-bool listen_unix(struct listeners *l, const char *path)
+bool listen_unix(struct listeners *l, const char *path, mode_t mode)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
 	int fd, err;
@@ -239,7 +241,9 @@ bool listen_unix(struct listeners *l, const char *path)
 	}
 	strcpy(sun.sun_path, path);
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	err = fd < 0 ? -errno : start_unix(l, fd, &sun);
+	if (fd >= 0 && mode)
+		fchmod(fd, mode);	/* Linux: the file that bind() makes has it */
+	err = fd < 0 ? -errno : start_unix(l, fd, &sun, mode);
 	if (err)
 		log_failure("cannot listen on unix:%s: %s", path,
 			    err == -EADDRINUSE ? "another server is listening there" :

@@ -30,8 +30,11 @@ struct listeners {
  */
 bool listen_tcp(struct listeners *l, const char *const *names, size_t count, unsigned port);
 
-/* Listen on a Unix socket, in place of one that nobody serves.  False after logging why not. */
-bool listen_unix(struct listeners *l, const char *path);
+/*
+ * Listen on a Unix socket, in place of one that nobody serves; mode is that of its file, 0 for
+ * what the umask says.  False after logging why not.
+ */
+bool listen_unix(struct listeners *l, const char *path, mode_t mode);
 
 /* Close all, and remove the Unix sockets' files. */
 void listen_close(struct listeners *l);

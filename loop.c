@@ -195,14 +195,12 @@ static void take_completed(struct loop *l, struct request *r)
 	}
 }
 
-/* A gate may have opened. */
+/* A gate may have opened, or the load may be less. */
 static void admit_turned_away(struct loop *l)
 {
 	for (size_t i = 0; i < l->count; i++)
-		if (l->conn[i]->turned_away) {
-			conn_admit(l->conn[i]);
+		if (conn_admit(l->conn[i]))
 			mark_dirty(l, l->conn[i]);
-		}
 }
 
 static void stop_all(struct loop *l)

@@ -68,7 +68,7 @@ int loops_add(struct conn *c);
 /* Connections on all loops.  Any thread. */
 size_t loops_load(void);
 
-/* Let connections that a gate turned away try again.  Main thread. */
+/* Let connections that a gate turned away, or that had no room, try again.  Main thread. */
 void loops_wake(void);
 
 /* Ask all connections to finish.  Does not wait. */

@@ -22,7 +22,8 @@ enum { DEFAULT_PORT = 8520 };
 enum kind {
 	KIND_MODE,
 	KIND_FLAG,	/* bool */
-	KIND_STRING,	/* const char * */
+	KIND_STRING,	/* const char *, not empty */
+	KIND_NAME,	/* const char * */
 	KIND_NUMBER,	/* unsigned long, from min to max */
 	KIND_FD,	/* long */
 	KIND_SIZE,	/* uint64_t, bytes */
@@ -46,7 +47,7 @@ static const struct known {
 	{ "cow-target", NULL, KIND_MODE, MODE_COW_TARGET, 0, 0, 0, 0,
 	  "export a base image, keep writes in an overlay" },
 	{ "proxy", NULL, KIND_MODE, MODE_PROXY, 0, 0, 0, 0,
-	  "cache a remote server's disk (not in this version)" },
+	  "cache a remote server's disk, and move it here" },
 	{ "lport", "PORT", KIND_NUMBER, MODE_ANY, FIELD(lport), FIELD(lport_given), 0, 65535,
 	  "TCP port to listen on, 0 for a free one (8520)" },
 	{ "laddr", "ADDR", KIND_LADDR, MODE_ANY, 0, 0, 0, 0,
@@ -67,6 +68,18 @@ static const struct known {
 	  "where the overlay goes, which has no name (beside the base)" },
 	{ "cow-file", "PATH", KIND_STRING, MODE_COW_TARGET, FIELD(cow_file), 0, 0, 0,
 	  "keep the overlay in PATH and PATH.map, and go on from there" },
+	{ "target-exportname", "NAME", KIND_NAME, MODE_PROXY, FIELD(export_name), 0, 0, 0,
+	  "name of the remote server's export (the empty name)" },
+	{ "clear-bitmap", NULL, KIND_FLAG, MODE_PROXY, FIELD(clear_bitmap), 0, 0, 0,
+	  "forget what is cached" },
+	{ "max-queue-size", "N", KIND_NUMBER, MODE_PROXY, FIELD(max_queue_size), 0, 0, INT_MAX,
+	  "requests of all clients that may wait (0: 512 of each)" },
+	{ "max-buf-size", "SIZE", KIND_SIZE, MODE_PROXY, FIELD(max_buf_size), 0, 0, 0,
+	  "memory for the data of those (0: 3M of each)" },
+	{ "origin-connections", "N", KIND_NUMBER, MODE_PROXY, FIELD(origin_connections), 0, 1, 16,
+	  "connections to the remote server, at most (2)" },
+	{ "origin-timeout", "SECONDS", KIND_NUMBER, MODE_PROXY, FIELD(origin_timeout), 0, 1, 3600,
+	  "connect again when it is silent for so long (15)" },
 	{ "threads", "N", KIND_NUMBER, MODE_ANY, FIELD(threads), 0, 1, 1024,
 	  "threads that connections are spread over, at most" },
 	{ "daemonize", NULL, KIND_FLAG, MODE_ANY, FIELD(daemonize), 0, 0, 0,
@@ -102,6 +115,8 @@ static _Noreturn void show_help(void)
 {
 	printf("usage: xnbd-server --target [options] DISK_IMAGE\n"
 	       "       xnbd-server --cow-target [options] BASE_DISK_IMAGE\n"
+	       "       xnbd-server --proxy [options] REMOTE_HOST REMOTE_PORT CACHE_IMAGE\n"
+	       "                   CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH\n"
 	       "Exports a disk image over the Network Block Device protocol.\n\n");
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
 		const struct known *k = &known[i];
@@ -160,6 +175,9 @@ static void set_option(struct options *o, const struct known *k, const char *val
 	case KIND_STRING:
 		if (!*value)
 			usage_error("option '--%s' needs a value that is not empty", k->name);
+		*(const char **)field = value;
+		break;
+	case KIND_NAME:
 		*(const char **)field = value;
 		break;
 	case KIND_NUMBER:
@@ -226,12 +244,10 @@ static uint64_t parse_words(struct options *o, int argc, char **argv)
 static void check_modes(const struct options *o, uint64_t seen)
 {
 	if (o->mode == MODE_NONE)
-		usage_error("no mode: --target or --cow-target is needed");
+		usage_error("no mode: --target, --cow-target or --proxy is needed");
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
 		if (!(seen & UINT64_C(1) << i))
 			continue;
-		if (known[i].modes == MODE_PROXY && known[i].kind == KIND_MODE)
-			usage_error("option '--%s': not in this version", known[i].name);
 		if (!(known[i].modes & o->mode))
 			usage_error("option '--%s' does not belong to this mode", known[i].name);
 	}
@@ -263,6 +279,56 @@ static void check_together(const struct options *o)
 		usage_error("%s serves one client, --threads does not belong to it", single);
 }
 
+/* What stands behind the options, in order, and where it goes. */
+static void take_arguments(const char *const *name, const char **const *field, int n, int argc,
+			   char **argv)
+{
+	int given = argc - optind;
+
+	if (given < n)
+		usage_error("%s is missing", name[given]);
+	if (given > n)
+		usage_error("%s is the last argument, '%s' is too much", name[n - 1],
+			    argv[optind + n]);
+	for (int i = 0; i < n; i++)
+		*field[i] = argv[optind + i];
+}
+
+static bool is_unix(const char *host)
+{
+	return strncmp(host, "unix:", 5) == 0;
+}
+
+static void take_proxy_arguments(struct options *o, int argc, char **argv)
+{
+	static const char *const name[] = { "REMOTE_HOST", "REMOTE_PORT", "CACHE_IMAGE",
+					    "CACHE_BITMAP_IMAGE", "CONTROL_SOCKET_PATH" };
+	const char **const field[] = { &o->host, &o->port, &o->image, &o->bitmap, &o->control };
+	unsigned long port;
+
+	/* A Unix socket has no port; it may be left out. */
+	if (optind < argc && is_unix(argv[optind]) && argc - optind < 5) {
+		o->host = argv[optind++];
+		take_arguments(name + 2, field + 2, 3, argc, argv);
+		return;
+	}
+	take_arguments(name, field, 5, argc, argv);
+	if (is_unix(o->host))
+		o->port = NULL;
+	else if (!parse_number(o->port, 1, 65535, &port))
+		usage_error("REMOTE_PORT: '%s' is not a number from 1 to 65535", o->port);
+	if (!*o->host)
+		usage_error("REMOTE_HOST is empty");
+}
+
+static void take_image(struct options *o, int argc, char **argv)
+{
+	static const char *const name[] = { "DISK_IMAGE" };
+	const char **const field[] = { &o->image };
+
+	take_arguments(name, field, 1, argc, argv);
+}
+
 void options_parse(struct options *o, int argc, char **argv)
 {
 	uint64_t seen;
@@ -270,14 +336,16 @@ void options_parse(struct options *o, int argc, char **argv)
 	memset(o, 0, sizeof(*o));
 	o->lport = DEFAULT_PORT;
 	o->connected_fd = -1;
+	o->export_name = "";
+	o->origin_connections = 2;
+	o->origin_timeout = 15;
 	seen = parse_words(o, argc, argv);
 	check_modes(o, seen);
 	check_together(o);
-	if (optind == argc)
-		usage_error("DISK_IMAGE is missing");
-	if (argc - optind > 1)
-		usage_error("one DISK_IMAGE is expected, '%s' is too much", argv[optind + 1]);
-	o->image = argv[optind];
+	if (o->mode == MODE_PROXY)
+		take_proxy_arguments(o, argc, argv);
+	else
+		take_image(o, argc, argv);
 }
 
 void options_free(struct options *o)

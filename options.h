@@ -18,7 +18,19 @@ enum mode {
 /* What the command line said.  Strings are those of argv. */
 struct options {
 	enum mode mode;
-	const char *image;
+	const char *image;		/* of a proxy: the cache */
+
+	/* --proxy */
+	const char *host;		/* or "unix:PATH" */
+	const char *port;		/* NULL for a Unix socket */
+	const char *bitmap;
+	const char *control;
+	const char *export_name;
+	bool clear_bitmap;
+	unsigned long max_queue_size;	/* requests; 0 for the default */
+	uint64_t max_buf_size;		/* bytes; 0 for the default */
+	unsigned long origin_connections;
+	unsigned long origin_timeout;	/* seconds */
 
 	unsigned long lport;
 	bool lport_given;

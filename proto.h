@@ -107,15 +107,20 @@ enum {
 /* option replies that are errors */
 #define NBD_REP_ERR(n) (UINT32_C(0x80000000) + (n))
 #define NBD_REP_ERR_UNSUP NBD_REP_ERR(1)
+#define NBD_REP_ERR_POLICY NBD_REP_ERR(2)
 #define NBD_REP_ERR_INVALID NBD_REP_ERR(3)
+#define NBD_REP_ERR_PLATFORM NBD_REP_ERR(4)
+#define NBD_REP_ERR_TLS_REQD NBD_REP_ERR(5)
 #define NBD_REP_ERR_UNKNOWN NBD_REP_ERR(6)
 #define NBD_REP_ERR_SHUTDOWN NBD_REP_ERR(7)
+#define NBD_REP_ERR_BLOCK_SIZE_REQD NBD_REP_ERR(8)
 #define NBD_REP_ERR_TOO_BIG NBD_REP_ERR(9)
 
 /* Sizes in bytes. */
 enum {
 	PROTO_STRING_MAX = 4096,		/* "Conventions" */
 	PROTO_MAX_PAYLOAD = 32 * 1024 * 1024,	/* "Size constraints" */
+	PROTO_STATUS_MAX = 1024 * 1024 * 1024,	/* the range of a BLOCK_STATUS that we ask */
 	PROTO_PREFERRED_BLOCK = 4096,
 	PROTO_GREETING_SIZE = 18,
 	PROTO_OLDSTYLE_SIZE = 152,

@@ -11,6 +11,7 @@
 #include "listen.h"
 #include "loop.h"
 #include "options.h"
+#include "proxy.h"
 #include "snapshot.h"
 #include "util.h"
 #include "worker.h"
@@ -20,6 +21,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +36,7 @@ enum {
 	ACCEPT_BATCH = 64,
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 	STOP_MS = 4500,
+	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
 	LOOPS_PER_CPU = 2,
 	LOOPS_MIN = 4,
 };
@@ -42,7 +45,7 @@ enum {
 struct server {
 	struct options options;
 	struct backend *backend;
-	struct disk *disk;		/* --target: what snapshots are taken of */
+	struct disk *disk;		/* a target's: what snapshots are taken of */
 	struct snapshot *snapshot;	/* that is being made, or NULL */
 	bool snapshot_taken;		/* its instant is past; else it waits for the gate */
 	bool snapshot_wanted;		/* another one, when that is done */
@@ -86,6 +89,15 @@ static void on_signal(int sig)
 static void wake_main(void)
 {
 	poke_pipe(wake_pipe[1], 0);
+}
+
+static atomic_bool room_again;
+
+/* Another thread: clients that had no room may go on. */
+static void tell_room(void)
+{
+	atomic_store(&room_again, true);
+	wake_main();
 }
 
 static const int handled[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 };
@@ -235,15 +247,34 @@ static struct backend *open_cow_target(const struct options *o)
 	return cow_open(&cow);
 }
 
+static struct backend *open_proxy(struct server *s)
+{
+	s->image_path = absolute_path(s->options.image);	/* for when it is a target */
+	return proxy_open(&s->options, wake_main);
+}
+
+static struct backend *open_backend(struct server *s)
+{
+	switch (s->options.mode) {
+	case MODE_COW_TARGET:
+		return open_cow_target(&s->options);
+	case MODE_PROXY:
+		return open_proxy(s);
+	default:
+		return open_target(s);
+	}
+}
+
 static bool open_export(struct server *s)
 {
 	const struct options *o = &s->options;
 
-	s->backend = o->mode == MODE_COW_TARGET ? open_cow_target(o) : open_target(s);
+	s->backend = open_backend(s);
 	if (!s->backend)
 		return false;
 	export_init(&s->export, s->backend, "", describe_image(o->image), wake_main,
 		    loops_wake);
+	s->export.load.room = tell_room;
 	s->table[0] = &s->export.proto;
 	s->exports.entry = s->table;
 	s->exports.count = 1;
@@ -301,7 +332,7 @@ static bool open_sockets(struct server *s)
 		return is_connection(s->single_fd, "--connected-fd") &&
 		       fcntl(s->single_fd, F_SETFD, FD_CLOEXEC) == 0;
 	}
-	if (o->unix_path && !listen_unix(&s->listeners, o->unix_path))
+	if (o->unix_path && !listen_unix(&s->listeners, o->unix_path, 0))
 		return false;
 	if (o->unix_path && !o->lport_given && !o->laddrs)
 		return true;
@@ -344,7 +375,7 @@ static bool start(struct server *s)
 {
 	s->connections_max = raise_limits();
 	if (!setup_log(s) || !setup_signals() || !open_export(s) || !open_sockets(s) ||
-	    !start_loops(s) || !write_pidfile(s))
+	    !proxy_listen(&s->export) || !start_loops(s) || !write_pidfile(s))
 		return false;
 	for (size_t i = 0; i < s->listeners.count; i++)
 		log_line("listening on %s", s->listeners.all[i].address);
@@ -498,30 +529,43 @@ static void take_wakeups(struct server *s)
 	}
 	if (usr2_signals) {
 		usr2_signals = 0;
-		log_line("SIGUSR2 ignored: there is no proxy to switch");
+		proxy_switch();
 	}
+	if (atomic_exchange(&room_again, false))
+		loops_wake();
+	if (proxy_tend())
+		s->disk = proxy_disk();
 	tend_snapshots(s);
+}
+
+/* The shorter of two times, of which -1 is none. */
+static int earlier(int a, int b)
+{
+	return a < 0 || (b >= 0 && b < a) ? b : a;
 }
 
 /* Accept clients until a signal to stop, or until the only client has left. */
 static void serve(struct server *s)
 {
-	struct pollfd pfd[1 + s->listeners.count];
+	size_t listeners = s->listeners.count, controls;
+	struct pollfd pfd[1 + listeners + CTL_FDS];
 	bool single = s->single_fd >= 0;
 
 	pfd[0] = (struct pollfd){ .fd = wake_pipe[0], .events = POLLIN };
-	for (size_t i = 0; i < s->listeners.count; i++)
+	for (size_t i = 0; i < listeners; i++)
 		pfd[i + 1].events = POLLIN;
 	while (!stop_signals && !(single && loops_load() == 0)) {
-		int timeout = pause_left(s);
+		int timeout = earlier(pause_left(s), proxy_timeout());
 
-		for (size_t i = 0; i < s->listeners.count; i++)
+		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = s->accept_again ? -1 : s->listeners.all[i].fd;
-		if (wait_for(pfd, 1 + s->listeners.count, timeout) <= 0)
+		controls = proxy_poll(pfd + 1 + listeners);
+		if (wait_for(pfd, 1 + listeners + controls, timeout) < 0)
 			continue;
 		if (pfd[0].revents)
 			take_wakeups(s);
 		accept_clients(s, pfd + 1);
+		proxy_turn(pfd + 1 + listeners, controls);
 	}
 }
 
@@ -553,18 +597,24 @@ static bool has_work(const struct server *s)
 /* Let all connections finish, and give up a snapshot.  False if that takes too long. */
 static bool stop_all(struct server *s)
 {
-	uint64_t deadline = now_ms() + STOP_MS, now;
+	uint64_t begun = now_ms(), now;
 	struct pollfd pfd = { .fd = wake_pipe[0], .events = POLLIN };
 
 	if (s->snapshot)
 		snapshot_abandon(s->snapshot);
+	proxy_stop();
 	gate_open(&s->export.gate);	/* nobody waits for it any more */
 	loops_stop();
 	while (has_work(s)) {
+		uint64_t until = begun;
+
 		now = now_ms();
-		if (now >= deadline)
+		until += now < begun + GIVE_UP_MS ? GIVE_UP_MS : STOP_MS;
+		if (now >= begun + GIVE_UP_MS)
+			proxy_give_up();
+		if (now >= until)
 			return false;
-		if (wait_for(&pfd, 1, (int)(deadline - now)) > 0)
+		if (wait_for(&pfd, 1, (int)(until - now)) > 0)
 			drain_pipe(wake_pipe[0]);
 	}
 	return true;
@@ -596,6 +646,7 @@ static void run(struct server *s)
 		_exit(EXIT_SUCCESS);
 	}
 	loops_join();
+	proxy_end();
 	worker_stop();		/* one may be at its last words to a loop */
 	loops_free();
 	snapshot_free(s->snapshot);

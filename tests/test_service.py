@@ -167,7 +167,7 @@ def test_second_image_argument_is_named(run_server, image):
 
 
 def test_options_may_be_abbreviated_and_follow_the_image(server, image):
-    s = server(args=["--tar", image, "--laddr=127.0.0.1", "--lp", "0", "--read"])
+    s = server(args=["--target", image, "--laddr=127.0.0.1", "--lp", "0", "--read"])
     assert s.client().flags & NBD_FLAG_READ_ONLY
 
 

@@ -1,0 +1,726 @@
+/*
+ * bgctl.c - main() of xnbd-bgctl: ask a proxy over its control socket.
+ *
+ * One command line is one line to the server, see xnbd-bgctl(1), CONTROL SOCKET; its answer is
+ * shown as it comes, but that of --query, which is shown when it is complete.
+ */
+#define _GNU_SOURCE
+#include "ctl.h"
+#include "util.h"
+#include "xnbd.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+enum {
+	EXIT_USAGE = 2,
+	ANSWER_MS = 30000,		/* for commands that do not take long */
+	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
+	LINE_MAX_BYTES = 16384,		/* of an answer; more than a server says */
+	LINES_MAX = 1024,		/* of --query; likewise */
+	WIDTH_DEFAULT = 80,
+	WIDTH_MAX = 512,
+};
+
+enum command {
+	COMMAND_NONE = 0,
+	COMMAND_QUERY = 1 << 0,
+	COMMAND_CACHE_ALL = 1 << 1,
+	COMMAND_CACHE_ALL2 = 1 << 2,
+	COMMAND_SWITCH = 1 << 3,
+	COMMAND_RECONNECT = 1 << 4,
+	COMMAND_ANY = (1 << 5) - 1,
+};
+
+/* The command line.  Strings are those of argv. */
+struct options {
+	enum command command;
+	bool json, progress, force;
+	unsigned long blocks;		/* per request; 0 if not given */
+	const char *export_name;	/* NULL if not given */
+	const char *socket, *host, *port;
+};
+
+enum opt {
+	OPT_QUERY = 256,	/* not a character */
+	OPT_CACHE_ALL,
+	OPT_CACHE_ALL2,
+	OPT_SWITCH,
+	OPT_SHUTDOWN,
+	OPT_RECONNECT,
+	OPT_JSON,
+	OPT_PROGRESS,
+	OPT_BLOCKS,
+	OPT_FORCE,
+	OPT_EXPORTNAME,
+	OPT_HELP,
+	OPT_VERSION,
+};
+
+static const struct known {
+	const char *name;
+	const char *arg;		/* its name in the usage text, NULL for none */
+	enum command is, of;		/* the command that it is, or those that it belongs to */
+	const char *help;
+} known[] = {			/* in the order of enum opt */
+	{ "query", NULL, COMMAND_QUERY, COMMAND_NONE, "show the state of the server" },
+	{ "cache-all", NULL, COMMAND_CACHE_ALL, COMMAND_NONE,
+	  "copy what is missing, and return when all is here" },
+	{ "cache-all2", NULL, COMMAND_CACHE_ALL2, COMMAND_NONE,
+	  "copy what is missing in the background, and return at once" },
+	{ "switch", NULL, COMMAND_SWITCH, COMMAND_NONE,
+	  "become a target: the origin is not needed any more" },
+	{ "shutdown", NULL, COMMAND_SWITCH, COMMAND_NONE, "the old name of --switch" },
+	{ "reconnect", NULL, COMMAND_RECONNECT, COMMAND_NONE, "go over to another origin" },
+	{ "json", NULL, COMMAND_NONE, COMMAND_QUERY, "as one JSON object" },
+	{ "progress", NULL, COMMAND_NONE, COMMAND_CACHE_ALL, "show how the copy is going" },
+	{ "blocks-per-request", "N", COMMAND_NONE, COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2,
+	  "ask the origin for N blocks of 4096 bytes at once, up to 8192" },
+	{ "force", NULL, COMMAND_NONE, COMMAND_SWITCH,
+	  "even if blocks are missing, which read as zeros then" },
+	{ "exportname", "NAME", COMMAND_NONE, COMMAND_RECONNECT,
+	  "the name of the export there (the present one)" },
+	{ "help", NULL, COMMAND_NONE, COMMAND_ANY, "show this text" },
+	{ "version", NULL, COMMAND_NONE, COMMAND_ANY, "show the version" },
+};
+
+/* The command line */
+
+static _Noreturn void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+static _Noreturn void usage_error(const char *fmt, ...)
+{
+	char line[512];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(line, sizeof(line), fmt, ap);
+	va_end(ap);
+	log_line("%s (see --help)", line);
+	exit(EXIT_USAGE);
+}
+
+static _Noreturn void show_help(void)
+{
+	printf("usage: xnbd-bgctl --query [--json] CONTROL_SOCKET\n"
+	       "       xnbd-bgctl --cache-all [--progress] [--blocks-per-request N] "
+	       "CONTROL_SOCKET\n"
+	       "       xnbd-bgctl --cache-all2 [--blocks-per-request N] CONTROL_SOCKET\n"
+	       "       xnbd-bgctl --switch [--force] CONTROL_SOCKET\n"
+	       "       xnbd-bgctl --reconnect [--exportname NAME] CONTROL_SOCKET HOST PORT\n"
+	       "Controls the xnbd-server --proxy that CONTROL_SOCKET belongs to.\n\n");
+	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
+		char name[64];
+
+		snprintf(name, sizeof(name), "--%s%s%s", known[i].name, known[i].arg ? " " : "",
+			 known[i].arg ? known[i].arg : "");
+		printf("  %-22s %s\n", name, known[i].help);
+	}
+	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
+}
+
+static _Noreturn void show_version(void)
+{
+	printf("xnbd-bgctl %s\n", XNBD_VERSION);
+	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
+}
+
+static void set_command(struct options *o, const struct known *k)
+{
+	if (o->command != COMMAND_NONE)
+		usage_error("option '--%s': a command was given before, and there can be one only",
+			    k->name);
+	o->command = k->is;
+}
+
+static void set_option(struct options *o, enum opt opt, const char *value)
+{
+	const struct known *k = &known[opt - OPT_QUERY];
+
+	if (k->is)
+		set_command(o, k);
+	switch (opt) {
+	case OPT_SHUTDOWN:
+		log_line("--shutdown is deprecated, its name is --switch now");
+		break;
+	case OPT_JSON:
+		o->json = true;
+		break;
+	case OPT_PROGRESS:
+		o->progress = true;
+		break;
+	case OPT_BLOCKS:
+		if (!parse_number(value, 1, 8192, &o->blocks))
+			usage_error("option '--%s': '%s' is not a number from 1 to 8192", k->name,
+				    value);
+		break;
+	case OPT_FORCE:
+		o->force = true;
+		break;
+	case OPT_EXPORTNAME:
+		o->export_name = value;
+		break;
+	case OPT_HELP:
+		show_help();
+	case OPT_VERSION:
+		show_version();
+	default:
+		break;		/* a command */
+	}
+}
+
+/* getopt_long() returned '?' or ':'; word is the argument that it looked at last. */
+static _Noreturn void bad_option(int found, const char *word)
+{
+	if (optopt >= OPT_QUERY && found == ':')
+		usage_error("option '--%s' needs a value: %s", known[optopt - OPT_QUERY].name,
+			    known[optopt - OPT_QUERY].arg);
+	if (optopt >= OPT_QUERY)
+		usage_error("option '--%s' takes no value, as in '%s'",
+			    known[optopt - OPT_QUERY].name, word);
+	if (optopt)
+		usage_error("unknown option '-%c'", optopt);
+	usage_error("unknown or ambiguous option '%s'", word);
+}
+
+/* Returns a bit for each option of known[] that was there. */
+static unsigned parse_words(struct options *o, int argc, char **argv)
+{
+	struct option longopts[ARRAY_SIZE(known) + 1] = { 0 };
+	unsigned seen = 0;
+	int found;
+
+	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
+		longopts[i].name = known[i].name;
+		longopts[i].has_arg = known[i].arg ? required_argument : no_argument;
+		longopts[i].val = OPT_QUERY + (int)i;
+	}
+	opterr = 0;
+	while ((found = getopt_long(argc, argv, ":", longopts, NULL)) != -1) {
+		if (found < OPT_QUERY)
+			bad_option(found, argv[optind - 1]);
+		set_option(o, (enum opt)found, optarg);
+		seen |= 1U << (found - OPT_QUERY);
+	}
+	return seen;
+}
+
+static void check_options(const struct options *o, unsigned seen)
+{
+	if (o->command == COMMAND_NONE)
+		usage_error("no command: --query, --cache-all, --cache-all2, --switch or "
+			    "--reconnect is needed");
+	for (size_t i = 0; i < ARRAY_SIZE(known); i++)
+		if (seen & 1U << i && known[i].of && !(known[i].of & o->command))
+			usage_error("option '--%s' does not belong to this command", known[i].name);
+}
+
+static bool is_unix(const char *host)
+{
+	return strncmp(host, "unix:", strlen("unix:")) == 0;
+}
+
+/* The server may have another working directory.  Not freed. */
+static const char *from_root(const char *host)
+{
+	char *path = absolute_path(host + strlen("unix:")), *result;
+
+	if (!path || asprintf(&result, "unix:%s", path) < 0)
+		usage_error("HOST '%s': %s", host, strerror(errno));
+	free(path);
+	return result;
+}
+
+/* What is a word of the line to the server. */
+static void check_word(const char *what, const char *word)
+{
+	if (!*word || strpbrk(word, " \r\n"))
+		usage_error("%s '%s': it must have a character, no blank and no line break", what,
+			    word);
+}
+
+static void take_remote(struct options *o, int argc, char **argv)
+{
+	if (argc < 1)
+		usage_error("HOST is missing");
+	o->host = is_unix(argv[0]) ? from_root(argv[0]) : argv[0];
+	check_word("HOST", o->host);
+	if (argc < 2 && !is_unix(o->host))
+		usage_error("PORT is missing");
+	o->port = is_unix(o->host) ? "-" : argv[1];
+	check_word("PORT", o->port);
+	if (argc > 2)
+		usage_error("CONTROL_SOCKET HOST PORT are expected, '%s' is too much", argv[2]);
+	if (o->export_name && strpbrk(o->export_name, "\r\n"))
+		usage_error("option '--exportname': the name must have no line break");
+}
+
+static void parse_options(struct options *o, int argc, char **argv)
+{
+	memset(o, 0, sizeof(*o));
+	check_options(o, parse_words(o, argc, argv));
+	argc -= optind;
+	argv += optind;
+	if (argc < 1)
+		usage_error("CONTROL_SOCKET is missing");
+	o->socket = argv[0];
+	if (o->command == COMMAND_RECONNECT)
+		take_remote(o, argc - 1, argv + 1);
+	else if (argc > 1)
+		usage_error("one CONTROL_SOCKET is expected, '%s' is too much", argv[1]);
+}
+
+/* The connection */
+
+struct server {
+	const char *path;
+	int fd;
+	uint64_t deadline;		/* now_ms() when the answer must be here; 0 for never */
+	size_t used, len;		/* of buf: what was taken, what is there */
+	char buf[LINE_MAX_BYTES];
+};
+
+/* Whether the cursor is at the end of the progress bar. */
+static bool bar_is_shown;
+
+static void leave_bar(void)
+{
+	if (bar_is_shown)
+		fputc('\n', stderr);
+	bar_is_shown = false;
+}
+
+static _Noreturn void fail(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+static _Noreturn void fail(const char *fmt, ...)
+{
+	char line[1000];
+	va_list ap;
+
+	leave_bar();
+	va_start(ap, fmt);
+	vsnprintf(line, sizeof(line), fmt, ap);
+	va_end(ap);
+	log_line("%s", line);
+	exit(EXIT_FAILURE);
+}
+
+static _Noreturn void fail_garbage(const struct server *s, const char *text)
+{
+	fail("%s: the server sends '%.100s', which is not an answer", s->path, text);
+}
+
+static void connect_to(struct server *s, const char *path)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+
+	s->path = path;
+	if (strlen(path) >= sizeof(sun.sun_path))
+		fail("cannot connect to %s: the path has %zu bytes, %zu is the most", path,
+		     strlen(path), sizeof(sun.sun_path) - 1);
+	strcpy(sun.sun_path, path);
+	s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (s->fd < 0 || connect(s->fd, (struct sockaddr *)&sun, sizeof(sun)) < 0)
+		fail("cannot connect to %s: %s", path,
+		     errno == ECONNREFUSED ? "no server listens there" :
+		     errno == EAGAIN       ? "the server does not answer" :
+					     strerror(errno));
+}
+
+/* A fresh connection takes a short line; one that does not has a reason to tell, or has ended. */
+static void send_line(struct server *s, const char *line, size_t len)
+{
+	ssize_t n = send(s->fd, line, len, MSG_NOSIGNAL);
+
+	if (n >= 0 && (size_t)n < len)
+		fail("%s: the server does not take the command", s->path);
+}
+
+static void wait_for_input(const struct server *s)
+{
+	struct pollfd pfd = { .fd = s->fd, .events = POLLIN };
+	uint64_t now = now_ms();
+	int left = -1, n;
+
+	if (s->deadline)
+		left = s->deadline > now ? (int)(s->deadline - now) : 0;
+	n = poll(&pfd, 1, left);
+	if (n == 0)
+		fail("%s: the server did not answer in %d s", s->path, ANSWER_MS / 1000);
+	if (n < 0 && errno != EINTR)
+		fail("%s: %s", s->path, strerror(errno));
+}
+
+static void receive(struct server *s)
+{
+	ssize_t n;
+
+	memmove(s->buf, s->buf + s->used, s->len - s->used);
+	s->len -= s->used;
+	s->used = 0;
+	if (s->len == sizeof(s->buf))
+		fail("%s: the server sends lines that are too long", s->path);
+	wait_for_input(s);
+	n = recv(s->fd, s->buf + s->len, sizeof(s->buf) - s->len, 0);
+	if (n == 0 || (n < 0 && errno == ECONNRESET))
+		fail("%s: the server closed the connection", s->path);
+	if (n > 0)
+		s->len += (size_t)n;
+	else if (errno != EAGAIN && errno != EINTR)
+		fail("%s: %s", s->path, strerror(errno));
+}
+
+/* Terminals and JSON are not to see them. */
+static void mask_control_characters(char *s, size_t len)
+{
+	for (size_t i = 0; i < len; i++)
+		if ((unsigned char)s[i] < ' ' || s[i] == 0x7f)
+			s[i] = '?';
+}
+
+/* The next line, which is good until the next call. */
+static char *next_line(struct server *s)
+{
+	char *line, *end;
+
+	while (!(end = memchr(s->buf + s->used, '\n', s->len - s->used)))
+		receive(s);
+	line = s->buf + s->used;
+	s->used = (size_t)(end - s->buf) + 1;
+	mask_control_characters(line, (size_t)(end - line));
+	*end = '\0';
+	return line;
+}
+
+/* The next line of an answer: its name, *value; NULL when that was "ok".  "error" ends us. */
+static const char *next_value(struct server *s, const char **value)
+{
+	char *line = next_line(s), *colon = strstr(line, ": ");
+	size_t len;
+
+	if (strcmp(line, "ok") == 0)
+		return NULL;
+	len = strspn(line, "abcdefghijklmnopqrstuvwxyz0123456789-");
+	if (!colon || colon != line + len || len == 0)
+		fail_garbage(s, line);
+	*colon = '\0';
+	*value = colon + 2;
+	if (strcmp(line, "error") == 0)
+		fail("%s", *value);
+	return line;
+}
+
+/* Exactly count numbers, with single blanks between them. */
+static void parse_numbers(const struct server *s, const char *value, uint64_t *n, size_t count)
+{
+	const char *at = value;
+	char *end;
+
+	for (size_t i = 0; i < count; i++) {
+		if (*at < '0' || *at > '9')
+			fail_garbage(s, value);
+		n[i] = strtoull(at, &end, 10);
+		if (*end != (i + 1 < count ? ' ' : '\0'))
+			fail_garbage(s, value);
+		at = end + 1;
+	}
+}
+
+/* --query */
+
+/* Values that are text even if they look like a number. */
+static bool is_text(const char *name)
+{
+	static const char *const texts[] = { "image", "bitmap", "origin-export", "origin-reason",
+					     "copy-error" };
+
+	for (size_t i = 0; i < ARRAY_SIZE(texts); i++)
+		if (strcmp(name, texts[i]) == 0)
+			return true;
+	return false;
+}
+
+/* 0, 17 or 99.5, but not 017, which JSON does not have. */
+static bool is_number(const char *s)
+{
+	static const char digits[] = "0123456789";
+	size_t len = strspn(s, digits), more;
+
+	if (len == 0 || (len > 1 && s[0] == '0'))
+		return false;
+	if (s[len] != '.')
+		return s[len] == '\0';
+	more = strspn(s + len + 1, digits);
+	return more > 0 && s[len + 1 + more] == '\0';
+}
+
+/* Bytes of the character at s, 0 if it is none. */
+static size_t utf8_length(const char *s)
+{
+	const unsigned char *u = (const unsigned char *)s;
+	size_t len = u[0] < 0x80 ? 1 : u[0] < 0xc2 ? 0 : u[0] < 0xe0 ? 2 : u[0] < 0xf0 ? 3 :
+		     u[0] < 0xf5 ? 4 : 0;
+	unsigned min = u[0] == 0xe0 ? 0xa0 : u[0] == 0xf0 ? 0x90 : 0x80;
+	unsigned max = u[0] == 0xed ? 0x9f : u[0] == 0xf4 ? 0x8f : 0xbf;
+
+	if (len > 1 && (u[1] < min || u[1] > max))
+		return 0;
+	for (size_t i = 2; i < len; i++)
+		if ((u[i] & 0xc0) != 0x80)
+			return 0;
+	return len;
+}
+
+/* Paths are bytes, JSON is characters. */
+static void print_json_string(FILE *out, const char *s)
+{
+	size_t len;
+
+	fputc('"', out);
+	for (; *s; s += len ? len : 1) {
+		len = utf8_length(s);
+		if (*s == '"' || *s == '\\')
+			fputc('\\', out);
+		if (len)
+			fwrite(s, 1, len, out);
+		else
+			fputs("\\ufffd", out);
+	}
+	fputc('"', out);
+}
+
+static void print_json_value(FILE *out, const char *name, const char *value)
+{
+	print_json_string(out, name);
+	fputs(": ", out);
+	if (is_number(value) && !is_text(name))
+		fputs(value, out);
+	else
+		print_json_string(out, value);
+}
+
+static void print_values(struct server *s, bool json, FILE *out)
+{
+	const char *name, *value;
+	unsigned lines = 0;
+
+	while ((name = next_value(s, &value))) {
+		if (lines++ == LINES_MAX)
+			fail("%s: the server's answer is too long", s->path);
+		if (json) {
+			fputs(lines == 1 ? "{\n  " : ",\n  ", out);
+			print_json_value(out, name, value);
+		} else {
+			fprintf(out, "%s: %s\n", name, value);
+		}
+	}
+	if (json)
+		fputs(lines == 0 ? "{}\n" : "\n}\n", out);
+}
+
+/* All of the answer or nothing. */
+static void show_query(struct server *s, bool json)
+{
+	char *text = NULL;
+	size_t len = 0;
+	FILE *out = open_memstream(&text, &len);
+
+	if (!out)
+		fail("out of memory");
+	print_values(s, json, out);
+	if (fclose(out) != 0)
+		fail("out of memory");
+	if (fwrite(text, 1, len, stdout) < len || fflush(stdout) != 0)
+		fail("cannot write to standard output: %s", strerror(errno));
+	free(text);
+}
+
+/* --cache-all */
+
+struct progress {
+	uint64_t cached, blocks, rate;	/* as the server tells them; rate in bytes per second */
+	uint64_t next;			/* now_ms(): when there may be another line */
+	bool complete;			/* has been shown */
+};
+
+/* Rounded down, so that 1000 means all. */
+static unsigned permille(const struct progress *p)
+{
+	if (p->cached >= p->blocks)
+		return 1000;
+	return (unsigned)(1000.0L * (long double)p->cached / (long double)p->blocks);
+}
+
+/* Such as "42.7%  103.4 MiB/s  0:01:23 left". */
+static void describe(const struct progress *p, char *text, size_t size)
+{
+	uint64_t left = p->blocks > p->cached ? p->blocks - p->cached : 0;
+	uint64_t seconds = p->rate ? left / (p->rate / BLOCK_SIZE + 1) : 0;
+	int n = snprintf(text, size, "%u.%u%%  %.1f MiB/s  ", permille(p) / 10, permille(p) % 10,
+			 (double)p->rate / (1 << 20));
+
+	if (left && !p->rate)
+		snprintf(text + n, size - (size_t)n, "-:--:-- left");
+	else
+		snprintf(text + n, size - (size_t)n, "%" PRIu64 ":%02u:%02u left", seconds / 3600,
+			 (unsigned)(seconds / 60 % 60), (unsigned)(seconds % 60));
+}
+
+static size_t terminal_width(void)
+{
+	struct winsize w;
+
+	if (ioctl(STDERR_FILENO, TIOCGWINSZ, &w) < 0 || w.ws_col == 0)
+		return WIDTH_DEFAULT;
+	return w.ws_col < WIDTH_MAX ? w.ws_col : WIDTH_MAX;
+}
+
+/* All columns but the last, which some terminals leave at once; without room for a bar, text. */
+static void draw_bar(const struct progress *p)
+{
+	enum { BAR_MIN = 6 };
+	size_t room = terminal_width() - 1, text_len, bar;
+	char text[128], line[WIDTH_MAX];
+
+	describe(p, text, sizeof(text));
+	text_len = strlen(text);
+	memset(line, ' ', sizeof(line));
+	line[0] = '\r';
+	if (room >= text_len + BAR_MIN + 4) {
+		bar = room - text_len - 4;
+		line[1] = '[';
+		memset(line + 2, '=', bar * permille(p) / 1000);
+		line[2 + bar] = ']';
+		memcpy(line + bar + 5, text, text_len);
+	} else {
+		memcpy(line + 1, text, text_len < room ? text_len : room);
+	}
+	fwrite(line, 1, room + 1, stderr);
+	bar_is_shown = true;
+}
+
+static void print_progress(struct progress *p)
+{
+	uint64_t now = now_ms();
+	char text[128];
+
+	if (p->complete || (p->cached < p->blocks && now < p->next))
+		return;
+	describe(p, text, sizeof(text));
+	log_line("%s", text);
+	p->next = now + PLAIN_PROGRESS_MS;
+	p->complete = p->cached >= p->blocks;
+}
+
+static void take_progress(const struct server *s, const char *value, bool show,
+			  struct progress *p)
+{
+	uint64_t n[3];
+
+	parse_numbers(s, value, n, ARRAY_SIZE(n));
+	p->cached = n[0];
+	p->blocks = n[1];
+	p->rate = n[2];
+	if (!show)
+		return;
+	if (isatty(STDERR_FILENO))
+		draw_bar(p);
+	else
+		print_progress(p);
+}
+
+static void show_failure(const struct server *s, const char *value)
+{
+	uint64_t n[2];
+
+	parse_numbers(s, value, n, ARRAY_SIZE(n));
+	leave_bar();
+	log_line("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, n[1], n[0]);
+}
+
+static void follow_copy(struct server *s, bool show)
+{
+	struct progress progress = { 0 };
+	const char *name, *value;
+
+	while ((name = next_value(s, &value))) {
+		s->deadline = 0;	/* it is alive, and may take as long as it needs */
+		if (strcmp(name, "progress") == 0)
+			take_progress(s, value, show, &progress);
+		else if (strcmp(name, "failed") == 0)
+			show_failure(s, value);
+		else if (strcmp(name, "failed-more") == 0)
+			log_line("and more, in %s further places", value);
+	}
+	leave_bar();
+}
+
+/* The other commands */
+
+static void wait_for_end(struct server *s)
+{
+	const char *name, *value;
+
+	while ((name = next_value(s, &value)))
+		if (strcmp(name, "zeroed") == 0)
+			log_line("%s blocks were missing, and read as zeros now", value);
+}
+
+static int make_command(const struct options *o, char *line, size_t size)
+{
+	const char *copy = o->command == COMMAND_CACHE_ALL ? "cache-all" : "cache-all2";
+
+	switch (o->command) {
+	case COMMAND_QUERY:
+		return snprintf(line, size, "query\n");
+	case COMMAND_SWITCH:
+		return snprintf(line, size, o->force ? "switch force\n" : "switch\n");
+	case COMMAND_RECONNECT:
+		return snprintf(line, size, "reconnect %s %s%s%s\n", o->host, o->port,
+				o->export_name ? " " : "", o->export_name ? o->export_name : "");
+	default:
+		if (o->blocks)
+			return snprintf(line, size, "%s %lu\n", copy, o->blocks);
+		return snprintf(line, size, "%s\n", copy);
+	}
+}
+
+static void run(const struct options *o, struct server *s)
+{
+	if (o->command & (COMMAND_QUERY | COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2))
+		s->deadline = now_ms() + ANSWER_MS;
+	if (o->command == COMMAND_QUERY)
+		show_query(s, o->json);
+	else if (o->command == COMMAND_CACHE_ALL)
+		follow_copy(s, o->progress);
+	else
+		wait_for_end(s);
+}
+
+int main(int argc, char **argv)
+{
+	static struct server server;
+	char line[CTL_LINE_MAX + 2];	/* with "\n" and its end */
+	struct options o;
+	int len;
+
+	log_name("xnbd-bgctl");
+	parse_options(&o, argc, argv);
+	len = make_command(&o, line, sizeof(line));
+	if (len >= (int)sizeof(line))
+		usage_error("HOST, PORT and NAME are too long");
+	connect_to(&server, o.socket);
+	send_line(&server, line, (size_t)len);
+	run(&o, &server);
+	return EXIT_SUCCESS;
+}

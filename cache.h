@@ -1,0 +1,42 @@
+/*
+ * cache.h - backend: the proxy.  Blocks are cached in an image, the others are at the origin.
+ */
+#ifndef XNBD_CACHE_H
+#define XNBD_CACHE_H
+
+#include <stdbool.h>
+
+#include "backend.h"
+#include "copy.h"
+#include "origin.h"
+
+struct cache_options {
+	const char *image;		/* path of the cache image, a file or a block device */
+	const char *bitmap;		/* path of its bitmap file */
+	bool clear;			/* forget what is cached */
+	bool readonly;
+	void (*copied)(void);		/* the background copy has ended; any thread */
+};
+
+/* Takes origin over, also when it fails.  NULL after logging why not. */
+struct backend *cache_open(const struct cache_options *o, struct origin *origin);
+
+/* All of these are for the backend that cache_open() returned. */
+
+/* The image, which the backend keeps; when all blocks are held it is the disk. */
+struct disk *cache_disk(struct backend *b);
+
+struct origin *cache_origin(struct backend *b);
+struct copy *cache_copy(struct backend *b);
+
+struct cache_status {
+	uint64_t blocks, held;		/* of the disk; in the image */
+	uint64_t written;		/* blocks that are held since clients wrote them, in this run */
+};
+
+void cache_status(struct backend *b, struct cache_status *status);
+
+/* Let all blocks that are not held read as zeros: a worker's.  0 or -errno; *zeroed is set. */
+int cache_zero_missing(struct backend *b, uint64_t *zeroed);
+
+#endif

@@ -1,0 +1,89 @@
+/*
+ * ctl.h - the control socket: commands in lines of text.  Main thread only; nothing blocks.
+ *
+ * The lines are documented in xnbd-bgctl(1), CONTROL SOCKET.
+ */
+#ifndef XNBD_CTL_H
+#define XNBD_CTL_H
+
+#include <poll.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct ctl;
+
+enum {
+	CTL_CONNECTIONS = 16,		/* at most; the one that was idle for longest makes room */
+	CTL_FDS = CTL_CONNECTIONS + 1,
+	CTL_LINE_MAX = 8192,		/* bytes of a command */
+};
+
+/* Lines of an answer that grows; freed by ctl.c. */
+struct ctl_reply;
+
+/* Append "name: value". */
+void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
+	__attribute__((format(printf, 3, 4)));
+
+/* How a copy is going. */
+struct ctl_copy {
+	bool running;
+	uint64_t cached, blocks;	/* of the disk */
+	uint64_t rate;			/* bytes per second that are copied */
+	const char *error;		/* not running: why the last one ended early; NULL if it did not */
+	unsigned failures;		/* parts that the origin could not deliver ... */
+	const struct ctl_range {
+		uint64_t off, len;	/* bytes */
+	} *failed;			/* ... and which: until the next copy starts */
+	uint64_t failures_more;		/* further ones that were not kept */
+};
+
+/*
+ * What the server does when it is asked.  Those that return a text return NULL for success, or
+ * one line that says why not.
+ */
+struct ctl_ops {
+	void (*query)(struct ctl_reply *reply);
+
+	/* Become a target.  ctl_switched() is called when it has happened or failed. */
+	const char *(*switch_over)(bool force);
+
+	/* Go over to another origin.  ctl_reconnected() is called as above.  port is NULL for unix:PATH. */
+	const char *(*reconnect)(const char *host, const char *port, const char *export_name);
+
+	/*
+	 * Copy what is missing.  background: until it is done; else until stop_copy() was called
+	 * as often.  blocks is the size of a request, 0 for the default.
+	 */
+	const char *(*start_copy)(bool background, unsigned blocks);
+	void (*stop_copy)(void);
+	void (*copy)(struct ctl_copy *copy);
+};
+
+/* Listen at path, with mode 0600, in place of a stale socket.  NULL after logging why not. */
+struct ctl *ctl_open(const char *path, const struct ctl_ops *ops);
+
+/* Close everything, remove the socket's file if it is still ours, free.  NULL is allowed. */
+void ctl_close(struct ctl *c);
+
+/* Fill pfd, of CTL_FDS entries; returns how many. */
+size_t ctl_poll(struct ctl *c, struct pollfd *pfd);
+
+/* Milliseconds until something is to be done without input, -1 for never. */
+int ctl_timeout(const struct ctl *c);
+
+/* After poll(): accept, receive, carry out, send; with the entries that ctl_poll() filled. */
+void ctl_turn(struct ctl *c, const struct pollfd *pfd, size_t n);
+
+/*
+ * A switch, or a reconnect, has ended: with NULL, or why it failed; zeroed is the number of blocks
+ * that were missing and read as zeros now.
+ */
+void ctl_switched(struct ctl *c, const char *error, uint64_t zeroed);
+void ctl_reconnected(struct ctl *c, const char *error);
+
+/* A copy may have ended. */
+void ctl_copied(struct ctl *c);
+
+#endif

@@ -1,0 +1,457 @@
+/*
+ * fetch.c - blocks on their way from the origin into the cache image: see fetch.h.
+ *
+ *	miss_add()   a block is not held: join the fetch that brings it, or begin one
+ *	arrived()    the origin has answered: give it to a worker
+ *	store()      put it into the image, set the bits, then tell all who wait
+ *
+ * Who looks whether a block is held, and then for its fetch, does so under the lock.  A fetch is
+ * taken from the table under the lock, after its bits were set.  So nobody misses both.
+ *
+ * What a client wrote meanwhile stays: layer_fill() stores only what is not held.  A READ gets the
+ * origin's bytes all the same: that is what the disk had when it came.
+ */
+#include "fetch.h"
+
+#include "util.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ZERO_PIECE = 64 * 1024 };	/* zeros are looked for in pieces of this */
+
+struct fetch {
+	struct origin_request ask;	/* the first: arrived() relies on it */
+	struct fetcher *f;
+	struct fetch *next;		/* in its bucket */
+	struct waiter *waiting;
+	struct job job;
+	bool borrowed;			/* the buffer is the first waiter's */
+};
+
+/* A request, and the parts of it that are on their way. */
+struct part {
+	struct waiter waiter;		/* the first: part_done() relies on it */
+	struct miss *miss;
+};
+
+struct miss {
+	struct fetcher *f;
+	struct request *r;
+	atomic_uint left;		/* parts, and one while they are being added */
+	atomic_int error;		/* of the first that failed, 0 */
+	atomic_bool again;		/* carry the request out again, in any case */
+	bool added;			/* at least one part was */
+	bool first_used;
+	struct part first;		/* mostly the only one */
+};
+
+void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
+{
+	memset(f, 0, sizeof(*f));
+	f->layer = layer;
+	f->origin = origin;
+	pthread_mutex_init(&f->lock, NULL);
+}
+
+void fetcher_destroy(struct fetcher *f)
+{
+	pthread_mutex_destroy(&f->lock);
+}
+
+/* The table.  These are called with the lock. */
+
+static struct fetch **bucket_of(struct fetcher *f, uint64_t off)
+{
+	return &f->bucket[off / FETCH_REGION % FETCH_BUCKETS];
+}
+
+static void insert(struct fetch *fetch)
+{
+	struct fetch **p = bucket_of(fetch->f, fetch->ask.off);
+
+	fetch->next = *p;
+	*p = fetch;
+}
+
+static void take_out(struct fetch *fetch)
+{
+	struct fetch **p = bucket_of(fetch->f, fetch->ask.off);
+
+	while (*p != fetch)
+		p = &(*p)->next;
+	*p = fetch->next;
+}
+
+static uint64_t end_of(const struct fetch *fetch)
+{
+	return fetch->ask.off + fetch->ask.len;
+}
+
+/*
+ * The fetch that brings the block at off, or NULL and then *end is lowered to where the next one
+ * begins.  Those of the background copy do not count: they may take long.
+ */
+static struct fetch *find(struct fetcher *f, uint64_t off, uint64_t *end)
+{
+	for (struct fetch *i = *bucket_of(f, off); i; i = i->next) {
+		if (i->ask.priority == ORIGIN_COPY)
+			continue;
+		if (i->ask.off <= off && off < end_of(i))
+			return i;
+		if (i->ask.off > off && i->ask.off < *end)
+			*end = i->ask.off;
+	}
+	return NULL;
+}
+
+/* Fetches */
+
+/* Zeros become a hole.  Most data shows at its first bytes that it is none. */
+static bool is_zero(const uint8_t *p, uint64_t len)
+{
+	return p[0] == 0 && memcmp(p, p + 1, len - 1) == 0;
+}
+
+/* Bytes at p, at most len, that are all zero, or have none such piece; *zero tells which. */
+static uint64_t zero_run(const uint8_t *p, uint64_t len, bool *zero)
+{
+	uint64_t n = 0;
+
+	while (n < len) {
+		uint64_t piece = len - n < ZERO_PIECE ? len - n : ZERO_PIECE;
+		bool is = is_zero(p + n, piece);
+
+		if (n > 0 && is != *zero)
+			break;
+		*zero = is;
+		n += piece;
+	}
+	return n;
+}
+
+static int fill(struct fetcher *f, const uint8_t *buf, uint64_t len, uint64_t off)
+{
+	int ret = 0;
+
+	while (len > 0 && ret == 0) {
+		bool zero = false;
+		uint64_t n = zero_run(buf, len, &zero);
+
+		ret = layer_fill(f->layer, zero ? NULL : buf, n, off);
+		buf += n;
+		off += n;
+		len -= n;
+	}
+	return ret;
+}
+
+/* Once for each time that it begins to fail. */
+static void log_store(struct fetcher *f, int error)
+{
+	if (error && !atomic_exchange(&f->cannot_store, true))
+		log_line("cannot cache what is read from the origin: %s; going on without",
+			 strerror(-error));
+	if (!error && atomic_load(&f->cannot_store) && atomic_exchange(&f->cannot_store, false))
+		log_line("what is read from the origin is cached again");
+}
+
+static void tell_waiters(struct fetch *fetch, struct waiter *w, int error)
+{
+	const uint8_t *buf = fetch->ask.error ? NULL : fetch->ask.buf;
+	struct waiter *next;
+
+	for (; w; w = next) {
+		bool wider = w->off > fetch->ask.off || w->off + w->len < end_of(fetch);
+
+		next = w->next;
+		if (buf)
+			w->done(w, buf + (w->off - fetch->ask.off), error);
+		else
+			w->done(w, NULL, wider && error == -EIO ? -EAGAIN : error);
+	}
+}
+
+static void store(struct job *job)
+{
+	struct fetch *fetch = (struct fetch *)((char *)job - offsetof(struct fetch, job));
+	struct fetcher *f = fetch->f;
+	struct waiter *waiting;
+	int error = fetch->ask.error;
+
+	if (!error) {
+		error = fill(f, fetch->ask.buf, fetch->ask.len, fetch->ask.off);
+		log_store(f, error);
+		origin_stored(f->origin, fetch->ask.len);
+	}
+	pthread_mutex_lock(&f->lock);
+	take_out(fetch);
+	waiting = fetch->waiting;
+	pthread_mutex_unlock(&f->lock);
+	/* Who lent the buffer came first, and so is told last: it may go away then. */
+	tell_waiters(fetch, waiting, error);
+	if (!fetch->borrowed)
+		free(fetch->ask.buf);
+	free(fetch);
+}
+
+/* The origin's thread. */
+static void arrived(struct origin_request *ask)
+{
+	struct fetch *fetch = (struct fetch *)ask;
+
+	worker_submit(&fetch->job);
+}
+
+/* The request for blocks from off to end: what lies within the origin's blocks, and one region. */
+static struct fetch *new_fetch(struct fetcher *f, uint64_t off, uint64_t end, uint64_t max,
+			       enum origin_priority priority)
+{
+	struct fetch *fetch = calloc(1, sizeof(*fetch));
+
+	if (!fetch)
+		return NULL;
+	fetch->f = f;
+	fetch->job.run = store;
+	fetch->ask.done = arrived;
+	fetch->ask.priority = priority;
+	fetch->ask.off = off;
+	fetch->ask.len = fetch_fit(f, end - off, off, max);
+	return fetch;
+}
+
+/* What the origin wants its requests to begin and end at. */
+static uint64_t unit_of(const struct fetcher *f)
+{
+	uint32_t min = origin_limits(f->origin)->min_block;
+
+	return min > BLOCK_SIZE ? min : BLOCK_SIZE;
+}
+
+/* off is a multiple of the unit; so is the result, but at the end of the disk. */
+uint64_t fetch_fit(const struct fetcher *f, uint64_t len, uint64_t off, uint64_t max)
+{
+	uint64_t unit = unit_of(f), size = f->layer->size, end;
+	uint64_t region_end = (off / FETCH_REGION + 1) * FETCH_REGION;
+
+	if (max > origin_limits(f->origin)->max_block)
+		max = origin_limits(f->origin)->max_block;
+	end = (off + len + unit - 1) / unit * unit;
+	if (end > off + max)
+		end = off + max;
+	if (end > region_end)
+		end = region_end;
+	return (end < size ? end : size) - off;
+}
+
+int fetch_copy(struct fetcher *f, struct waiter *w)
+{
+	struct fetch *fetch = new_fetch(f, w->off, w->off + w->len, FETCH_REGION, ORIGIN_COPY);
+
+	if (!fetch)
+		return -ENOMEM;
+	w->next = NULL;
+	fetch->waiting = w;
+	pthread_mutex_lock(&f->lock);
+	insert(fetch);
+	pthread_mutex_unlock(&f->lock);
+	origin_submit(f->origin, &fetch->ask);
+	return 0;
+}
+
+/* A new fetch for the beginning of a run that is not held nor on its way; NULL if there is none. */
+static struct fetch *ahead(struct fetcher *f, uint64_t *off, uint64_t end)
+{
+	uint64_t unit = unit_of(f), start, to;
+	struct fetch *there, *fetch;
+	bool held;
+
+	to = *off + layer_run(f->layer, end - *off, *off, &held);
+	there = held ? NULL : find(f, *off, &to);
+	if (held || there) {
+		*off = held ? to : end_of(there);
+		return NULL;
+	}
+	start = *off / unit * unit;
+	fetch = new_fetch(f, start, to, FETCH_MAX, ORIGIN_AHEAD);
+	*off = fetch ? end_of(fetch) : end;
+	if (fetch)
+		insert(fetch);
+	return fetch;
+}
+
+void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off)
+{
+	uint64_t end = off + len;
+
+	while (off < end) {
+		struct fetch *fetch;
+
+		pthread_mutex_lock(&f->lock);
+		fetch = ahead(f, &off, end);
+		pthread_mutex_unlock(&f->lock);
+		if (fetch)
+			origin_submit(f->origin, &fetch->ask);
+	}
+}
+
+/* Misses */
+
+struct miss *miss_new(struct fetcher *f, struct request *r)
+{
+	struct miss *m = calloc(1, sizeof(*m));
+
+	if (!m)
+		return NULL;
+	m->f = f;
+	m->r = r;
+	atomic_init(&m->left, 1);
+	return m;
+}
+
+static bool is_read(const struct miss *m)
+{
+	return m->r->h.cmd == NBD_CMD_READ;
+}
+
+/* Everything that it waited for has come, or failed. */
+static void finish(struct miss *m)
+{
+	struct request *r = m->r;
+	int error = atomic_load(&m->error);
+	bool again = atomic_load(&m->again) || !is_read(m);
+
+	free(m);
+	if (error || !again)
+		request_done(r, error);
+	else
+		request_queue(r);
+}
+
+static void drop(struct miss *m)
+{
+	if (atomic_fetch_sub(&m->left, 1) == 1)
+		finish(m);
+}
+
+static void fail(struct miss *m, int error)
+{
+	int none = 0;
+
+	atomic_compare_exchange_strong(&m->error, &none, error);
+}
+
+static void part_done(struct waiter *w, const uint8_t *buf, int error)
+{
+	struct part *part = (struct part *)w;
+	struct miss *m = part->miss;
+
+	if (buf && is_read(m)) {
+		uint8_t *to = m->r->buf + (w->off - m->r->h.off);
+
+		if (to != buf)
+			memcpy(to, buf, w->len);
+	} else if (error && (error == -EAGAIN || layer_holds(m->f->layer, w->len, w->off))) {
+		atomic_store(&m->again, true);
+	} else if (error) {
+		fail(m, error == -ECANCELED ? -ESHUTDOWN : error);
+	}
+	if (part != &m->first)
+		free(part);
+	drop(m);
+}
+
+static struct part *new_part(struct miss *m, uint64_t off)
+{
+	struct part *part = m->first_used ? calloc(1, sizeof(*part)) : &m->first;
+
+	if (!part)
+		return NULL;
+	m->first_used = true;
+	part->miss = m;
+	part->waiter.off = off;
+	part->waiter.done = part_done;
+	return part;
+}
+
+static void unuse_part(struct miss *m, struct part *part)
+{
+	if (part == &m->first)
+		m->first_used = false;
+	else
+		free(part);
+}
+
+/* A fetch for a part, which begins at its offset.  A READ's own buffer is filled, if it fits. */
+static struct fetch *begin_fetch(struct miss *m, struct part *part, uint64_t end)
+{
+	struct fetcher *f = m->f;
+	uint64_t unit = unit_of(f), off = part->waiter.off, start = off / unit * unit;
+	struct fetch *fetch = new_fetch(f, start, end, FETCH_MAX, ORIGIN_DEMAND);
+
+	if (!fetch)
+		return NULL;
+	if (is_read(m) && start == off && end_of(fetch) <= end) {
+		fetch->borrowed = true;
+		fetch->ask.buf = m->r->buf + (off - m->r->h.off);
+	}
+	insert(fetch);
+	return fetch;
+}
+
+/* Let it wait for what a fetch brings of the run up to end. */
+static void join(struct fetch *fetch, struct part *part, uint64_t end)
+{
+	struct waiter *w = &part->waiter;
+
+	if (end > end_of(fetch))
+		end = end_of(fetch);
+	w->len = end - w->off;
+	w->next = fetch->waiting;
+	fetch->waiting = w;
+	atomic_fetch_add(&part->miss->left, 1);
+}
+
+int64_t miss_add(struct miss *m, uint64_t len, uint64_t off)
+{
+	struct fetcher *f = m->f;
+	struct part *part = new_part(m, off);
+	struct fetch *fetch = NULL, *begun = NULL;
+	uint64_t run, free_end;
+	int64_t ret = 0;
+	bool held;
+
+	if (!part)
+		return -ENOMEM;
+	pthread_mutex_lock(&f->lock);
+	run = layer_run(f->layer, len, off, &held);
+	if (!held) {
+		free_end = off + run;
+		fetch = find(f, off, &free_end);
+		if (!fetch)
+			fetch = begun = begin_fetch(m, part, free_end);
+		if (fetch)
+			join(fetch, part, off + run);
+		ret = fetch ? (int64_t)part->waiter.len : -ENOMEM;
+	}
+	pthread_mutex_unlock(&f->lock);
+	if (!fetch)
+		unuse_part(m, part);
+	m->added |= fetch != NULL;
+	if (begun)
+		origin_submit(f->origin, &begun->ask);
+	return ret;
+}
+
+int miss_wait(struct miss *m, int err)
+{
+	if (!m->added) {
+		free(m);
+		return err;
+	}
+	if (err)
+		fail(m, err);
+	drop(m);
+	return PENDING;
+}

@@ -1,0 +1,128 @@
+/*
+ * origin.h - the proxy's connections to the remote server, the origin.
+ *
+ * One thread does all that waits for the network, another one while a connection is made.  The
+ * origin is read, never written to, and not trusted: what it says is checked against what was
+ * asked.  A link that is lost, silent or wrong is made again for as long as it takes, and what
+ * it owed is asked for again.
+ */
+#ifndef XNBD_ORIGIN_H
+#define XNBD_ORIGIN_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "proto.h"
+
+struct origin;
+
+/* What goes first: the links to the origin are shared in this order. */
+enum origin_priority {
+	ORIGIN_DEMAND,		/* a client waits for it */
+	ORIGIN_AHEAD,		/* a client may soon */
+	ORIGIN_COPY,		/* the background copy; on links of its own where there are some */
+	ORIGIN_PRIORITIES,
+};
+
+/*
+ * Something to ask of the origin.  It belongs to the origin until done is called, once, whatever
+ * happens.
+ */
+struct origin_request {
+	struct origin_request *next;		/* for whoever has it */
+	enum origin_priority priority;
+	uint64_t off, len;	/* bytes: multiples of min_block but at the end, 1 to max_block */
+
+	/*
+	 * Which data to deliver to buf, of len bytes; where buf is NULL it is allocated when the
+	 * answer arrives, and is the asker's to free.  Or, if extent is set, room for extents
+	 * of them: len may then be up to PROTO_STATUS_MAX, and the answer describes the
+	 * beginning of the range, at least one extent, and at most all of it.
+	 */
+	uint8_t *buf;
+	struct extent *extent;
+	unsigned extents;
+
+	/*
+	 * Called by the origin's thread, or within origin_submit() and origin_cancel(); must not
+	 * block.  error is 0; -EIO, the origin cannot; -ENOTSUP, it does not tell extents;
+	 * -ECANCELED.
+	 */
+	void (*done)(struct origin_request *);
+	int error;
+
+	/* The origin's own. */
+	uint64_t cookie;
+	uint64_t sent;		/* now_us() when it was sent last; also for the asker, when done */
+	bool allocated;
+};
+
+struct origin_options {
+	const char *host;		/* a name, an address (brackets are allowed), or "unix:PATH" */
+	const char *port;		/* NULL for a Unix socket */
+	const char *export_name;	/* "" for the default one */
+	unsigned connections;		/* at most, where the origin allows more than one */
+	unsigned timeout_ms;		/* a link that owes something and is silent so long is dead */
+};
+
+/* What does not change while the program runs. */
+struct origin_limits {
+	uint64_t size;			/* bytes */
+	uint32_t min_block, max_block;	/* bytes of a request: powers of two, min_block up to 64 KiB */
+};
+
+/* The strings are copied.  Connects, and waits for that.  NULL after logging why not. */
+struct origin *origin_open(const struct origin_options *o);
+
+const struct origin_limits *origin_limits(const struct origin *o);
+
+/* Whether the origin tells extents now; it may be another one after a reconnect.  Any thread. */
+bool origin_tells_extents(struct origin *o);
+
+/* Ask.  Any thread; does not block. */
+void origin_submit(struct origin *o, struct origin_request *r);
+
+/*
+ * Data of that many bytes, which was delivered, has been put away.  While too much has not, the
+ * origin delivers nothing.  Must be called once for each delivery.  Any thread.
+ */
+void origin_stored(struct origin *o, uint64_t bytes);
+
+/*
+ * Take everything back: all requests, and those to come, are done with -ECANCELED, and the
+ * links are closed.  Any thread; twice is allowed.
+ */
+void origin_cancel(struct origin *o);
+
+/*
+ * Go over to another origin, once a link to it has been made and its size is the same; the old
+ * link is used until then.  Without export_name the name stays as it is.  done is called by the origin's thread, or by this call, with NULL, or
+ * with why not, in memory that lasts for that call.  One at a time.  Does not block.
+ */
+void origin_redirect(struct origin *o, const char *host, const char *port,
+		     const char *export_name, void (*done)(void *arg, const char *error),
+		     void *arg);
+
+struct origin_status {
+	char address[256];		/* "host:port", "[::1]:port" or "unix:/path" */
+	char export_name[256];		/* shortened with "..." at the end */
+	bool up;			/* the link for clients' requests is there */
+	char reason[256];		/* if it is not: why */
+	unsigned links;			/* that are up */
+	uint64_t fetched;		/* bytes of data received */
+	uint64_t waiting;		/* requests that are not done */
+};
+
+/* Any thread. */
+void origin_status(struct origin *o, struct origin_status *status);
+
+/*
+ * Cancel, and end the threads: when this returns, done has been called for all requests.  Those
+ * that are submitted later are done at once, with -ECANCELED; origin_stored() may still be called.
+ */
+void origin_end(struct origin *o);
+
+/* End it, unless that was done, and free it.  NULL is allowed. */
+void origin_close(struct origin *o);
+
+#endif

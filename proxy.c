@@ -1,0 +1,459 @@
+/*
+ * proxy.c - the life of a proxy: see proxy.h.
+ *
+ * The switch, each step begun by proxy_tend() when the one before has been reported:
+ *
+ *	ZEROING		only if forced: what is missing is made zeros, by a worker
+ *	COMMITTING	nearly everything is made durable, while clients go on
+ *	DRAINING	the gate is closed; those inside finish, the origin's requests among them
+ *	SEALING		the rest is made durable
+ *	then the backend is exchanged, and the gate opens
+ */
+#include "proxy.h"
+
+#include "cache.h"
+#include "ctl.h"
+#include "disk.h"
+#include "loop.h"
+#include "origin.h"
+#include "util.h"
+#include "worker.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum step { NO_SWITCH, ZEROING, COMMITTING, DRAINING, SEALING, SWITCHED };
+
+static struct {
+	const struct options *options;
+	char *image, *bitmap;		/* paths from the root */
+	void (*wake)(void);
+	struct backend *backend;	/* the cache; NULL: there is no proxy */
+	struct export *export;
+	struct ctl *ctl;
+
+	enum step step;
+	uint64_t zeroed;		/* blocks, by a switch that was forced */
+	struct job zero_job;
+	struct request commit;		/* the flush that a step waits for */
+	int error;			/* its outcome, an errno, or that of zeroing */
+	atomic_bool step_done;
+
+	char reconnect_error[256];	/* "" for none */
+	atomic_bool reconnect_done;
+	atomic_bool copy_ended;
+} proxy;
+
+/* Query */
+
+static void say_number(struct ctl_reply *reply, const char *name, uint64_t n)
+{
+	ctl_say(reply, name, "%llu", (unsigned long long)n);
+}
+
+/* Tenths of a percent, rounded down: never 1000 while a block is missing. */
+static unsigned per_mille(uint64_t held, uint64_t blocks)
+{
+	if (held >= blocks)
+		return 1000;
+	return (unsigned)((double)held / (double)blocks * 1000);
+}
+
+static void query_origin(struct ctl_reply *reply)
+{
+	struct origin_status s;
+
+	origin_status(cache_origin(proxy.backend), &s);
+	ctl_say(reply, "origin", "%s", s.address);
+	ctl_say(reply, "origin-export", "%s", s.export_name);
+	if (proxy.step == SWITCHED)
+		ctl_say(reply, "origin-link", "closed");
+	else
+		ctl_say(reply, "origin-link", s.up ? "up" : "down");
+	if (!s.up && proxy.step != SWITCHED)
+		ctl_say(reply, "origin-reason", "%s", s.reason);
+	say_number(reply, "origin-links", s.links);
+}
+
+static void query_blocks(struct ctl_reply *reply)
+{
+	struct cache_status s;
+	unsigned share;
+
+	cache_status(proxy.backend, &s);
+	share = per_mille(s.held, s.blocks);
+	say_number(reply, "block-size", BLOCK_SIZE);
+	say_number(reply, "blocks", s.blocks);
+	say_number(reply, "cached-blocks", s.held);
+	ctl_say(reply, "cached-percent", "%u.%u", share / 10, share % 10);
+	say_number(reply, "written-blocks", s.written);
+}
+
+static void query_load(struct ctl_reply *reply)
+{
+	struct load *load = &proxy.export->load;
+	struct origin_status s;
+
+	origin_status(cache_origin(proxy.backend), &s);
+	say_number(reply, "fetched-bytes", s.fetched);
+	say_number(reply, "origin-requests", s.waiting);
+	say_number(reply, "pending-requests", atomic_load(&load->requests));
+	say_number(reply, "pending-requests-limit", load->requests_max);
+	say_number(reply, "buffer-bytes", atomic_load(&load->bytes));
+	say_number(reply, "buffer-bytes-limit", load->bytes_max);
+	say_number(reply, "clients", loops_load());
+}
+
+/* Why a copy ended early, in buf; NULL if it did not. */
+static const char *copy_error(const struct copy_status *s, char *buf, size_t size)
+{
+	if (s->state == COPY_RUNNING || s->state == COPY_DONE)
+		return NULL;
+	if (s->state == COPY_IDLE)
+		return "the copy was stopped";
+	if (s->error)
+		snprintf(buf, size, "cannot copy: %s", strerror(s->error));
+	else
+		snprintf(buf, size, "%llu blocks could not be copied",
+			 (unsigned long long)s->failed_blocks);
+	return buf;
+}
+
+static void query_copy(struct ctl_reply *reply)
+{
+	static const char *const name[] = { [COPY_IDLE] = "idle", [COPY_RUNNING] = "running",
+					    [COPY_DONE] = "done", [COPY_FAILED] = "failed" };
+	static struct copy_status s;
+	char error[128];
+
+	copy_status(cache_copy(proxy.backend), &s);
+	ctl_say(reply, "copy", "%s", name[s.state]);
+	say_number(reply, "copy-rate", s.rate);
+	say_number(reply, "copy-failed-blocks", s.failed_blocks);
+	if (s.state == COPY_FAILED)
+		ctl_say(reply, "copy-error", "%s", copy_error(&s, error, sizeof(error)));
+}
+
+static void query(struct ctl_reply *reply)
+{
+	ctl_say(reply, "mode", proxy.step == SWITCHED ? "target" : "proxy");
+	ctl_say(reply, "image", "%s", proxy.image);
+	ctl_say(reply, "bitmap", "%s", proxy.bitmap);
+	say_number(reply, "size", proxy.backend->size);
+	ctl_say(reply, "readonly", proxy.backend->readonly ? "yes" : "no");
+	query_origin(reply);
+	query_blocks(reply);
+	query_load(reply);
+	query_copy(reply);
+}
+
+/* Copy */
+
+static void copied(void)
+{
+	atomic_store(&proxy.copy_ended, true);
+	proxy.wake();
+}
+
+static const char *start_copy(bool background, unsigned blocks)
+{
+	(void)background;
+	copy_start(cache_copy(proxy.backend), (uint64_t)blocks * BLOCK_SIZE);
+	return NULL;
+}
+
+static void release_copy(void)
+{
+	copy_release(cache_copy(proxy.backend));
+}
+
+static void tell_copy(struct ctl_copy *copy)
+{
+	static struct copy_status s;
+	static struct ctl_range range[COPY_FAILURES];
+	static char error[128];
+	struct cache_status blocks;
+
+	copy_status(cache_copy(proxy.backend), &s);
+	cache_status(proxy.backend, &blocks);
+	for (unsigned i = 0; i < s.failures; i++)
+		range[i] = (struct ctl_range){ s.failure[i].off, s.failure[i].len };
+	*copy = (struct ctl_copy){
+		.running = s.state == COPY_RUNNING,
+		.cached = blocks.held,
+		.blocks = blocks.blocks,
+		.rate = s.rate,
+		.error = copy_error(&s, error, sizeof(error)),
+		.failures = s.failures,
+		.failed = range,
+		.failures_more = s.failures_more,
+	};
+}
+
+/* Reconnect */
+
+/* The origin's thread, or ours. */
+static void reconnected(void *unused, const char *error)
+{
+	(void)unused;
+	snprintf(proxy.reconnect_error, sizeof(proxy.reconnect_error), "%s", error ? error : "");
+	atomic_store(&proxy.reconnect_done, true);
+	proxy.wake();
+}
+
+static const char *reconnect(const char *host, const char *port, const char *export_name)
+{
+	if (proxy.step == SWITCHED)
+		return "this is a target, it has no origin";
+	origin_redirect(cache_origin(proxy.backend), host, port, export_name, reconnected, NULL);
+	return NULL;
+}
+
+/* Switch */
+
+/* Any thread. */
+static void step_ended(int error)
+{
+	proxy.error = error;
+	atomic_store(&proxy.step_done, true);
+	proxy.wake();
+}
+
+static void committed(struct request *r)
+{
+	step_ended(r->error);
+}
+
+static void begin_commit(enum step step)
+{
+	proxy.step = step;
+	proxy.commit = (struct request){
+		.backend = proxy.backend,
+		.done = committed,
+		.h.cmd = NBD_CMD_FLUSH,
+	};
+	proxy.backend->ops->flush(proxy.backend, &proxy.commit, WAIT);
+}
+
+static void zero_missing(struct job *job)
+{
+	(void)job;
+	step_ended(-cache_zero_missing(proxy.backend, &proxy.zeroed));
+}
+
+static const char *switch_over(bool force)
+{
+	static char why[128];
+	struct cache_status s;
+	unsigned share;
+
+	if (proxy.step == SWITCHED)
+		return "this is a target already";
+	if (proxy.step != NO_SWITCH)
+		return NULL;
+	cache_status(proxy.backend, &s);
+	share = per_mille(s.held, s.blocks);
+	if (s.held < s.blocks && !force) {
+		snprintf(why, sizeof(why), "%llu of %llu blocks are not here yet (%u.%u %% are)",
+			 (unsigned long long)(s.blocks - s.held), (unsigned long long)s.blocks,
+			 share / 10, share % 10);
+		return why;
+	}
+	log_line("switching to target mode");
+	proxy.zeroed = 0;
+	if (s.held == s.blocks) {
+		begin_commit(COMMITTING);
+		return NULL;
+	}
+	copy_stop(cache_copy(proxy.backend));
+	proxy.step = ZEROING;
+	proxy.zero_job.run = zero_missing;
+	worker_submit(&proxy.zero_job);
+	return NULL;
+}
+
+static void report_switch(const char *error)
+{
+	if (error)
+		log_line("cannot switch to target mode: %s", error);
+	else if (proxy.zeroed)
+		log_line("switched to target mode; %llu blocks were missing and read as zeros now",
+			 (unsigned long long)proxy.zeroed);
+	else
+		log_line("switched to target mode; the origin is not needed any more");
+	ctl_switched(proxy.ctl, error, proxy.zeroed);
+}
+
+static void fail_switch(void)
+{
+	char why[128];
+
+	snprintf(why, sizeof(why), "%s: %s",
+		 proxy.step == ZEROING ? "cannot store zeros" : "cannot make the image durable",
+		 strerror(proxy.error));
+	if (proxy.step == SEALING)
+		gate_open(&proxy.export->gate);
+	proxy.step = NO_SWITCH;
+	report_switch(why);
+}
+
+/* All blocks are held, so nobody needs the origin; who waits for it will find the blocks. */
+static void drain(void)
+{
+	proxy.step = DRAINING;
+	origin_cancel(cache_origin(proxy.backend));
+}
+
+static void exchange(void)
+{
+	proxy.export->backend = disk_backend(cache_disk(proxy.backend));
+	gate_open(&proxy.export->gate);
+	proxy.step = SWITCHED;
+	report_switch(NULL);
+}
+
+/* True if it has become a target. */
+static bool tend_switch(void)
+{
+	if (proxy.step == DRAINING && gate_close(&proxy.export->gate))
+		begin_commit(SEALING);
+	if (!atomic_exchange(&proxy.step_done, false))
+		return false;
+	if (proxy.error) {
+		fail_switch();
+	} else if (proxy.step == ZEROING) {
+		begin_commit(COMMITTING);
+	} else if (proxy.step == COMMITTING) {
+		drain();
+		if (gate_close(&proxy.export->gate))
+			begin_commit(SEALING);
+	} else if (proxy.step == SEALING) {
+		exchange();
+		return true;
+	}
+	return false;
+}
+
+bool proxy_tend(void)
+{
+	if (!proxy.backend)
+		return false;
+	if (atomic_exchange(&proxy.reconnect_done, false))
+		ctl_reconnected(proxy.ctl,
+				*proxy.reconnect_error ? proxy.reconnect_error : NULL);
+	if (atomic_exchange(&proxy.copy_ended, false))
+		ctl_copied(proxy.ctl);
+	return tend_switch();
+}
+
+void proxy_switch(void)
+{
+	const char *error;
+
+	if (!proxy.backend) {
+		log_line("SIGUSR2 ignored: there is no proxy to switch");
+		return;
+	}
+	error = switch_over(false);
+	if (error)
+		log_line("cannot switch to target mode: %s", error);
+}
+
+/* Life */
+
+struct backend *proxy_open(const struct options *o, void (*wake)(void))
+{
+	const struct cache_options cache = { o->image, o->bitmap, o->clear_bitmap, o->readonly,
+					     copied };
+	const struct origin_options remote = {
+		.host = o->host,
+		.port = o->port,
+		.export_name = o->export_name,
+		.connections = (unsigned)o->origin_connections,
+		.timeout_ms = (unsigned)o->origin_timeout * 1000,
+	};
+	struct origin *origin;
+
+	proxy.options = o;
+	proxy.wake = wake;
+	proxy.image = absolute_path(o->image);
+	proxy.bitmap = absolute_path(o->bitmap);
+	if (!proxy.image || !proxy.bitmap) {
+		log_failure("cannot start: out of memory");
+		return NULL;
+	}
+	origin = origin_open(&remote);
+	proxy.backend = origin ? cache_open(&cache, origin) : NULL;
+	return proxy.backend;
+}
+
+bool proxy_listen(struct export *e)
+{
+	static const struct ctl_ops ops = {
+		.query = query,
+		.switch_over = switch_over,
+		.reconnect = reconnect,
+		.start_copy = start_copy,
+		.stop_copy = release_copy,
+		.copy = tell_copy,
+	};
+
+	if (!proxy.backend)
+		return true;
+	proxy.export = e;
+	e->load.requests_max = proxy.options->max_queue_size;
+	e->load.bytes_max = proxy.options->max_buf_size < SIZE_MAX ?
+				    (size_t)proxy.options->max_buf_size :
+				    SIZE_MAX;
+	proxy.ctl = ctl_open(proxy.options->control, &ops);
+	return proxy.ctl != NULL;
+}
+
+size_t proxy_poll(struct pollfd *pfd)
+{
+	return proxy.ctl ? ctl_poll(proxy.ctl, pfd) : 0;
+}
+
+int proxy_timeout(void)
+{
+	return proxy.ctl ? ctl_timeout(proxy.ctl) : -1;
+}
+
+void proxy_turn(const struct pollfd *pfd, size_t n)
+{
+	if (proxy.ctl)
+		ctl_turn(proxy.ctl, pfd, n);
+}
+
+struct disk *proxy_disk(void)
+{
+	return cache_disk(proxy.backend);
+}
+
+void proxy_stop(void)
+{
+	ctl_close(proxy.ctl);
+	proxy.ctl = NULL;
+	if (!proxy.backend)
+		return;
+	copy_stop(cache_copy(proxy.backend));
+	if (proxy.step == NO_SWITCH)
+		begin_commit(COMMITTING);
+}
+
+void proxy_give_up(void)
+{
+	if (proxy.backend)
+		origin_cancel(cache_origin(proxy.backend));
+}
+
+void proxy_end(void)
+{
+	if (proxy.backend)
+		origin_end(cache_origin(proxy.backend));
+	free(proxy.image);
+	free(proxy.bitmap);
+	proxy.image = proxy.bitmap = NULL;
+}
