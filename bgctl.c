@@ -94,6 +94,14 @@ static const struct known {
 	{ "version", NULL, COMMAND_NONE, COMMAND_ANY, "show the version" },
 };
 
+/* Terminals and JSON are not to see them. */
+static void mask_control_characters(char *s)
+{
+	for (; *s; s++)
+		if ((unsigned char)*s < ' ' || *s == 0x7f)
+			*s = '?';
+}
+
 /* The command line */
 
 static _Noreturn void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2);
@@ -106,6 +114,7 @@ static _Noreturn void usage_error(const char *fmt, ...)
 	va_start(ap, fmt);
 	vsnprintf(line, sizeof(line), fmt, ap);
 	va_end(ap);
+	mask_control_characters(line);
 	log_line("%s (see --help)", line);
 	exit(EXIT_USAGE);
 }
@@ -124,7 +133,7 @@ static _Noreturn void show_help(void)
 
 		snprintf(name, sizeof(name), "--%s%s%s", known[i].name, known[i].arg ? " " : "",
 			 known[i].arg ? known[i].arg : "");
-		printf("  %-22s %s\n", name, known[i].help);
+		printf("  %-23s %s\n", name, known[i].help);
 	}
 	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
 }
@@ -311,6 +320,7 @@ static _Noreturn void fail(const char *fmt, ...)
 	va_start(ap, fmt);
 	vsnprintf(line, sizeof(line), fmt, ap);
 	va_end(ap);
+	mask_control_characters(line);
 	log_line("%s", line);
 	exit(EXIT_FAILURE);
 }
@@ -380,14 +390,6 @@ static void receive(struct server *s)
 		fail("%s: %s", s->path, strerror(errno));
 }
 
-/* Terminals and JSON are not to see them. */
-static void mask_control_characters(char *s, size_t len)
-{
-	for (size_t i = 0; i < len; i++)
-		if ((unsigned char)s[i] < ' ' || s[i] == 0x7f)
-			s[i] = '?';
-}
-
 /* The next line, which is good until the next call. */
 static char *next_line(struct server *s)
 {
@@ -397,8 +399,10 @@ static char *next_line(struct server *s)
 		receive(s);
 	line = s->buf + s->used;
 	s->used = (size_t)(end - s->buf) + 1;
-	mask_control_characters(line, (size_t)(end - line));
 	*end = '\0';
+	if (strlen(line) < (size_t)(end - line))
+		fail_garbage(s, line);
+	mask_control_characters(line);
 	return line;
 }
 

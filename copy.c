@@ -189,7 +189,7 @@ static void piece_done(struct waiter *w, const uint8_t *buf, int error)
 	unlock_and_pump(c);
 }
 
-/* Ask for a piece.  False if that has to wait. */
+/* Ask for a piece, which may be done at once.  False if that has to wait. */
 static bool begin_piece(struct copy *c, struct piece *p)
 {
 	bool room;
@@ -339,20 +339,21 @@ static bool make_zeros(struct copy *c, uint64_t end)
 /* Ask for what is not held at pos, up to end.  False if that has to wait. */
 static bool ask_data(struct copy *c, uint64_t end)
 {
-	uint64_t unit = unit_of(c), off = c->pos / unit * unit;
+	uint64_t unit = unit_of(c), off = c->pos / unit * unit, len;
 	struct piece *p = calloc(1, sizeof(*p));
 
 	if (!p) {
 		set_error(c, -ENOMEM);
 		return false;
 	}
+	len = fetch_fit(c->fetcher, end - off, off, c->request_bytes);
 	p->waiter.off = off;
-	p->waiter.len = fetch_fit(c->fetcher, end - off, off, c->request_bytes);
+	p->waiter.len = len;
 	if (!begin_piece(c, p)) {
 		free(p);
 		return false;
 	}
-	c->pos = off + p->waiter.len;
+	c->pos = off + len;
 	return true;
 }
 

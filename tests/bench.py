@@ -7,11 +7,18 @@ median of the rounds; "spread" is (highest - lowest) / median, and says how much
 CPU is user + system time of the server's processes, read from /proc before and after a run; "client" is the
 load generator's (tests/load), "others" is what the rest of the machine took, in CPUs. "vs peer" is the rate
 divided by that of the best peer on the same line.
+
+The proxies' origin is nbdkit for all of them: a peer's program, so that nobody plays at home, and one that can
+answer late (its delay filter sleeps in a thread for each request: with 512 threads a connection, the delay does not
+bound the rate of whoever keeps enough in flight). The line "origin" reads it directly; "relay" passes the bytes on
+and stores them, without knowing what they are: what a proxy must do at least. A copy counts each 256 KiB
+as a request; its CPU is that of the copying program and, for xnbd-bgctl, of the proxy. What was copied is compared.
 """
 import argparse
 import contextlib
 import ctypes
 import fcntl
+import filecmp
 import fnmatch
 import glob
 import json
@@ -19,6 +26,7 @@ import mmap
 import os
 import platform
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -43,18 +51,23 @@ PLACES = {
     "cold": ("/var/tmp", "on disk, page cache dropped before each run (%s)"),
 }
 
-# {listen} is the server's own tcp or unix words; {scratch} is a directory of this run, beside the image.
+# {listen} is the server's own tcp or unix words; {scratch} is a directory of this run, beside the image; {origin} is
+# the HOST:PORT of a proxy's origin. "before" is run first, "copier" is what copies all of the origin.
 PEERS = {
     "nbdkit": {
         "version": "nbdkit --version",
         "target": "nbdkit -f {listen} file {image}",
         "cow": "nbdkit -f {listen} --filter=cow file {image}",
+        "proxy": "nbdkit -f {listen} --filter=cow nbd uri=nbd://{origin} cow-on-read=true",
         "tcp": "-i 127.0.0.1 -p {port}", "unix": "-U {socket}",
     },
     "qemu-nbd": {
         "version": "qemu-nbd --version",
         "target": "qemu-nbd -f raw --cache=writeback -e 16 -t {listen} {image}",
         "cow": "qemu-nbd -f raw --cache=writeback -e 16 -t --snapshot {listen} {image}",
+        "before": "qemu-img create -q -f qcow2 -b nbd://{origin} -F raw {scratch}/overlay",
+        "proxy": "qemu-nbd --cache=writeback -e 16 -t {listen} --image-opts driver=copy-on-read,file.driver=qcow2,"
+                 "file.file.driver=file,file.file.filename={scratch}/overlay",
         "tcp": "-b 127.0.0.1 -p {port}", "unix": "-k {socket}",
     },
     "nbd-server": {
@@ -67,19 +80,46 @@ PEERS = {
         "export": "bench",
         "daemon": True,     # in the foreground it would serve one connection and end
     },
+    "nbdcopy": {
+        "version": "nbdcopy --version",
+        "copier": "nbdcopy nbd://{origin} {scratch}/cache",
+    },
 }
 OURS = {
     "version": "{path} --version",
     "target": "{path} --target {listen} {image}",
     "cow": "{path} --cow-target {listen} {image}",
+    "proxy": "{path} --proxy {listen} {ohost} {oport} {scratch}/cache {scratch}/bitmap {scratch}/control",
+    "copier": "{bgctl} --cache-all {scratch}/control",
+    "query": "{bgctl} --query {scratch}/control",
     "tcp": "--laddr 127.0.0.1 --lport {port}", "unix": "--unix {socket}",
 }
-MODE_OPTION = {"target": "--target", "cow": "--cow-target"}
+ORIGIN = {
+    "tcp": PEERS["nbdkit"]["tcp"],
+    "plain": "nbdkit -f {listen} file {image}",
+    "delay": "nbdkit -f {listen} -t 512 --filter=delay file {image} rdelay={delay}ms delay-extents={delay}ms",
+    "large": "nbdkit -f {listen} pattern 64G",      # more than anyone reads: data that take no room
+}
+# What is measured besides, where a row's "versus" names it: the origin itself, without a proxy; and a relay that does
+# nothing but pass on what comes and store it, which no proxy that stores what it reads can do without.
+RELAY = {
+    "tcp": "{port}",
+    "proxy": LOAD + " --relay {listen} --store {scratch}/cache {origin}",
+}
+BESIDE = {"origin": ORIGIN, "relay": RELAY}
+MODE_OPTION = {"target": "--target", "cow": "--cow-target", "proxy": "--proxy"}
 
-# One row, one workload. goal: the least ratio to the best peer; own: (other row, the least ratio of ours to ours
-# there); prep: loads to run first, unmeasured; pattern "once" ends early when each block was touched.
+# One row, one workload. goal: the least ratio to the best peer; versus: (peer, the least ratio to that one); own:
+# (other row, the least ratio of ours to ours there); p50_own: (other row, the most); prep: loads to run first,
+# unmeasured; pattern "once" ends early when each block was touched; passes: how often over the disk, not how long.
+# Proxies: origin, delay: a line of ORIGIN; copy: measure the copying, not the load; during: a copy goes on meanwhile.
 DEFAULTS = {"mode": "target", "net": "tcp", "place": "cached", "conns": 1, "depth": 64, "bs": 4096, "size": 0,
-            "pattern": "random", "read": 100, "flush": 0, "goal": None, "own": None, "p99": None, "prep": ()}
+            "pattern": "random", "read": 100, "flush": 0, "passes": 0, "goal": None, "versus": (), "own": None,
+            "p99": None, "p50_own": None, "prep": (), "origin": None, "delay": 0, "copy": False, "during": False,
+            "peers": True}
+PROXY = {"mode": "proxy", "place": "memory", "origin": "plain"}
+COPY = dict(PROXY, origin="delay", copy=True, bs=262144, goal=1.0)
+WHOLE = {"pattern": "sequential", "bs": 262144, "depth": 16, "passes": 1}
 ROWS = [dict(DEFAULTS, **row) for row in (
     {"name": "read-1", "text": "4 KiB random reads, 1 in flight", "depth": 1, "goal": 1.3},
     {"name": "read-64", "text": "4 KiB random reads, 64 in flight", "goal": 2.2},
@@ -104,6 +144,21 @@ ROWS = [dict(DEFAULTS, **row) for row in (
     {"name": "cow-second", "text": "copy-on-write: further 4 KiB random writes, 64 in flight", "mode": "cow",
      "read": 0, "place": "memory", "size": 64 << 20, "prep": ({"pattern": "once"},), "goal": 10.0,
      "own": ("write-64", 0.85)},
+    dict(PROXY, name="proxy-read", text="proxy, all present: 4 KiB random reads, 64 in flight", place="cached",
+         prep=(WHOLE,), own=("read-64", 0.9)),
+    dict({**PROXY, **WHOLE}, name="proxy-cold", text="proxy, nothing present: 256 KiB sequential reads, 16 in flight",
+         versus=(("origin", 0.8), ("nbdkit", 4.0), ("relay", None))),
+    dict(COPY, name="copy-0", text="copy all of a disk to a file"),
+    dict(COPY, name="copy-20", text="the same, the origin answers after 20 ms", delay=20, own=("copy-0", 0.85)),
+    dict(COPY, name="copy-100", text="the same, the origin answers after 100 ms", delay=100, own=("copy-0", 0.85)),
+    dict(PROXY, name="proxy-hit", text="proxy, 64 MiB present: 4 KiB random reads of these, 64 in flight",
+         origin="large", size=64 << 20, prep=(WHOLE,), peers=False),
+    dict(PROXY, name="proxy-hit-c", text="the same, while all is copied", origin="large", size=64 << 20,
+         prep=(WHOLE,), during=True, own=("proxy-hit", 0.5)),
+    dict(PROXY, name="proxy-miss", text="proxy, nothing present: 4 KiB random reads, 1 in flight", origin="large",
+         pattern="once", depth=1, versus=(("origin", None),)),
+    dict(PROXY, name="proxy-miss-c", text="the same, while all is copied", origin="large", pattern="once", depth=1,
+         during=True, p50_own=("proxy-miss", 3.0), peers=False),
 )]
 
 
@@ -151,32 +206,36 @@ def wait_for_calm(seconds):
 
 
 class Running:
-    """A server process, from its start to its end."""
+    """A server process, from its start to its end. words: what the text in braces of its command stands for."""
 
-    def __init__(self, server, row, image, scratch):
-        self.log, self.pidfile = scratch + "/log", scratch + "/pid" if "daemon" in server else None
+    def __init__(self, server, mode, row, words):
+        scratch = words["scratch"]
+        self.log = "%s/log-%s" % (scratch, mode)
+        self.pidfile = scratch + "/pid" if "daemon" in server else None
         with socket.socket() as s:      # a free port
             s.bind(("127.0.0.1", 0))
-            tcp, sock = s.getsockname(), scratch + "/socket"
+            tcp, sock = s.getsockname(), "%s/socket-%s" % (scratch, mode)
         self.address, self.target = (sock, "unix:" + sock) if row["net"] == "unix" else (tcp, "%s:%d" % tcp)
-        values = {"path": server.get("path"), "image": image, "scratch": scratch, "port": tcp[1], "socket": sock,
-                  "cow": "true" if row["mode"] == "cow" else "false"}
-
-        def fill(text):
-            return text.replace("{listen}", server[row["net"]]).format(**values)
-
+        words = dict(words, port=tcp[1], socket=sock, cow="true" if mode == "cow" else "false")
+        words["listen"] = server[row["net"]].format(**words)
         with open(scratch + "/config", "w") as f:
-            f.write(fill(server.get("config", "")))
+            f.write(server.get("config", "").format(**words))
+        if mode == "proxy" and "before" in server:
+            call(filled(server["before"], words), 0)
+        with open(self.log, "w") as log:
+            try:
+                self.pid = subprocess.Popen(filled(server[mode], words), stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=log, env=dict(os.environ, TMPDIR=scratch),
+                                            start_new_session=True, preexec_fn=die_with_parent).pid
+            except OSError as e:
+                raise Failed(str(e)) from None
         try:
-            self.start(shlex.split(fill(server[row["mode"]])), dict(os.environ, TMPDIR=scratch))
+            self.wait_ready()
         except BaseException:
             self.stop()
             raise
 
-    def start(self, argv, env):
-        with open(self.log, "w") as log:
-            self.pid = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
-                                        start_new_session=True, preexec_fn=die_with_parent).pid
+    def wait_ready(self):
         deadline = time.monotonic() + 10
         while not self.greets():
             if self.has_ended() and not self.pidfile or time.monotonic() > deadline:
@@ -224,6 +283,16 @@ class Running:
                     os.kill(pid, sig)
             self.has_ended(6)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.stop()
+
+
+def filled(command, words):
+    return shlex.split(command.format(**words))
+
 
 # ---- images ----
 
@@ -266,6 +335,9 @@ class Images:
                 sys.exit("bench: %s: less than three times --image-size is free" % top)
             self.dirs[top] = workspace(top, self.stack)
             image = self.dirs[top] + "/image"
+            if place == "memory":       # which costs more when a virtual machine is given it for the first time
+                subprocess.run([LOAD, "--make-image", image, "--size", str(2 * self.size)], check=True)
+                os.unlink(image)
             subprocess.run([LOAD, "--make-image", image, "--size", str(self.size)], check=True)
             subprocess.run(["sync", image], check=True)
         return self.dirs[top]
@@ -322,9 +394,10 @@ def call(argv, seconds):
 
 
 def load(row, export, target, seconds):
+    end = ["--count", row["passes"] * row["size"] // row["bs"]] if row["passes"] else ["--seconds", seconds]
     done = call([LOAD, "--connections", row["conns"], "--depth", row["depth"], "--block-size", row["bs"],
                  "--pattern", row["pattern"], "--read-percent", row["read"], "--flush-every", row["flush"],
-                 "--size", row["size"], "--seconds", seconds, "--export", export, target], seconds)
+                 "--size", row["size"], *end, "--export", export, target], seconds)
     if not done.stdout:
         raise Failed(done.stderr.strip() or "the load ended with status %d" % done.returncode)
     result = json.loads(done.stdout)
@@ -348,42 +421,125 @@ def fio(row, export, target, seconds):
     return {"fio_req_s": job["read"]["iops"] + job["write"]["iops"]}
 
 
-def measure(server, row, images, opts, tool):
-    with images.ready(row["place"]) as (image, scratch):
-        running, export = Running(server, row, image, scratch), server.get("export", "")
+def measure(name, server, row, images, opts, tool):
+    with contextlib.ExitStack() as stack:
+        image, scratch = stack.enter_context(images.ready(row["place"]))
+        words = {"path": server.get("path"), "bgctl": server.get("bgctl"), "image": image, "scratch": scratch,
+                 "delay": row["delay"]}
+        running = origin = None
+        if row["origin"]:
+            running = origin = stack.enter_context(Running(ORIGIN, row["origin"], row, words))
+            words["origin"], (words["ohost"], words["oport"]) = origin.target, origin.address
+        if name != "origin" and row["mode"] in server:
+            running = stack.enter_context(Running(server, row["mode"], row, words))
+        if row["copy"]:
+            result = measure_copy(server, row, running, words, opts)
+        else:
+            result = measure_load(server, row, running, origin, words, opts, tool)
+        for r in {running, origin} - {None}:
+            if r.has_ended():
+                raise Failed("a server ended: " + r.last_words())
+        return result
+
+
+def measure_load(server, row, running, origin, words, opts, tool):
+    export = server.get("export", "")
+    for prep in row["prep"]:
+        load(dict(row, **prep), export, running.target, 60)
+    if row["prep"]:
+        subprocess.run(["sync", "-f", words["scratch"]], check=True)
+    wait_for_calm(opts.calm)
+    with copying(server, words) if row["during"] else contextlib.nullcontext({}) as copied:
+        busy, (before, processes) = machine_busy(), running.cpu_seconds()
+        feeding = origin.cpu_seconds()[0] if origin else 0
+        result = tool(row, export, running.target, opts.seconds)
+        if tool is load:
+            known, total = result["client_cpu_us"] * result["requests"] / 1e6, machine_busy() - busy
+            used = running.cpu_seconds(processes)[0] - before
+            if origin and origin is not running:
+                result["origin_cpu_us"] = (origin.cpu_seconds()[0] - feeding) * 1e6 / result["requests"]
+                known += result["origin_cpu_us"] * result["requests"] / 1e6
+            result["server_cpu_us"] = used * 1e6 / result["requests"]
+            result["others"] = max(0.0, total - used - known) / result["seconds"]
+    result.update(copied)
+    return result
+
+
+@contextlib.contextmanager
+def copying(server, words):
+    """Copies in the background; its rate is in the result at the end."""
+    result = {}
+    with subprocess.Popen(filled(server["copier"], words), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                          preexec_fn=die_with_parent) as copier:
         try:
-            for prep in row["prep"]:
-                load(dict(row, **prep), export, running.target, 60)
-            wait_for_calm(opts.calm)
-            busy, (before, processes) = machine_busy(), running.cpu_seconds()
-            result = tool(row, export, running.target, opts.seconds)
-            if tool is load:
-                client, total = result["client_cpu_us"] * result["requests"] / 1e6, machine_busy() - busy
-                used = running.cpu_seconds(processes)[0] - before
-                result["server_cpu_us"] = used * 1e6 / result["requests"]
-                result["others"] = max(0.0, total - used - client) / result["seconds"]
-            if running.has_ended():
-                raise Failed("the server ended: " + running.last_words())
-            return result
+            began, before = time.monotonic(), cached_bytes(server, words)
+            while cached_bytes(server, words) == before and time.monotonic() < began + 10:
+                time.sleep(0.02)
+            began, before = time.monotonic(), cached_bytes(server, words)
+            yield result
+            result["copy_mib_s"] = (cached_bytes(server, words) - before) / (time.monotonic() - began) / (1 << 20)
+            if copier.poll() is not None:
+                raise Failed("the copy ended before the load")
         finally:
-            running.stop()
+            copier.terminate()
+
+
+def cached_bytes(server, words):
+    found = re.search(r"^cached-blocks: (\d+)", call(filled(server["query"], words), 0).stdout, re.M)
+    if not found:
+        raise Failed("the proxy does not tell how much it has")
+    return int(found.group(1)) * 4096
+
+
+def measure_copy(server, row, running, words, opts):
+    wait_for_calm(opts.calm)
+    before, began = copy_cpu(running), time.monotonic()
+    done = call(filled(server["copier"], words), 60)
+    seconds = time.monotonic() - began
+    if done.returncode:
+        raise Failed((done.stderr.strip().splitlines() or ["the copy failed"])[-1])
+    if not filecmp.cmp(words["image"], words["scratch"] + "/cache", shallow=False):
+        raise Failed("the copy differs")
+    size = os.path.getsize(words["image"])
+    requests = size / row["bs"]
+    return {"seconds": seconds, "requests": requests, "req_s": requests / seconds,
+            "mib_s": size / seconds / (1 << 20), "server_cpu_us": (copy_cpu(running) - before) * 1e6 / requests}
+
+
+def copy_cpu(running):
+    """Of the program that copies, and of the proxy that does it for it."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return children.ru_utime + children.ru_stime + (running.cpu_seconds()[0] if running else 0)
 
 
 def run_all(opts, rows, servers, images, runs):
     """Appends to runs, so that what was measured survives an interruption."""
     for turn in range(opts.rounds * len(rows)):
         round_, row = turn // len(rows), rows[turn % len(rows)]
-        tools = [load] + [fio] * (opts.fio and row["pattern"] != "once" and not row["prep"])
-        for name, tool in [(n, t) for t in tools for n in servers if row["mode"] in servers[n]["modes"]]:
+        tools = [load] + [fio] * (opts.fio and row["pattern"] != "once" and not row["prep"] and not row["origin"])
+        takers = contenders(row, servers)
+        for name, tool in [(n, t) for t in tools for n in takers]:
             run = {"round": round_, "workload": row["name"], "server": name}
             try:
-                run.update(measure(servers[name], row, images, opts, tool))
+                run.update(measure(name, takers[name], row, images, opts, tool))
             except Failed as e:
                 run["failed"] = str(e)
             runs.append(run)
             said = run.get("failed") or "%.0f req/s" % (run["req_s"] if tool is load else run["fio_req_s"])
-            print("round %d/%d  %-11s %-12s %-4s %s" % (round_ + 1, opts.rounds, row["name"], name, tool.__name__,
-                                                        said), file=sys.stderr)
+            how = "copy" if row["copy"] else tool.__name__
+            print("round %d/%d  %-12s %-12s %-4s %s" % (round_ + 1, opts.rounds, row["name"], name, how, said),
+                  file=sys.stderr)
+
+
+def contenders(row, servers):
+    """Those of the servers that take part in a row, and what they are compared with besides."""
+    def takes_part(server):
+        if "path" in server:
+            return row["mode"] in server["modes"]
+        return row["peers"] and ("copier" if row["copy"] else row["mode"]) in server
+
+    beside = {n: BESIDE[n] for n, _ in row["versus"] if n in BESIDE}
+    return {**{n: s for n, s in servers.items() if takes_part(s)}, **beside}
 
 
 # ---- results ----
@@ -422,22 +578,25 @@ class Results:
 
 COLUMNS = (("req/s", "req_s", "%.0f"), ("MiB/s", "mib_s", "%.1f"), ("p50 us", "p50_us", "%.1f"),
            ("p99 us", "p99_us", "%.1f"), ("CPU us/rq", "server_cpu_us", "%.2f"),
-           ("client us", "client_cpu_us", "%.2f"), ("others", "others", "%.2f"), ("fio req/s", "fio_req_s", "%.0f"))
+           ("client us", "client_cpu_us", "%.2f"), ("origin us", "origin_cpu_us", "%.2f"),
+           ("others", "others", "%.2f"), ("fio req/s", "fio_req_s", "%.0f"), ("copy MiB/s", "copy_mib_s", "%.1f"))
 
 
 def print_row(row, servers, results, out):
     where, what = PLACES[row["place"]]
     print("\n%s: %s\n  image %s; %s" % (row["name"], row["text"], what % ("%s, %s" % (where, file_system(where))),
                                         "Unix socket" if row["net"] == "unix" else "loopback TCP"), file=out)
-    print("  %-12s" % "server" + "".join("%10s" % c[0] for c in COLUMNS) + "  spread vs peer", file=out)
-    for name, server in servers.items():
+    takers = contenders(row, servers)
+    columns = [c for c in COLUMNS if any(results.median(row["name"], name, c[1]) is not None for name in takers)]
+    print("  %-12s" % "server" + "".join("%11s" % c[0] for c in columns) + "  spread vs peer", file=out)
+    for name in [n for n in servers if "path" in servers[n] and n not in takers]:
+        print("  %-12s left out: no %s" % (name, MODE_OPTION[row["mode"]]), file=out)
+    for name in takers:
         key = row["name"], name
-        if row["mode"] not in server["modes"]:
-            print("  %-12s left out: no %s" % (name, MODE_OPTION[row["mode"]]), file=out)
         if results.median(*key):
             ratio = results.ratio(key, (row["name"], results.best_peer(row["name"])))
-            figures = [(form, results.median(*key, figure)) for _, figure, form in COLUMNS]
-            print("  %-12s" % name + "".join("%10s" % ("-" if v is None else form % v) for form, v in figures) +
+            figures = [(form, results.median(*key, figure)) for _, figure, form in columns]
+            print("  %-12s" % name + "".join("%11s" % ("-" if v is None else form % v) for form, v in figures) +
                   "%7.0f%%" % (results.spread(*key) * 100) + ("%8.2f" % ratio if ratio else ""), file=out)
         for reason in sorted({r["failed"] for r in results.runs.get(key, ()) if "failed" in r}):
             print("  %-12s FAILED: %s" % (name, reason), file=out)
@@ -452,6 +611,11 @@ def summarize(row, name, first, results):
     if row["p99"]:
         line["p99_peer"] = row["p99"]
         line["p99_ratio"] = results.ratio(key, (row["name"], row["p99"]), "p99_us")
+    if row["versus"]:
+        line["versus"] = [(p, results.ratio(key, (row["name"], p)), goal) for p, goal in row["versus"]]
+    if row["p50_own"]:
+        line["p50_own"], line["p50_own_goal"] = row["p50_own"]
+        line["p50_own_ratio"] = results.ratio(key, (row["p50_own"][0], name), "p50_us")
     if row["own"]:
         line["own"], line["own_goal"] = row["own"]
         line["own_ratio"] = results.ratio(key, (row["own"][0], name))
@@ -474,12 +638,16 @@ def print_summary(lines, first, out):
                                                 line["cpu_ratio"] or 0))
         if line.get("p99_ratio"):
             parts.append("p99 %.2f x that of %s (at most 1)" % (line["p99_ratio"], line["p99_peer"]))
+        parts += ["%s x %s" % (verdict(ratio, goal), p) for p, ratio, goal in line.get("versus", ()) if ratio]
+        if line.get("p50_own_ratio"):
+            parts.append("median latency %.2f x that of our %s (at most %g)" % (
+                line["p50_own_ratio"], line["p50_own"], line["p50_own_goal"]))
         if line.get("own_ratio"):
             parts.append("%s x our %s" % (verdict(line["own_ratio"], line["own_goal"]), line["own"]))
         for figure, label in (("to_first", "rate"), ("cpu_to_first", "CPU")):
             if line.get(figure):
                 parts.append("%s %.3f [%.3f to %.3f] x %s" % (label, *line[figure], first))
-        print("  %-11s %-8s %s" % (line["workload"], line["server"], "; ".join(parts) or "-"), file=out)
+        print("  %-12s %-8s %s" % (line["workload"], line["server"], "; ".join(parts) or "-"), file=out)
 
 
 # ---- what it runs on, and the command line ----
@@ -506,12 +674,13 @@ def find_servers(opts):
         name, path = arg.split("=", 1) if "=" in arg else ("xnbd", arg)
         path = os.path.abspath(path)
         if arg != "none" and os.access(path, os.X_OK):
-            servers[name] = dict(OURS, path=path, modes=modes_of(path), version=version([path, "--version"]))
+            servers[name] = dict(OURS, path=path, bgctl=os.path.join(os.path.dirname(path), "xnbd-bgctl"),
+                                 modes=modes_of(path), version=version([path, "--version"]))
         elif arg != "none":
             print("bench: %s: not there; left out" % path, file=sys.stderr)
     for name, spec in PEERS.items():
         if opts.peers == "all" or name in opts.peers.split(","):
-            servers[name] = dict(spec, modes=set(MODE_OPTION), version=version(spec["version"].split()))
+            servers[name] = dict(spec, version=version(spec["version"].split()))
             if not servers[name]["version"]:
                 print("bench: %s: not installed; left out" % name, file=sys.stderr)
                 del servers[name]
@@ -569,7 +738,7 @@ def report(opts, rows, servers, host, runs, out):
 def main():
     opts, rows = parse()
     if opts.list:
-        print("\n".join("%-11s %s" % (row["name"], row["text"]) for row in rows))
+        print("\n".join("%-12s %s" % (row["name"], row["text"]) for row in rows))
         return 0
     if not os.access(LOAD, os.X_OK):
         sys.exit("bench: %s is not built: make tests/load" % LOAD)
@@ -578,10 +747,11 @@ def main():
         signal.signal(sig, lambda n, frame: sys.exit(128 + n))
     out = sys.stderr if opts.json == "-" else sys.stdout
     servers, host, runs = find_servers(opts), machine(), []
-    modes = set().union(*(s["modes"] for n, s in servers.items() if n not in PEERS or opts.server == ["none"]))
-    for row in [r for r in rows if r["mode"] not in modes]:
+    ours = [s["modes"] for s in servers.values() if "path" in s] or [set(MODE_OPTION)]
+    for row in [r for r in rows if r["mode"] not in set().union(*ours)]:
         print("bench: %s: skipped until %s works" % (row["name"], MODE_OPTION[row["mode"]]), file=sys.stderr)
         rows.remove(row)
+    rows = [dict(r, size=r["size"] or opts.image_size << 20) if r["passes"] or r["prep"] else r for r in rows]
     print("%(cpu)s, %(cores)d cores, %(memory_mib)d MiB, Linux %(kernel)s, load average %(load_average).2f; "
           "%(started)s" % host, file=out)
     for name, server in servers.items():

@@ -59,8 +59,8 @@ enum {
 enum pattern { RANDOM, SEQUENTIAL, ONCE };
 
 static struct {
-	const char *target, *image, *export;
-	uint64_t conns, depth, bs, read_percent, flush_every, size, count, seed;
+	const char *target, *image, *export, *store;
+	uint64_t conns, depth, bs, read_percent, flush_every, size, count, seed, relay;
 	double seconds;
 	enum pattern pattern;
 	bool structured, verify;
@@ -300,12 +300,17 @@ static int handshake(struct conn *c)
 	return 0;
 }
 
+static int connect_target(void)
+{
+	return strncmp(opt.target, "unix:", 5) ? connect_tcp(opt.target)
+					       : connect_unix(opt.target + 5);
+}
+
 static int conn_connect(struct conn *c)
 {
 	struct timeval stall = { .tv_sec = STALL_SECONDS };
 
-	c->fd = strncmp(opt.target, "unix:", 5) ? connect_tcp(opt.target)
-						: connect_unix(opt.target + 5);
+	c->fd = connect_target();
 	if (c->fd < 0)
 		return fail(c, "connect", errno);
 	setsockopt(c->fd, SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof(stall));
@@ -724,11 +729,88 @@ static int run(void)
 	return report(began, cpu_seconds() - cpu);
 }
 
+/* ---- a relay: the least that a proxy which stores what it reads has to do ---- */
+
+struct relay {
+	int near, far, store;
+};
+
+/* Sends all of it, or returns false. */
+static bool pass_on(int fd, const uint8_t *p, ssize_t n)
+{
+	for (ssize_t sent; n > 0; p += sent, n -= sent) {
+		sent = send(fd, p, (size_t)n, MSG_NOSIGNAL);
+		if (sent <= 0)
+			return false;
+	}
+	return n == 0;
+}
+
+static void *relay_requests(void *arg)
+{
+	struct relay *r = arg;
+	uint8_t buf[65536];
+	ssize_t n;
+
+	do
+		n = recv(r->near, buf, sizeof(buf), 0);
+	while (n > 0 && pass_on(r->far, buf, n));
+	shutdown(r->far, SHUT_RDWR);
+	return NULL;
+}
+
+static void relay_replies(struct relay *r)
+{
+	static uint8_t buf[RBUF_SIZE];
+	off_t at = 0;
+	ssize_t n;
+
+	for (; (n = recv(r->far, buf, sizeof(buf), 0)) > 0; at += n) {
+		if (pwrite(r->store, buf, (size_t)n, at) != n)
+			die("%s: %s", opt.store, strerror(errno));
+		if (!pass_on(r->near, buf, n))
+			break;
+	}
+	shutdown(r->near, SHUT_RDWR);
+}
+
+static int listen_at(uint64_t port)
+{
+	struct sockaddr_in sa = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port),
+		.sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	if (bind(fd, (struct sockaddr *)&sa, sizeof(sa)) || listen(fd, 1))
+		die("port %" PRIu64 ": %s", port, strerror(errno));
+	return fd;
+}
+
+/* One client at a time, until it is killed. */
+static int relay(void)
+{
+	struct relay r = { .store = open(opt.store, O_WRONLY | O_CREAT | O_CLOEXEC, 0600) };
+	int listener = listen_at(opt.relay), one = 1;
+	pthread_t thread;
+
+	while ((r.near = accept(listener, NULL, NULL)) >= 0 && (r.far = connect_target()) >= 0) {
+		setsockopt(r.near, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+		if (pthread_create(&thread, NULL, relay_requests, &r))
+			die("cannot start a thread");
+		relay_replies(&r);
+		pthread_join(thread, NULL);
+		close(r.near);
+		close(r.far);
+	}
+	die("%s: %s", opt.target, strerror(errno));
+	return 2;
+}
+
 /* ---- options ---- */
 
 static const char usage[] =
 	"usage: load [options] HOST:PORT | unix:PATH\n"
 	"       load --make-image PATH --size SIZE [--seed N]\n"
+	"       load --relay PORT --store PATH HOST:PORT | unix:PATH\n"
 	"  --connections N (1)      --depth N (1)          requests in flight on each\n"
 	"  --block-size SIZE (4K)   --size SIZE            work on the first SIZE of the disk\n"
 	"  --pattern random|sequential|once                once: each block once, scattered\n"
@@ -736,6 +818,7 @@ static const char usage[] =
 	"  --seconds S              --count N              the end; needed unless --pattern once\n"
 	"  --export NAME            --seed N (1)           --structured: structured replies\n"
 	"  --verify   check what is read; the disk was made by --make-image with this seed\n"
+	"  --relay    pass a connection on, and keep a copy of what comes back, no more\n"
 	"Prints one line of JSON. Exit status: 0, 1 errors, 2 could not start.\n";
 
 static uint64_t number(const char *name, const char *s)
@@ -778,15 +861,15 @@ static void check_options(void)
 int main(int argc, char **argv)
 {
 	static uint64_t *const numbers[] = { &opt.conns, &opt.depth, &opt.bs, &opt.size,
-		&opt.read_percent, &opt.flush_every, &opt.count, &opt.seed };
+		&opt.read_percent, &opt.flush_every, &opt.count, &opt.seed, &opt.relay };
 	static const struct option longs[] = {
 		{ "connections", 1, NULL, 0 }, { "depth", 1, NULL, 1 },
 		{ "block-size", 1, NULL, 2 }, { "size", 1, NULL, 3 },
 		{ "read-percent", 1, NULL, 4 }, { "flush-every", 1, NULL, 5 },
-		{ "count", 1, NULL, 6 }, { "seed", 1, NULL, 7 },
+		{ "count", 1, NULL, 6 }, { "seed", 1, NULL, 7 }, { "relay", 1, NULL, 8 },
 		{ "pattern", 1, NULL, 'p' }, { "seconds", 1, NULL, 't' },
 		{ "export", 1, NULL, 'e' }, { "make-image", 1, NULL, 'm' },
-		{ "structured", 0, NULL, 's' }, { "verify", 0, NULL, 'v' },
+		{ "store", 1, NULL, 'o' }, { "structured", 0, NULL, 's' }, { "verify", 0, NULL, 'v' },
 		{ "help", 0, NULL, 'h' }, { NULL, 0, NULL, 0 },
 	};
 	int key, at = 0;
@@ -797,6 +880,7 @@ int main(int argc, char **argv)
 		case 't': opt.seconds = atof(optarg); break;
 		case 'e': opt.export = optarg; break;
 		case 'm': opt.image = optarg; break;
+		case 'o': opt.store = optarg; break;
 		case 's': opt.structured = true; break;
 		case 'v': opt.verify = true; break;
 		case 'h': return fputs(usage, stdout) < 0;
@@ -809,6 +893,8 @@ int main(int argc, char **argv)
 	if (optind != argc - 1)
 		die("one server is needed: HOST:PORT or unix:PATH");
 	opt.target = argv[optind];
+	if (opt.relay && opt.store)
+		return relay();
 	check_options();
 	return run();
 }
