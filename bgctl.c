@@ -293,6 +293,7 @@ static void parse_options(struct options *o, int argc, char **argv)
 
 struct server {
 	const char *path;
+	char aim[300];			/* "host:port: ", what its errors are about; or "" */
 	int fd;
 	uint64_t deadline;		/* now_ms() when the answer must be here; 0 for never */
 	size_t used, len;		/* of buf: what was taken, what is there */
@@ -420,7 +421,7 @@ static const char *next_value(struct server *s, const char **value)
 	*colon = '\0';
 	*value = colon + 2;
 	if (strcmp(line, "error") == 0)
-		fail("%s", *value);
+		fail("%s%s", s->aim, *value);
 	return line;
 }
 
@@ -723,6 +724,9 @@ int main(int argc, char **argv)
 	len = make_command(&o, line, sizeof(line));
 	if (len >= (int)sizeof(line))
 		usage_error("HOST, PORT and NAME are too long");
+	if (o.command == COMMAND_RECONNECT)
+		snprintf(server.aim, sizeof(server.aim), is_unix(o.host) ? "%s: " : "%s:%s: ",
+			 o.host, o.port);
 	connect_to(&server, o.socket);
 	send_line(&server, line, (size_t)len);
 	run(&o, &server);

@@ -358,6 +358,15 @@ static bool refuse(const char *path, const char *what, uint64_t held)
 	return false;
 }
 
+/* Two names on the command line that lead to one file. */
+static bool is_same_file(const char *a, const char *b)
+{
+	struct stat sa, sb;
+
+	return stat(a, &sa) == 0 && stat(b, &sb) == 0 && sa.st_dev == sb.st_dev &&
+	       sa.st_ino == sb.st_ino;
+}
+
 /* Create the image, or extend one that holds nothing as yet.  False after logging why not. */
 static bool prepare_image(const char *path, uint64_t size, uint64_t held)
 {
@@ -388,6 +397,11 @@ static bool open_layer(struct cache *c, const struct cache_options *o)
 	struct layer *l = &c->layer;
 
 	l->map = bitmap_open(o->bitmap, &id, o->clear);
+	if (l->map && is_same_file(o->image, o->bitmap)) {
+		log_failure("cache image %s and bitmap file %s are the same file", o->image,
+			    o->bitmap);
+		return false;
+	}
 	if (!l->map || !prepare_image(o->image, l->size, bitmap_count(l->map)))
 		return false;
 	l->disk = disk_open(o->image, false);

@@ -168,6 +168,8 @@ void link_ask(struct link *l, struct origin_request *r, uint64_t now)
 	put_request(l, &h);
 }
 
+static const char closed[] = "it closed the connection";
+
 static bool would_block(int err)
 {
 	return err == EAGAIN || err == EWOULDBLOCK || err == EINTR || err == ENOBUFS;
@@ -180,6 +182,8 @@ const char *link_send(struct link *l)
 	if (l->tx_from == l->tx_to)
 		return NULL;
 	n = send(l->fd, l->tx + l->tx_from, l->tx_to - l->tx_from, MSG_NOSIGNAL);
+	if (n < 0 && errno == EPIPE)
+		return closed;
 	if (n < 0)
 		return would_block(errno) ? NULL : strerror(errno);
 	l->tx_from += (size_t)n;
@@ -285,7 +289,7 @@ static const char *take_head(struct link *l, bool *more)
 		return NULL;
 	s = find_slot(l, r->cookie);
 	if (!s)
-		return "an answer to what was not asked";
+		return "it answered what was not asked";
 	wrong = proto_answer_add(&s->answer, &l->offer, r);
 	if (wrong)
 		return wrong;
@@ -413,7 +417,7 @@ const char *link_receive(struct link *l, uint64_t now, struct origin_request **f
 	*more = false;
 	*bytes = 0;
 	if (n == 0)
-		return "it closed the connection";
+		return closed;
 	if (n < 0)
 		return would_block(errno) ? NULL : strerror(errno);
 	l->heard = now;

@@ -68,6 +68,7 @@ struct origin {
 	struct dial_target *target;	/* written by the thread, which reads it without the lock */
 	char reason[PROTO_REASON_MAX];	/* why there is no link; likewise */
 	bool cancelled, ended;
+	bool opened;			/* the first link is there; written before the thread is */
 
 	int wake[2];
 	atomic_bool mail, sleeping;
@@ -283,7 +284,7 @@ static bool attach(struct origin *o, struct line *line, int fd, const struct pro
 		return false;
 	line->since = now_ms();
 	publish(o);
-	if (first) {
+	if (first && o->opened) {
 		log_line("origin %s: connected, %llu bytes", o->target->address,
 			 (unsigned long long)offer->size);
 		set_reason(o, "");
@@ -724,12 +725,15 @@ struct origin *origin_open(const struct origin_options *options)
 	int err = o && o->line && o->pfd && o->target ? make_pipe(o->wake) : -ENOMEM;
 
 	if (!err && connect_first(o, reason)) {
+		o->opened = true;
 		err = -start_thread(o);
 		if (!err)
 			return o;
 	}
-	log_failure("cannot reach origin %s: %s", o && o->target ? o->target->address :
-		    options->host, err ? strerror(-err) : reason);
+	log_failure("cannot reach origin %s%s%s: %s",
+		    o && o->target ? o->target->address : options->host,
+		    *options->export_name ? ", export " : "", options->export_name,
+		    err ? strerror(-err) : reason);
 	free_origin(o);
 	return NULL;
 }

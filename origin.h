@@ -71,7 +71,10 @@ struct origin_limits {
 	uint32_t min_block, max_block;	/* bytes of a request: powers of two, min_block up to 64 KiB */
 };
 
-/* The strings are copied.  Connects, and waits for that.  NULL after logging why not. */
+/*
+ * The strings are copied.  Connects, and waits for that.  NULL after logging why not; later links
+ * are logged.
+ */
 struct origin *origin_open(const struct origin_options *o);
 
 const struct origin_limits *origin_limits(const struct origin *o);

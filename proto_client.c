@@ -396,7 +396,7 @@ static const char *get_chunk_head(const uint8_t *p, uint32_t len, struct proto_r
 {
 	switch (r->kind) {
 	case PROTO_REPLY_NONE:
-		return r->last ? NULL : "an empty chunk that is not the last";
+		return r->last ? NULL : "it sent an empty chunk that is not the last";
 	case PROTO_REPLY_DATA:
 		r->off = get_be64(p);
 		r->len = r->payload;
@@ -404,15 +404,15 @@ static const char *get_chunk_head(const uint8_t *p, uint32_t len, struct proto_r
 	case PROTO_REPLY_HOLE:
 		r->off = get_be64(p);
 		r->len = get_be32(p + 8);
-		return r->len ? NULL : "a hole of 0 bytes";
+		return r->len ? NULL : "it sent a hole of 0 bytes";
 	case PROTO_REPLY_STATUS:
 		r->context = get_be32(p);
-		return r->payload % PROTO_EXTENT_SIZE ? "half an extent" : NULL;
+		return r->payload % PROTO_EXTENT_SIZE ? "it sent half an extent" : NULL;
 	default:
 		r->error = get_be32(p);
 		if (r->error == 0)
-			return "an error chunk without an error";
-		return get_be16(p + 4) > len - 6 ? "a text longer than its chunk" : NULL;
+			return "it sent an error chunk without an error";
+		return get_be16(p + 4) > len - 6 ? "it sent a text longer than its chunk" : NULL;
 	}
 }
 
@@ -427,10 +427,10 @@ static const char *get_chunk(const uint8_t *p, size_t n, struct proto_reply *r)
 		return NULL;
 	kind = find_chunk(get_be16(p + 6));
 	if (!kind)
-		return "a chunk of an unknown type";
+		return "it sent a chunk of an unknown type";
 	len = get_be32(p + 16);
 	if (len < kind->min || len > kind->max)
-		return "a chunk of a wrong size";
+		return "it sent a chunk of a wrong size";
 	r->kind = kind->kind;
 	r->head += kind->head;
 	r->last = get_be16(p + 4) & NBD_REPLY_FLAG_DONE;
@@ -448,7 +448,7 @@ const char *proto_get_reply(const uint8_t *p, size_t n, struct proto_reply *r)
 	if (get_be32(p) == NBD_STRUCTURED_REPLY_MAGIC)
 		return get_chunk(p, n, r);
 	if (get_be32(p) != NBD_SIMPLE_REPLY_MAGIC)
-		return "a wrong magic number";
+		return "it sent a wrong magic number";
 	r->kind = PROTO_REPLY_SIMPLE;
 	r->last = true;
 	r->error = get_be32(p + 4);
@@ -474,7 +474,7 @@ static const char *cover(struct proto_answer *a, uint32_t from, uint32_t to)
 		uint32_t here = a->piece[i].from, end = a->piece[i].to;
 
 		if (from < end && here < to)
-			return "data that came before";
+			return "it sent data that came before";
 		if (end == from)
 			from = here;
 		else if (here == to)
@@ -486,7 +486,7 @@ static const char *cover(struct proto_answer *a, uint32_t from, uint32_t to)
 		a->piece[i] = a->piece[--a->pieces];
 	}
 	if (a->pieces == PROTO_PIECES_MAX)
-		return "too many pieces in disorder";
+		return "it sent too many pieces in disorder";
 	a->piece[a->pieces].from = from;
 	a->piece[a->pieces++].to = to;
 	return NULL;
@@ -498,9 +498,9 @@ static const char *add_range(struct proto_answer *a, const struct proto_reply *r
 	uint64_t from = r->off - a->off;
 
 	if (a->status)
-		return "data in reply to a status request";
+		return "it sent data in reply to a status request";
 	if (r->off < a->off || from > a->len || r->len > a->len - from)
-		return "data that was not asked for";
+		return "it sent data that was not asked for";
 	return cover(a, (uint32_t)from, (uint32_t)from + r->len);
 }
 
@@ -510,7 +510,7 @@ static const char *add_simple(struct proto_answer *a, const struct proto_offer *
 	if (r->error)
 		return NULL;
 	if (offer->structured)
-		return "a simple reply where a structured one is due";
+		return "it sent a simple reply where a structured one is due";
 	r->off = a->off;
 	r->len = r->payload = a->len;
 	return add_range(a, r);
@@ -520,7 +520,7 @@ static const char *add_status(struct proto_answer *a, const struct proto_offer *
 			      const struct proto_reply *r)
 {
 	if (!a->status || a->told || r->context != offer->allocation_id)
-		return "a status that was not asked for";
+		return "it sent a status that was not asked for";
 	a->told = true;
 	return NULL;
 }
@@ -529,7 +529,7 @@ const char *proto_answer_add(struct proto_answer *a, const struct proto_offer *o
 			     struct proto_reply *r)
 {
 	if (r->kind != PROTO_REPLY_SIMPLE && !offer->structured)
-		return "a structured reply that was not negotiated";
+		return "it sent a structured reply that was not negotiated";
 	if (r->error && !a->error)
 		a->error = r->error;
 	switch (r->kind) {
@@ -552,7 +552,7 @@ const char *proto_answer_extent(struct proto_answer *a, const uint8_t *p, struct
 	e->len = get_be32(p);
 	e->flags = get_be32(p + 4);
 	if (e->len == 0)
-		return "an extent of 0 bytes";
+		return "it sent an extent of 0 bytes";
 	if (e->len > left)
 		e->len = left;
 	a->described += e->len;
@@ -564,8 +564,8 @@ const char *proto_answer_end(const struct proto_answer *a)
 	if (a->error)
 		return NULL;
 	if (a->status)
-		return a->told ? NULL : "no status";
+		return a->told ? NULL : "it sent no status";
 	if (a->pieces != 1 || a->piece[0].to - a->piece[0].from != a->len)
-		return "less data than was asked for";
+		return "it sent less data than was asked for";
 	return NULL;
 }

@@ -399,6 +399,7 @@ bool proxy_listen(struct export *e)
 		.stop_copy = release_copy,
 		.copy = tell_copy,
 	};
+	struct origin_status origin;
 
 	if (!proxy.backend)
 		return true;
@@ -408,7 +409,12 @@ bool proxy_listen(struct export *e)
 				    (size_t)proxy.options->max_buf_size :
 				    SIZE_MAX;
 	proxy.ctl = ctl_open(proxy.options->control, &ops);
-	return proxy.ctl != NULL;
+	if (!proxy.ctl)
+		return false;
+	origin_status(cache_origin(proxy.backend), &origin);
+	log_line("origin %s: connected, %llu bytes", origin.address,
+		 (unsigned long long)proxy.backend->size);
+	return true;
 }
 
 size_t proxy_poll(struct pollfd *pfd)

@@ -154,7 +154,7 @@ ROWS = [dict(DEFAULTS, **row) for row in (
     dict(PROXY, name="proxy-hit", text="proxy, 64 MiB present: 4 KiB random reads of these, 64 in flight",
          origin="large", size=64 << 20, prep=(WHOLE,), peers=False),
     dict(PROXY, name="proxy-hit-c", text="the same, while all is copied", origin="large", size=64 << 20,
-         prep=(WHOLE,), during=True, own=("proxy-hit", 0.5)),
+         prep=(WHOLE,), during=True, own=("proxy-hit", 0.5), peers=False),
     dict(PROXY, name="proxy-miss", text="proxy, nothing present: 4 KiB random reads, 1 in flight", origin="large",
          pattern="once", depth=1, versus=(("origin", None),)),
     dict(PROXY, name="proxy-miss-c", text="the same, while all is copied", origin="large", pattern="once", depth=1,

@@ -1,0 +1,303 @@
+"""kill -9 at any moment: no acknowledged write is lost, and no block is wrong.
+
+Several clients read, write, zero, trim and flush at the same time, a proxy
+copies the rest of the disk meanwhile, and the server is killed: at a random
+moment, or at a certain system call.  The next one goes on with its files.  Each
+block must then be as the last acknowledged write made it, or as the write did
+that was in flight.  There is never more than one in flight to a block.
+
+XNBD_KILLS=<number> kills more often; XNBD_SEED=<seed> repeats the operations,
+though not the moments.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from conftest import SERVER, need, need_punch, skip
+from nbd import *
+from test_cow import traced
+from test_model import Session, random_seed, turn
+from test_powercut import (ALPHABET, BLOCK, CHANGES, Cow, Proxy, another, ask, has_proxy, mixture,
+                           shows)
+from test_powercut import Operation as Change
+
+MIB = 1 << 20
+KILLS = int(os.environ.get("XNBD_KILLS") or 50)
+KILLS_OF_A_DISK = 5             # then it is migrated, and another one begins
+
+
+# The model
+
+class Disk:
+    """What each block is.
+
+    blocks      those that were ever changed: what the last answered change made
+    flying      {block: the change or the READ that is in flight}
+    """
+
+    def __init__(self, content):
+        self.content, self.size = content, len(content)
+        self.count = -(-self.size // BLOCK)
+        self.blocks, self.flying = {}, {}
+
+    def block(self, number):
+        if number in self.blocks:
+            return self.blocks[number]
+        return self.content[number * BLOCK:(number + 1) * BLOCK]
+
+    def legal(self, number):
+        """What a server that starts now may show."""
+        op, old = self.flying.get(number), self.block(number)
+        return [old, op.apply(number, old)] if op and op.command in CHANGES else [old]
+
+    def settle(self, numbers, data):
+        """What these blocks, which follow each other, are after a kill."""
+        for i, number in enumerate(numbers):
+            legal, got = self.legal(number), data[i * BLOCK:(i + 1) * BLOCK]
+            assert got in legal, (f"block {number} is {mixture(got)}; legal: "
+                                  + "; ".join(map(mixture, legal))
+                                  + f"; in flight: {self.flying.get(number)}")
+            self.blocks[number] = got
+
+    def begin(self, op):
+        self.flying.update((b, op) for b in op.blocks())
+
+    def end(self, op):
+        for b in op.blocks():
+            if op.command in CHANGES:
+                self.blocks[b] = op.apply(b, self.block(b))
+            del self.flying[b]
+
+    def bytes(self, at, length):
+        first, last = at // BLOCK, -(-(at + length) // BLOCK)
+        data = b"".join(self.block(b) for b in range(first, last))
+        return data[at - first * BLOCK:at - first * BLOCK + length]
+
+    def all(self):
+        return self.bytes(0, self.size)
+
+
+class Operation(Change):
+    """As test_model's Session wants it."""
+
+    private = False
+
+    def __init__(self, *request):
+        super().__init__(*request)
+        self.start = self.at
+        del self.sent[self.cookie]      # there is no record to find it by
+
+    def payload(self):
+        return self.data if self.command == NBD_CMD_WRITE else b""
+
+    def begin(self, disk):
+        disk.begin(self)
+        self.expected = disk.bytes(self.at, self.length) if self.command == NBD_CMD_READ else None
+
+    def end(self, disk, reply):
+        assert not reply.error and reply.data == self.expected, f"{self}: {reply}"
+        disk.end(self)
+
+
+class Generator:
+    """Operations on blocks that have nothing in flight.  Half of them go to a
+    small part of the disk, so that its blocks are written again and again."""
+
+    KINDS = {NBD_CMD_WRITE: 12, NBD_CMD_WRITE_ZEROES: 2, NBD_CMD_TRIM: 1, NBD_CMD_READ: 6,
+             NBD_CMD_FLUSH: 1}
+
+    def __init__(self, disk, rng):
+        self.disk, self.rng = disk, rng
+
+    def range(self):
+        size = self.disk.size if self.rng.random() < 0.5 else min(MIB, self.disk.size)
+        start, length = self.rng.randrange(size), self.rng.choice([1, 700, BLOCK, 3 * BLOCK, 60000])
+        if self.rng.random() < 0.5:
+            start -= start % BLOCK
+        return start, min(length, self.disk.size - start)
+
+    def next(self):
+        command, = self.rng.choices(list(self.KINDS), list(self.KINDS.values()))
+        if command == NBD_CMD_FLUSH:
+            return Operation(command)
+        flags = NBD_CMD_FLAG_FUA if command in CHANGES and self.rng.random() < 0.02 else 0
+        while True:
+            at, length = self.range()
+            blocks = range(at // BLOCK, -(-(at + length) // BLOCK))
+            if not any(b in self.disk.flying for b in blocks):
+                return Operation(command, at, length, flags)
+
+
+# Lives of a server
+
+def drain(sessions):
+    """Takes the replies that the server has sent before it was killed."""
+    for s in sessions:
+        with contextlib.suppress(ConnectionError):
+            while s.in_flight:
+                s.receive()
+
+
+def live(server, disk, rng, seconds):
+    """Load on several connections, until the server is killed."""
+    sessions = [Session(server.client(), disk, Generator(disk, rng), 16) for _ in range(4)]
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for s in sessions:
+            s.fill()
+        turn(sessions)
+    server.kill()
+    drain(sessions)
+    return sum(s.count for s in sessions)
+
+
+def runs(numbers, most=256):
+    """Numbers that follow each other, together."""
+    run = []
+    for n in sorted(numbers):
+        if run and (n != run[-1] + 1 or len(run) == most):
+            yield run
+            run = []
+        run.append(n)
+    if run:
+        yield run
+
+
+def settle(server, disk, rng):
+    """After a kill, everything that was ever changed, and a few blocks more.  The
+    others stay as they are: at the origin only, or copied."""
+    numbers = {*disk.blocks, *disk.flying, *rng.sample(range(disk.count), 20)}
+    with server.client() as c:
+        for run in runs(numbers):
+            length = min(len(run) * BLOCK, disk.size - run[0] * BLOCK)
+            disk.settle(run, c.pread(length, run[0] * BLOCK))
+    disk.flying.clear()
+
+
+@pytest.fixture(params=[Cow, Proxy], ids=["cow", "proxy"])
+def mode(request, server, tmp_path):
+    """mode(name, content): a Mode on a disk of that content."""
+    need_punch(tmp_path)
+    if request.param is Proxy and not has_proxy():
+        pytest.skip("this version has no --proxy")
+    return lambda name, content: request.param(tmp_path / name, content, server)
+
+
+def start(server, mode):
+    return server(args=mode.arguments(mode.directory))
+
+
+def finish(server, mode, disk):
+    """The disk is all there, and goes on without its origin."""
+    s = start(server, mode)
+    if mode.can_clear:
+        ask(mode.control(mode.directory), "cache-all")
+        ask(mode.control(mode.directory), "switch")
+        mode.origin.stop()
+    shows(s, [[disk.block(b)] for b in range(disk.count)])
+    s.stop()
+    if mode.can_clear:
+        assert (mode.directory / mode.image).read_bytes() == disk.all()
+    assert mode.base.read_bytes() == disk.content, "the origin was changed"
+
+
+@pytest.mark.limit(120 + 2 * KILLS)
+def test_kill_at_random_moments(mode, server):
+    seed = random_seed()
+    print(f"XNBD_SEED={seed}")
+    for number in range(0, KILLS, KILLS_OF_A_DISK):
+        rng = random.Random(f"{seed}/{number}")
+        disk = Disk(pattern(0, 16 * MIB + 77))
+        m = mode(f"disk{number}", disk.content)
+        for _ in range(min(KILLS_OF_A_DISK, KILLS - number)):
+            s = start(server, m)
+            settle(s, disk, rng)
+            if m.can_clear:
+                ask(m.control(m.directory), "cache-all2 1")
+            assert live(s, disk, rng, rng.uniform(0.01, 0.3)) > 0
+        s = start(server, m)
+        settle(s, disk, rng)
+        s.kill()
+        finish(server, m, disk)
+
+
+# At a system call
+
+def perform(client, disk):
+    """A fixed sequence of operations; raises ConnectionError when the server goes."""
+    for round, name in enumerate(list(ALPHABET) * 2):
+        command, *rest = ALPHABET[name]
+        if rest:
+            rest[0] += round % 5 * 8 * BLOCK
+        op = Operation(command, *rest)
+        op.begin(disk)
+        cookie = client.request(op.command, op.at, op.length, op.flags, op.payload())
+        op.end(disk, client.collect(cookie))
+
+
+def is_killed(s, m, disk, output, call, number):
+    """Performs with a server that is killed at that call, if it gets there."""
+    with s.client() as c, traced(s, output, "-e", f"inject={call}:signal=SIGKILL:when={number}"):
+        if m.can_clear:
+            with contextlib.suppress(OSError):
+                ask(m.control(m.directory), "cache-all2 1")
+        try:
+            perform(c, disk)
+        except ConnectionError:
+            until(lambda: s.proc.poll() is not None, what="the end of the server")
+            return True
+    return False
+
+
+@pytest.mark.parametrize("call", ["pwrite64", "fdatasync", "fallocate", "sendmsg", "recvfrom",
+                                  "pread64", "preadv2"])
+def test_kill_at_each_system_call(mode, server, tmp_path, call):
+    """strace counts the calls of each thread on its own."""
+    for number in range(1, 9):
+        disk = Disk(pattern(0, MIB + 77))
+        m = mode(f"disk{number}", disk.content)
+        s = start(server, m)
+        killed = is_killed(s, m, disk, tmp_path / f"calls{number}", call, number)
+        s.kill()
+        s = start(server, m)
+        settle(s, disk, random.Random(number))
+        s.kill()
+        finish(server, m, disk)
+        if not killed:
+            break
+
+
+@pytest.mark.parametrize("call", ["fallocate", "pwrite64", "fsync", "ftruncate", "fdatasync",
+                                  "flock", "openat", "mmap"])
+def test_kill_in_the_first_start_is_no_obstacle(mode, server, tmp_path, call):
+    """Whatever it has created when it comes to that call, the next one goes on."""
+    disk = Disk(pattern(0, 10 * BLOCK))
+    for number in range(1, 40):
+        m = mode(f"disk{number}", disk.content)
+        if not killed_in_start(m, tmp_path / "told", call, number):
+            break
+        with another(server, m.arguments(m.directory)) as s:
+            assert s.addresses, f"{call} {number}: {s.log()}"
+            shows(s, [[disk.block(b)] for b in range(disk.count)])
+
+
+def killed_in_start(m, told, call, number):
+    """False if it listens in spite of that.  strace -D leaves the server as our child."""
+    with open(told, "wb") as log:
+        p = subprocess.Popen([need("strace", "strace"), "-D", "-f", "-o", "/dev/null", "-e",
+                              f"inject={call}:signal=SIGKILL:when={number}", SERVER,
+                              *m.arguments(m.directory)], stdin=subprocess.DEVNULL, stderr=log)
+    try:
+        until(lambda: p.poll() is not None or "listening" in told.read_text(), what="a start")
+        if p.poll() is not None and p.returncode != -signal.SIGKILL:
+            skip(f"needs to trace a process (root): {told.read_text().strip()}")
+        return p.poll() is not None
+    finally:
+        p.kill()
+        p.wait()

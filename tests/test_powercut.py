@@ -1,0 +1,1206 @@
+"""Power cuts at every moment: what the files may be then must keep the promise.
+
+powercut.c, preloaded into a server, records each change of its two files, each
+sync, and each request and reply, in one order.  Here the record is played
+back.  At each point of it we know what a power cut may leave: of each page of
+a file, of its size and of its name, what it was at the last completed sync or
+after any change since, one independently of the other.  And we know what the
+clients may rely on: the promise (class Promise).
+
+A block is read from its page in the image if the committed map has its bit,
+else from where the disk comes from: the base image, or the remote server.  So
+what it can read as depends on one page of the map and one of the image only,
+and looking at each pair of what these two may be covers all subsets of the
+changes that a power cut can lose.  Real servers are then started on some of
+the states, chosen at random; on all of those that a start can leave behind.
+
+The live map is a mapping, which the recorder cannot see: it is worth nothing
+after a power cut, and is filled with random bits.
+
+XNBD_POWERCUT_SECONDS=<seconds> lets the random test run longer;
+XNBD_SEED=<seed> repeats its operations.
+"""
+
+import contextlib
+import itertools
+import os
+import random
+import re
+import socket
+import struct
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+
+from conftest import SERVER, CRASH, make_disk, need, need_punch, skip
+from nbd import *
+from test_cow import fnv1a
+from test_model import random_seed
+from test_snapshot import leave
+
+BLOCK = 4096
+ZEROS = bytes(BLOCK)
+SECONDS = float(os.environ.get("XNBD_POWERCUT_SECONDS") or 4)
+ADDRESS = ["--laddr", "127.0.0.1", "--lport", "0"]
+CHANGES = (NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_CMD_TRIM)
+
+# powercut.c: the kinds of records, and the layout of what is before the bytes.
+(WRITE, TRUNCATE, ALLOCATE, ZERO, SYNC, SYNCED, CREATE, UNLINK, RENAME, LINK, RECEIVE,
+ SEND) = range(1, 13)
+RECORD = struct.Struct("=IIQQQQ")
+
+
+class Log:
+    """The record, read as it grows."""
+
+    def __init__(self, path):
+        self.path, self.place, self.rest = path, 0, b""
+        path.touch()
+
+    def read(self):
+        """Yields (kind, thread, file, at, length, bytes), whole records only."""
+        with open(self.path, "rb") as f:
+            f.seek(self.place)
+            data = self.rest + f.read()
+            self.place = f.tell()
+        at = 0
+        while at + RECORD.size <= len(data):
+            *head, size = RECORD.unpack_from(data, at)
+            end = at + RECORD.size + size
+            if end > len(data):
+                break
+            yield (*head, data[at + RECORD.size:end])
+            at = end
+        self.rest = data[at:]
+
+    def drop_rest(self):
+        """The server was killed, maybe in the middle of a record."""
+        os.truncate(self.path, self.place - len(self.rest))
+        self.place, self.rest = self.place - len(self.rest), b""
+
+
+# What may be on the disk
+
+class Versions:
+    """What something was at the last sync, and after each change since:
+    [(time, value)], the first one is the durable one."""
+
+    def __init__(self, value):
+        self.all = [(0, value)]
+
+    @property
+    def last(self):
+        return self.all[-1][1]
+
+    def values(self):
+        return [value for _, value in self.all]
+
+    def change(self, time, value):
+        """Whether that is another value."""
+        if value == self.last:
+            return False
+        self.all.append((time, value))
+        return True
+
+    def sync(self, begun):
+        """What was there when it began is durable; whether it is all now."""
+        durable = max(i for i, (time, _) in enumerate(self.all) if time < begun)
+        del self.all[:durable]
+        return len(self.all) == 1
+
+
+class File:
+    """A file as it may be on the disk, page by page."""
+
+    def __init__(self, data=b""):
+        self.size = Versions(len(data))
+        self.pages = {}
+        self.loose = set()          # pages that have changed since the last sync
+        for page in range(-(-len(data) // BLOCK)):
+            content = data[page * BLOCK:(page + 1) * BLOCK]
+            self.pages[page] = Versions(content.ljust(BLOCK, b"\0"))
+
+    def page(self, number):
+        if number not in self.pages:
+            self.pages[number] = Versions(ZEROS)
+        return self.pages[number]
+
+    def write(self, time, at, data):
+        """Returns the pages that have changed."""
+        changed, end = [], at + len(data)
+        for number in range(at // BLOCK, -(-end // BLOCK)):
+            start = number * BLOCK
+            first, last = max(at, start), min(end, start + BLOCK)
+            old = self.page(number).last
+            new = old[:first - start] + data[first - at:last - at] + old[last - start:]
+            if self.page(number).change(time, new):
+                changed.append(number)
+        self.loose.update(changed)
+        self.grow(time, end)
+        return changed
+
+    def grow(self, time, size):
+        self.size.change(time, max(self.size.last, size))
+        return []
+
+    def truncate(self, time, size):
+        old = self.size.last
+        self.size.change(time, size)
+        return self.write(time, size, bytes(old - size)) if size < old else []
+
+    def sync(self, begun):
+        self.size.sync(begun)
+        self.loose -= {n for n in self.loose if self.pages[n].sync(begun)}
+
+    def choose(self, choice):
+        """(size, {page: bytes}) of one of the states that it may have."""
+        return choice(self.size.values()), {n: choice(p.values()) for n, p in self.pages.items()}
+
+
+class Directory:
+    """The watched directory: names, and what files they may have on the disk."""
+
+    def __init__(self, path, important):
+        self.path, self.inode, self.important = path, path.stat().st_ino, important
+        self.names, self.files = {}, {}
+        for file in path.iterdir():
+            self.files[file.stat().st_ino] = File(file.read_bytes())
+            self.names[file.name] = Versions(self.files[file.stat().st_ino])
+
+    def name(self, name, time, file):
+        if name not in self.names:
+            self.names[name] = Versions(None)
+        self.names[name].change(time, file)
+
+    def candidates(self, name):
+        """The files, or None, that the name may stand for."""
+        return self.names[name].values() if name in self.names else [None]
+
+    def last(self, name):
+        return self.names[name].last if name in self.names else None
+
+    def sync(self, begun):
+        for versions in self.names.values():
+            versions.sync(begun)
+
+    def choose(self, choice):
+        """{name: (size, pages)} of a state, without temporary names."""
+        chosen = {name: choice(self.candidates(name)) for name in self.important}
+        return {name: file.choose(choice) for name, file in chosen.items() if file}
+
+
+# Operations, and what clients may rely on
+
+class Operation:
+    """A request.  Its cookie is its own for ever, so that the record can name it."""
+
+    cookies = itertools.count(1)
+    sent = {}
+
+    def __init__(self, command, at=0, length=0, flags=0):
+        self.command, self.at, self.length, self.flags = command, at, length, flags
+        self.cookie = next(self.cookies)
+        self.data = self.content()
+        self.sent[self.cookie] = self
+
+    def content(self):
+        """Bytes that no other operation writes, and that are nowhere zero."""
+        if self.command == NBD_CMD_READ:
+            return b""
+        if self.command != NBD_CMD_WRITE:
+            return bytes(self.length)
+        word = struct.pack("<IHBB", self.cookie | 1 << 31, 0xfffe, 0xfd, 0xfc)
+        return (word * (self.length // 8 + 1))[:self.length]
+
+    def __repr__(self):
+        fua = ", FUA" if self.flags & NBD_CMD_FLAG_FUA else ""
+        return f"#{self.cookie} {COMMANDS[self.command]}({self.at}, {self.length}{fua})"
+
+    def blocks(self):
+        return range(self.at // BLOCK, -(-(self.at + self.length) // BLOCK))
+
+    def apply(self, block, old):
+        """What the block, which was old, is afterwards.  A TRIM clears whole blocks."""
+        start = block * BLOCK
+        first, last = max(self.at - start, 0), min(self.at + self.length - start, len(old))
+        if self.command == NBD_CMD_TRIM and last - first < len(old):
+            return old
+        return old[:first] + self.data[first + start - self.at:last + start - self.at] + old[last:]
+
+
+class Promise:
+    """For each block: what it may read as after a power cut.
+
+    values[b]   what it was when the last change that is known to be durable was
+                done, and after each change since that the server has seen
+    first[b]    the number of the first of these, counted from the beginning
+    answered[b] the number of the last one that was acknowledged
+    """
+
+    def __init__(self, content):
+        blocks = [content[at:at + BLOCK] for at in range(0, len(content), BLOCK)]
+        self.origin = blocks
+        self.values = [[block] for block in blocks]
+        self.first, self.answered = [0] * len(blocks), [0] * len(blocks)
+        self.loose = set()          # blocks with answered changes that are not durable
+        self.past = {}              # block: [(what was done, value)], for messages
+
+    def add(self, block, value, why):
+        self.values[block].append(value)
+        self.past.setdefault(block, []).append((why, value))
+        del self.past[block][:-6]
+        return self.first[block] + len(self.values[block]) - 1
+
+    def request(self, op):
+        """The server has got its header."""
+        if op.command == NBD_CMD_FLUSH:
+            op.covers = self.answered_by_now()
+        elif op.command in CHANGES:
+            op.made = {b: self.add(b, op.apply(b, self.values[b][-1]), op) for b in op.blocks()}
+
+    def answered_by_now(self):
+        return {b: self.answered[b] for b in self.loose}
+
+    def reply(self, op):
+        """It was answered; returns the blocks of which less is allowed now."""
+        if op.command in CHANGES:
+            for block, number in op.made.items():
+                self.answered[block] = number
+            self.loose.update(op.made)
+        if op.command == NBD_CMD_FLUSH:
+            return self.durable(op.covers)
+        if op.command in CHANGES and op.flags & NBD_CMD_FLAG_FUA:
+            return self.durable(op.made)
+        return []
+
+    def durable(self, numbers):
+        """What was before these changes is gone."""
+        for block, number in numbers.items():
+            del self.values[block][:max(0, number - self.first[block])]
+            self.first[block] = max(self.first[block], number)
+            if self.first[block] >= self.answered[block]:
+                self.loose.discard(block)
+        return list(numbers)
+
+    def settle(self, values):
+        """What the blocks are now, for sure."""
+        self.__init__(b"".join(self.origin))
+        self.values = [[value] for value in values]
+
+    def describe(self, block, value):
+        if value == self.origin[block]:
+            return "as it is at the origin"
+        for why, known in reversed(self.past.get(block, [])):
+            if value == known:
+                return f"as it was after {why}"
+        return "zeros" if not value.strip(b"\0") else f"a mixture: {mixture(value)}"
+
+
+def mixture(value):
+    """The runs of a block: (length, first bytes)."""
+    words = [value[i:i + 8] for i in range(0, len(value), 8)]
+    return ", ".join(f"{8 * len(list(run))} x {word.hex()}"
+                     for word, run in itertools.islice(itertools.groupby(words), 6))
+
+
+# What passed through the sockets
+
+class Stream:
+    """One direction of a connection, cut into messages by a generator, which
+    yields how many bytes it wants next."""
+
+    def __init__(self, parser):
+        self.parser, self.have = parser, bytearray()
+        self.want = next(parser)
+
+    def feed(self, data):
+        self.have += data
+        while len(self.have) >= self.want:
+            message = bytes(self.have[:self.want])
+            del self.have[:self.want]
+            self.want = self.parser.send(message)
+
+
+def client_requests(on_request):
+    """What a client sends that does not ask for structured replies."""
+    option = None
+    yield 4                         # the client's flags
+    while option != NBD_OPT_GO:
+        _, option, length = struct.unpack(">QII", (yield 16))
+        yield length
+    while True:
+        *_, command, cookie, _, length = struct.unpack(">IHHQQI", (yield 28))
+        on_request(cookie)
+        yield length if command == NBD_CMD_WRITE else 0
+
+
+def server_replies(on_reply):
+    option = kind = None
+    yield 18                        # the greeting
+    while (option, kind) != (NBD_OPT_GO, NBD_REP_ACK):
+        _, option, kind, length = struct.unpack(">QIII", (yield 20))
+        yield length
+    while True:
+        _, error, cookie = struct.unpack(">IIQ", (yield 16))
+        op = on_reply(cookie, error)
+        yield op.length if op and op.command == NBD_CMD_READ and not error else 0
+
+
+def lines(on_line):
+    line = b""
+    while True:
+        byte = yield 1
+        line += byte
+        if byte == b"\n":
+            on_line(line.decode().strip())
+            line = b""
+
+
+class Socket:
+    """A connection: of a client, who is greeted by the server; to the origin,
+    which greets; or of the control socket, where lines are spoken."""
+
+    def __init__(self, cuts, kind, data):
+        if data.startswith(b"NBDMAGIC") and kind == SEND:
+            cuts.on_client()
+            self.streams = {RECEIVE: Stream(client_requests(cuts.on_request)),
+                            SEND: Stream(server_replies(cuts.on_reply))}
+        elif data.startswith(b"NBDMAGIC"):
+            self.streams = {}
+        else:
+            self.streams = {RECEIVE: Stream(lines(cuts.on_command)),
+                            SEND: Stream(lines(cuts.on_answer))}
+
+    def feed(self, kind, data):
+        if self.streams:
+            self.streams[kind].feed(data)
+
+
+# The check
+
+class PowerCuts:
+    """Plays the record back, and checks the promise at each point of it.
+
+    served      a client was greeted: from now on every state can be opened
+    switched    the image must be right without the bitmap, too; if that was
+                forced, the bitmap need not know
+    checked     how many values of blocks were looked at
+    """
+
+    def __init__(self, mode, log, promise):
+        self.mode, self.promise = mode, promise
+        self.log, self.directory = log, Directory(mode.directory, (mode.image, mode.bitmap))
+        self.time, self.checked = 0, 0
+        self.served = self.switched = self.forced = False
+        self.sockets, self.syncs = {}, {}
+        self.forgotten = {}         # by --clear-bitmap, when a client is greeted
+        self.commands = []          # of the control socket: (line, what it covers)
+        self.watchers = []          # called after each change that a power cut may lose
+
+    def catch_up(self):
+        """Plays back what is new in the record."""
+        for record in self.log.read():
+            self.time += 1
+            self.play(*record)
+
+    def play(self, kind, thread, inode, at, length, data):
+        if kind in (RECEIVE, SEND):
+            if inode not in self.sockets:
+                self.sockets[inode] = Socket(self, kind, data)
+            self.sockets[inode].feed(kind, data)
+            return
+        if kind == SYNC:
+            self.syncs[thread] = self.time
+        elif kind == SYNCED:
+            self.synced(self.syncs.pop(thread), inode, at)
+        elif kind in (CREATE, UNLINK, RENAME, LINK):
+            self.renamed(kind, inode, data.decode().split("\0"))
+        elif inode in self.directory.files:
+            self.changed(self.directory.files[inode], kind, at, length, data)
+        for watch in self.watchers:
+            watch()
+
+    def synced(self, begun, inode, ok):
+        for file in [self.directory, *self.directory.files.values()]:
+            if ok and (file is self.directory.files.get(inode)
+                       or (file is self.directory and inode == file.inode)):
+                file.sync(begun)
+
+    def renamed(self, kind, inode, names):
+        d = self.directory
+        if kind == CREATE:
+            d.files[inode] = File()
+            d.name(names[0], self.time, d.files[inode])
+        if kind in (RENAME, LINK):
+            d.name(names[1], self.time, d.last(names[0]))
+        if kind in (RENAME, UNLINK):
+            d.name(names[0], self.time, None)
+        self.check_all()
+
+    def changed(self, file, kind, at, length, data):
+        before = file.pages[1].last if 1 in file.pages else ZEROS
+        if kind == WRITE:
+            pages = file.write(self.time, at, data)
+        elif kind == ZERO:
+            pages = file.write(self.time, at, bytes(min(length, file.size.last - at)))
+        elif kind == TRUNCATE:
+            pages = file.truncate(self.time, at)
+        else:
+            pages = file.grow(self.time, at)
+        if file is self.directory.last(self.mode.bitmap):
+            self.map_changed(file, pages, before)
+        elif file is self.directory.last(self.mode.image):
+            self.check([page for page in pages if page < len(self.promise.values)])
+        self.check_files()
+
+    def map_changed(self, file, pages, before):
+        if 1 not in pages:
+            return
+        bits = int.from_bytes(before, "little") ^ int.from_bytes(file.pages[1].last, "little")
+        assert bits >> len(self.promise.values) == 0, "a bit behind the last block"
+        self.check([b for b in range(len(self.promise.values)) if bits >> b & 1])
+
+    # Requests and replies
+
+    def on_client(self):
+        if not self.served:
+            self.served = True
+            self.promise.durable(self.forgotten)
+            self.check_all()
+
+    def clearing(self):
+        """A start with --clear-bitmap follows: until a client is greeted, blocks
+        may be as before or as at the origin."""
+        p = self.promise
+        self.forgotten = {b: p.add(b, p.origin[b], "--clear-bitmap")
+                          for b in range(len(p.values))}
+        p.answered = list(self.forgotten.values())
+        self.served = False
+
+    def on_request(self, cookie):
+        if cookie in Operation.sent:
+            self.promise.request(Operation.sent[cookie])
+
+    def on_reply(self, cookie, error):
+        """READs of unknown cookies are not looked at, but they must be 0 long then."""
+        op = Operation.sent.get(cookie)
+        if op:
+            assert not error, f"{op}: error {error}"
+            self.check(self.promise.reply(op), f"the reply to {op}")
+            del Operation.sent[cookie]
+        return op
+
+    def on_command(self, line):
+        self.commands.append((line, self.promise.answered_by_now()))
+
+    def on_answer(self, line):
+        if line != "ok" and not line.startswith("error:"):
+            return
+        command, covers = self.commands.pop(0)
+        if command.startswith("switch") and line == "ok":
+            self.switched = True
+            self.promise.durable(covers)
+            self.check_all()
+
+    # What must be true
+
+    def states(self, block):
+        """What the block may read as."""
+        maps = [version for file in self.directory.candidates(self.mode.bitmap)
+                for version in (file.page(1).values() if file else [ZEROS])]
+        bits = {version[block // 8] >> block % 8 & 1 for version in maps}
+        if 0 in bits and not (self.switched and self.forced):
+            yield self.promise.origin[block], "its bit is not set"
+        if 1 not in bits and not self.switched:
+            return
+        size = len(self.promise.origin[block])
+        for file in self.directory.candidates(self.mode.image):
+            for version in file.page(block).values() if file else []:
+                yield version[:size], "its bit is set"
+
+    def check(self, blocks, when=None):
+        for block in blocks:
+            legal = self.promise.values[block]
+            for value, why in self.states(block):
+                self.checked += 1
+                if value not in legal:
+                    self.complain(block, value, why, when)
+
+    def complain(self, block, value, why, when):
+        told = self.promise.describe
+        raise AssertionError(
+            f"after a power cut at {when or f'record {self.time}'} block {block}, if {why}, may be "
+            f"{told(block, value)}; legal: "
+            + "; ".join(told(block, legal) for legal in self.promise.values[block]))
+
+    def check_all(self):
+        self.check(range(len(self.promise.values)))
+        self.check_files()
+
+    def check_files(self):
+        """The server can open what there may be."""
+        if not self.served:
+            return
+        image = self.directory.candidates(self.mode.image)
+        bitmap = self.directory.candidates(self.mode.bitmap)
+        assert None not in bitmap, "the bitmap file may not be there"
+        if any(page.strip(b"\0") for file in bitmap for page in file.page(1).values()):
+            assert None not in image, "the image may not be there"
+            assert all(size >= self.mode.size for file in image for size in file.size.values())
+        for file in bitmap:
+            assert set(file.size.values()) == {BLOCK + 2 * self.mode.map_bytes}
+            assert all(self.mode.is_header(page) for page in file.page(0).values())
+
+    # Between two servers
+
+    def ended(self):
+        """It has ended in order: all that was answered is durable."""
+        self.catch_up()
+        assert not self.log.rest
+        self.promise.durable(self.promise.answered_by_now())
+        self.check_all()
+        self.compare()
+        self.syncs.clear()
+
+    def killed(self):
+        """What it did last may not be in the record; the page cache has it."""
+        self.catch_up()
+        self.log.drop_rest()
+        self.syncs.clear()
+        self.time += 1
+        for name, file in self.files():
+            for page in self.differences(name, file):
+                file.write(self.time, page * BLOCK, self.real_page(name, page))
+
+    def files(self):
+        return [(name, v.last) for name, v in self.directory.names.items() if v.last]
+
+    def real_page(self, name, page):
+        with open(self.directory.path / name, "rb") as f:
+            return os.pread(f.fileno(), BLOCK, page * BLOCK)
+
+    def differences(self, name, file):
+        """Pages that are not as the record says."""
+        size = (self.directory.path / name).stat().st_size
+        assert size == file.size.last, f"{name}: {size} bytes, {file.size.last} by the record"
+        end = (size if name == self.mode.image else BLOCK + self.mode.map_bytes)
+        data = (self.directory.path / name).read_bytes()[:end]
+        return [n for n in range(-(-end // BLOCK)) if data[n * BLOCK:(n + 1) * BLOCK]
+                != file.page(n).last[:end - n * BLOCK]]
+
+    def compare(self):
+        """The recorder has missed nothing."""
+        for name, file in self.files():
+            assert not self.differences(name, file), f"{name} was changed in other ways"
+
+    def legal(self):
+        return [list(values) for values in self.promise.values]
+
+
+# The two modes
+
+class Mode:
+    """How a server is started in a directory, and what its files mean."""
+
+    def __init__(self, directory, content):
+        self.directory, self.content, self.size = directory, content, len(content)
+        directory.mkdir()
+        blocks = -(-self.size // BLOCK)
+        self.map_bytes = max(1, -(-blocks // 8 // BLOCK)) * BLOCK
+
+    def is_header(self, page):
+        """xnbd-bitmap(5)."""
+        magic, version, kind, block, size = struct.unpack_from("<8sIIQQ", page)
+        return ((magic, version, kind, block, size)
+                == (b"xnbdbmap", 1, self.kind, BLOCK, self.size)
+                and struct.unpack_from("<Q", page, 64)[0] == fnv1a(page[:64]))
+
+    def is_sound(self, state):
+        """Whether the files are all there, as a server leaves them."""
+        size, pages = state.get(self.bitmap, (0, {}))
+        return (self.image in state and state[self.image][0] >= self.size
+                and size == BLOCK + 2 * self.map_bytes and self.is_header(pages.get(0, ZEROS)))
+
+    def interpret(self, state, origin):
+        """What each block reads as."""
+        bits = state[self.bitmap][1].get(1, ZEROS) if self.bitmap in state else ZEROS
+        image = state[self.image][1] if self.image in state else {}
+        return [image.get(b, ZEROS)[:len(origin[b])] if bits[b // 8] >> b % 8 & 1 else origin[b]
+                for b in range(len(origin))]
+
+    def write(self, state, directory):
+        """The state as files: the machine has booted again, and the live map is junk."""
+        directory.mkdir(exist_ok=True)
+        for name, (size, pages) in state.items():
+            with open(directory / name, "wb") as f:
+                f.truncate(size)
+                for number, page in pages.items():
+                    if page.strip(b"\0"):
+                        os.pwrite(f.fileno(), page[:max(0, size - number * BLOCK)], number * BLOCK)
+                if name == self.bitmap:
+                    self.reboot(f.fileno(), size, pages.get(0, ZEROS))
+
+    def reboot(self, fd, size, header):
+        if self.is_header(header):
+            checked = header[:40] + uuid.uuid4().bytes + header[56:64]
+            os.pwrite(fd, checked + struct.pack("<Q", fnv1a(checked)), 0)
+        live = BLOCK + self.map_bytes
+        os.pwrite(fd, os.urandom(max(0, size - live)), live)
+
+
+class Cow(Mode):
+    kind, image, bitmap, can_clear = 1, "overlay", "overlay.map", False
+
+    def __init__(self, directory, content, start):
+        super().__init__(directory, content)
+        self.base = make_disk(directory.with_suffix(".base"), content=content)
+
+    def arguments(self, directory, *options):
+        return ["--cow-target", *ADDRESS, *options, "--cow-file", directory / self.image,
+                self.base]
+
+
+class Proxy(Mode):
+    kind, image, bitmap, can_clear = 2, "cache", "cache.map", True
+
+    def __init__(self, directory, content, start):
+        super().__init__(directory, content)
+        self.base = make_disk(directory.with_suffix(".base"), content=content)
+        self.origin = start(args=["--target", "--readonly", "--unix",
+                                  directory.with_suffix(".sock"), self.base])
+
+    def arguments(self, directory, *options):
+        return ["--proxy", *ADDRESS, *options, f"unix:{self.origin.unix}",
+                directory / self.image, directory / self.bitmap, self.control(directory)]
+
+    @staticmethod
+    def control(directory):
+        return directory.with_name(directory.name + ".ctl")
+
+
+def has_proxy():
+    shown = subprocess.run([SERVER, "--help"], capture_output=True, text=True).stdout
+    return "--proxy" in shown and "not in this version" not in shown
+
+
+# A recorded server
+
+@pytest.fixture(scope="session")
+def recorder(tmp_path_factory):
+    """The library, built."""
+    library = tmp_path_factory.mktemp("powercut") / "powercut.so"
+    subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-O1", "-o", library,
+                    Path(__file__).with_name("powercut.c"), "-ldl"], check=True)
+    return library
+
+
+class Rig:
+    """A mode's server, recorded, and a client; from start to start.
+
+    now     what each block is, as far as clients know
+    """
+
+    def __init__(self, mode, recorder, start):
+        self.mode, self.recorder, self.start_server = mode, recorder, start
+        self.log = Log(mode.directory.with_suffix(".log"))
+        self.states = itertools.count()
+        self.begin()
+
+    def begin(self, values=None):
+        """The record begins with the files that are there: with what they hold."""
+        promise = Promise(self.mode.content)
+        if values:
+            promise.settle(values)
+        self.now = [values[-1] for values in promise.values]
+        self.cuts = PowerCuts(self.mode, self.log, promise)
+        self.cuts.served = values is not None
+
+    def environment(self):
+        asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
+        return {**os.environ, "LD_PRELOAD": str(self.recorder), "ASAN_OPTIONS": asan,
+                "POWERCUT_DIRECTORY": str(self.mode.directory), "POWERCUT_LOG": str(self.log.path)}
+
+    def start(self, *options):
+        self.server = self.start_server(
+            args=self.mode.arguments(self.mode.directory, *options), env=self.environment())
+        self.cuts.catch_up()
+        if not self.log.place:
+            skip("needs a server that is linked dynamically")
+        self.client = self.server.client()
+        return self
+
+    def send(self, client, command, at=0, length=0, flags=0):
+        op = Operation(command, at, length, flags)
+        if op.command in CHANGES:
+            for b in op.blocks():
+                self.now[b] = op.apply(b, self.now[b])
+        op.expected = self.content(at, length) if command == NBD_CMD_READ else None
+        client.request(command, at, length, flags, op.data if command == NBD_CMD_WRITE else b"",
+                       cookie=op.cookie)
+        return op
+
+    @staticmethod
+    def collect(client, op):
+        reply = client.collect(op.cookie)
+        assert not reply.error and reply.data == op.expected, f"{op}: {reply}"
+
+    def do(self, *request):
+        op = self.send(self.client, *request)
+        self.collect(self.client, op)
+
+    def content(self, at, length):
+        first, last = at // BLOCK, -(-(at + length) // BLOCK)
+        return b"".join(self.now[first:last])[at - first * BLOCK:at - first * BLOCK + length]
+
+    def flush(self):
+        self.do(NBD_CMD_FLUSH)
+
+    def stop(self):
+        """In order, by SIGTERM."""
+        leave(self.server)
+        self.cuts.ended()
+
+    def kill(self):
+        """By SIGKILL; nothing is in flight."""
+        self.server.kill()
+        self.cuts.killed()
+
+    def is_committed(self):
+        """No change waits for a sync, and each that was answered is safe."""
+        self.cuts.catch_up()
+        return not any(file.loose for file in self.cuts.directory.files.values())
+
+    def ask(self, command):
+        return ask(self.mode.control(self.mode.directory), command)
+
+    def cut_power(self, choice):
+        """Kills the server; what it finds when it starts again is a chosen state."""
+        self.server.kill()
+        self.cuts.catch_up()
+        self.log.drop_rest()
+        state = self.cuts.directory.choose(choice)
+        assert self.mode.is_sound(state)
+        self.mode.write(state, self.mode.directory)
+        self.begin(self.mode.interpret(state, self.cuts.promise.origin))
+
+    def opens(self, state, legal, sound=True):
+        """A server that starts on that state shows only what is legal.  Where a
+        file may be missing it may refuse, and must tell what to do."""
+        directory = self.mode.directory.with_name(f"{self.mode.directory.name}.{next(self.states)}")
+        self.mode.write(state, directory)
+        with another(self.start_server, self.mode.arguments(directory)) as s:
+            if s.addresses:
+                shows(s, legal)
+            else:
+                assert not sound, s.log()
+                assert len(s.log().splitlines()) == 1 and str(directory) in s.log()
+                self.begins_afresh(directory, s.log())
+        for name in directory.iterdir():
+            name.unlink()
+
+    def begins_afresh(self, directory, told):
+        """It does what it tells."""
+        options = ["--clear-bitmap"] if self.mode.can_clear else []
+        assert all(option in told for option in options), told
+        if not options:
+            for name in directory.iterdir():
+                name.unlink()
+        with another(self.start_server, self.mode.arguments(directory, *options)) as s:
+            assert s.addresses, s.log()
+            shows(s, [[block] for block in self.cuts.promise.origin])
+
+
+def ask(path, command):
+    """Says a line on a control socket; returns the lines before "ok"."""
+    with socket.socket(socket.AF_UNIX) as control:
+        control.settimeout(DEADLINE)
+        control.connect(str(path))
+        control.sendall(command.encode() + b"\n")
+        with control.makefile() as answer:
+            return list(itertools.takewhile(lambda line: not is_last(line), answer))
+
+
+def is_last(line):
+    assert not line.startswith("error"), line
+    return line == "ok\n"
+
+
+@contextlib.contextmanager
+def another(start, arguments):
+    """A server that may refuse to start; it is killed in the end."""
+    s = start(args=arguments, wait=False)
+    until(lambda: s.addresses or s.proc.poll() is not None, what="a start or its end")
+    if s.addresses:
+        s.wait_ready()
+    else:
+        s.expected_status = 1
+        s.wait()
+    yield s
+    if s.addresses:
+        s.kill()
+
+
+def shows(server, legal):
+    """Each block is one of those that are legal for it."""
+    with server.client() as c:
+        for first in range(0, len(legal), 1024):
+            some = legal[first:first + 1024]
+            data = c.pread(sum(len(values[0]) for values in some), first * BLOCK)
+            for i, values in enumerate(some):
+                got = data[i * BLOCK:(i + 1) * BLOCK]
+                assert got in values, (f"block {first + i} is {mixture(got)}; legal: "
+                                       + "; ".join(map(mixture, values)))
+
+
+def one_of_all(index):
+    """For choose(): the states by number; [0] is left when it was a number of one."""
+    left = [index]
+
+    def choice(values):
+        left[0], i = divmod(left[0], len(values))
+        return values[i]
+
+    return choice, left
+
+
+def all_states(directory, most=1000):
+    """Every combination of what a power cut may leave, or so many of them."""
+    for index in range(most):
+        choice, left = one_of_all(index)
+        state = directory.choose(choice)
+        if left[0]:
+            break
+        yield state
+
+
+def identity(state):
+    """Equal for equal states."""
+    return repr(sorted((name, size, sorted((n, page) for n, page in pages.items()
+                                           if page.strip(b"\0")))
+                       for name, (size, pages) in state.items()))
+
+
+def make_rigs(kind, server, recorder, tmp_path):
+    """make(size): a Rig on a disk of that size, in a directory of its own."""
+    need_punch(tmp_path)
+    if kind is Proxy and not has_proxy():
+        pytest.skip("this version has no --proxy")
+    number = itertools.count()
+
+    def make(size):
+        directory = tmp_path.resolve() / f"rig{next(number)}"
+        return Rig(kind(directory, pattern(0, size), server), recorder, server)
+
+    return make
+
+
+@pytest.fixture(params=[Cow, Proxy], ids=["cow", "proxy"])
+def rig(request, server, recorder, tmp_path):
+    return make_rigs(request.param, server, recorder, tmp_path)
+
+
+@pytest.fixture
+def proxy_rig(server, recorder, tmp_path):
+    return make_rigs(Proxy, server, recorder, tmp_path)
+
+
+# Sequences
+
+# On a group of four blocks, of which the last is a neighbour that nobody touches.
+ALPHABET = {
+    "whole": (NBD_CMD_WRITE, BLOCK, BLOCK),
+    "part": (NBD_CMD_WRITE, BLOCK + 100, 300),
+    "across": (NBD_CMD_WRITE, BLOCK + 3000, 2096),
+    "long": (NBD_CMD_WRITE, 0, 3 * BLOCK),
+    "zero": (NBD_CMD_WRITE_ZEROES, BLOCK + 2048, 6144),
+    "trim": (NBD_CMD_TRIM, BLOCK, 2 * BLOCK),
+    "read": (NBD_CMD_READ, 0, 3 * BLOCK),
+    "FUA": (NBD_CMD_WRITE, BLOCK + 2000, 500, NBD_CMD_FLAG_FUA),
+    "flush": (NBD_CMD_FLUSH,),
+}
+GROUP = 4 * BLOCK
+STRIDE = 16 * BLOCK             # from group to group: no read-ahead gets so far
+
+
+def run(rig, name, group):
+    command, *rest = ALPHABET[name]
+    if rest:
+        rest[0] += group * STRIDE
+    rig.do(command, *rest)
+
+
+def in_groups(rig, sequences):
+    """Each on a group of its own, in any order, so that they are no sequential
+    reading.  A sequence ends with a flush: the next one finds nothing that
+    waits to be committed, as after a start."""
+    groups = random.Random(1).sample(range(len(sequences)), len(sequences))
+    for group, sequence in zip(groups, sequences):
+        for name in sequence:
+            if name == "kill":
+                rig.kill()
+                rig.start()
+            else:
+                run(rig, name, group)
+        rig.flush()
+        rig.cuts.catch_up()
+
+
+def sequences_of(length):
+    return list(itertools.product(ALPHABET, repeat=length))
+
+
+def test_all_sequences_of_up_to_three_operations(rig):
+    sequences = [s for length in (1, 2, 3) for s in sequences_of(length)]
+    r = rig(len(sequences) * STRIDE - BLOCK + 77).start()
+    in_groups(r, sequences)
+    r.stop()
+    assert r.cuts.checked > 1000
+
+
+def test_all_pairs_with_a_kill_between_them(rig):
+    """The second server believes the live map, and so the first's data must be
+    made durable by the second's commits."""
+    sequences = [(a, "kill", b) for a, b in sequences_of(2)]
+    r = rig(len(sequences) * STRIDE).start()
+    in_groups(r, sequences)
+    r.stop()
+
+
+# Starts
+
+def first_states(rig):
+    """{identity: (state, what each block may read as)} of what a start can leave
+    until a client is greeted."""
+    found = {}
+
+    def watch():
+        if not rig.cuts.served:
+            for state in all_states(rig.cuts.directory):
+                found[identity(state)] = state, rig.cuts.legal()
+
+    rig.cuts.watchers.append(watch)
+    return found
+
+
+def test_every_state_of_a_first_start_opens_or_tells_how(rig):
+    r = rig(40 * BLOCK + 77)
+    found = first_states(r)
+    r.start()
+    assert len(found) > 2
+    for state, legal in found.values():
+        r.opens(state, legal, sound=False)
+
+
+def test_a_first_operation_is_as_safe_as_later_ones(rig):
+    """Each on a server of its own, which it is the first to make do anything."""
+    for name in ALPHABET:
+        for last in ("flush", "stop"):
+            r = rig(4 * BLOCK).start()
+            run(r, name, 0)
+            if last == "flush":
+                r.flush()
+                r.kill()
+            else:
+                r.stop()
+
+
+# Random operations
+
+class Clients:
+    """Several connections whose requests in flight touch different blocks."""
+
+    KINDS = {NBD_CMD_WRITE: 10, NBD_CMD_WRITE_ZEROES: 2, NBD_CMD_TRIM: 2, NBD_CMD_READ: 4,
+             NBD_CMD_FLUSH: 3}
+
+    def __init__(self, rig, rng, count=3):
+        self.rig, self.rng = rig, rng
+        self.clients = [rig.server.client() for _ in range(count)]
+
+    def range(self):
+        """Whole blocks, or a part of one, or of several."""
+        size, kind = self.rig.mode.size, self.rng.random()
+        start = self.rng.randrange(size)
+        length = self.rng.choice([100, 2000, BLOCK, 2 * BLOCK, 5 * BLOCK])
+        if kind < 0.6:
+            start, length = start - start % BLOCK, max(BLOCK, length - length % BLOCK)
+        return start, min(length, size - start)
+
+    def request(self):
+        command, = self.rng.choices(list(self.KINDS), list(self.KINDS.values()))
+        if command == NBD_CMD_FLUSH:
+            return command, 0, 0
+        fua = command in CHANGES and self.rng.random() < 0.1
+        return command, *self.range(), NBD_CMD_FLAG_FUA if fua else 0
+
+    def send(self, count):
+        """Up to so many at once; returns what is in flight."""
+        busy, in_flight = set(), []
+        for command, at, length, *flags in [self.request() for _ in range(count)]:
+            blocks = set(range(at // BLOCK, -(-(at + length) // BLOCK)))
+            if busy & blocks:
+                continue
+            busy |= blocks
+            client = self.rng.choice(self.clients)
+            in_flight.append((client, self.rig.send(client, command, at, length, *flags)))
+        return in_flight
+
+    def collect(self, in_flight):
+        for client, op in in_flight:
+            self.rig.collect(client, op)
+
+    def turns(self, count):
+        for _ in range(count):
+            self.collect(self.send(self.rng.randrange(1, 7)))
+
+
+def random_choice(rng):
+    """For choose(): nothing that was not synced, all, or some."""
+    share = rng.choice([0, 0.1, 0.5, 0.9, 1])
+    return lambda values: values[0] if rng.random() >= share else rng.choice(values[1:] or values)
+
+
+class Sample:
+    """Some of the states of a record, each as likely as any other."""
+
+    def __init__(self, rig, rng, size):
+        self.rig, self.rng, self.size = rig, rng, size
+        self.seen, self.chosen = 0, []
+        rig.cuts.watchers.append(self.watch)
+
+    def watch(self):
+        if not self.rig.cuts.served:
+            return
+        self.seen += 1
+        if len(self.chosen) < self.size:
+            self.chosen.append(self.state())
+        elif self.rng.random() < self.size / self.seen:
+            self.chosen[self.rng.randrange(self.size)] = self.state()
+
+    def state(self):
+        return self.rig.cuts.directory.choose(random_choice(self.rng)), self.rig.cuts.legal()
+
+    def check(self):
+        for state, legal in self.chosen:
+            self.rig.opens(state, legal)
+
+
+def end_a_life(r, rng):
+    """In order, killed, or by a power cut; then it starts again."""
+    how = rng.choice([r.stop, r.kill, r.cut_power, r.cut_power])
+    how(random_choice(rng)) if how == r.cut_power else how()
+    r.start()
+
+
+@pytest.mark.limit(120 + 3 * int(SECONDS))
+def test_random_operations_and_power_cuts(rig):
+    seed, end = random_seed(), time.monotonic() + SECONDS
+    print(f"XNBD_SEED={seed}")
+    for disk in itertools.count():
+        if time.monotonic() > end:
+            break
+        rng = random.Random(f"{seed}/{disk}")
+        r = rig(rng.choice([10, 64, 200]) * BLOCK - rng.choice([0, 77])).start()
+        for _ in range(6):
+            sample = Sample(r, rng, 1)
+            Clients(r, rng).turns(rng.randrange(60))
+            r.cuts.catch_up()
+            sample.check()
+            end_a_life(r, rng)
+        r.stop()
+
+
+# What a proxy has besides
+
+def test_commit_without_a_flush(proxy_rig):
+    """Once a second, while something waits for it.  A server for each first
+    operation, so that they wait together, and no other hides what it forgot."""
+    firsts = [name for name in ALPHABET if name != "flush"]
+    rigs = {name: proxy_rig(len(ALPHABET) * STRIDE).start() for name in firsts}
+    seconds = random.Random(random_seed()).sample(list(ALPHABET), len(ALPHABET))
+    for group, second in enumerate(seconds[:9 if SECONDS > 60 else 3]):
+        for name, r in rigs.items():
+            run(r, name, group)
+        for r in rigs.values():
+            until(r.is_committed, what="a commit")
+            r.cuts.promise.durable(r.cuts.promise.answered_by_now())
+            r.cuts.check_all()
+        for r in rigs.values():
+            run(r, second, group)
+            r.flush()
+    for r in rigs.values():
+        r.stop()
+
+
+def load(r, rng, turns=30):
+    """Clients that have done something."""
+    clients = Clients(r, rng)
+    clients.turns(turns)
+    return clients
+
+
+@pytest.mark.parametrize("how", ["quiet", "with requests in flight", "forced"])
+def test_switch_leaves_an_image_that_is_complete_and_durable(proxy_rig, how):
+    """From its `ok` on, the image alone must be right, whatever the power does;
+    later writes to it are as safe as those to any disk."""
+    for turn in range(4):
+        rng = random.Random(f"{random_seed()}/{turn}")
+        r = proxy_rig(64 * BLOCK - 77).start()
+        clients = load(r, rng)
+        if how == "forced":
+            force_switch(r)
+        else:
+            r.ask("cache-all")
+            clients.turns(5)
+            in_flight = clients.send(6) if "flight" in how else []
+            r.ask("switch")
+            clients.collect(in_flight)
+        clients.turns(20)
+        r.cuts.catch_up()
+        assert r.cuts.switched
+        serves_alone(r, r.cuts.directory.choose(random_choice(rng)), r.cuts.legal())
+        r.stop()
+        assert (r.mode.directory / r.mode.image).read_bytes() == b"".join(r.now)
+
+
+def force_switch(r):
+    """What is not here reads as zeros then.  Only a client can tell what that was."""
+    p = r.cuts.promise
+    r.cuts.catch_up()
+    for b, block in enumerate(p.origin):
+        if r.now[b] == block:
+            p.add(b, block, p.add(b, bytes(len(block)), "switch force"))
+    r.cuts.forced = True
+    r.ask("switch force")
+    with r.server.client() as c:
+        r.now = [c.pread(len(block), b * BLOCK) for b, block in enumerate(p.origin)]
+    r.cuts.catch_up()
+    p.settle(r.now)
+    r.cuts.check_all()
+
+
+def serves_alone(r, state, legal):
+    """A target on the image shows what is legal."""
+    directory = r.mode.directory.with_suffix(".alone")
+    r.mode.write(state, directory)
+    with another(r.start_server, ["--target", *ADDRESS, directory / r.mode.image]) as s:
+        shows(s, legal)
+
+
+def test_clear_bitmap_forgets_for_good(proxy_rig):
+    """While it starts, blocks may be as before or as at the origin; once a client
+    is there, only the origin's."""
+    for turn in range(3):
+        rng = random.Random(f"{random_seed()}/{turn}")
+        r = proxy_rig(30 * BLOCK - 77).start()
+        load(r, rng)
+        r.stop() if turn % 2 else r.kill()
+        r.cuts.clearing()
+        found = first_states(r)
+        r.now = list(r.cuts.promise.origin)
+        r.start("--clear-bitmap")
+        for state, legal in found.values():
+            r.opens(state, legal, sound=False)
+        load(r, rng)
+        r.stop()
