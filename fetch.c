@@ -60,6 +60,14 @@ void fetcher_destroy(struct fetcher *f)
 	pthread_mutex_destroy(&f->lock);
 }
 
+/* What the origin wants its requests to begin and end at. */
+static uint64_t unit_of(const struct fetcher *f)
+{
+	uint32_t min = origin_limits(f->origin)->min_block;
+
+	return min > BLOCK_SIZE ? min : BLOCK_SIZE;
+}
+
 /* The table.  These are called with the lock. */
 
 static struct fetch **bucket_of(struct fetcher *f, uint64_t off)
@@ -157,19 +165,25 @@ static void log_store(struct fetcher *f, int error)
 		log_line("what is read from the origin is cached again");
 }
 
+/* Whether a fetch of what w needs, and no more, would be smaller. */
+static bool is_wider(const struct fetch *fetch, const struct waiter *w)
+{
+	uint64_t unit = unit_of(fetch->f);
+
+	return w->off / unit * unit > fetch->ask.off || w->off + w->len + unit <= end_of(fetch);
+}
+
 static void tell_waiters(struct fetch *fetch, struct waiter *w, int error)
 {
 	const uint8_t *buf = fetch->ask.error ? NULL : fetch->ask.buf;
 	struct waiter *next;
 
 	for (; w; w = next) {
-		bool wider = w->off > fetch->ask.off || w->off + w->len < end_of(fetch);
-
 		next = w->next;
 		if (buf)
 			w->done(w, buf + (w->off - fetch->ask.off), error);
 		else
-			w->done(w, NULL, wider && error == -EIO ? -EAGAIN : error);
+			w->done(w, NULL, error == -EIO && is_wider(fetch, w) ? -EAGAIN : error);
 	}
 }
 
@@ -219,14 +233,6 @@ static struct fetch *new_fetch(struct fetcher *f, uint64_t off, uint64_t end, ui
 	fetch->ask.off = off;
 	fetch->ask.len = fetch_fit(f, end - off, off, max);
 	return fetch;
-}
-
-/* What the origin wants its requests to begin and end at. */
-static uint64_t unit_of(const struct fetcher *f)
-{
-	uint32_t min = origin_limits(f->origin)->min_block;
-
-	return min > BLOCK_SIZE ? min : BLOCK_SIZE;
 }
 
 /* off is a multiple of the unit; so is the result, but at the end of the disk. */
