@@ -218,8 +218,20 @@ static void run_job(struct job *job)
 		request_done(r, ret);
 }
 
-void request_queue(struct request *r)
+void request_again(struct request *r)
 {
 	r->job.run = run_job;
 	worker_submit(&r->job);
+}
+
+void request_queue(struct request *r)
+{
+	if (r->h.cmd != NBD_CMD_READ || r->backend->ops->fetch(r->backend, r) != PENDING)
+		request_again(r);
+}
+
+int backend_fetches_nothing(struct backend *b, struct request *r)
+{
+	(void)b, (void)r;
+	return -EAGAIN;
 }

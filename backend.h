@@ -36,6 +36,12 @@ struct backend_ops {
 	int (*read)(struct backend *b, struct request *r, enum how how);
 
 	/*
+	 * Begin a READ whose range has to be brought from elsewhere, without blocking: r->buf is
+	 * the request's own.  PENDING, or -EAGAIN: let a worker read.
+	 */
+	int (*fetch)(struct backend *b, struct request *r);
+
+	/*
 	 * Point iov, of max entries, at memory that holds the range, all of it there without
 	 * waiting for the disk.  Returns the number of entries, or 0 if there is no such
 	 * memory.  The memory stays mapped as long as the backend, is for the kernel to read,
@@ -125,8 +131,17 @@ void gate_open(struct gate *g);
  */
 int request_try(struct request *r);
 
-/* Let a worker carry it out; r->done is called, maybe before this returns. */
+/*
+ * Let a worker carry it out, or whoever brings what a READ wants; r->buf is its own.  r->done is
+ * called, maybe before this returns.
+ */
 void request_queue(struct request *r);
+
+/* The same, but a worker in any case: for backends, of what was PENDING. */
+void request_again(struct request *r);
+
+/* The fetch operation of backends that bring nothing from elsewhere. */
+int backend_fetches_nothing(struct backend *b, struct request *r);
 
 /* Make durable what the WRITE r did, if it asked for FUA: 0, -errno or PENDING. */
 int request_commit(struct request *r);

@@ -558,12 +558,14 @@ struct progress {
 	bool complete;			/* has been shown */
 };
 
-/* Rounded down, so that 1000 means all. */
+/* Rounded down: 1000 means all.  Numbers that no disk has are only not to overflow. */
 static unsigned permille(const struct progress *p)
 {
 	if (p->cached >= p->blocks)
 		return 1000;
-	return (unsigned)(1000.0L * (long double)p->cached / (long double)p->blocks);
+	if (p->blocks > UINT64_MAX / 1000)
+		return (unsigned)(p->cached / (p->blocks / 1000 + 1));
+	return (unsigned)(p->cached * 1000 / p->blocks);
 }
 
 /* Such as "42.7%  103.4 MiB/s  0:01:23 left". */

@@ -43,8 +43,8 @@ static struct cache *to_cache(struct backend *b)
 
 /* Reading */
 
-/* On a worker: what is held from the image, the rest from the origin. */
-static int read_missing(struct cache *c, struct request *r)
+/* What is held from the image, the rest from the origin. */
+static int read_missing(struct cache *c, struct request *r, enum how how)
 {
 	uint64_t off = r->h.off, end = off + r->h.len;
 	struct miss *m = miss_new(&c->fetcher, r);
@@ -55,7 +55,7 @@ static int read_missing(struct cache *c, struct request *r)
 		uint64_t n = layer_run(&c->layer, end - off, off, &held);
 
 		if (held) {
-			err = disk_read(c->layer.disk, r->buf + (off - r->h.off), n, off, WAIT);
+			err = disk_read(c->layer.disk, r->buf + (off - r->h.off), n, off, how);
 			off += n;
 		} else {
 			int64_t added = miss_add(m, n, off);
@@ -79,10 +79,17 @@ static int op_read(struct backend *b, struct request *r, enum how how)
 			ahead_hit(&c->ahead, len, off);
 		return disk_read(c->layer.disk, r->buf, len, off, how);
 	}
-	if (how == TRY)
+	return how == TRY ? -EAGAIN : read_missing(c, r, WAIT);
+}
+
+static int op_fetch(struct backend *b, struct request *r)
+{
+	struct cache *c = to_cache(b);
+
+	if (layer_holds(&c->layer, r->h.len, r->h.off))
 		return -EAGAIN;
-	ahead_missed(&c->ahead, len, off);
-	return read_missing(c, r);
+	ahead_missed(&c->ahead, r->h.len, r->h.off);
+	return read_missing(c, r, TRY);
 }
 
 static int op_map(struct backend *b, const struct request *r, struct iovec *iov, int max)
@@ -341,6 +348,7 @@ static void op_close(struct backend *b)
 static const struct backend_ops cache_ops = {
 	.name = "cache",
 	.read = op_read,
+	.fetch = op_fetch,
 	.map = op_map,
 	.write = op_write,
 	.flush = op_flush,
@@ -474,7 +482,7 @@ int cache_zero_missing(struct backend *b, uint64_t *zeroed)
 		n = b->size - off < ZERO_STEP ? b->size - off : ZERO_STEP;
 		n = layer_run(l, n, off, &held);
 		if (!held)
-			err = layer_fill(l, NULL, n, off);
+			err = layer_fill(l, NULL, n, off, WAIT);
 	}
 	*zeroed = before - layer_missing(l);
 	return err;

@@ -329,7 +329,7 @@ static bool make_zeros(struct copy *c, uint64_t end)
 		len = ZERO_STEP;
 	if (len == 0)
 		return false;
-	err = layer_fill(c->layer, NULL, len, c->pos);
+	err = layer_fill(c->layer, NULL, len, c->pos, WAIT);
 	if (err)
 		set_error(c, err);
 	c->pos += len;

@@ -169,6 +169,7 @@ static void op_close(struct backend *b)
 static const struct backend_ops cow_ops = {
 	.name = "cow",
 	.read = op_read,
+	.fetch = backend_fetches_nothing,
 	.map = op_map,
 	.write = op_write,
 	.flush = op_flush,

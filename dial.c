@@ -24,7 +24,10 @@
 
 enum {
 	DIAL_STACK = 256 * 1024,	/* resolvers are greedy */
+	DIALS_MAX = 32,			/* more than that hang */
 };
+
+static atomic_uint dials;
 
 static const char NBD_PORT[] = "10809";
 
@@ -297,6 +300,7 @@ static void let_go(struct dial *d)
 {
 	if (atomic_fetch_sub(&d->holders, 1) > 1)
 		return;
+	atomic_fetch_sub(&dials, 1);
 	if (d->fd >= 0)
 		close(d->fd);
 	close(d->thread);
@@ -336,10 +340,13 @@ static int start_thread(struct dial *d)
 
 struct dial *dial_start(const struct dial_target *t, unsigned timeout_ms)
 {
-	struct dial *d = calloc(1, sizeof(*d));
+	struct dial *d = NULL;
 	int pair[2];
 
+	if (atomic_fetch_add(&dials, 1) < DIALS_MAX)
+		d = calloc(1, sizeof(*d));
 	if (!d || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) < 0) {
+		atomic_fetch_sub(&dials, 1);
 		free(d);
 		return NULL;
 	}

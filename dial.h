@@ -29,7 +29,10 @@ void dial_target_free(struct dial_target *t);
 
 struct dial;
 
-/* Start an attempt, that takes up to timeout_ms.  NULL if out of memory, or of descriptors. */
+/*
+ * Start an attempt, that takes up to timeout_ms.  NULL if out of memory or
+ * descriptors, or if too many that were given up still hang.
+ */
 struct dial *dial_start(const struct dial_target *t, unsigned timeout_ms);
 
 /* A descriptor that is readable when the attempt has ended. */

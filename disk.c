@@ -491,6 +491,7 @@ static void op_close(struct backend *b)
 static const struct backend_ops disk_ops = {
 	.name = "disk",
 	.read = op_read,
+	.fetch = backend_fetches_nothing,
 	.map = op_map,
 	.write = op_write,
 	.flush = op_flush,

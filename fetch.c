@@ -2,8 +2,9 @@
  * fetch.c - blocks on their way from the origin into the cache image: see fetch.h.
  *
  *	miss_add()   a block is not held: join the fetch that brings it, or begin one
- *	arrived()    the origin has answered: give it to a worker
- *	store()      put it into the image, set the bits, then tell all who wait
+ *	arrived()    the origin has answered
+ *	store()      put it into the image and set the bits; a worker does, unless it is small
+ *	settle()     tell all who wait
  *
  * Who looks whether a block is held, and then for its fetch, does so under the lock.  A fetch is
  * taken from the table under the lock, after its bits were set.  So nobody misses both.
@@ -19,7 +20,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ZERO_PIECE = 64 * 1024 };	/* zeros are looked for in pieces of this */
+enum {
+	ZERO_PIECE = 64 * 1024,		/* zeros are looked for in pieces of this */
+	SMALL = 32 * 1024,		/* is stored by the origin's thread, if that does not block */
+};
 
 struct fetch {
 	struct origin_request ask;	/* the first: arrived() relies on it */
@@ -139,7 +143,7 @@ static uint64_t zero_run(const uint8_t *p, uint64_t len, bool *zero)
 	return n;
 }
 
-static int fill(struct fetcher *f, const uint8_t *buf, uint64_t len, uint64_t off)
+static int fill(struct fetcher *f, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	int ret = 0;
 
@@ -147,7 +151,8 @@ static int fill(struct fetcher *f, const uint8_t *buf, uint64_t len, uint64_t of
 		bool zero = false;
 		uint64_t n = zero_run(buf, len, &zero);
 
-		ret = layer_fill(f->layer, zero ? NULL : buf, n, off);
+		ret = zero && how == TRY ? -EAGAIN :
+					   layer_fill(f->layer, zero ? NULL : buf, n, off, how);
 		buf += n;
 		off += n;
 		len -= n;
@@ -187,15 +192,13 @@ static void tell_waiters(struct fetch *fetch, struct waiter *w, int error)
 	}
 }
 
-static void store(struct job *job)
+/* The data is stored, or cannot be had or stored: tell all who wait. */
+static void settle(struct fetch *fetch, int error)
 {
-	struct fetch *fetch = (struct fetch *)((char *)job - offsetof(struct fetch, job));
 	struct fetcher *f = fetch->f;
 	struct waiter *waiting;
-	int error = fetch->ask.error;
 
-	if (!error) {
-		error = fill(f, fetch->ask.buf, fetch->ask.len, fetch->ask.off);
+	if (!fetch->ask.error) {
 		log_store(f, error);
 		origin_stored(f->origin, fetch->ask.len);
 	}
@@ -210,12 +213,30 @@ static void store(struct job *job)
 	free(fetch);
 }
 
+static int store(struct fetch *fetch, enum how how)
+{
+	return fill(fetch->f, fetch->ask.buf, fetch->ask.len, fetch->ask.off, how);
+}
+
+static void store_job(struct job *job)
+{
+	struct fetch *fetch = (struct fetch *)((char *)job - offsetof(struct fetch, job));
+
+	settle(fetch, store(fetch, WAIT));
+}
+
 /* The origin's thread. */
 static void arrived(struct origin_request *ask)
 {
 	struct fetch *fetch = (struct fetch *)ask;
+	int error = ask->error;
 
-	worker_submit(&fetch->job);
+	if (!error)
+		error = ask->len <= SMALL ? store(fetch, TRY) : -EAGAIN;
+	if (error != -EAGAIN)
+		settle(fetch, error);
+	else
+		worker_submit(&fetch->job);
 }
 
 /* The request for blocks from off to end: what lies within the origin's blocks, and one region. */
@@ -227,7 +248,7 @@ static struct fetch *new_fetch(struct fetcher *f, uint64_t off, uint64_t end, ui
 	if (!fetch)
 		return NULL;
 	fetch->f = f;
-	fetch->job.run = store;
+	fetch->job.run = store_job;
 	fetch->ask.done = arrived;
 	fetch->ask.priority = priority;
 	fetch->ask.off = off;
@@ -332,7 +353,7 @@ static void finish(struct miss *m)
 	if (error || !again)
 		request_done(r, error);
 	else
-		request_queue(r);
+		request_again(r);
 }
 
 static void drop(struct miss *m)
@@ -456,7 +477,9 @@ int miss_wait(struct miss *m, int err)
 		free(m);
 		return err;
 	}
-	if (err)
+	if (err == -EAGAIN)
+		atomic_store(&m->again, true);
+	else if (err)
 		fail(m, err);
 	drop(m);
 	return PENDING;

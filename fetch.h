@@ -36,7 +36,7 @@ struct waiter {
 	uint64_t off, len;
 
 	/*
-	 * Called by a worker.  With buf, the range's bytes as the origin has them; error tells
+	 * Called by a worker or the origin's thread; must not block.  With buf, the range's bytes as the origin has them; error tells
 	 * then why they could not be stored, or is 0.  Without: error is the origin's, or
 	 * -EAGAIN: more than the range was asked for, and less may succeed.
 	 */
@@ -75,7 +75,10 @@ struct miss *miss_new(struct fetcher *f, struct request *r);
  */
 int64_t miss_add(struct miss *m, uint64_t len, uint64_t off);
 
-/* All is added.  Returns the outcome of r's operation: err if that is not 0, or PENDING. */
+/*
+ * All is added.  Returns the outcome of r's operation: PENDING, or err if nothing was added.  With
+ * -EAGAIN it is carried out again, also if it is a READ.
+ */
 int miss_wait(struct miss *m, int err);
 
 #endif

@@ -237,27 +237,28 @@ int layer_trim(struct layer *l, uint64_t len, uint64_t off, uint64_t *fresh)
 }
 
 /* A run that is not held and stays so, since its range is taken. */
-static int fill_run(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off)
+static int fill_run(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	int ret = buf ? disk_write(l->disk, buf, len, off, WAIT) : disk_zero(l->disk, len, off, 0);
+	int ret = buf ? disk_write(l->disk, buf, len, off, how) : disk_zero(l->disk, len, off, 0);
 
 	if (ret == 0)
 		set_held(l, len, off);
 	return ret;
 }
 
-int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off)
+int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	struct range range = blocks_of(len, off);
 	int ret = 0;
 
-	ranges_take(&l->first_writes, &range, true);
+	if (!ranges_take(&l->first_writes, &range, how == WAIT))
+		return -EAGAIN;
 	while (len > 0 && ret == 0) {
 		bool held;
 		uint64_t n = layer_run(l, len, off, &held);
 
 		if (!held)
-			ret = fill_run(l, buf, n, off);
+			ret = fill_run(l, buf, n, off, how);
 		if (buf)
 			buf += n;
 		off += n;

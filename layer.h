@@ -71,9 +71,9 @@ int layer_trim(struct layer *l, uint64_t len, uint64_t off, uint64_t *fresh);
 
 /*
  * Hold what is not held of a range of whole blocks; what is held stays as it is.  buf has the
- * bytes of the range; NULL means zeros.  Blocks.
+ * bytes of the range; NULL means zeros, which blocks.  0, -errno, or -EAGAIN for TRY.
  */
-int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off);
+int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 
 /* The flush operation of a backend. */
 int layer_flush(struct layer *l, struct request *r);

@@ -181,6 +181,8 @@ static enum proto_next transmit(struct proto_client *c)
 	    o->min_block > MIN_BLOCK_MAX || max < o->min_block || max < MAX_BLOCK_MIN)
 		return fail(c, "block sizes of %lu to %lu bytes cannot be used",
 			    (unsigned long)o->min_block, (unsigned long)max);
+	if (!(o->flags & NBD_FLAG_HAS_FLAGS))
+		o->flags = 0;
 	o->max_block = max > PROTO_MAX_PAYLOAD ? PROTO_MAX_PAYLOAD : power_of_two_below(max);
 	c->name = NULL;
 	return PROTO_TRANSMIT;

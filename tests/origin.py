@@ -1002,10 +1002,6 @@ def finish(r):
     return none_chunk(r.cookie)
 
 
-def two_simple_errors(request):
-    return simple_reply(request.cookie, NBD_EIO) * 2
-
-
 def extents_instead(r):
     return status_chunk(r.cookie, [(r.length, HOLE)])
 
@@ -1017,7 +1013,6 @@ BAD_REPLIES = {
     "wrong cookie": wrong_cookie,
     "cookie of an answered request": cookie_of_an_answered_request,
     "answered twice": answered_twice,
-    "error twice": two_simple_errors,
     "the form that was not negotiated": other_form,
     "extended reply": extended_reply,
     "trailing garbage": lambda r: whole(r) + b"garbage!" * 8,
