@@ -375,6 +375,19 @@ static bool is_same_file(const char *a, const char *b)
 	       sa.st_ino == sb.st_ino;
 }
 
+/* Whether an image that is there can be used: to be known before anything is changed. */
+static bool can_open(const char *path)
+{
+	struct stat st;
+	struct disk *d;
+
+	if (stat(path, &st) < 0)
+		return true;
+	d = disk_open(path, false);
+	disk_close(d);
+	return d != NULL;
+}
+
 /* Create the image, or extend one that holds nothing as yet.  False after logging why not. */
 static bool prepare_image(const char *path, uint64_t size, uint64_t held)
 {
@@ -404,6 +417,8 @@ static bool open_layer(struct cache *c, const struct cache_options *o)
 	const struct bitmap_identity id = { BITMAP_CACHE, c->backend.size, 0 };
 	struct layer *l = &c->layer;
 
+	if (!can_open(o->image))
+		return false;
 	l->map = bitmap_open(o->bitmap, &id, o->clear);
 	if (l->map && is_same_file(o->image, o->bitmap)) {
 		log_failure("cache image %s and bitmap file %s are the same file", o->image,

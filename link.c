@@ -11,6 +11,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -36,6 +37,7 @@ struct slot {
 struct link {
 	int fd;
 	struct proto_offer offer;
+	char reason[48];		/* room for what is said of its end */
 	uint64_t cookies;		/* given out */
 	uint64_t heard;			/* when a byte came last, or when it began to owe */
 	uint64_t answered;		/* the latest time of asking of what was answered */
@@ -430,14 +432,16 @@ const char *link_receive(struct link *l, uint64_t now, struct origin_request **f
 }
 
 /* Not only who is silent is dead: an answer may be lost among others that come. */
-const char *link_check(const struct link *l, uint64_t now, unsigned timeout_ms, uint64_t *left)
+const char *link_check(struct link *l, uint64_t now, unsigned timeout_ms, uint64_t *left)
 {
 	uint64_t silent = now - l->heard;
 
 	if (l->count == 0)
 		return NULL;
-	if (silent >= timeout_ms)
-		return "no answer";
+	if (silent >= timeout_ms) {
+		snprintf(l->reason, sizeof(l->reason), "no answer for %u s", timeout_ms / 1000);
+		return l->reason;
+	}
 	if (l->answered >= l->oldest->asked + timeout_ms)
 		return "an answer is overdue";
 	if (timeout_ms - silent < *left)

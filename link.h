@@ -36,7 +36,10 @@ uint64_t link_owes(const struct link *l);
 /* Ask; r->sent is set already.  It goes out with link_send(). */
 void link_ask(struct link *l, struct origin_request *r, uint64_t now);
 
-/* The functions below return NULL, or why the link is of no use any more. */
+/*
+ * The functions below return NULL, or why the link is of no use any more, in words that last
+ * as long as the link.
+ */
 
 /* Send what has been asked. */
 const char *link_send(struct link *l);
@@ -52,6 +55,6 @@ const char *link_receive(struct link *l, uint64_t now, struct origin_request **f
  * A link that owes something and has been silent for timeout_ms is dead.  *left becomes the time
  * until then, or stays as it is.
  */
-const char *link_check(const struct link *l, uint64_t now, unsigned timeout_ms, uint64_t *left);
+const char *link_check(struct link *l, uint64_t now, unsigned timeout_ms, uint64_t *left);
 
 #endif

@@ -67,6 +67,7 @@ struct origin {
 	struct redirect *redirect;	/* one under way */
 	struct dial_target *target;	/* written by the thread, which reads it without the lock */
 	char reason[PROTO_REASON_MAX];	/* why there is no link; likewise */
+	uint64_t fetched;		/* bytes of data */
 	bool cancelled, ended;
 	bool opened;			/* the first link is there; written before the thread is */
 
@@ -74,7 +75,8 @@ struct origin {
 	atomic_bool mail, sleeping;
 	atomic_uint up;			/* links */
 	atomic_bool tells_extents;
-	atomic_uint_fast64_t unstored, fetched, waiting;
+	atomic_size_t unstored;		/* bytes delivered, and not put away */
+	atomic_uint waiting;		/* requests that are not done */
 
 	/* The thread's own. */
 	struct queue queue[ORIGIN_PRIORITIES];
@@ -155,7 +157,7 @@ static void finish(struct origin *o, struct origin_request *r, int error)
 {
 	r->error = error;
 	if (!error && !r->extent)
-		atomic_fetch_add(&o->unstored, r->len);
+		atomic_fetch_add(&o->unstored, (size_t)r->len);
 	atomic_fetch_sub(&o->waiting, 1);
 	r->done(r);
 }
@@ -246,13 +248,15 @@ static void back_off(struct line *line)
 
 static void lose(struct origin *o, struct line *line, const char *reason)
 {
+	struct link *link = line->link;
+
 	back_off(line);
-	queue_again(o, link_free(line->link));
 	line->link = NULL;
 	publish(o);
 	if (!first_link(o))
 		set_reason(o, "");
 	complain(o, first_link(o) ? "one of the links lost" : "link lost", reason);
+	queue_again(o, link_free(link));
 }
 
 /* NULL, or why this is not the disk that it was. */
@@ -481,7 +485,14 @@ static void feed(struct origin *o)
 			ask(o, l, queue_take(&o->queue[i]), now);
 }
 
-/* Send, receive.  NULL, or why the link must be given up. */
+static void count_bytes(struct origin *o, uint64_t bytes)
+{
+	pthread_mutex_lock(&o->lock);
+	o->fetched += bytes;
+	pthread_mutex_unlock(&o->lock);
+}
+
+/* Receive, for a while.  NULL, or why the link must be given up. */
 static const char *receive(struct origin *o, struct link *l)
 {
 	const char *wrong = NULL;
@@ -492,7 +503,7 @@ static const char *receive(struct origin *o, struct link *l)
 		uint64_t bytes;
 
 		wrong = link_receive(l, clock_ms(o), &finished, &more, &bytes);
-		atomic_fetch_add(&o->fetched, bytes);
+		count_bytes(o, bytes);
 		finish_all(o, finished);
 	}
 	return wrong;
@@ -769,7 +780,7 @@ void origin_submit(struct origin *o, struct origin_request *r)
 
 void origin_stored(struct origin *o, uint64_t bytes)
 {
-	uint64_t before = atomic_fetch_sub(&o->unstored, bytes);
+	size_t before = atomic_fetch_sub(&o->unstored, (size_t)bytes);
 
 	if (before > UNSTORED_MAX && before - bytes <= UNSTORED_MAX)
 		wake(o);
@@ -873,10 +884,10 @@ void origin_status(struct origin *o, struct origin_status *status)
 	copy_short(status->address, sizeof(status->address), o->target->address);
 	copy_short(status->export_name, sizeof(status->export_name), o->target->export_name);
 	copy_short(status->reason, sizeof(status->reason), o->reason);
+	status->fetched = o->fetched;
 	pthread_mutex_unlock(&o->lock);
 	status->links = atomic_load(&o->up);
 	status->up = status->links > 0;
-	status->fetched = atomic_load(&o->fetched);
 	status->waiting = atomic_load(&o->waiting);
 }
 

@@ -283,7 +283,6 @@ def test_kill_in_the_first_start_is_no_obstacle(mode, server, tmp_path, call):
         if not killed_in_start(m, tmp_path / "told", call, number):
             break
         with another(server, m.arguments(m.directory)) as s:
-            assert s.addresses, f"{call} {number}: {s.log()}"
             shows(s, [[disk.block(b)] for b in range(disk.count)])
 
 

@@ -301,6 +301,8 @@ def stopped(process):
     """A black hole: nothing is reset, nothing is answered."""
     process.proc.send_signal(signal.SIGSTOP)
     try:
+        until(lambda: all(" (stopped)" in (task / "status").read_text() for task in
+                          Path(f"/proc/{process.proc.pid}/task").iterdir()), what="a stop")
         yield
     finally:
         process.proc.send_signal(signal.SIGCONT)
