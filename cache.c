@@ -262,16 +262,20 @@ static void answered(struct origin_request *ask)
 {
 	struct question *q = (struct question *)ask;
 	struct request *r = q->r;
-	int error = ask->error;
+	bool cancelled = ask->error == -ECANCELED;
 
-	r->extents = error ? 0 : ask->extents;
+	r->extents = ask->error ? 0 : ask->extents;
 	cut_extents(r, q->skip, q->len);
 	if (r->extents == 0) {
 		r->extent[0] = (struct extent){ q->len, 0 };
 		r->extents = 1;
 	}
 	free(q);
-	request_done(r, error == -ECANCELED ? -ESHUTDOWN : 0);
+	/* At a switch the blocks are held by now. */
+	if (cancelled && layer_holds(&to_cache(r->backend)->layer, 1, r->h.off))
+		request_again(r);
+	else
+		request_done(r, cancelled ? -ESHUTDOWN : 0);
 }
 
 /* The len bytes at the beginning of r's range are not held. */

@@ -27,7 +27,7 @@ enum {
 	REQUEST_BYTES = 1024 * 1024,	/* the default */
 	MAP_EXTENTS = 1024,
 	MAP_BYTES = 1024 * 1024 * 1024,	/* asked about at once */
-	ZERO_STEP = 1024 * 1024 * 1024,	/* zeroed at once */
+	ZERO_STEP = 64 * 1024 * 1024,	/* zeroed while others wait */
 
 	WINDOW_MIN = 2,			/* requests under way */
 	WINDOW_START = 4,

@@ -677,6 +677,8 @@ int main(int argc, char **argv)
 	if (start(&s)) {
 		run(&s);
 		status = EXIT_SUCCESS;
+	} else {
+		worker_stop();		/* a commit may be due */
 	}
 	if (s.backend)
 		s.backend->ops->close(s.backend);

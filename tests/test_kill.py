@@ -27,6 +27,7 @@ from test_powercut import (ALPHABET, BLOCK, CHANGES, Cow, Proxy, another, ask, h
                            shows)
 from test_powercut import Operation as Change
 
+hazard = pytest.mark.hazard
 MIB = 1 << 20
 KILLS = int(os.environ.get("XNBD_KILLS") or 50)
 KILLS_OF_A_DISK = 5             # then it is migrated, and another one begins
@@ -207,6 +208,7 @@ def finish(server, mode, disk):
     assert mode.base.read_bytes() == disk.content, "the origin was changed"
 
 
+@hazard("block marked before its data arrived: kill -9 leaves zeros that count as cached")
 @pytest.mark.limit(120 + 2 * KILLS)
 def test_kill_at_random_moments(mode, server):
     seed = random_seed()
@@ -255,6 +257,7 @@ def is_killed(s, m, disk, output, call, number):
     return False
 
 
+@hazard("block marked before its data arrived: kill -9 leaves zeros that count as cached")
 @pytest.mark.parametrize("call", ["pwrite64", "fdatasync", "fallocate", "sendmsg", "recvfrom",
                                   "pread64", "preadv2"])
 def test_kill_at_each_system_call(mode, server, tmp_path, call):
