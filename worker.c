@@ -141,7 +141,7 @@ void worker_submit(struct job *job)
 
 	pthread_mutex_lock(&pool.lock);
 	put_job(job);
-	if (pool.waiting > pool.idle && pool.count < WORKER_MAX)
+	if (pool.waiting > pool.idle && pool.count < WORKER_MAX && !pool.stop)
 		start_thread();
 	here = pool.count == 0;		/* no thread at all: then it must be done here */
 	if (here)

@@ -1469,7 +1469,7 @@ def test_reconnect_over_a_unix_socket(proxy, tmp_path, monkeypatch):
 def test_reconnect_asks_for_the_export(run_proxy, origin, other, options, name):
     s = run_proxy(origin, "--target-exportname", "first")
     done(bgctl("--reconnect", *options, s.control, *other.arguments))
-    assert other.connections[-1].name in (name, name.encode())
+    assert other.wait_connections(1)[0].name in (name, name.encode())
     if len(name) < 100:
         subset(state(s.control), origin_export=name)
 
