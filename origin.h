@@ -44,8 +44,7 @@ struct origin_request {
 	unsigned extents;
 
 	/*
-	 * Called by the origin's thread, or within origin_submit() and origin_cancel(); must not
-	 * block.  error is 0; -EIO, the origin cannot; -ENOTSUP, it does not tell extents;
+	 * Called by the origin's thread, or within origin_submit(); must not block.  error is 0; -EIO, the origin cannot; -ENOTSUP, it does not tell extents;
 	 * -ECANCELED.
 	 */
 	void (*done)(struct origin_request *);
@@ -93,7 +92,7 @@ void origin_stored(struct origin *o, uint64_t bytes);
 
 /*
  * Take everything back: all requests, and those to come, are done with -ECANCELED, and the
- * links are closed.  Any thread; twice is allowed.
+ * links are closed.  It may return before that.  Any thread; twice is allowed.
  */
 void origin_cancel(struct origin *o);
 
