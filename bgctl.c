@@ -239,7 +239,7 @@ static bool is_unix(const char *host)
 	return strncmp(host, "unix:", strlen("unix:")) == 0;
 }
 
-/* The server may have another working directory.  Not freed. */
+/* The server may have another working directory. */
 static const char *from_root(const char *host)
 {
 	char *path = absolute_path(host + strlen("unix:")), *result;
@@ -276,7 +276,6 @@ static void take_remote(struct options *o, int argc, char **argv)
 
 static void parse_options(struct options *o, int argc, char **argv)
 {
-	memset(o, 0, sizeof(*o));
 	check_options(o, parse_words(o, argc, argv));
 	argc -= optind;
 	argv += optind;
@@ -716,9 +715,9 @@ static void run(const struct options *o, struct server *s)
 
 int main(int argc, char **argv)
 {
+	static struct options o;	/* what it refers to lasts as long as the program */
 	static struct server server;
 	char line[CTL_LINE_MAX + 2];	/* with "\n" and its end */
-	struct options o;
 	int len;
 
 	log_name("xnbd-bgctl");

@@ -44,8 +44,8 @@ struct origin_request {
 	unsigned extents;
 
 	/*
-	 * Called by the origin's thread, or within origin_submit(); must not block.  error is 0; -EIO, the origin cannot; -ENOTSUP, it does not tell extents;
-	 * -ECANCELED.
+	 * Called by the origin's thread, or within origin_submit(); must not block.  error is 0;
+	 * -EIO, the origin cannot; -ENOTSUP, it does not tell extents; -ECANCELED.
 	 */
 	void (*done)(struct origin_request *);
 	int error;

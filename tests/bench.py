@@ -450,19 +450,28 @@ def measure_load(server, row, running, origin, words, opts, tool):
         subprocess.run(["sync", "-f", words["scratch"]], check=True)
     wait_for_calm(opts.calm)
     with copying(server, words) if row["during"] else contextlib.nullcontext({}) as copied:
-        busy, (before, processes) = machine_busy(), running.cpu_seconds()
-        feeding = origin.cpu_seconds()[0] if origin else 0
+        feeding = origin if origin is not running else None
+        busy, (before, processes), before_feeding = machine_busy(), running.cpu_seconds(), cpu_of(feeding)
         result = tool(row, export, running.target, opts.seconds)
         if tool is load:
-            known, total = result["client_cpu_us"] * result["requests"] / 1e6, machine_busy() - busy
-            used = running.cpu_seconds(processes)[0] - before
-            if origin and origin is not running:
-                result["origin_cpu_us"] = (origin.cpu_seconds()[0] - feeding) * 1e6 / result["requests"]
-                known += result["origin_cpu_us"] * result["requests"] / 1e6
-            result["server_cpu_us"] = used * 1e6 / result["requests"]
-            result["others"] = max(0.0, total - used - known) / result["seconds"]
+            busy = machine_busy() - busy
+            add_cpu(result, running.cpu_seconds(processes)[0] - before, cpu_of(feeding) - before_feeding, busy)
     result.update(copied)
     return result
+
+
+def cpu_of(running):
+    return running.cpu_seconds()[0] if running else 0
+
+
+def add_cpu(result, server, origin, machine):
+    """CPU seconds that each has used: for each request, and what is left for the rest of the machine."""
+    requests = result["requests"]
+    result["server_cpu_us"] = server * 1e6 / requests
+    if origin:
+        result["origin_cpu_us"] = origin * 1e6 / requests
+    known = server + origin + result["client_cpu_us"] * requests / 1e6
+    result["others"] = max(0.0, machine - known) / result["seconds"]
 
 
 @contextlib.contextmanager
@@ -509,7 +518,7 @@ def measure_copy(server, row, running, words, opts):
 def copy_cpu(running):
     """Of the program that copies, and of the proxy that does it for it."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return children.ru_utime + children.ru_stime + (running.cpu_seconds()[0] if running else 0)
+    return children.ru_utime + children.ru_stime + cpu_of(running)
 
 
 def run_all(opts, rows, servers, images, runs):

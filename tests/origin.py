@@ -303,6 +303,8 @@ class Connection:
         self.waiting = []           # [Request] without a reply
         self.changed = threading.Condition()
         self.stalled = False
+
+    def start(self):
         for work in (self._receive, self._answer):
             threading.Thread(target=self._run, args=[work], daemon=True).start()
 
@@ -729,6 +731,7 @@ class Origin:
                 alive = listener is self.listener
                 if alive:
                     self.connections.append(Connection(self, sock, len(self.connections)))
+                    self.connections[-1].start()
             if not alive:
                 sock.close()
 

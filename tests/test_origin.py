@@ -1069,7 +1069,7 @@ def test_random_reads_are_not_read_ahead(origin, proxy):
 def test_clients_go_before_the_copy(origin, proxy, structured):
     """On a single link with the copy under way: a miss is sent although the copy's requests
     are owed, and is answered before them if the origin does so."""
-    size = 64 * MIB
+    size = 32 * MIB
     o = origin(lambda offset, length: pattern(offset, length), size=size, structured=structured)
     p = proxy(o)
     with p.client() as c, Control(p.control) as control:
@@ -1087,7 +1087,7 @@ def test_clients_go_before_the_copy(origin, proxy, structured):
         assert o.reads()[bulk:] == [mine]
         o.release(lambda r: r is mine)
         expect_data(p, c, cookie, offset)
-        assert 0 < sum(r.length for r in o.held) <= 64 * MIB, "of the copy"
+        assert 0 < sum(r.length for r in o.held) <= 24 * MIB, "of the copy"
         o.release()
         assert control.answer()[-1] == "ok"
     assert max(o.counts().values()) == 1
@@ -1103,7 +1103,7 @@ def quiet(o):
 
 def test_copy_does_not_flood_a_fifo_origin(origin, proxy):
     """One that answers in order and slowly: a miss waits only for a bounded window."""
-    size = 64 * MIB
+    size = 32 * MIB
     o = origin(lambda offset, length: pattern(offset, length), size=size,
                delay=lambda r: 0.002)
     p = proxy(o)

@@ -1093,9 +1093,9 @@ LIMITS = {"--max-queue-size": ("pending-requests", 7), "--max-buf-size": ("buffe
 @pytest.mark.parametrize("option", LIMITS)
 def test_limits_hold_while_the_origin_is_stopped(proxy, original, option):
     """And when it goes on, so does everything, for all clients.  The buffers of
-    one more request may pass the limit."""
+    one more request of each may pass the limit."""
     name, limit = LIMITS[option]
-    more = 60000 if name == "buffer-bytes" else 0
+    more = 3 * 60000 if name == "buffer-bytes" else 0
     content = pattern(0, 12 * MIB)
     p = proxy(original(content=content), option, str(limit))
     assert p.query(f"{name}-limit") == limit
