@@ -7,6 +7,7 @@
 #   make install            DESTDIR and PREFIX are honoured
 
 PREFIX = /usr/local
+BINDIR = $(PREFIX)/bin
 SBINDIR = $(PREFIX)/sbin
 MANDIR = $(PREFIX)/share/man
 
@@ -22,7 +23,7 @@ XCFLAGS = -std=c11 -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Wshadow -Wstrict-protot
 BUILD = .
 
 SERVER_OBJS = xnbd.o options.o listen.o conn.o loop.o tx.o proto.o backend.o disk.o \
-	snapshot.o cow.o layer.o bitmap.o range.o commit.o worker.o util.o \
+	snapshot.o cow.o layer.o bitmap.o range.o commit.o worker.o buffer.o util.o \
 	proxy.o ctl.o cache.o fetch.o ahead.o copy.o origin.o link.o dial.o proto_client.o
 BGCTL_OBJS = bgctl.o util.o
 OBJS = $(addprefix $(BUILD)/,$(SERVER_OBJS))
@@ -69,14 +70,15 @@ bench: all tests/load
 	$(PYTHON) tests/bench.py $(BENCHFLAGS)
 
 install: all
-	install -d $(DESTDIR)$(SBINDIR) $(addprefix $(DESTDIR)$(MANDIR)/man,1 5 8)
-	install -m 755 $(PROGRAMS) $(DESTDIR)$(SBINDIR)
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(SBINDIR) $(addprefix $(DESTDIR)$(MANDIR)/man,1 5 8)
+	install -m 755 $(BUILD)/xnbd-bgctl $(DESTDIR)$(BINDIR)
+	install -m 755 $(BUILD)/xnbd-server $(DESTDIR)$(SBINDIR)
 	install -m 644 man/xnbd-bgctl.1 $(DESTDIR)$(MANDIR)/man1
 	install -m 644 man/xnbd-bitmap.5 $(DESTDIR)$(MANDIR)/man5
 	install -m 644 man/xnbd-server.8 $(DESTDIR)$(MANDIR)/man8
 
 uninstall:
-	rm -f $(DESTDIR)$(SBINDIR)/xnbd-server $(DESTDIR)$(SBINDIR)/xnbd-bgctl \
+	rm -f $(DESTDIR)$(SBINDIR)/xnbd-server $(DESTDIR)$(BINDIR)/xnbd-bgctl \
 		$(DESTDIR)$(MANDIR)/man1/xnbd-bgctl.1 $(DESTDIR)$(MANDIR)/man5/xnbd-bitmap.5 \
 		$(DESTDIR)$(MANDIR)/man8/xnbd-server.8
 

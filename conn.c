@@ -19,6 +19,7 @@
 #include "conn.h"
 
 #include "backend.h"
+#include "buffer.h"
 #include "loop.h"
 #include "util.h"
 #include "xnbd.h"
@@ -94,7 +95,7 @@ static void free_request(struct conn *c, struct request *r)
 
 		c->buffered -= r->h.len;
 		unload(load, &load->bytes, r->h.len, load->bytes_max);
-		free(r->buf);
+		buffer_put(r->buf, r->h.len);
 	}
 	free(r->extent);
 	loop_release(c->loop, r);
@@ -411,7 +412,7 @@ static void settle(struct conn *c, struct request *r, int ret)
 /* Give r a buffer of its own for its data. */
 static bool own_buffer(struct conn *c, struct request *r)
 {
-	r->buf = malloc(r->h.len);
+	r->buf = buffer_get(r->h.len);
 	if (!r->buf)
 		return false;
 	r->owns_buf = true;

@@ -368,7 +368,7 @@ struct backend *cow_open(const struct cow_options *o)
 	c->backend.readonly = o->readonly;
 	layer_init(&c->layer, 0, "the overlay");
 	c->layer.durable = o->file != NULL;
-	c->layer.base = disk_open(o->base, true);
+	c->layer.base = disk_open(o->base, true, "");
 	if (c->layer.base) {
 		c->backend.size = c->layer.size = disk_size(c->layer.base);
 		if (o->file ? open_kept(c, o->file) : open_throw_away(c, o)) {

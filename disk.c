@@ -562,7 +562,7 @@ static bool is_readonly_device(int fd)
 }
 
 /* Open a file or device, and find out its kind and size.  -1 after logging why not. */
-static int open_image(const char *path, bool readonly, uint64_t *size)
+static int open_image(const char *path, bool readonly, const char *hint, uint64_t *size)
 {
 	struct stat st;
 	int fd;
@@ -583,12 +583,12 @@ static int open_image(const char *path, bool readonly, uint64_t *size)
 		bool perhaps = !readonly && (errno == EACCES || errno == EROFS || errno == EPERM);
 
 		log_failure("cannot open image %s%s: %s%s", path, readonly ? "" : " for writing",
-			    strerror(errno), perhaps ? " (--readonly may help)" : "");
+			    strerror(errno), perhaps ? hint : "");
 		return -1;
 	}
 	if (!readonly && is_readonly_device(fd)) {
-		log_failure("cannot open image %s for writing: the device is read-only "
-			    "(--readonly may help)", path);
+		log_failure("cannot open image %s for writing: the device is read-only%s", path,
+			    hint);
 		close(fd);
 		return -1;
 	}
@@ -657,10 +657,10 @@ struct disk *disk_adopt(int fd, uint64_t size, bool readonly)
 	return d;
 }
 
-struct disk *disk_open(const char *path, bool readonly)
+struct disk *disk_open(const char *path, bool readonly, const char *hint)
 {
 	uint64_t size;
-	int fd = open_image(path, readonly, &size);
+	int fd = open_image(path, readonly, hint, &size);
 
 	return fd < 0 ? NULL : disk_adopt(fd, size, readonly);
 }

@@ -18,8 +18,11 @@ struct disk;
  */
 bool disk_create(const char *path, uint64_t size);
 
-/* Open the image at path.  NULL after logging why it could not. */
-struct disk *disk_open(const char *path, bool readonly);
+/*
+ * Open the image at path.  NULL after logging why it could not; hint is added to that if it
+ * cannot be written to.
+ */
+struct disk *disk_open(const char *path, bool readonly, const char *hint);
 
 /* Make a disk of an open image of that size; takes fd over, also when it fails.  NULL as above. */
 struct disk *disk_adopt(int fd, uint64_t size, bool readonly);

@@ -14,6 +14,7 @@
  */
 #include "fetch.h"
 
+#include "buffer.h"
 #include "util.h"
 
 #include <errno.h>
@@ -209,7 +210,7 @@ static void settle(struct fetch *fetch, int error)
 	/* Who lent the buffer came first, and so is told last: it may go away then. */
 	tell_waiters(fetch, waiting, error);
 	if (!fetch->borrowed)
-		free(fetch->ask.buf);
+		buffer_put(fetch->ask.buf, fetch->ask.len);
 	free(fetch);
 }
 

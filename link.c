@@ -8,6 +8,8 @@
 #define _GNU_SOURCE
 #include "link.h"
 
+#include "buffer.h"
+
 #include <assert.h>
 #include <errno.h>
 #include <poll.h>
@@ -201,7 +203,7 @@ static void drop_data(struct origin_request *r)
 {
 	if (!r->allocated)
 		return;
-	free(r->buf);
+	buffer_put(r->buf, r->len);
 	r->buf = NULL;
 	r->allocated = false;
 }
@@ -237,7 +239,7 @@ static uint8_t *place_of(struct slot *s, uint64_t off)
 	struct origin_request *r = s->r;
 
 	if (!r->buf) {
-		r->buf = malloc(r->len);
+		r->buf = buffer_get(r->len);
 		r->allocated = r->buf;
 	}
 	if (!r->buf) {

@@ -124,7 +124,7 @@ static _Noreturn void show_help(void)
 
 		snprintf(name, sizeof(name), "--%s%s%s", k->name, k->arg ? " " : "",
 			 k->arg ? k->arg : "");
-		printf("  %-18s %s\n", name, k->help);
+		printf("  %-24s %s\n", name, k->help);
 	}
 	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
 }
@@ -296,7 +296,11 @@ static void take_arguments(const char *const *name, const char **const *field, i
 
 static bool is_unix(const char *host)
 {
-	return strncmp(host, "unix:", 5) == 0;
+	if (strncmp(host, "unix:", 5) != 0)
+		return false;
+	if (!host[5])
+		usage_error("REMOTE_HOST: '%s' has no path", host);
+	return true;
 }
 
 static void take_proxy_arguments(struct options *o, int argc, char **argv)

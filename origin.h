@@ -34,8 +34,8 @@ struct origin_request {
 	uint64_t off, len;	/* bytes: multiples of min_block but at the end, 1 to max_block */
 
 	/*
-	 * Which data to deliver to buf, of len bytes; where buf is NULL it is allocated when the
-	 * answer arrives, and is the asker's to free.  Or, if extent is set, room for extents
+	 * Which data to deliver to buf, of len bytes; where buf is NULL it is from
+	 * buffer_get() when the answer arrives, and is the asker's to give back.  Or, if extent is set, room for extents
 	 * of them: len may then be up to PROTO_STATUS_MAX, and the answer describes the
 	 * beginning of the range, at least one extent, and at most all of it.
 	 */

@@ -236,7 +236,7 @@ static struct backend *open_target(struct server *s)
 	if (o->create && !disk_create(o->image, o->create_size))
 		return NULL;
 	s->image_path = absolute_path(o->image);
-	s->disk = disk_open(o->image, o->readonly);
+	s->disk = disk_open(o->image, o->readonly, " (--readonly may help)");
 	return s->disk ? disk_backend(s->disk) : NULL;
 }
 

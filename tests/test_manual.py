@@ -35,8 +35,8 @@ DEFAULT_PORT = "8520"
 OPTION = "-([a-z][a-z0-9-]+)"
 
 # Programs of the examples that not every machine has, and their packages.
-PACKAGES = {"qemu-img": "qemu-utils", "qemu-io": "qemu-utils", "nbdinfo": "libnbd-bin", "nbdsh": "python3-libnbd",
-            "socat": "socat"}
+PACKAGES = {"qemu-img": "qemu-utils", "qemu-io": "qemu-utils", "nbdinfo": "libnbd-bin",
+            "nbdsh": "python3-libnbd", "socat": "socat"}
 
 
 # The pages
@@ -162,7 +162,8 @@ def need_programs(session):
 
 def start_proxy(port):
     """A proxy with the control socket that examples name, and its origin."""
-    run([f"xnbd-server --target --laddr 127.0.0.1 --lport {port} --daemonize --pidfile a.pid disk.img",
+    run([f"xnbd-server --target --laddr 127.0.0.1 --lport {port} --daemonize --pidfile a.pid"
+         " disk.img",
          "xnbd-server --proxy --unix b.sock --daemonize --pidfile b.pid"
          f" 127.0.0.1 {port} cache.img cache.map ctl.sock"])
 
@@ -214,7 +215,7 @@ def test_what_an_example_writes_is_on_the_disk(place, server):
 
 
 def test_moved_disk_has_what_was_written_during_the_move(place):
-    session = next(s for s in sessions(SERVER_PAGE) if "new.ctl" in " ".join(s) and "-P" in " ".join(s))
+    session = next(s for s in sessions(SERVER_PAGE) if "--cache-all --progress" in " ".join(s))
     need_programs(session)
     make_disk(place / "disk.img", content=bytes([2]) * MIB)
     port = free_port()

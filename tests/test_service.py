@@ -1237,7 +1237,8 @@ def test_install_and_uninstall(tmp_path):
     where = [f"DESTDIR={tmp_path}", "PREFIX=/usr"]
     done = make("install", *where)
     assert done.returncode == 0, done.stdout
-    assert files_under(tmp_path) >= {"usr/sbin/xnbd-server", "usr/share/man/man8/xnbd-server.8"}
+    assert files_under(tmp_path) >= {"usr/sbin/xnbd-server", "usr/bin/xnbd-bgctl",
+                                     "usr/share/man/man8/xnbd-server.8", "usr/share/man/man1/xnbd-bgctl.1"}
     program = tmp_path / "usr/sbin/xnbd-server"
     assert stat.S_IMODE(program.stat().st_mode) == 0o755
     assert subprocess.run([program, "--version"], stdout=subprocess.DEVNULL).returncode == 0
