@@ -7,6 +7,8 @@
  */
 #include "proto.h"
 
+#include "wire.h"
+
 #include <assert.h>
 #include <errno.h>
 #include <string.h>
@@ -14,41 +16,7 @@
 /* Context ids: any number will do, a client gets to know it when it chooses the context. */
 enum { ALLOCATION_ID = 1 };
 
-static const char allocation[] = "base:allocation";
-
-/* Big-endian numbers. */
-
-static uint16_t get_be16(const uint8_t *p)
-{
-	return (uint16_t)(p[0] << 8 | p[1]);
-}
-
-static uint32_t get_be32(const uint8_t *p)
-{
-	return (uint32_t)get_be16(p) << 16 | get_be16(p + 2);
-}
-
-static uint64_t get_be64(const uint8_t *p)
-{
-	return (uint64_t)get_be32(p) << 32 | get_be32(p + 4);
-}
-
-static uint8_t *put_be16(uint8_t *p, uint16_t v)
-{
-	p[0] = (uint8_t)(v >> 8);
-	p[1] = (uint8_t)v;
-	return p + 2;
-}
-
-static uint8_t *put_be32(uint8_t *p, uint32_t v)
-{
-	return put_be16(put_be16(p, (uint16_t)(v >> 16)), (uint16_t)v);
-}
-
-static uint8_t *put_be64(uint8_t *p, uint64_t v)
-{
-	return put_be32(put_be32(p, (uint32_t)(v >> 32)), (uint32_t)v);
-}
+static const char allocation[] = NBD_ALLOCATION;
 
 /* What is left of an option's data.  Reading past the end gives zeros and sets bad. */
 struct in {

@@ -245,7 +245,7 @@ static int connect_tcp(const char *target)
 	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *list = NULL, *ai;
 	const char *colon = strrchr(target, ':');
 	char host[256];
-	int fd = -1, one = 1;
+	int fd = -1, one = 1, err;
 
 	if (!colon || snprintf(host, sizeof(host), "%.*s", (int)(colon - target), target) > 255 ||
 	    getaddrinfo(host, colon + 1, &hints, &list))
@@ -254,10 +254,14 @@ static int connect_tcp(const char *target)
 		fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
 		if (fd >= 0 && connect(fd, ai->ai_addr, ai->ai_addrlen) == 0)
 			break;
+		err = errno;
 		close(fd);
+		errno = err;
 		fd = -1;
 	}
 	freeaddrinfo(list);
+	if (fd < 0)
+		return -1;
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 	return fd;
 }
@@ -778,8 +782,9 @@ static int listen_at(uint64_t port)
 {
 	struct sockaddr_in sa = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port),
 		.sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
-	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
 
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
 	if (bind(fd, (struct sockaddr *)&sa, sizeof(sa)) || listen(fd, 1))
 		die("port %" PRIu64 ": %s", port, strerror(errno));
 	return fd;

@@ -1105,6 +1105,22 @@ def test_interrupted_cache_all_stops(run_proxy, big, number):
     assert s.is_served()
 
 
+def test_interrupted_cache_all_stops_whatever_was_before_it(run_proxy, big):
+    """Those that have ended do not want a copy any more."""
+    s = run_proxy(big)
+    big.errors = failing(0, 1000 * BLOCK)
+    for command in "--cache-all", "--cache-all2":
+        bgctl(command, s.control, timeout=3 * DEADLINE)
+        assert copy_ends(s.control) == "failed"
+    big.errors = None
+    big.hold(is_read)
+    waiting = start_bgctl("--cache-all", "--blocks-per-request", 1, s.control)
+    until(lambda: big.held, what="a request")
+    waiting.kill()
+    end_of(waiting)
+    stopped(s, big)
+
+
 def test_cache_all_goes_on_where_it_was_stopped(run_proxy, big):
     s = run_proxy(big)
     big.hold(lambda r: is_read(r) and r.offset >= BIG // 2)
@@ -1512,7 +1528,7 @@ def test_server_that_ends_answers_who_waits(proxy, origin):
     waiting = start_bgctl("--cache-all", proxy.control)
     origin.wait()
     proxy.stop()
-    refused_in_one_line(end_of(waiting), 1)
+    refused_in_one_line(end_of(waiting), 1, "the server ends")
 
 
 @hazard("bgctl killed at any point: server unaffected")

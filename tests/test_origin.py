@@ -342,6 +342,83 @@ def test_connections_are_as_many_as_allowed(origin, proxy, multi_conn, most):
     until(lambda: int(p.query()["origin-links"]) == len(o.open), what="the number of links")
 
 
+# Several links
+
+def test_links_that_the_origin_refuses_are_done_without(origin, proxy):
+    """It said CAN_MULTI_CONN, and takes one client: that link serves all, the log is short."""
+    o = origin(delay=0.001)
+    o.faults.extend([Fault(GIB), *[Fault(0)] * 100])
+    p = proxy(o, "--origin-connections", "3")
+    o.wait_connections(4)
+    p.all_right()
+    assert p.ask("cache-all")[-1] == "ok"
+    assert p.query()["origin-link"] == "up" and p.query()["origin-links"] == "1"
+    assert len(o.connections) < 20 and p.server.log().count(o.label) < 5
+
+
+@pytest.mark.parametrize("change", [
+    {NBD_OPT_STRUCTURED_REPLY: lambda *_: option_reply(NBD_OPT_STRUCTURED_REPLY,
+                                                       NBD_REP_ERR_UNSUP)},
+    {NBD_OPT_GO: lambda *_: option_reply(NBD_OPT_GO, NBD_REP_ERR_UNSUP)},
+    {NBD_OPT_SET_META_CONTEXT: lambda *_: option_reply(NBD_OPT_SET_META_CONTEXT,
+                                                       NBD_REP_ERR_POLICY)}],
+    ids=["simple", "no-go", "no-contexts"])
+def test_links_may_differ(origin, proxy, change):
+    """The origin was replaced between two handshakes: each link is used as it is."""
+    o = origin(CONTENT[:MIB] + bytes(MIB) + CONTENT[2 * MIB:], delay=0.001)
+    p = proxy(o, "--origin-connections", "3")
+    o.wait_connections(3)
+    for i, link in enumerate(list(o.connections)):
+        o.set(answers={} if i else change)
+        link.drop()
+        until(lambda: len(o.open) == 3, what="a new link")
+    with p.client(contexts=[ALLOCATION]) as c:
+        assert p.ask("cache-all2") == ["ok"]
+        assert c.block_status(SIZE)[ALLOCATION]
+        p.right(c)
+    until(lambda: p.query()["copy"] == "done", what="the end of the copy")
+
+
+def test_link_to_a_disk_of_another_size_is_never_used(origin, proxy):
+    """Those that were there stay."""
+    o = origin()
+    o.faults.append(Fault(GIB))
+    o.faults.extend([Fault(0)] * 2)
+    p = proxy(o, "--origin-connections", "2")
+    o.set(told_size=SIZE + BLOCK)
+    o.faults.clear()
+    until(lambda: str(SIZE + BLOCK) in p.server.log(), what="a line in the log")
+    p.all_right()
+    assert p.ask("cache-all")[-1] == "ok"
+    assert {r.number for r in o.reads()} == {0}
+    assert p.query()["origin-link"] == "up"
+
+
+def test_links_that_come_and_go_lose_nothing(origin, proxy):
+    """Any of three, while clients read and a copy runs."""
+    dice = random.Random(5)
+    o = origin(delay=lambda r: dice.random() * 0.2, block_size=(1, BLOCK, 16 * KIB))
+    p = proxy(o, "--origin-connections", "3")
+    assert p.ask("cache-all2") == ["ok"]
+    over = threading.Event()
+
+    def drop_links():
+        while not over.wait(0.05):
+            for link in o.open:
+                if dice.random() < 0.4:
+                    link.drop(reset=dice.random() < 0.5)
+
+    with ThreadPoolExecutor(1) as pool:
+        dropping = pool.submit(drop_links)
+        in_parallel(range(4), lambda seed: read_at_random(p, seed), 4)
+        over.set()
+        dropping.result()
+    until(lambda: p.query()["copy"] == "done", what="the end of the copy")
+    assert len(o.connections) > 6
+    o.die()
+    p.all_right()
+
+
 # Replies in any order and form
 
 def read_at_random(p, seed, count=60):
@@ -498,8 +575,9 @@ def test_unusual_extents_are_understood(origin, proxy, name):
     p = proxy(o)
     o.misbehave(ODD_STATUSES[name], times=None)
     with p.client(contexts=[ALLOCATION]) as c:
-        told = sum(length for length, _ in c.block_status(SIZE)[ALLOCATION])
-        assert 0 < told <= SIZE
+        told = c.block_status(SIZE)[ALLOCATION]
+        assert 0 < sum(length for length, _ in told) <= SIZE
+        assert not any(flags & ~(NBD_STATE_HOLE | NBD_STATE_ZERO) for _, flags in told)
     assert p.ask("cache-all")[-1] == "ok"
     assert not p.lost()
     o.die()
@@ -666,6 +744,15 @@ def test_handshake_that_never_ends_is_given_up(origin, refused):
     o = origin(answers={NBD_OPT_GO: endless})
     with within(15 + SLACK, "a refusal"):
         refused(o, "--origin-timeout", "1")
+
+
+def test_words_of_the_origin_cannot_forge_log_lines(origin, refused):
+    """They are shown shortened, in one line, without control characters."""
+    words = b"\x1b[2Jno\nxnbd-server: listening on 127.0.0.1:1\r\0" + b"x" * 4000
+    o = origin(answers={NBD_OPT_GO: lambda *_: option_reply(
+        NBD_OPT_GO, NBD_REP_ERR_POLICY, words)})
+    line = refused(o)
+    assert line.isprintable() and len(line) < 500
 
 
 # A byte-exact saboteur
@@ -1208,6 +1295,38 @@ def test_reconnect_leaves_a_hanging_origin(origin, proxy):
         expect_data(p, c, cookie)
         assert p.query()["origin"] == new.label
         p.right(c)
+
+
+def test_reconnect_to_a_silent_origin_is_refused_in_time(origin, proxy):
+    """The old one is used meanwhile, and afterwards."""
+    old, new = origin(), origin()
+    p = proxy(old, "--origin-timeout", "1")
+    new.freeze(reading=False)
+    with p.client() as c, Control(p.control) as control, within(1 + SLACK, "a refusal"):
+        control.send(f"reconnect 127.0.0.1 {new.port}")
+        with within(SOON, "a miss"):
+            p.right(c, MIB, BLOCK)
+        assert control.answer()[-1].startswith("error:")
+        p.right(c)
+    new.thaw()
+    assert len(old.connections) == 1 and p.query()["origin"] == old.label
+
+
+def test_copy_and_reads_go_over_to_another_origin(origin, proxy):
+    """Of another kind: back and forth while they run; each request is answered once."""
+    one = origin(delay=0.005, block_size=(1, BLOCK, 32 * KIB))
+    two = origin(delay=0.005, style="no-go", order="random")
+    p = proxy(one, "--origin-connections", "2")
+    assert p.ask("cache-all2") == ["ok"]
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(in_parallel, range(4), lambda seed: read_at_random(p, seed), 4)
+        for target in (two, one) * 3:
+            assert p.ask(f"reconnect 127.0.0.1 {target.port}") == ["ok"]
+        reading.result()
+    until(lambda: p.query()["copy"] == "done", what="the end of the copy")
+    assert one.reads() and two.reads()
+    one.die(), two.die()
+    p.all_right()
 
 
 @hazard("reconnect to a disk of another size")

@@ -63,7 +63,7 @@ from test_protocol import (
     test_trim_discards_whole_blocks_and_keeps_the_rest,
     test_two_requests_with_one_cookie_get_two_replies,
     test_write_zeroes_zeroes_exactly_its_range)
-from test_service import block_device, need_ipv6, refused
+from test_service import alone, block_device, need_ipv6, refused, syslog
 from test_snapshot import UNIT, Load, Numbered, Snapshots, file_system, leave, names, report
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -862,6 +862,95 @@ def test_blocks_that_cannot_be_copied_are_named(proxy):
         assert told["cached-blocks"] == told["blocks"] - 3
 
 
+# Links that are lost
+
+@hazard("origin black-holed (SIGSTOP, no reset)")
+def test_silent_origin_is_noticed_by_the_deadline(proxy, wide):
+    """Once in the log; and when it goes on, so does the proxy."""
+    p = proxy(wide, "--origin-timeout", "1")
+    with p.client() as c, p.client() as waiting:
+        c.pread(MIB)
+        p.quiet()
+        with stopped(p.origin):
+            read = waiting.request(READ, FAR, 1000)
+            until(lambda: p.query("origin-link") == "down", what="an end of the link")
+            assert p.query("origin-reason")
+            assert c.pread(MIB) == CONTENT[:MIB]
+            assert p.log().count("link lost") == 1
+        assert waiting.collect(read).data == pattern(FAR, 1000)
+        until(lambda: p.query("origin-link") == "up", what="a link")
+
+
+@hazard("reconnect to a disk of another size")
+def test_origin_that_returns_with_another_size_is_not_used(proxy, server, wide, original, revive):
+    """It is tried again until the right one is there."""
+    p = proxy(wide)
+    with p.client() as c:
+        c.pread(MIB)
+        p.quiet()
+        p.origin.kill()
+        wrong = server(original(64 * MIB + 512), "--unix", p.origin.unix)
+        read = c.request(READ, FAR, 1000)
+        until(lambda: str(64 * MIB + 512) in str(p.query().get("origin-reason")),
+              what="a reason that has the size")
+        assert p.query("origin-link") == "down" and not is_answered(c)
+        wrong.stop()
+        revive(p.origin)
+        assert c.collect(read).data == pattern(FAR, 1000)
+        assert p.query("size") == 64 * MIB
+
+
+@hazard("origin restarted with other clients connected")
+def test_background_copy_survives_an_origin_that_is_killed_again_and_again(proxy, original,
+                                                                          revive):
+    content = pattern(0, 16 * MIB)
+    p = proxy(original(content=content))
+    origin = p.origin
+    with p.client() as c:
+        assert p.ask("cache-all2") == []
+        for _ in range(3):
+            origin.kill()
+            c.pwrite(content[5:100005], 5)
+            origin = revive(origin)
+        until(lambda: p.query("copy") == "done", what="the end of the copy")
+        p.switch()
+        origin.kill()
+        assert c.pread(16 * MIB) == content
+
+
+def test_reconnect_moves_to_another_origin(proxy, server, wide, tmp_path):
+    """From one that hangs, and by the address of another kind."""
+    p = proxy(wide)
+    other = server(wide, *ADDRESS)
+    with p.client() as c, p.client() as waiting, stopped(p.origin):
+        read = waiting.request(READ, FAR, 1000)
+        p.waits()
+        assert p.ask(f"reconnect 127.0.0.1 {other.port}") == []
+        assert waiting.collect(read).data == pattern(FAR, 1000)
+        assert p.query("origin", "origin-link") == [f"127.0.0.1:{other.port}", "up"]
+        with pytest.raises(Refused):
+            p.ask(f"reconnect unix:{tmp_path}/nowhere -")
+        assert c.pread(SIZE) == CONTENT
+        p.migrate()
+
+
+def test_end_does_not_wait_for_the_origin(proxy, image):
+    """Those who do are told so, or lose their connection."""
+    p = proxy(image)
+    with p.client() as c, p.client() as writer:
+        p.origin.kill()
+        reads = [c.request(READ, i * 100000, 50000) for i in range(20)]
+        writer.request(WRITE, 5, payload=b"part")
+        p.waits()
+        p.terminate()
+        with contextlib.suppress(Closed):
+            assert all(c.collect(cookie).error == NBD_ESHUTDOWN for cookie in reads)
+        with contextlib.suppress(Closed):
+            assert writer.collect().error == NBD_ESHUTDOWN
+    p.wait()
+    assert is_clean(p.bitmap)
+
+
 # The command line
 
 def proxy_usage(*words):
@@ -985,6 +1074,15 @@ def test_proxy_greets_oldstyle_clients(proxy, image):
         assert c.pread(SIZE) == CONTENT
         c.pwrite(b"old", 5000)
         assert c.pread(5, 4999) == CONTENT[4999:5000] + b"old" + CONTENT[5003:5004]
+
+
+def test_proxy_logs_to_syslog(proxy, image, syslog, tmp_path):
+    p = proxy(image, "--syslog", "--unix", tmp_path / "p.sock", wait=False,
+              preexec_fn=alone(syslog.enter))
+    syslog.wait_for("connected, ")
+    syslog.wait_for("listening on")
+    assert Client(tmp_path / "p.sock").negotiate().pread(SIZE) == CONTENT
+    assert p.log() == ""
 
 
 def test_files_of_a_cache_are_for_the_owner_only(proxy, image):
@@ -1549,6 +1647,41 @@ def test_cache_image_may_be_a_larger_block_device(proxy, server, original, block
     p.stop()
     assert backing.read_bytes()[:len(content)] == expected
     assert backing.read_bytes()[3 * MIB:] == pattern(0, 4 * MIB)[3 * MIB:]
+
+
+def test_device_smaller_than_the_disk_is_refused(run_server, server, original, block_device,
+                                                 tmp_path):
+    device, backing = block_device
+    o = server(original(5 * MIB), "--unix", tmp_path / "o.sock")
+    before = backing.read_bytes()
+    done = run_server("--proxy", *ADDRESS, f"unix:{o.unix}", device, tmp_path / "cache.map",
+                      tmp_path / "cache.ctl")
+    refused(done, 1, device, 5 * MIB)
+    assert backing.read_bytes() == before
+
+
+def test_image_without_a_bitmap_holds_nothing(proxy, image, tmp_path):
+    """Shorter or not: it gets the size, and its bytes mean nothing."""
+    p = proxy(image, image=make_disk(tmp_path / "used.img", content=b"\x77" * MIB))
+    assert p.cached() == 0
+    with p.client() as c:
+        assert c.pread(SIZE) == CONTENT
+    assert p.image.stat().st_size == SIZE
+
+
+def test_clearing_never_touches_an_image_in_place_of_the_bitmap(proxy, run_server, image,
+                                                               tmp_path):
+    """The two were exchanged, or are the same."""
+    p = proxy(image)
+    with p.client() as c:
+        c.pwrite(b"of value", 5)
+    p.stop()
+    before = p.image.read_bytes()
+    remote = remote_of(p.origin)
+    for files in [p.image, p.image], [p.bitmap, p.image]:
+        done = run_server("--proxy", *ADDRESS, "--clear-bitmap", *remote, *files, p.control)
+        refused(done, 1, p.image)
+        assert p.image.read_bytes() == before
 
 
 # Random operations
