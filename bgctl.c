@@ -14,6 +14,7 @@
 #include <inttypes.h>
 #include <poll.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,56 +43,45 @@ enum command {
 	COMMAND_ANY = (1 << 5) - 1,
 };
 
-/* The command line.  Strings are those of argv. */
+/* The command line.  Strings are those of argv; NULL if not given. */
 struct options {
 	enum command command;
-	bool json, progress, force;
-	unsigned long blocks;		/* per request; 0 if not given */
-	const char *export_name;	/* NULL if not given */
+	bool json, progress, force, shutdown, help, version;
+	const char *blocks;		/* per request */
+	const char *export_name;
 	const char *socket, *host, *port;
 };
 
-enum opt {
-	OPT_QUERY = 256,	/* not a character */
-	OPT_CACHE_ALL,
-	OPT_CACHE_ALL2,
-	OPT_SWITCH,
-	OPT_SHUTDOWN,
-	OPT_RECONNECT,
-	OPT_JSON,
-	OPT_PROGRESS,
-	OPT_BLOCKS,
-	OPT_FORCE,
-	OPT_EXPORTNAME,
-	OPT_HELP,
-	OPT_VERSION,
-};
+enum { FIRST_OPTION = 256 };	/* getopt's values for known[0] and so on: not a character */
 
 static const struct known {
 	const char *name;
 	const char *arg;		/* its name in the usage text, NULL for none */
+	size_t field;			/* of struct options: a string if it has an arg, else a bool */
 	enum command is, of;		/* the command that it is, or those that it belongs to */
 	const char *help;
-} known[] = {			/* in the order of enum opt */
-	{ "query", NULL, COMMAND_QUERY, COMMAND_NONE, "show the state of the server" },
-	{ "cache-all", NULL, COMMAND_CACHE_ALL, COMMAND_NONE,
+} known[] = {
+#define FIELD(name) offsetof(struct options, name)
+	{ "query", NULL, 0, COMMAND_QUERY, 0, "show the state of the server" },
+	{ "cache-all", NULL, 0, COMMAND_CACHE_ALL, 0,
 	  "copy what is missing, and return when all is here" },
-	{ "cache-all2", NULL, COMMAND_CACHE_ALL2, COMMAND_NONE,
+	{ "cache-all2", NULL, 0, COMMAND_CACHE_ALL2, 0,
 	  "copy what is missing in the background, and return at once" },
-	{ "switch", NULL, COMMAND_SWITCH, COMMAND_NONE,
+	{ "switch", NULL, 0, COMMAND_SWITCH, 0,
 	  "become a target: the origin is not needed any more" },
-	{ "shutdown", NULL, COMMAND_SWITCH, COMMAND_NONE, "the old name of --switch" },
-	{ "reconnect", NULL, COMMAND_RECONNECT, COMMAND_NONE, "go over to another origin" },
-	{ "json", NULL, COMMAND_NONE, COMMAND_QUERY, "as one JSON object" },
-	{ "progress", NULL, COMMAND_NONE, COMMAND_CACHE_ALL, "show how the copy is going" },
-	{ "blocks-per-request", "N", COMMAND_NONE, COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2,
+	{ "shutdown", NULL, FIELD(shutdown), COMMAND_SWITCH, 0, "the old name of --switch" },
+	{ "reconnect", NULL, 0, COMMAND_RECONNECT, 0, "go over to another origin" },
+	{ "json", NULL, FIELD(json), 0, COMMAND_QUERY, "as one JSON object" },
+	{ "progress", NULL, FIELD(progress), 0, COMMAND_CACHE_ALL, "show how the copy is going" },
+	{ "blocks-per-request", "N", FIELD(blocks), 0, COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2,
 	  "ask the origin for N blocks of 4096 bytes at once, up to 8192" },
-	{ "force", NULL, COMMAND_NONE, COMMAND_SWITCH,
+	{ "force", NULL, FIELD(force), 0, COMMAND_SWITCH,
 	  "even if blocks are missing, which read as zeros then" },
-	{ "exportname", "NAME", COMMAND_NONE, COMMAND_RECONNECT,
+	{ "exportname", "NAME", FIELD(export_name), 0, COMMAND_RECONNECT,
 	  "the name of the export there (the present one)" },
-	{ "help", NULL, COMMAND_NONE, COMMAND_ANY, "show this text" },
-	{ "version", NULL, COMMAND_NONE, COMMAND_ANY, "show the version" },
+	{ "help", NULL, FIELD(help), 0, COMMAND_ANY, "show this text" },
+	{ "version", NULL, FIELD(version), 0, COMMAND_ANY, "show the version" },
+#undef FIELD
 };
 
 /* Terminals and JSON are not to see them. */
@@ -152,51 +142,31 @@ static void set_command(struct options *o, const struct known *k)
 	o->command = k->is;
 }
 
-static void set_option(struct options *o, enum opt opt, const char *value)
+static void set_option(struct options *o, const struct known *k, const char *value)
 {
-	const struct known *k = &known[opt - OPT_QUERY];
+	char *field = (char *)o + k->field;
 
 	if (k->is)
 		set_command(o, k);
-	switch (opt) {
-	case OPT_SHUTDOWN:
-		log_line("--shutdown is deprecated, its name is --switch now");
-		break;
-	case OPT_JSON:
-		o->json = true;
-		break;
-	case OPT_PROGRESS:
-		o->progress = true;
-		break;
-	case OPT_BLOCKS:
-		if (!parse_number(value, 1, 8192, &o->blocks))
-			usage_error("option '--%s': '%s' is not a number from 1 to 8192", k->name,
-				    value);
-		break;
-	case OPT_FORCE:
-		o->force = true;
-		break;
-	case OPT_EXPORTNAME:
-		o->export_name = value;
-		break;
-	case OPT_HELP:
+	if (k->arg)
+		*(const char **)field = value;
+	else if (k->field)
+		*(bool *)field = true;
+	if (o->help)
 		show_help();
-	case OPT_VERSION:
+	if (o->version)
 		show_version();
-	default:
-		break;		/* a command */
-	}
 }
 
 /* getopt_long() returned '?' or ':'; word is the argument that it looked at last. */
 static _Noreturn void bad_option(int found, const char *word)
 {
-	if (optopt >= OPT_QUERY && found == ':')
-		usage_error("option '--%s' needs a value: %s", known[optopt - OPT_QUERY].name,
-			    known[optopt - OPT_QUERY].arg);
-	if (optopt >= OPT_QUERY)
+	if (optopt >= FIRST_OPTION && found == ':')
+		usage_error("option '--%s' needs a value: %s", known[optopt - FIRST_OPTION].name,
+			    known[optopt - FIRST_OPTION].arg);
+	if (optopt >= FIRST_OPTION)
 		usage_error("option '--%s' takes no value, as in '%s'",
-			    known[optopt - OPT_QUERY].name, word);
+			    known[optopt - FIRST_OPTION].name, word);
 	if (optopt)
 		usage_error("unknown option '-%c'", optopt);
 	usage_error("unknown or ambiguous option '%s'", word);
@@ -212,26 +182,33 @@ static unsigned parse_words(struct options *o, int argc, char **argv)
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
 		longopts[i].name = known[i].name;
 		longopts[i].has_arg = known[i].arg ? required_argument : no_argument;
-		longopts[i].val = OPT_QUERY + (int)i;
+		longopts[i].val = FIRST_OPTION + (int)i;
 	}
 	opterr = 0;
 	while ((found = getopt_long(argc, argv, ":", longopts, NULL)) != -1) {
-		if (found < OPT_QUERY)
+		if (found < FIRST_OPTION)
 			bad_option(found, argv[optind - 1]);
-		set_option(o, (enum opt)found, optarg);
-		seen |= 1U << (found - OPT_QUERY);
+		set_option(o, &known[found - FIRST_OPTION], optarg);
+		seen |= 1U << (found - FIRST_OPTION);
 	}
 	return seen;
 }
 
 static void check_options(const struct options *o, unsigned seen)
 {
+	unsigned long n;
+
 	if (o->command == COMMAND_NONE)
 		usage_error("no command: --query, --cache-all, --cache-all2, --switch or "
 			    "--reconnect is needed");
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++)
 		if (seen & 1U << i && known[i].of && !(known[i].of & o->command))
 			usage_error("option '--%s' does not belong to this command", known[i].name);
+	if (o->blocks && !parse_number(o->blocks, 1, 8192, &n))
+		usage_error("option '--blocks-per-request': '%s' is not a number from 1 to 8192",
+			    o->blocks);
+	if (o->shutdown)
+		log_line("--shutdown is deprecated, its name is --switch now");
 }
 
 static bool is_unix(const char *host)
@@ -682,22 +659,22 @@ static void wait_for_end(struct server *s)
 			log_line("%s blocks were missing, and read as zeros now", value);
 }
 
-static int make_command(const struct options *o, char *line, size_t size)
+/* The line to the server; returns like snprintf(). */
+static int make_line(const struct options *o, char *line, size_t size)
 {
-	const char *copy = o->command == COMMAND_CACHE_ALL ? "cache-all" : "cache-all2";
-
 	switch (o->command) {
-	case COMMAND_QUERY:
-		return snprintf(line, size, "query\n");
+	case COMMAND_CACHE_ALL:
+	case COMMAND_CACHE_ALL2:
+		return snprintf(line, size, "cache-all%s%s%s\n",
+				o->command == COMMAND_CACHE_ALL ? "" : "2", o->blocks ? " " : "",
+				o->blocks ? o->blocks : "");
 	case COMMAND_SWITCH:
-		return snprintf(line, size, o->force ? "switch force\n" : "switch\n");
+		return snprintf(line, size, "switch%s\n", o->force ? " force" : "");
 	case COMMAND_RECONNECT:
 		return snprintf(line, size, "reconnect %s %s%s%s\n", o->host, o->port,
 				o->export_name ? " " : "", o->export_name ? o->export_name : "");
 	default:
-		if (o->blocks)
-			return snprintf(line, size, "%s %lu\n", copy, o->blocks);
-		return snprintf(line, size, "%s\n", copy);
+		return snprintf(line, size, "query\n");
 	}
 }
 
@@ -722,7 +699,7 @@ int main(int argc, char **argv)
 
 	log_name("xnbd-bgctl");
 	parse_options(&o, argc, argv);
-	len = make_command(&o, line, sizeof(line));
+	len = make_line(&o, line, sizeof(line));
 	if (len >= (int)sizeof(line))
 		usage_error("HOST, PORT and NAME are too long");
 	if (o.command == COMMAND_RECONNECT)

@@ -27,7 +27,7 @@ enum {
 	REQUEST_BYTES = 1024 * 1024,	/* the default */
 	MAP_EXTENTS = 1024,
 	MAP_BYTES = 1024 * 1024 * 1024,	/* asked about at once */
-	ZERO_STEP = 64 * 1024 * 1024,	/* zeroed while others wait */
+	STEP = 64 * 1024 * 1024,	/* looked at, or zeroed while others wait, at once */
 
 	WINDOW_MIN = 2,			/* requests under way */
 	WINDOW_START = 4,
@@ -325,8 +325,6 @@ static bool make_zeros(struct copy *c, uint64_t end)
 	uint64_t len = layer_whole(c->layer, end - c->pos, c->pos);
 	int err;
 
-	if (len > ZERO_STEP)
-		len = ZERO_STEP;
 	if (len == 0)
 		return false;
 	err = layer_fill(c->layer, NULL, len, c->pos, WAIT);
@@ -360,12 +358,12 @@ static bool ask_data(struct copy *c, uint64_t end)
 /* The next part of the pass.  False if that has to wait, or there is none. */
 static bool step(struct copy *c)
 {
-	uint64_t size = c->layer->size, end;
+	uint64_t left = c->layer->size - c->pos, end;
 	bool held;
 
-	if (c->pos >= size)
+	if (left == 0)
 		return false;
-	end = c->pos + layer_run(c->layer, size - c->pos, c->pos, &held);
+	end = c->pos + layer_run(c->layer, left < STEP ? left : STEP, c->pos, &held);
 	if (held) {
 		c->pos = end;
 		return true;

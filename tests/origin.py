@@ -334,8 +334,8 @@ class Connection:
             if reset:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                      struct.pack("ii", 1, 0))
-            else:
-                self.sock.shutdown(socket.SHUT_RDWR)
+            # Wakes the thread that receives, which keeps the socket open.
+            self.sock.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
         except OSError:
             pass
         self.sock.close()

@@ -1,8 +1,7 @@
 """The control socket of a proxy, and xnbd-bgctl.
 
 Commands go through the program, or as lines through a socket.  What a server
-says that no good one would, comes from a pretended one.  The manual page's
-options and examples are compared with the program here.
+says that no good one would, comes from a pretended one.
 """
 
 import contextlib
@@ -11,7 +10,6 @@ import json
 import os
 import random
 import re
-import shlex
 import signal
 import socket
 import stat
@@ -24,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CRASH, SERVER, make_disk, need
+from conftest import CRASH, SERVER
 from nbd import *
 from origin import Origin, failing
 from test_service import Adopted, foster, read_pid
@@ -566,10 +564,6 @@ def seconds_of(process):
     start = time.monotonic()
     result = end_of(process, timeout=SILENCE + DEADLINE)
     return time.monotonic() - start, result
-
-
-def wait_until(moment):
-    time.sleep(max(0, moment - time.monotonic()))
 
 
 @hazard("an idle, half-sent, oversized or garbage message blocks the server")
@@ -1551,59 +1545,11 @@ def test_bgctl_killed_at_random_moments(proxy, origin, other):
     done(bgctl("--cache-all", proxy.control))
 
 
-# The manual page
+# The manual page; its options and examples are in test_manual.py
 
 def page_section(title):
     text = re.split(r"(?m)^\.Sh (.*)\n", PAGE.read_text())
     return text[text.index(title) + 1]
-
-
-def plain(line):
-    shown = line.replace(r"\-", "-").replace(r"\(aq", "'").replace(r"\e", "\0")
-    assert "\\" not in shown, f"an escape that this test does not know: {line}"
-    return shown.replace("\0", "\\")
-
-
-def sessions():
-    displays = re.findall(r"(?ms)^\.Bd -literal.*?\n(.*?)^\.Ed", page_section("EXAMPLES"))
-    return [plain(display) for display in displays]
-
-
-def session_name(session):
-    return "".join(re.findall(r"--(?:[a-z]+2?-?)+|socat", session)) or "plain"
-
-
-@pytest.mark.parametrize("session", sessions(), ids=session_name)
-def test_example_works(run_proxy, tmp_path, monkeypatch, session):
-    """As it is written, where there is a disk.img, and a proxy with ctl.sock if
-    the example starts none; the port is that of its origin."""
-    if "socat" in session:
-        need("socat", "socat")
-    make_disk(tmp_path / "disk.img", content=CONTENT)
-    (tmp_path / "bin").mkdir()
-    for program, path in ("xnbd-server", SERVER), ("xnbd-bgctl", BGCTL):
-        (tmp_path / "bin" / program).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ.get('PATH', '')}")
-    with Origin(CONTENT) as origin:
-        if "--proxy" not in session:
-            run_proxy(origin).control.with_name("ctl.sock").symlink_to("ctl")
-        shell = subprocess.run(["sh", "-euc", session.replace("8520", str(origin.port))],
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, timeout=4 * DEADLINE)
-        assert shell.returncode == 0, shell.stdout
-    until(lambda: not list(tmp_path.glob("*.pid")), what="the daemons' end")
-
-
-def test_examples_show_all_commands():
-    shown = set(re.findall(r"--([a-z0-9-]+)", " ".join(sessions())))
-    assert {"query", "cache-all", "cache-all2", "switch", "reconnect", "json", "progress"} <= shown
-
-
-def test_manual_and_help_tell_the_same_options():
-    told = dict(re.findall(r"(?m)^\.It Fl -([a-z0-9-]+)(?: Ar (\S+))?$", PAGE.read_text()))
-    items = re.findall(r"(?m)^  --([a-z0-9-]+)(?: ([A-Z]+))?  ", bgctl("--help").stdout)
-    assert told == {option: value.lower() for option, value in items}
 
 
 def test_manual_tells_all_lines_of_the_state():

@@ -21,9 +21,8 @@ import pytest
 
 from conftest import SERVER, need, need_punch, skip
 from nbd import *
-from test_cow import traced
 from test_model import Session, random_seed, turn
-from test_powercut import (ALPHABET, BLOCK, CHANGES, Cow, Proxy, another, ask, has_proxy, mixture, same,
+from test_powercut import (ADDRESS, ALPHABET, BLOCK, CHANGES, Cow, Proxy, another, ask, has_proxy, mixture, same,
                            shows)
 from test_powercut import Operation as Change
 
@@ -181,13 +180,22 @@ def settle(server, disk, rng):
     disk.flying.clear()
 
 
+def modes(kind, server, tmp_path):
+    """make(name, content): a Mode on a disk of that content."""
+    need_punch(tmp_path)
+    if kind is Proxy and not has_proxy():
+        pytest.skip("this version has no --proxy")
+    return lambda name, content: kind(tmp_path / name, content, server)
+
+
 @pytest.fixture(params=[Cow, Proxy], ids=["cow", "proxy"])
 def mode(request, server, tmp_path):
-    """mode(name, content): a Mode on a disk of that content."""
-    need_punch(tmp_path)
-    if request.param is Proxy and not has_proxy():
-        pytest.skip("this version has no --proxy")
-    return lambda name, content: request.param(tmp_path / name, content, server)
+    return modes(request.param, server, tmp_path)
+
+
+@pytest.fixture
+def proxy(server, tmp_path):
+    return modes(Proxy, server, tmp_path)
 
 
 @pytest.fixture
@@ -211,13 +219,13 @@ def start(server, mode):
 def finish(server, mode, disk):
     """The disk is all there, and goes on without its origin."""
     s = start(server, mode)
-    if mode.can_clear:
+    if mode.is_proxy:
         ask(mode.control(mode.directory), "cache-all")
         ask(mode.control(mode.directory), "switch")
         mode.origin.stop()
     shows(s, [[disk.block(b)] for b in range(disk.count)])
     s.stop()
-    if mode.can_clear:
+    if mode.is_proxy:
         assert (mode.directory / mode.image).read_bytes() == disk.all()
     assert mode.base.read_bytes() == disk.content, "the origin was changed"
 
@@ -234,7 +242,7 @@ def test_kill_at_random_moments(spoilt, server):
         for _ in range(min(KILLS_OF_A_DISK, KILLS - number)):
             s = start(server, m)
             settle(s, disk, rng)
-            if m.can_clear:
+            if m.is_proxy:
                 ask(m.control(m.directory), "cache-all2 1")
             assert live(s, disk, rng, rng.uniform(0.01, 0.3)) > 0
         s = start(server, m)
@@ -257,10 +265,27 @@ def perform(client, disk):
         op.end(disk, client.collect(cookie))
 
 
-def is_killed(s, m, disk, output, call, number):
+@contextlib.contextmanager
+def killing(server, told, call, number):
+    """strace, which kills a thread of the server, and so all, at that call."""
+    with open(told, "wb") as log:
+        strace = subprocess.Popen([need("strace", "strace"), "-f", "-o", "/dev/null", "-e",
+                                   f"inject={call}:signal=SIGKILL:when={number}",
+                                   "-p", str(server.proc.pid)], stderr=log)
+    try:
+        until(lambda: "attached" in told.read_text() or strace.poll() is not None)
+        if "attached" not in told.read_text():
+            skip(f"needs to trace a process (root): {told.read_text().strip()}")
+        yield
+    finally:
+        strace.send_signal(signal.SIGINT)
+        strace.wait()
+
+
+def is_killed(s, m, disk, told, call, number):
     """Performs with a server that is killed at that call, if it gets there."""
-    with s.client() as c, traced(s, output, "-e", f"inject={call}:signal=SIGKILL:when={number}"):
-        if m.can_clear:
+    with s.client() as c, killing(s, told, call, number):
+        if m.is_proxy:
             with contextlib.suppress(OSError):
                 ask(m.control(m.directory), "cache-all2 1")
         try:
@@ -273,21 +298,58 @@ def is_killed(s, m, disk, output, call, number):
 
 @hazard("block marked before its data arrived: kill -9 leaves zeros that count as cached")
 @pytest.mark.parametrize("call", ["pwrite64", "fdatasync", "fallocate", "sendmsg", "recvfrom",
-                                  "pread64", "preadv2"])
+                                  "preadv2"])
 def test_kill_at_each_system_call(spoilt, server, tmp_path, call):
     """strace counts the calls of each thread on its own."""
-    for number in range(1, 9):
+    for number in (1, 2, 3, 5, 8):
         disk = Disk(pattern(0, MIB + 77))
         m = spoilt(f"disk{number}", disk.content)
         s = start(server, m)
-        killed = is_killed(s, m, disk, tmp_path / f"calls{number}", call, number)
+        killed = is_killed(s, m, disk, tmp_path / f"told{number}", call, number)
         s.kill()
         s = start(server, m)
         settle(s, disk, random.Random(number))
         s.kill()
-        finish(server, m, disk)
         if not killed:
             break
+    finish(server, m, disk)
+
+
+@hazard("switch while a block is in flight says 100 % and leaves it zeros")
+@pytest.mark.parametrize("call", ["pwrite64", "fdatasync", "sendmsg", "futex"])
+def test_kill_in_a_switch(proxy, server, tmp_path, call):
+    """A proxy goes on with the files; and if the switch was said to be done, a
+    target does with the image alone."""
+    for number in (1, 2, 3):
+        disk = Disk(pattern(0, MIB + 77))
+        m = proxy(f"disk{number}", disk.content)
+        s = start(server, m)
+        with s.client() as c:
+            ask(m.control(m.directory), "cache-all")
+            with killing(s, tmp_path / f"told{number}", call, number):
+                done = switches(m, c, disk)
+        s.kill()
+        if done:
+            with another(server, ["--target", *ADDRESS, m.directory / m.image]) as s:
+                shows(s, [disk.legal(b) for b in range(disk.count)])
+        s = start(server, m)
+        settle(s, disk, random.Random(number))
+        s.kill()
+    finish(server, m, disk)
+
+
+def switches(m, client, disk):
+    """Writes before, during and after a switch; whether that was done."""
+    done = False
+    with contextlib.suppress(ConnectionError):
+        perform(client, disk)
+        op = Operation(NBD_CMD_WRITE, 5 * BLOCK + 7, 60000)
+        op.begin(disk)
+        cookie = client.request(op.command, op.at, op.length, op.flags, op.payload())
+        done = ask(m.control(m.directory), "switch") is not None
+        op.end(disk, client.collect(cookie))
+        perform(client, disk)
+    return done
 
 
 @pytest.mark.parametrize("call", ["fallocate", "pwrite64", "fsync", "ftruncate", "fdatasync",
@@ -303,12 +365,35 @@ def test_kill_in_the_first_start_is_no_obstacle(mode, server, tmp_path, call):
             shows(s, [[disk.block(b)] for b in range(disk.count)])
 
 
-def killed_in_start(m, told, call, number):
+@pytest.mark.parametrize("call", ["rename", "fallocate", "pwrite64", "fsync", "fdatasync", "flock"])
+def test_kill_while_the_bitmap_is_cleared(proxy, server, tmp_path, call):
+    """Either it was, or it was not."""
+    disk = Disk(pattern(0, MIB))
+    m = proxy("disk", disk.content)
+    for number in (1, 2):
+        s = start(server, m)
+        with s.client() as c:
+            perform(c, disk)
+        s.kill()
+        if not killed_in_start(m, tmp_path / "told", call, number, "--clear-bitmap"):
+            break
+        s = start(server, m)
+        before, disk.blocks = disk.blocks, {}
+        with s.client() as c:
+            found = c.pread(disk.size)
+        s.kill()
+        if found != disk.content:
+            disk.blocks = before
+            assert found == disk.all()
+
+
+def killed_in_start(m, told, call, number, *options):
     """False if it listens in spite of that.  strace -D leaves the server as our child."""
     with open(told, "wb") as log:
         p = subprocess.Popen([need("strace", "strace"), "-D", "-f", "-o", "/dev/null", "-e",
                               f"inject={call}:signal=SIGKILL:when={number}", SERVER,
-                              *m.arguments(m.directory)], stdin=subprocess.DEVNULL, stderr=log)
+                              *m.arguments(m.directory, *options)],
+                             stdin=subprocess.DEVNULL, stderr=log)
     try:
         until(lambda: p.poll() is not None or "listening" in told.read_text(), what="a start")
         if p.poll() is not None and p.returncode != -signal.SIGKILL:

@@ -405,16 +405,18 @@ def test_links_that_come_and_go_lose_nothing(origin, proxy):
     def drop_links():
         while not over.wait(0.05):
             for link in o.open:
-                if dice.random() < 0.4:
+                if dice.random() < 0.6:
                     link.drop(reset=dice.random() < 0.5)
 
     with ThreadPoolExecutor(1) as pool:
         dropping = pool.submit(drop_links)
-        in_parallel(range(4), lambda seed: read_at_random(p, seed), 4)
-        over.set()
+        try:
+            in_parallel(range(4), lambda seed: read_at_random(p, seed), 4)
+        finally:
+            over.set()
         dropping.result()
     until(lambda: p.query()["copy"] == "done", what="the end of the copy")
-    assert len(o.connections) > 6
+    assert len(o.connections) > 3
     o.die()
     p.all_right()
 
@@ -1314,14 +1316,16 @@ def test_reconnect_to_a_silent_origin_is_refused_in_time(origin, proxy):
 
 def test_copy_and_reads_go_over_to_another_origin(origin, proxy):
     """Of another kind: back and forth while they run; each request is answered once."""
-    one = origin(delay=0.005, block_size=(1, BLOCK, 32 * KIB))
-    two = origin(delay=0.005, style="no-go", order="random")
+    one = origin(delay=0.02, block_size=(1, BLOCK, 16 * KIB))
+    two = origin(delay=0.02, style="no-go", order="random")
     p = proxy(one, "--origin-connections", "2")
     assert p.ask("cache-all2") == ["ok"]
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(in_parallel, range(4), lambda seed: read_at_random(p, seed), 4)
         for target in (two, one) * 3:
+            asked = len(target.reads())
             assert p.ask(f"reconnect 127.0.0.1 {target.port}") == ["ok"]
+            until(lambda: len(target.reads()) > asked or p.cached() > SIZE // BLOCK, what="a read")
         reading.result()
     until(lambda: p.query()["copy"] == "done", what="the end of the copy")
     assert one.reads() and two.reads()

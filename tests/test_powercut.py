@@ -668,7 +668,7 @@ class Mode:
 
 
 class Cow(Mode):
-    kind, image, bitmap, can_clear = 1, "overlay", "overlay.map", False
+    is_proxy, kind, image, bitmap = False, 1, "overlay", "overlay.map"
 
     def __init__(self, directory, content, start):
         super().__init__(directory, content)
@@ -680,7 +680,7 @@ class Cow(Mode):
 
 
 class Proxy(Mode):
-    kind, image, bitmap, can_clear = 2, "cache", "cache.map", True
+    is_proxy, kind, image, bitmap = True, 2, "cache", "cache.map"
 
     def __init__(self, directory, content, start):
         super().__init__(directory, content)
@@ -826,18 +826,25 @@ class Rig:
 
 
 def ask(path, command):
-    """Says a line on a control socket; returns the lines before "ok"."""
+    """Says a line on a control socket; returns the lines before "ok", and raises
+    ConnectionError if there was none."""
     with socket.socket(socket.AF_UNIX) as control:
         control.settimeout(DEADLINE)
         control.connect(str(path))
         control.sendall(command.encode() + b"\n")
         with control.makefile() as answer:
-            return list(itertools.takewhile(lambda line: not is_last(line), answer))
+            told = list(answer_lines(answer))
+    if not told or told.pop() != "ok\n":
+        raise ConnectionError(f"no answer to {command}")
+    return told
 
 
-def is_last(line):
-    assert not line.startswith("error"), line
-    return line == "ok\n"
+def answer_lines(answer):
+    for line in answer:
+        assert not line.startswith("error"), line
+        yield line
+        if line == "ok\n":
+            break
 
 
 @contextlib.contextmanager
