@@ -170,17 +170,24 @@ uint64_t bitmap_count(const struct bitmap *b)
 	return atomic_load_explicit(&b->set, memory_order_relaxed);
 }
 
-/* How many bits a file had when it was opened. */
+/* How many bits a file had when it was opened; those behind the last block do not count. */
 static uint64_t count_all(const struct bitmap *b)
 {
-	uint64_t count = 0, n;
-	bool set;
+	static const uint64_t none = 0, all = UINT64_MAX;
+	const uint8_t *map = (const void *)b->live;
+	uint64_t count = 0, at = 0;
 
-	for (uint64_t blk = 0; blk < b->blocks; blk += n) {
-		n = bitmap_run(b, blk, b->blocks - blk, &set);
-		if (set)
-			count += n;
+	for (; at + 64 <= b->blocks; at += 64) {
+		if (memcmp(map + at / 8, &none, 8) == 0)
+			continue;
+		if (memcmp(map + at / 8, &all, 8) == 0)
+			count += 64;
+		else
+			for (unsigned i = 0; i < 8; i++)
+				count += count_bits(map[at / 8 + i]);
 	}
+	for (; at < b->blocks; at++)
+		count += bitmap_test(b, at);
 	return count;
 }
 
@@ -383,13 +390,15 @@ static int open_existing(struct bitmap *b, const char *path)
 	return st.st_dev == named.st_dev && st.st_ino == named.st_ino ? 0 : -EWOULDBLOCK;
 }
 
-static int open_file(struct bitmap *b, const char *path, bool clear)
+static int open_file(struct bitmap *b, const char *path, bool clear, bool *created)
 {
 	int err = open_existing(b, path), old = b->fd;
 
+	*created = false;
 	if (err != -ENOENT && (err || !clear))
 		return err;
 	err = create_file(b, path, clear && !err);
+	*created = err == 0;
 	if (old >= 0)
 		close(old);		/* and with it the lock on what was there */
 	return err == 0 || err == -EEXIST ? open_existing(b, path) : err;
@@ -406,10 +415,21 @@ static int map_file(struct bitmap *b)
 	return 0;
 }
 
+/* All of the mapping was looked at; that it is in our memory is no use. */
+static void forget_pages(struct bitmap *b)
+{
+#if defined(__linux__) && !defined(XNBD_PORTABLE)
+	madvise(b->file, b->file_bytes, MADV_DONTNEED);
+#else
+	(void)b;
+#endif
+}
+
 static bool prepare(struct bitmap *b, const char *path, bool clear)
 {
 	struct stat st;
-	int err = open_file(b, path, clear);
+	bool created;
+	int err = open_file(b, path, clear, &created);
 
 	if (!err && fstat(b->fd, &st) < 0)
 		err = -errno;
@@ -419,10 +439,13 @@ static bool prepare(struct bitmap *b, const char *path, bool clear)
 		err = map_file(b);
 	if (!err && !check_header(b, path, (uint64_t)st.st_size))
 		return false;
-	if (!err) {
+	if (!err && !created) {
 		settle_live_map(b);
-		err = write_header(b, false);
+		atomic_init(&b->set, count_all(b));
+		forget_pages(b);
 	}
+	if (!err)
+		err = write_header(b, false);
 	if (err)
 		log_failure("bitmap file %s: %s", path,
 			    err == -EWOULDBLOCK ? "another server uses it" :
@@ -446,10 +469,8 @@ struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, b
 	b->pages = malloc(COMMIT_PAGES * MAP_PAGE);
 	if (!b->dirty || !b->pages)
 		goto out_of_memory;
-	if (prepare(b, path, clear)) {
-		atomic_init(&b->set, count_all(b));
+	if (prepare(b, path, clear))
 		return b;
-	}
 	bitmap_close(b);
 	return NULL;
 out_of_memory:

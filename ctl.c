@@ -202,7 +202,7 @@ static void tell_copy(struct ctl *c, struct client *cl)
 	if (copy.running)
 		return;
 	answer_copy(cl, &copy);
-	c->ops->stop_copy();
+	c->ops->release_copy();
 }
 
 /* False after answering what is wrong. */
@@ -220,16 +220,11 @@ static bool parse_blocks(struct client *cl, const char *arguments, unsigned *blo
 
 static void run_cache_all(struct ctl *c, struct client *cl, char *arguments)
 {
-	const char *error;
 	unsigned blocks;
 
 	if (!parse_blocks(cl, arguments, &blocks))
 		return;
-	error = c->ops->start_copy(false, blocks);
-	if (error) {
-		answer(cl, error);
-		return;
-	}
+	c->ops->start_copy(blocks);
 	cl->state = STATE_COPYING;
 	tell_copy(c, cl);
 }
@@ -237,24 +232,21 @@ static void run_cache_all(struct ctl *c, struct client *cl, char *arguments)
 static void give_up_background(struct ctl *c)
 {
 	if (c->background)
-		c->ops->stop_copy();
+		c->ops->release_copy();
 	c->background = false;
 }
 
 /* It may have to start again, even if the end of the last one has not been told yet. */
 static void run_cache_all2(struct ctl *c, struct client *cl, char *arguments)
 {
-	const char *error;
 	unsigned blocks;
 
 	if (!parse_blocks(cl, arguments, &blocks))
 		return;
-	error = c->ops->start_copy(false, blocks);
-	if (!error) {
-		give_up_background(c);
-		c->background = true;
-	}
-	answer(cl, error);
+	c->ops->start_copy(blocks);
+	give_up_background(c);
+	c->background = true;
+	answer(cl, NULL);
 }
 
 static void run_stop_copy(struct ctl *c, struct client *cl, char *arguments)
@@ -434,7 +426,7 @@ static void drop(struct ctl *c, size_t place)
 	struct client *cl = c->client[place];
 
 	if (cl->state == STATE_COPYING)
-		c->ops->stop_copy();
+		c->ops->release_copy();
 	close(cl->fd);
 	free(cl->out.text);
 	free(cl);

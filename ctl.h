@@ -53,11 +53,11 @@ struct ctl_ops {
 	const char *(*reconnect)(const char *host, const char *port, const char *export_name);
 
 	/*
-	 * Copy what is missing.  background: until it is done; else until stop_copy() was called
-	 * as often.  blocks is the size of a request, 0 for the default.
+	 * Copy what is missing, until release_copy() was called as often.  blocks is the size of a
+	 * request, 0 for the default.
 	 */
-	const char *(*start_copy)(bool background, unsigned blocks);
-	void (*stop_copy)(void);
+	void (*start_copy)(unsigned blocks);
+	void (*release_copy)(void);
 	void (*copy)(struct ctl_copy *copy);
 };
 

@@ -56,9 +56,7 @@ static void say_number(struct ctl_reply *reply, const char *name, uint64_t n)
 /* Tenths of a percent, rounded down: never 1000 while a block is missing. */
 static unsigned per_mille(uint64_t held, uint64_t blocks)
 {
-	if (held >= blocks)
-		return 1000;
-	return (unsigned)((double)held / (double)blocks * 1000);
+	return blocks ? (unsigned)(held * 1000 / blocks) : 1000;
 }
 
 static void query_origin(struct ctl_reply *reply)
@@ -157,11 +155,9 @@ static void copied(void)
 	proxy.wake();
 }
 
-static const char *start_copy(bool background, unsigned blocks)
+static void start_copy(unsigned blocks)
 {
-	(void)background;
 	copy_start(cache_copy(proxy.backend), (uint64_t)blocks * BLOCK_SIZE);
-	return NULL;
 }
 
 static void release_copy(void)
@@ -396,7 +392,7 @@ bool proxy_listen(struct export *e)
 		.switch_over = switch_over,
 		.reconnect = reconnect,
 		.start_copy = start_copy,
-		.stop_copy = release_copy,
+		.release_copy = release_copy,
 		.copy = tell_copy,
 	};
 	struct origin_status origin;
