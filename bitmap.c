@@ -390,6 +390,18 @@ static int open_existing(struct bitmap *b, const char *path)
 	return st.st_dev == named.st_dev && st.st_ino == named.st_ino ? 0 : -EWOULDBLOCK;
 }
 
+/* What is larger than the bitmap should be, and is none, may be an image by mistake. */
+static bool may_clear(const struct bitmap *b)
+{
+	uint8_t found[sizeof(magic)];
+	struct stat st;
+
+	return fstat(b->fd, &st) == 0 &&
+	       ((uint64_t)st.st_size <= b->file_bytes ||
+		(read_at(b->fd, found, sizeof(found), 0) == 0 &&
+		 memcmp(found, magic, sizeof(magic)) == 0));
+}
+
 static int open_file(struct bitmap *b, const char *path, bool clear, bool *created)
 {
 	int err = open_existing(b, path), old = b->fd;
@@ -397,6 +409,8 @@ static int open_file(struct bitmap *b, const char *path, bool clear, bool *creat
 	*created = false;
 	if (err != -ENOENT && (err || !clear))
 		return err;
+	if (!err && !may_clear(b))
+		return -EINVAL;
 	err = create_file(b, path, clear && !err);
 	*created = err == 0;
 	if (old >= 0)
@@ -449,7 +463,7 @@ static bool prepare(struct bitmap *b, const char *path, bool clear)
 	if (err)
 		log_failure("bitmap file %s: %s", path,
 			    err == -EWOULDBLOCK ? "another server uses it" :
-			    err == -EINVAL	? "it is not a regular file" :
+			    err == -EINVAL	? "it is no bitmap file, and is left alone" :
 						  strerror(-err));
 	return err == 0;
 }

@@ -370,13 +370,16 @@ static bool refuse(const char *path, const char *what, uint64_t held)
 	return false;
 }
 
-/* Two names on the command line that lead to one file. */
-static bool is_same_file(const char *a, const char *b)
+/* Whether two names on the command line lead to one file; logs that. */
+static bool is_same_file(const char *image, const char *bitmap)
 {
-	struct stat sa, sb;
+	struct stat a, b;
+	bool same = stat(image, &a) == 0 && stat(bitmap, &b) == 0 && a.st_dev == b.st_dev &&
+		    a.st_ino == b.st_ino;
 
-	return stat(a, &sa) == 0 && stat(b, &sb) == 0 && sa.st_dev == sb.st_dev &&
-	       sa.st_ino == sb.st_ino;
+	if (same)
+		log_failure("cache image %s and bitmap file %s are the same file", image, bitmap);
+	return same;
 }
 
 /* Whether an image that is there can be used: to be known before anything is changed. */
@@ -421,15 +424,11 @@ static bool open_layer(struct cache *c, const struct cache_options *o)
 	const struct bitmap_identity id = { BITMAP_CACHE, c->backend.size, 0 };
 	struct layer *l = &c->layer;
 
-	if (!can_open(o->image))
+	if (!can_open(o->image) || is_same_file(o->image, o->bitmap))
 		return false;
 	l->map = bitmap_open(o->bitmap, &id, o->clear);
-	if (l->map && is_same_file(o->image, o->bitmap)) {
-		log_failure("cache image %s and bitmap file %s are the same file", o->image,
-			    o->bitmap);
-		return false;
-	}
-	if (!l->map || !prepare_image(o->image, l->size, bitmap_count(l->map)))
+	if (!l->map || is_same_file(o->image, o->bitmap) ||
+	    !prepare_image(o->image, l->size, bitmap_count(l->map)))
 		return false;
 	l->disk = disk_open(o->image, false, "");
 	return l->disk && disk_limit(l->disk, o->image, l->size);
