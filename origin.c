@@ -493,7 +493,7 @@ static void count_bytes(struct origin *o, uint64_t bytes)
 }
 
 /* Receive, for a while.  NULL, or why the link must be given up. */
-static const char *receive(struct origin *o, struct link *l)
+static const char *receive(struct origin *o, struct line *line)
 {
 	const char *wrong = NULL;
 	bool more = true;
@@ -502,8 +502,10 @@ static const char *receive(struct origin *o, struct link *l)
 		struct origin_request *finished;
 		uint64_t bytes;
 
-		wrong = link_receive(l, clock_ms(o), &finished, &more, &bytes);
+		wrong = link_receive(line->link, clock_ms(o), &finished, &more, &bytes);
 		count_bytes(o, bytes);
+		if (finished)
+			line->backoff = BACKOFF_MIN;	/* it is of use */
 		finish_all(o, finished);
 	}
 	return wrong;
@@ -518,7 +520,7 @@ static void turn_line(struct origin *o, struct line *line, short revents)
 	if (!line->link)
 		return;
 	if (revents & ~POLLOUT)
-		wrong = receive(o, line->link);
+		wrong = receive(o, line);
 	if (wrong)
 		lose(o, line, wrong);
 }

@@ -520,7 +520,7 @@ const char *proto_answer_extent(struct proto_answer *a, const uint8_t *p, struct
 	uint64_t left = a->len - a->described;
 
 	e->len = get_be32(p);
-	e->flags = get_be32(p + 4);
+	e->flags = get_be32(p + 4) & (NBD_STATE_HOLE | NBD_STATE_ZERO);
 	if (e->len == 0)
 		return "it sent an extent of 0 bytes";
 	if (e->len > left)

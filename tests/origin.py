@@ -1154,6 +1154,19 @@ def true_runs(r):
     return r.connection.origin.extents(r.length, r.offset)
 
 
+def one_byte(r):
+    return status_chunk(r.cookie, [(1, true_runs(r)[0][1])])
+
+
+def odd_lengths(r):
+    """Holes are told shorter than they are, and end within a block."""
+    runs = []
+    for length, flags in true_runs(r):
+        cut = 1000 if flags == HOLE and length > 1000 else 1
+        runs += [(length - cut, flags), (cut, DATA)] if length > cut else [(length, flags)]
+    return status_chunk(r.cookie, runs)
+
+
 def more_than_asked(*further):
     return lambda r: status_chunk(r.cookie, [*true_runs(r), *further])
 
@@ -1168,6 +1181,8 @@ def one_run_a_block(r):
 ODD_STATUSES = {
     "the first extent alone": lambda r: status_chunk(r.cookie, true_runs(r)[:1]),
     "an extent a block": one_run_a_block,
+    "one byte": one_byte,
+    "odd lengths": odd_lengths,
     "unknown flags": lambda r: status_chunk(r.cookie, [(length, flags | 0xfffffff0)
                                                        for length, flags in true_runs(r)]),
     "extents behind the request": more_than_asked((512, HOLE), (BLOCK, DATA)),

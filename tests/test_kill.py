@@ -22,14 +22,14 @@ import pytest
 from conftest import SERVER, need, need_punch, skip
 from nbd import *
 from test_model import Session, random_seed, turn
-from test_powercut import (ADDRESS, ALPHABET, BLOCK, CHANGES, Cow, Proxy, another, ask, has_proxy, mixture, same,
-                           shows)
+from test_powercut import (ADDRESS, ALPHABET, BLOCK, CHANGES, Cow, Proxy, another, ask, content_of,
+                           has_proxy, mixture, same, shows)
 from test_powercut import Operation as Change
 
 hazard = pytest.mark.hazard
 MIB = 1 << 20
 KILLS = int(os.environ.get("XNBD_KILLS") or 50)
-KILLS_OF_A_DISK = 5             # then it is migrated, and another one begins
+KILLS_OF_A_DISK = 5             # then it is finished, and another one begins
 
 
 # The model
@@ -185,7 +185,7 @@ def modes(kind, server, tmp_path):
     need_punch(tmp_path)
     if kind is Proxy and not has_proxy():
         pytest.skip("this version has no --proxy")
-    return lambda name, content: kind(tmp_path / name, content, server)
+    return lambda name, content: kind(server, tmp_path / name, content)
 
 
 @pytest.fixture(params=[Cow, Proxy], ids=["cow", "proxy"])
@@ -235,11 +235,13 @@ def finish(server, mode, disk):
 def test_kill_at_random_moments(spoilt, server):
     seed = random_seed()
     print(f"XNBD_SEED={seed}")
-    for number in range(0, KILLS, KILLS_OF_A_DISK):
+    for number in range(-(-KILLS // KILLS_OF_A_DISK)):
         rng = random.Random(f"{seed}/{number}")
-        disk = Disk(pattern(0, 16 * MIB + 77))
+        disk = Disk(content_of(16 * MIB + 77))
         m = spoilt(f"disk{number}", disk.content)
-        for _ in range(min(KILLS_OF_A_DISK, KILLS - number)):
+        if not m.is_proxy and number % 2:
+            continue                # the same code, less of it
+        for _ in range(KILLS_OF_A_DISK):
             s = start(server, m)
             settle(s, disk, rng)
             if m.is_proxy:
@@ -267,7 +269,8 @@ def perform(client, disk):
 
 @contextlib.contextmanager
 def killing(server, told, call, number):
-    """strace, which kills a thread of the server, and so all, at that call."""
+    """strace, which kills the server at that call.  It is killed itself in the end:
+    sometimes it does not notice that the server has gone."""
     with open(told, "wb") as log:
         strace = subprocess.Popen([need("strace", "strace"), "-f", "-o", "/dev/null", "-e",
                                    f"inject={call}:signal=SIGKILL:when={number}",
@@ -278,7 +281,7 @@ def killing(server, told, call, number):
             skip(f"needs to trace a process (root): {told.read_text().strip()}")
         yield
     finally:
-        strace.send_signal(signal.SIGINT)
+        strace.kill()
         strace.wait()
 
 
@@ -290,10 +293,9 @@ def is_killed(s, m, disk, told, call, number):
                 ask(m.control(m.directory), "cache-all2 1")
         try:
             perform(c, disk)
+            return False
         except ConnectionError:
-            until(lambda: s.proc.poll() is not None, what="the end of the server")
             return True
-    return False
 
 
 @hazard("block marked before its data arrived: kill -9 leaves zeros that count as cached")
@@ -302,7 +304,7 @@ def is_killed(s, m, disk, told, call, number):
 def test_kill_at_each_system_call(spoilt, server, tmp_path, call):
     """strace counts the calls of each thread on its own."""
     for number in (1, 2, 3, 5, 8):
-        disk = Disk(pattern(0, MIB + 77))
+        disk = Disk(content_of(MIB + 77))
         m = spoilt(f"disk{number}", disk.content)
         s = start(server, m)
         killed = is_killed(s, m, disk, tmp_path / f"told{number}", call, number)
@@ -310,6 +312,7 @@ def test_kill_at_each_system_call(spoilt, server, tmp_path, call):
         s = start(server, m)
         settle(s, disk, random.Random(number))
         s.kill()
+        assert killed or number > 1
         if not killed:
             break
     finish(server, m, disk)
@@ -321,11 +324,12 @@ def test_kill_in_a_switch(proxy, server, tmp_path, call):
     """A proxy goes on with the files; and if the switch was said to be done, a
     target does with the image alone."""
     for number in (1, 2, 3):
-        disk = Disk(pattern(0, MIB + 77))
+        disk = Disk(content_of(MIB + 77))
         m = proxy(f"disk{number}", disk.content)
         s = start(server, m)
         with s.client() as c:
             ask(m.control(m.directory), "cache-all")
+            perform(c, disk)
             with killing(s, tmp_path / f"told{number}", call, number):
                 done = switches(m, c, disk)
         s.kill()
@@ -339,10 +343,9 @@ def test_kill_in_a_switch(proxy, server, tmp_path, call):
 
 
 def switches(m, client, disk):
-    """Writes before, during and after a switch; whether that was done."""
+    """Writes during and after a switch; whether that was done."""
     done = False
     with contextlib.suppress(ConnectionError):
-        perform(client, disk)
         op = Operation(NBD_CMD_WRITE, 5 * BLOCK + 7, 60000)
         op.begin(disk)
         cookie = client.request(op.command, op.at, op.length, op.flags, op.payload())
@@ -356,7 +359,7 @@ def switches(m, client, disk):
                                   "flock", "openat", "mmap"])
 def test_kill_in_the_first_start_is_no_obstacle(mode, server, tmp_path, call):
     """Whatever it has created when it comes to that call, the next one goes on."""
-    disk = Disk(pattern(0, 10 * BLOCK))
+    disk = Disk(content_of(10 * BLOCK))
     for number in range(1, 40):
         m = mode(f"disk{number}", disk.content)
         if not killed_in_start(m, tmp_path / "told", call, number):
@@ -368,7 +371,7 @@ def test_kill_in_the_first_start_is_no_obstacle(mode, server, tmp_path, call):
 @pytest.mark.parametrize("call", ["rename", "fallocate", "pwrite64", "fsync", "fdatasync", "flock"])
 def test_kill_while_the_bitmap_is_cleared(proxy, server, tmp_path, call):
     """Either it was, or it was not."""
-    disk = Disk(pattern(0, MIB))
+    disk = Disk(content_of(MIB))
     m = proxy("disk", disk.content)
     for number in (1, 2):
         s = start(server, m)

@@ -246,7 +246,7 @@ def query(control):
 # What the machine does meanwhile
 
 USE_DISK = """
-attach $DEV debian -C 4 -b 4096
+attach $DEV debian -C 4 -b 4096 $OPTIONS
 attach $DEV2 debian -b 4096
 mount $DEV $MNT
 i=0
@@ -340,7 +340,7 @@ def check_files(image, tree, slots, copy):
 
 @pytest.mark.limit(900 if SANITIZED else 240)
 def test_a_disk_moves_while_a_machine_writes_to_it(kernel, move, tmp_path):
-    files = kernel.start(USE_DISK, PORT=move.start_proxy())
+    files = kernel.start(USE_DISK, PORT=move.start_proxy(), OPTIONS="")
     files.wait_for("file 3", PATIENCE)
     blocks = Phases(kernel)
     wait_for_files(files, 3)
@@ -371,10 +371,11 @@ def test_a_disk_moves_while_a_machine_writes_to_it(kernel, move, tmp_path):
 
 @pytest.mark.limit(900 if SANITIZED else 240)
 def test_a_proxy_killed_in_mid_copy_keeps_what_was_synced_and_goes_on(kernel, move, tmp_path):
-    """The kernel cannot wait for the proxy to come back: the file system gets
-    errors, and is mounted anew."""
+    """The kernel does not wait for the proxy to come back, but for a request, now
+    and then, until its time is over: the file system gets errors, and is
+    mounted anew."""
     kernel.may_complain = True
-    files = kernel.start(USE_DISK, PORT=move.start_proxy())
+    files = kernel.start(USE_DISK, PORT=move.start_proxy(), OPTIONS="-t 5")
     files.wait_for("file 3", PATIENCE)
     bgctl("--cache-all2", move.control)
     wait_for_files(files, 1)

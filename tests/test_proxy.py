@@ -630,12 +630,12 @@ def test_places_above_4_gib_are_their_own(proxy, server, original):
 
 # BLOCK_STATUS
 
-def true_status(c, content):
+def true_status(c, content, at=0, end=None):
     """What is told to be zeros is; returns how much that is."""
-    zeros = at = 0
-    while at < c.size:
-        for length, status in c.block_status(c.size - at, at)[ALLOCATION]:
-            length = min(length, c.size - at)
+    zeros, end = 0, c.size if end is None else end
+    while at < end:
+        for length, status in c.block_status(end - at, at)[ALLOCATION]:
+            length = min(length, end - at)
             if status & NBD_STATE_ZERO:
                 assert not content[at:at + length].strip(b"\0"), (at, length)
                 zeros += length
@@ -825,6 +825,28 @@ def test_error_of_the_origin_is_eio_for_who_needs_that_block(proxy, structured):
             assert c.pread(BLOCK, MIB) == CONTENT[MIB:MIB + BLOCK]
             p.migrate()
             assert c.pread(SIZE) == CONTENT
+
+
+@hazard("one EIO of the origin: it is not for those who need less of what was asked for")
+def test_error_of_a_long_fetch_is_not_for_who_needs_a_part_of_it(proxy):
+    with Origin(CONTENT, errors=failing(MIB, MIB + BLOCK)) as o:
+        p = proxy(o)
+        o.hold(lambda request: request.command == READ)
+        with p.client() as c, p.client() as other:
+            long_one = c.request(READ, MIB - 8 * BLOCK, 16 * BLOCK)
+            o.wait(lambda request: request.touches(MIB, MIB + 1))
+            short = [other.request(READ, MIB + n * BLOCK + 5, 100) for n in (-8, -1, 1, 7)]
+            part = other.request(WRITE, MIB + 3 * BLOCK + 5, payload=b"part")
+            p.waits()
+            o.release()
+            assert c.collect(long_one).error == NBD_EIO
+            for cookie in short:
+                reply = other.collect(cookie)
+                at = reply.request.offset
+                assert not reply.error and reply.data == CONTENT[at:at + 100]
+            assert not other.collect(part).error
+            assert other.pread(8, MIB + 3 * BLOCK + 3) == (
+                CONTENT[MIB + 3 * BLOCK:][3:5] + b"part" + CONTENT[MIB + 3 * BLOCK:][9:11])
 
 
 @hazard("one EIO of the origin: a block that is written whole needs it no more")
@@ -1458,7 +1480,7 @@ def shorter_image(length):
 CLEARABLE = [
     missing_image, shorter_image(0), shorter_image(500000), shorter_image(MIB + 76),
     *[map_of_length(n) for n in (0, 1, 71, 4095, 4096, 8192, 12287, 12289, 100000)],
-    map_of_zeros, map_of_garbage, map_is_the_overlay,
+    map_of_zeros, map_of_garbage,
     named(header_with(0, b"xnbdBMAP", "bitmap", seal=False), "wrong_magic"),
     named(header_with(8, b"\2\0\0\0", "version", " 2", " 1"), "later_version"),
     named(header_with(12, b"\1\0\0\0", "kind", " 1", " 2"), "bitmap_of_an_overlay"),
@@ -1467,8 +1489,8 @@ CLEARABLE = [
     named(header_with(24, struct.pack("<Q", 2 * MIB), "size", 2 * MIB, MIB + 77), "other_disk"),
 ]
 # It is not.
-HOPELESS = [link_instead("map"), directory_instead("map"), directory_instead("overlay"),
-            fifo_instead]
+HOPELESS = [map_is_the_overlay, link_instead("map"), directory_instead("map"),
+            directory_instead("overlay"), fifo_instead]
 
 
 @hazard("cache image deleted or shorter, bitmap kept; bitmap truncated or garbage")
@@ -2220,6 +2242,9 @@ def test_disk_of_any_origin_is_read_and_migrated(through, original, name):
     p = through(name, original(MIXED, places=places))
     rng = random.Random(name)
     with p.client(contexts=[ALLOCATION]) as c, p.client() as other:
+        for _ in range(20):
+            at = rng.randrange(MIXED)
+            true_status(c, content, at, rng.randrange(at, MIXED) + 1)
         for _ in range(60):
             at = rng.randrange(MIXED // 2)
             length = rng.choice([1, 512, 4096, 70000])
