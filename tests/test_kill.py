@@ -23,7 +23,7 @@ from conftest import SERVER, need, need_punch, skip
 from nbd import *
 from test_model import Session, random_seed, turn
 from test_powercut import (ADDRESS, ALPHABET, BLOCK, CHANGES, Cow, Proxy, another, ask, content_of,
-                           has_proxy, mixture, same, shows)
+                           has_proxy, kill, mixture, same, shows)
 from test_powercut import Operation as Change
 
 hazard = pytest.mark.hazard
@@ -152,7 +152,7 @@ def live(server, disk, rng, seconds):
         for s in sessions:
             s.fill()
         turn(sessions)
-    server.kill()
+    kill(server)
     drain(sessions)
     return sum(s.count for s in sessions)
 
@@ -249,7 +249,7 @@ def test_kill_at_random_moments(spoilt, server):
             assert live(s, disk, rng, rng.uniform(0.01, 0.3)) > 0
         s = start(server, m)
         settle(s, disk, rng)
-        s.kill()
+        kill(s)
         finish(server, m, disk)
 
 
@@ -308,10 +308,10 @@ def test_kill_at_each_system_call(spoilt, server, tmp_path, call):
         m = spoilt(f"disk{number}", disk.content)
         s = start(server, m)
         killed = is_killed(s, m, disk, tmp_path / f"told{number}", call, number)
-        s.kill()
+        kill(s)
         s = start(server, m)
         settle(s, disk, random.Random(number))
-        s.kill()
+        kill(s)
         assert killed or number > 1
         if not killed:
             break
@@ -332,13 +332,13 @@ def test_kill_in_a_switch(proxy, server, tmp_path, call):
             perform(c, disk)
             with killing(s, tmp_path / f"told{number}", call, number):
                 done = switches(m, c, disk)
-        s.kill()
+        kill(s)
         if done:
             with another(server, ["--target", *ADDRESS, m.directory / m.image]) as s:
                 shows(s, [disk.legal(b) for b in range(disk.count)])
         s = start(server, m)
         settle(s, disk, random.Random(number))
-        s.kill()
+        kill(s)
     finish(server, m, disk)
 
 
@@ -377,14 +377,14 @@ def test_kill_while_the_bitmap_is_cleared(proxy, server, tmp_path, call):
         s = start(server, m)
         with s.client() as c:
             perform(c, disk)
-        s.kill()
+        kill(s)
         if not killed_in_start(m, tmp_path / "told", call, number, "--clear-bitmap"):
             break
         s = start(server, m)
         before, disk.blocks = disk.blocks, {}
         with s.client() as c:
             found = c.pread(disk.size)
-        s.kill()
+        kill(s)
         if found != disk.content:
             disk.blocks = before
             assert found == disk.all()

@@ -363,13 +363,14 @@ def test_links_that_the_origin_refuses_are_done_without(origin, proxy):
     {NBD_OPT_SET_META_CONTEXT: lambda *_: option_reply(NBD_OPT_SET_META_CONTEXT,
                                                        NBD_REP_ERR_POLICY)}],
     ids=["simple", "no-go", "no-contexts"])
-def test_links_may_differ(origin, proxy, change):
+@pytest.mark.parametrize("changed", [{0}, {1, 2}], ids=["first", "others"])
+def test_links_may_differ(origin, proxy, change, changed):
     """The origin was replaced between two handshakes: each link is used as it is."""
     o = origin(CONTENT[:MIB] + bytes(MIB) + CONTENT[2 * MIB:], delay=0.001)
     p = proxy(o, "--origin-connections", "3")
     o.wait_connections(3)
     for i, link in enumerate(list(o.connections)):
-        o.set(answers={} if i else change)
+        o.set(answers=change if i in changed else {})
         link.drop()
         until(lambda: len(o.open) == 3, what="a new link")
     with p.client(contexts=[ALLOCATION]) as c:
@@ -527,6 +528,26 @@ def test_error_concerns_only_those_who_need_the_block(origin, proxy, structured)
         p.write(c, pattern(bad, BLOCK, 9), bad)         # needs no origin
         p.right(c)
     assert len(o.connections) == 1 and not p.lost()
+
+
+@forms
+def test_error_is_for_the_block_and_not_for_what_came_with_it(origin, proxy, structured):
+    """A request that joined a larger fetch gets its blocks if they can be had."""
+    bad = 128 * KIB
+    o = origin(structured=structured, errors=failing(bad, bad + BLOCK))
+    p = proxy(o)
+    o.hold()
+    with p.client() as c, p.client() as other:
+        large = miss(c, bad - 16 * KIB, 64 * KIB)
+        o.wait(lambda r: r.touches(bad, bad + BLOCK))
+        asked = [(miss(other, offset, length), offset, length)
+                 for offset, length in [(bad - 16 * KIB, BLOCK), (bad + BLOCK, 100),
+                                        (bad - 5, 5), (bad + 20 * KIB + 1, 2 * BLOCK)]]
+        until(lambda: int(p.query()["pending-requests"]) == 5, what="the requests")
+        o.release()
+        for cookie, offset, length in asked:
+            expect_data(p, other, cookie, offset, length)
+        assert c.collect(large).error == NBD_EIO
 
 
 def test_error_is_not_remembered(origin, proxy):
@@ -926,6 +947,30 @@ def test_copy_survives_an_outage(origin, proxy, outage):
     o.set(delay=0)
     o.die()
     p.all_right()
+
+
+def test_clients_go_first_when_the_origin_is_back(origin, proxy):
+    """What the copy was owed waits for those who came later."""
+    o = origin(CONTENT[:ROUND], allocation=False, block_size=(1, BLOCK, 64 * KIB))
+    p = proxy(o)
+    with p.client() as c:
+        o.hold()
+        assert p.ask("cache-all2") == ["ok"]
+        o.wait()
+        quiet(o)
+        before = len(o.requests)
+        o.die()
+        assert p.wait_down()
+        offsets = [ROUND - i * 16 * KIB for i in range(1, 9)]
+        cookies = {miss(c, offset): offset for offset in offsets}
+        until(lambda: int(p.query()["pending-requests"]) == 8, what="the requests")
+        o.come_back()
+        o.wait(n=before + 9)
+        assert sorted(r.offset for r in o.requests[before:before + 8]) == sorted(offsets)
+        o.release()
+        for cookie, offset in cookies.items():
+            expect_data(p, c, cookie, offset)
+    until(lambda: p.query()["copy"] == "done", what="the end of the copy")
 
 
 @hazard("origin black-holed: noticed by a deadline")

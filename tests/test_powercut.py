@@ -35,7 +35,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SERVER, make_disk, need, need_punch, skip
+from conftest import CRASH, SERVER, make_disk, need, need_punch, skip
 from nbd import *
 from test_cow import fnv1a
 from test_model import random_seed
@@ -816,7 +816,7 @@ class Rig:
 
     def kill(self):
         """By SIGKILL; nothing is in flight."""
-        self.server.kill()
+        kill(self.server)
         self.cuts.killed()
 
     def is_committed(self):
@@ -834,7 +834,7 @@ class Rig:
 
     def cut_power(self, choice):
         """Kills the server; what it finds when it starts again is a chosen state."""
-        self.server.kill()
+        kill(self.server)
         self.cuts.catch_up()
         self.log.drop_rest()
         state = self.cuts.directory.choose(choice)
@@ -875,12 +875,18 @@ def answer_lines(answer):
             break
 
 
+def kill(server):
+    """And no sanitizer has complained."""
+    server.kill()
+    assert not CRASH.search(server.log()), server.log()
+
+
 @contextlib.contextmanager
 def another(start, arguments):
     """A server that is killed in the end."""
     s = start(args=arguments)
     yield s
-    s.kill()
+    kill(s)
 
 
 def shows(server, legal):
@@ -1066,7 +1072,7 @@ def test_a_flush_commits_all_pages_of_a_large_map(server, tmp_path, kind):
         for page in range(pages):
             c.pwrite(pattern(page * span, BLOCK), page * span)
         c.flush()
-    s.kill()
+    kill(s)
     m.power_cut()
     with another(server, m.arguments(m.directory)) as s, s.client() as c:
         for page in range(pages):
