@@ -18,6 +18,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/falloc.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -194,7 +195,7 @@ ssize_t writev(int fd, const struct iovec *iov, int count)
 	return wrote(&c, REAL(writev)(fd, iov, count), at, iov, count);
 }
 
-#define PWRITES(pwrite_name, pwritev_name, pwritev2_name, off_type)				\
+#define PWRITES(pwrite_name, pwritev_name, off_type)						\
 ssize_t pwrite_name(int fd, const void *buf, size_t len, off_type at)				\
 {												\
 	struct call c = enter(fd);								\
@@ -207,16 +208,9 @@ ssize_t pwritev_name(int fd, const struct iovec *iov, int count, off_type at)			
 	struct call c = enter(fd);								\
 												\
 	return wrote(&c, REAL(pwritev_name)(fd, iov, count, at), at, iov, count);		\
-}												\
-												\
-ssize_t pwritev2_name(int fd, const struct iovec *iov, int count, off_type at, int flags)	\
-{												\
-	struct call c = enter(fd);								\
-												\
-	return wrote(&c, REAL(pwritev2_name)(fd, iov, count, at, flags), at, iov, count);	\
 }
 
-PWRITES(pwrite, pwritev, pwritev2, off_t)
+PWRITES(pwrite, pwritev, off_t)
 
 ssize_t send(int fd, const void *buf, size_t len, int flags)
 {
@@ -234,28 +228,38 @@ ssize_t sendmsg(int fd, const struct msghdr *msg, int flags)
 
 /* Receiving: it may block, and so is recorded afterwards. */
 
-static ssize_t received(int fd, ssize_t n, const void *buf)
+static ssize_t received(int fd, ssize_t n, const struct iovec *iov, int count)
 {
 	uint64_t inode;
 
 	if (n <= 0 || what_is(fd, &inode) != SOCKET)
 		return n;
 	pthread_mutex_lock(&order);
-	put_bytes(RECEIVE, inode, buf, (size_t)n);
+	put(RECEIVE, inode, 0, 0, iov, count, (uint64_t)n);
 	pthread_mutex_unlock(&order);
 	return n;
 }
 
 ssize_t recv(int fd, void *buf, size_t len, int flags)
 {
+	struct iovec iov = { buf, len };
 	ssize_t n = REAL(recv)(fd, buf, len, flags);
 
-	return flags & MSG_PEEK ? n : received(fd, n, buf);
+	return flags & MSG_PEEK ? n : received(fd, n, &iov, 1);
+}
+
+ssize_t recvmsg(int fd, struct msghdr *msg, int flags)
+{
+	ssize_t n = REAL(recvmsg)(fd, msg, flags);
+
+	return flags & MSG_PEEK ? n : received(fd, n, msg->msg_iov, (int)msg->msg_iovlen);
 }
 
 ssize_t read(int fd, void *buf, size_t len)
 {
-	return received(fd, REAL(read)(fd, buf, len), buf);
+	struct iovec iov = { buf, len };
+
+	return received(fd, REAL(read)(fd, buf, len), &iov, 1);
 }
 
 /* The size, and zeros */
@@ -370,7 +374,7 @@ static int do_open(open_function *real, const char *path, int flags, mode_t mode
 
 static mode_t mode_of(int flags, va_list args)
 {
-	return flags & (O_CREAT | __O_TMPFILE) ? va_arg(args, mode_t) : 0;
+	return flags & O_CREAT || (flags & O_TMPFILE) == O_TMPFILE ? va_arg(args, mode_t) : 0;
 }
 
 #define OPEN(open_name)										\
@@ -467,7 +471,7 @@ int link(const char *from, const char *to)
 
 /* The names that programs with 64-bit positions use where glibc has both. */
 #ifdef __GLIBC__
-PWRITES(pwrite64, pwritev64, pwritev64v2, off64_t)
+PWRITES(pwrite64, pwritev64, off64_t)
 SIZES(ftruncate64, fallocate64, posix_fallocate64, off64_t)
 OPEN(open64)
 TRUNCATES(truncate64, off64_t)

@@ -369,7 +369,7 @@ def lines(on_line):
         byte = yield 1
         line += byte
         if byte == b"\n":
-            on_line(line.decode().strip())
+            on_line(line.decode(errors="replace").strip())
             line = b""
 
 
