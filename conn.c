@@ -380,11 +380,42 @@ static void put_ready_replies(struct conn *c)
 
 /* Requests in flight */
 
+/*
+ * Take a place among the requests of all clients, where these are bounded, before a step that may
+ * need one.  False if there is none.
+ */
+static bool reserve(struct conn *c)
+{
+	struct load *load = c->export ? &c->export->load : NULL;
+	size_t count;
+
+	if (!load || !load->requests_max)
+		return true;
+	count = atomic_load(&load->requests);
+	while (count < load->requests_max)
+		if (atomic_compare_exchange_weak(&load->requests, &count, count + 1)) {
+			c->reserved = true;
+			return true;
+		}
+	return false;
+}
+
+/* The step did not need it. */
+static void unreserve(struct conn *c)
+{
+	struct load *load = &c->export->load;
+
+	c->reserved = false;
+	unload(load, &load->requests, 1, load->requests_max);
+}
+
 /* A request, or a piece of one, is with others until conn_complete(). */
 static void lend(struct conn *c)
 {
 	c->in_flight++;
-	atomic_fetch_add(&c->export->load.requests, 1);
+	if (!c->reserved)
+		atomic_fetch_add(&c->export->load.requests, 1);
+	c->reserved = false;
 }
 
 /* A worker has to do it. */
@@ -815,7 +846,7 @@ static bool is_full(const struct conn *c)
 /* Whether a step may be taken: room for its reply, and not too much in flight. */
 static bool may_step(struct conn *c)
 {
-	return !is_full(c) && make_room(c, STEP_BYTES, MAP_IOVS + 1);
+	return !is_full(c) && make_room(c, STEP_BYTES, MAP_IOVS + 1) && reserve(c);
 }
 
 static size_t step(struct conn *c, const uint8_t *p, size_t n)
@@ -855,6 +886,8 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 			break;
 		}
 		taken = step(c, p + pos, n - pos);
+		if (c->reserved)
+			unreserve(c);
 		if (taken == 0)
 			break;
 		pos += taken;

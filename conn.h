@@ -62,6 +62,7 @@ struct conn {
 	bool linger;			/* let the client close first: it may be sending */
 	bool blocked;			/* kept may hold whole requests, taken when there is room */
 	bool turned_away;		/* by the gate: goes on when it opens */
+	bool reserved;			/* a place among the requests of all clients */
 	bool dirty;			/* in the loop's list of those with something ready */
 	bool lively;			/* had something to read in its last turn */
 	char peer[ADDRESS_MAX];
