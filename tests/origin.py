@@ -82,7 +82,8 @@ Failures
     .faults.append(Fault(..))   for the next connection; each takes one from the left
     .misbehave(action, times=1, which=None)     the next so many READs (that meet which; or
                         BLOCK_STATUS where that is what the action is for) are answered by
-                        action(request) -> bytes, [bytes] of messages, or an end; times=None: all, until
+                        action(request) -> bytes, [bytes] of messages, or an end; times=None:
+                        all, until
     .behave()
     failing(start, end, error=NBD_EIO)          for errors=
     Fault(after, how="close")   "close", "reset", "stall" (silent, but open), "skip", "double",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SERVER, make_disk, need, need_module, need_punch, skip
+from conftest import make_disk, need, need_module, need_punch, skip
 from nbd import *
 from test_model import (ALLOCATION, DISKS, SECONDS, Model, exercise, extents, random_seed,
                         written_parts)
@@ -1121,19 +1121,6 @@ def test_cow_options_belong_to_cow_target(run_server, patterned, tmp_path):
         done = run_server(*options, patterned)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert options[-2] in done.stderr
-
-
-@pytest.mark.parametrize("call", ["fallocate", "pwrite64", "fsync", "ftruncate", "fdatasync"])
-def test_kill_in_the_first_start_is_no_obstacle(empty, call):
-    """Whatever it has created when it comes to that call, the next one goes on."""
-    killed = subprocess.run([need("strace", "strace"), "-f", "-o", "/dev/null",
-                             "-e", f"inject={call}:signal=SIGKILL:when=1", SERVER, "--cow-target",
-                             *ADDRESS, "--cow-file", empty.path, empty.base],
-                            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            timeout=DEADLINE)
-    if killed.returncode != -signal.SIGKILL:
-        skip(f"needs to trace a process (root): {killed.stderr.strip()}")
-    holds(empty, {})
 
 
 # Power cuts

@@ -1374,7 +1374,8 @@ def test_copy_and_reads_go_over_to_another_origin(origin, proxy):
         reading.result()
     until(lambda: p.query()["copy"] == "done", what="the end of the copy")
     assert one.reads() and two.reads()
-    one.die(), two.die()
+    one.die()
+    two.die()
     p.all_right()
 
 
