@@ -706,6 +706,7 @@ def test_percent_is_100_only_when_all_is_here(run_proxy):
 
 # The socket and who may connect
 
+@hazard("anyone may connect")
 def test_socket_is_for_the_owner_alone(run_proxy, origin):
     """Whatever the umask."""
     s = run_proxy(origin, preexec_fn=lambda: os.umask(0))
