@@ -3,6 +3,8 @@
 #   make                    build
 #   make check              build and test (installs what the tests need, where it may)
 #   make asan, make tsan    the same with sanitizers
+#   make static             small static programs in build/static, with musl-gcc
+#   make PORTABLE=1         in build/portable, without what only Linux has
 #   make bench              compare with other servers
 #   make install            DESTDIR and PREFIX are honoured
 
@@ -19,8 +21,13 @@ LDFLAGS =
 XCFLAGS = -std=c11 -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Wshadow -Wstrict-prototypes \
 	-Wmissing-prototypes -Wpointer-arith -Wwrite-strings -pthread -MMD -MP
 
-# Objects and programs go here; "make asan" and "make tsan" use folders of their own.
+# Objects and programs go here; "make asan" and the like use folders of their own.
+ifdef PORTABLE
+BUILD = build/portable
+XCFLAGS += -DXNBD_PORTABLE
+else
 BUILD = .
+endif
 
 SERVER_OBJS = xnbd.o options.o listen.o conn.o loop.o tx.o proto.o backend.o disk.o \
 	snapshot.o cow.o layer.o bitmap.o range.o commit.o worker.o buffer.o util.o \
@@ -63,6 +70,17 @@ tsan:
 	XNBD_SANITIZED=1 TSAN_OPTIONS=report_thread_leaks=0 \
 		$(MAKE) BUILD=build/tsan -o build/tsan/xnbd-server -o build/tsan/xnbd-bgctl check
 
+# Tables for unwinding are left out, since nothing unwinds, and so is the padding between segments.
+STATIC_CC = musl-gcc
+STATIC_CFLAGS = -Os -flto=auto -fno-pie -ffunction-sections -fdata-sections \
+	-fno-asynchronous-unwind-tables -fno-unwind-tables
+STATIC_LDFLAGS = -static -no-pie -s -Wl,--gc-sections -Wl,--build-id=none \
+	-Wl,-z,noseparate-code -Wl,-z,norelro -Wl,-z,common-page-size=512
+
+static:
+	$(MAKE) BUILD=build/static CC=$(STATIC_CC) CFLAGS='$(STATIC_CFLAGS)' \
+		LDFLAGS='$(STATIC_LDFLAGS)' all
+
 tests/load: tests/load.c
 	$(CC) $(CPPFLAGS) -std=c11 -Wall -Wextra -pthread -O2 -g $(LDFLAGS) -o $@ tests/load.c
 
@@ -85,4 +103,4 @@ uninstall:
 clean:
 	rm -rf xnbd-server xnbd-bgctl *.o *.d build tests/load tests/__pycache__ .pytest_cache
 
-.PHONY: all check asan tsan bench install uninstall clean
+.PHONY: all check asan tsan static bench install uninstall clean

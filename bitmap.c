@@ -245,6 +245,14 @@ static uint64_t checksum(const uint8_t *p)
 	return h;
 }
 
+static int sync_file(const struct bitmap *b)
+{
+	while (fdatasync(b->fd) < 0)
+		if (errno != EINTR)
+			return -errno;
+	return 0;
+}
+
 static int write_header(struct bitmap *b, bool clean)
 {
 	uint8_t p[CHECKED_SIZE + 8] = { 0 };
@@ -260,9 +268,7 @@ static int write_header(struct bitmap *b, bool clean)
 	put_le(p + 56, clean, 4);
 	put_le(p + 64, checksum(p), 8);
 	err = write_at(b->fd, p, sizeof(p), 0);
-	if (!err && fdatasync(b->fd) < 0)
-		err = -errno;
-	return err;
+	return err ? err : sync_file(b);
 }
 
 /* What to do about a file that is refused. */
@@ -532,8 +538,8 @@ static int write_committed(struct bitmap *b, unsigned n)
 	for (unsigned i = 0; i < n && !err; i++)
 		err = write_at(b->fd, b->pages + i * MAP_PAGE, MAP_PAGE,
 				  HEADER_SIZE + b->page_number[i] * MAP_PAGE);
-	if (!err && n > 0 && fdatasync(b->fd) < 0)
-		err = -errno;
+	if (!err && n > 0)
+		err = sync_file(b);
 	return err;
 }
 

@@ -341,6 +341,8 @@ static bool open_kept(struct cow *c, const char *path)
 	char *map_path = malloc(len);
 	bool ok = false;
 
+	if (!map_path)
+		log_failure("cannot open overlay %s: %s", path, strerror(ENOMEM));
 	if (!map_path || !fingerprint(c, &id.fingerprint))
 		goto out;
 	snprintf(map_path, len, "%s.map", path);

@@ -99,8 +99,8 @@ static void say_va(struct ctl_reply *r, const char *name, const char *fmt, va_li
 	va_end(again);
 	if (r->failed || !make_room(r, (size_t)(name_len + len + 1)))
 		return;
-	sprintf(r->text + r->len, "%s: ", name);
-	vsprintf(r->text + r->len + name_len, fmt, ap);
+	snprintf(r->text + r->len, (size_t)name_len + 1, "%s: ", name);
+	vsnprintf(r->text + r->len + name_len, (size_t)len + 1, fmt, ap);
 	r->len += (size_t)(name_len + len);
 	mask_control_characters(r->text + r->len - len, (size_t)len);
 	r->text[r->len++] = '\n';

@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include "disk.h"
 
+#include "buffer.h"
 #include "commit.h"
 #include "snapshot.h"
 #include "util.h"
@@ -228,11 +229,12 @@ static int allocate(const struct disk *d, enum allocation how, atomic_bool *miss
 	errno = EOPNOTSUPP;
 	if (atomic_load_explicit(missing, memory_order_relaxed))
 		return -EOPNOTSUPP;
-#if defined(FALLOC_FL_PUNCH_HOLE) && defined(FALLOC_FL_ZERO_RANGE) && !defined(XNBD_PORTABLE)
-	int mode = how == PUNCH_HOLE ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
+#if defined(__linux__) && !defined(XNBD_PORTABLE)
+	enum { KEEP_SIZE = 1, PUNCH = 2, ZERO = 16 };	/* <linux/falloc.h>; musl has not all */
+	int mode = KEEP_SIZE | (how == PUNCH_HOLE ? PUNCH : ZERO);
 
 	do
-		ret = fallocate(d->fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len);
+		ret = fallocate(d->fd, mode, (off_t)off, (off_t)len);
 	while (ret < 0 && errno == EINTR);
 #else
 	(void)d, (void)how, (void)off, (void)len;
@@ -255,9 +257,10 @@ static int zero_range(struct disk *d, uint64_t off, uint64_t len)
 	return allocate(d, ZERO_RANGE, &d->no_zero_range, off, len);
 }
 
+static uint8_t zeros[ZERO_CHUNK];	/* not const: that would fill the program file */
+
 static int write_zeros(struct disk *d, uint64_t off, uint64_t len)
 {
-	static uint8_t zeros[ZERO_CHUNK];	/* not const: that would fill the program file */
 	int ret = 0;
 
 	while (len > 0 && ret == 0) {
@@ -267,6 +270,24 @@ static int write_zeros(struct disk *d, uint64_t off, uint64_t len)
 		off += n;
 		len -= n;
 	}
+	return ret;
+}
+
+/* Write zeros where there are none: holes that cannot be made can be kept. */
+static int clear(struct disk *d, uint64_t off, uint64_t len)
+{
+	uint8_t *buf = buffer_get(ZERO_CHUNK);
+	int ret = buf ? 0 : -ENOMEM;
+
+	while (len > 0 && ret == 0) {
+		uint64_t n = len < ZERO_CHUNK ? len : ZERO_CHUNK;
+
+		if (read_at(d->fd, buf, n, off) < 0 || memcmp(buf, zeros, n) != 0)
+			ret = write_at(d->fd, zeros, n, off);
+		off += n;
+		len -= n;
+	}
+	buffer_put(buf, ZERO_CHUNK);
 	return ret;
 }
 
@@ -284,7 +305,7 @@ static int zero_blocks(struct disk *d, uint64_t off, uint64_t len, unsigned flag
 	if (ret == -EOPNOTSUPP && !(fast && d->block_device))
 		ret = zero_range(d, off, len);
 	if (ret == -EOPNOTSUPP && !fast)
-		ret = write_zeros(d, off, len);
+		ret = flags & NBD_CMD_FLAG_NO_HOLE ? write_zeros(d, off, len) : clear(d, off, len);
 	return ret;
 }
 
@@ -645,7 +666,7 @@ struct disk *disk_adopt(int fd, uint64_t size, bool readonly)
 		free(d);
 		return NULL;
 	}
-	page_size = (size_t)sysconf(_SC_PAGESIZE);
+	page_size = (size_t)getpagesize();
 	d->fd = fd;
 	d->backend.ops = &disk_ops;
 	d->backend.size = size;

@@ -209,9 +209,11 @@ static int start_unix(struct listeners *l, int fd, const struct sockaddr_un *sun
 {
 	char *path = absolute_path(sun->sun_path);
 	struct stat st;
+	bool bound;
 	int err;
 
 	err = path ? bind_unix(fd, sun) : -ENOMEM;
+	bound = err == 0;
 	if (!err && mode && chmod(path, mode) < 0)
 		err = -errno;
 	if (!err && (listen(fd, BACKLOG) < 0 || lstat(path, &st) < 0))
@@ -219,12 +221,14 @@ static int start_unix(struct listeners *l, int fd, const struct sockaddr_un *sun
 	if (err) {
 		close(fd);
 		free(path);
-		return err;
+	} else {
+		err = add(l, fd, path);
 	}
-	err = add(l, fd, path);
 	if (!err) {
 		l->all[l->count - 1].dev = st.st_dev;
 		l->all[l->count - 1].ino = st.st_ino;
+	} else if (bound) {
+		unlink(sun->sun_path);
 	}
 	return err;
 }

@@ -251,8 +251,11 @@ static int publish(struct snapshot *s)
 		snprintf(name, room, i ? "%s.%d" : "%s", s->name, i);
 		err = link_as(s, name);
 	}
-	if (!err)
+	if (!err) {
 		err = sync_directory_of(name);
+		if (err)
+			unlink(name);	/* or it would be there and, after a power cut, not */
+	}
 	if (!err)
 		log_line("snapshot %s: complete: %llu MiB %s in %.1f s", name,
 			 (unsigned long long)(s->cloned ? s->size : atomic_load(&s->bytes)) >> 20,

@@ -4,9 +4,9 @@
 #define _GNU_SOURCE
 #include "util.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sched.h>
@@ -16,7 +16,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/un.h>
-#include <syslog.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -25,6 +24,7 @@ static enum log_to log_to = LOG_TO_STDERR;
 static const char *log_program = "xnbd";
 static const char *log_path;
 static int log_fd = STDERR_FILENO;
+static int syslog_fd = -1;
 static int client_fd = STDIN_FILENO;
 
 void log_name(const char *program)
@@ -49,7 +49,9 @@ int log_open(enum log_to to, const char *path)
 		log_fd = fd;
 		log_path = path;
 	} else if (to == LOG_TO_SYSLOG) {
-		openlog(log_program, LOG_PID, LOG_DAEMON);
+		syslog_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+		if (syslog_fd < 0)
+			return -errno;
 	}
 	log_to = to;
 	return 0;
@@ -71,11 +73,12 @@ void log_reopen(void)
 	log_line("log file reopened");
 }
 
-/* A line is written by one write(), so that lines of several threads do not mix. */
-static void write_line(int fd, const char *prefix, const char *fmt, va_list ap)
+enum { LINE_MAX_BYTES = 1024 };
+
+/* Make a line, with its newline, of at most LINE_MAX_BYTES; returns how long it is. */
+static size_t make_line(char *line, const char *prefix, const char *fmt, va_list ap)
 {
-	char line[1024];
-	size_t room = sizeof(line) - 1;
+	size_t room = LINE_MAX_BYTES - 1;
 	int n = snprintf(line, room, "%s: ", prefix);
 	size_t len = n < 0 ? 0 : (size_t)n < room ? (size_t)n : room - 1;
 
@@ -83,27 +86,59 @@ static void write_line(int fd, const char *prefix, const char *fmt, va_list ap)
 	if (n > 0)
 		len += (size_t)n < room - len ? (size_t)n : room - len - 1;
 	line[len++] = '\n';
+	return len;
+}
+
+/* A line is written by one write(), so that lines of several threads do not mix. */
+static void write_line(int fd, const char *prefix, const char *fmt, va_list ap)
+{
+	char line[LINE_MAX_BYTES];
+	size_t len = make_line(line, prefix, fmt, ap);
+
 	while (write(fd, line, len) < 0 && errno == EINTR)
 		;
 }
 
-static void log_va(const char *fmt, va_list ap)
+/* UTC, so that the logs of two hosts that a disk moves between agree. */
+static void write_to_file(const char *fmt, va_list ap)
 {
+	time_t now = time(NULL);
 	char prefix[64];
-	time_t now;
 	struct tm tm;
 
+	gmtime_r(&now, &tm);
+	snprintf(prefix, sizeof(prefix), "%04d-%02d-%02dT%02d:%02d:%02dZ", tm.tm_year + 1900,
+		 tm.tm_mon + 1, tm.tm_mday, tm.tm_hour, tm.tm_min, tm.tm_sec);
+	write_line(log_fd, prefix, fmt, ap);
+}
+
+/*
+ * syslog(3) waits when the daemon does not read, and would hold up whoever logs; a line that
+ * finds no room is dropped here.  The daemon adds the time.
+ */
+static void write_to_syslog(const char *fmt, va_list ap)
+{
+	enum { DAEMON_INFO = 3 << 3 | 6 };	/* RFC 3164, "PRI Part" */
+	struct sockaddr_un daemon = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
+	char prefix[64], line[LINE_MAX_BYTES];
+	size_t len;
+
+	snprintf(prefix, sizeof(prefix), "<%d>%s[%d]", DAEMON_INFO, log_program, (int)getpid());
+	len = make_line(line, prefix, fmt, ap) - 1;
+	sendto(syslog_fd, line, len, MSG_NOSIGNAL, (struct sockaddr *)&daemon, sizeof(daemon));
+}
+
+static void log_va(const char *fmt, va_list ap)
+{
 	switch (log_to) {
 	case LOG_TO_STDERR:
 		write_line(STDERR_FILENO, log_program, fmt, ap);
 		break;
 	case LOG_TO_FILE:
-		now = time(NULL);
-		strftime(prefix, sizeof(prefix), "%Y-%m-%d %H:%M:%S", localtime_r(&now, &tm));
-		write_line(log_fd, prefix, fmt, ap);
+		write_to_file(fmt, ap);
 		break;
 	case LOG_TO_SYSLOG:
-		vsyslog(LOG_INFO, fmt, ap);
+		write_to_syslog(fmt, ap);
 		break;
 	}
 }
@@ -287,20 +322,46 @@ int sync_directory_of(const char *path)
 	return ret;
 }
 
+/* The address and, for a link-local one, the interface. */
+static void format_inet6(const struct sockaddr_in6 *in6, char *buf)
+{
+	char host[INET6_ADDRSTRLEN] = "", scope[16] = "";
+
+	inet_ntop(AF_INET6, &in6->sin6_addr, host, sizeof(host));
+	if (in6->sin6_scope_id)
+		snprintf(scope, sizeof(scope), "%%%u", (unsigned)in6->sin6_scope_id);
+	snprintf(buf, ADDRESS_MAX, "[%s%s]:%d", host, scope, ntohs(in6->sin6_port));
+}
+
+static void format_inet(const struct sockaddr_in *in, char *buf)
+{
+	char host[INET_ADDRSTRLEN] = "";
+
+	inet_ntop(AF_INET, &in->sin_addr, host, sizeof(host));
+	snprintf(buf, ADDRESS_MAX, "%s:%d", host, ntohs(in->sin_port));
+}
+
+static void format_unix(const struct sockaddr_un *un, socklen_t len, char *buf)
+{
+	size_t head = offsetof(struct sockaddr_un, sun_path);
+	size_t n = len > head ? strnlen(un->sun_path, len - head) : 0;
+
+	snprintf(buf, ADDRESS_MAX, "unix:%.*s", (int)n, un->sun_path);
+}
+
 void format_address(const struct sockaddr *sa, socklen_t len, char *buf)
 {
-	char host[64], port[16];
-
-	if (sa->sa_family == AF_UNIX) {
-		const char *path = ((const struct sockaddr_un *)sa)->sun_path;
-		size_t head = offsetof(struct sockaddr_un, sun_path);
-		size_t n = len > head ? strnlen(path, len - head) : 0;
-
-		snprintf(buf, ADDRESS_MAX, "unix:%.*s", (int)n, path);
-	} else if (getnameinfo(sa, len, host, sizeof(host), port, sizeof(port),
-			       NI_NUMERICHOST | NI_NUMERICSERV) == 0) {
-		snprintf(buf, ADDRESS_MAX, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
-	} else {
+	switch (sa->sa_family) {
+	case AF_UNIX:
+		format_unix((const struct sockaddr_un *)sa, len, buf);
+		break;
+	case AF_INET:
+		format_inet((const struct sockaddr_in *)sa, buf);
+		break;
+	case AF_INET6:
+		format_inet6((const struct sockaddr_in6 *)sa, buf);
+		break;
+	default:
 		snprintf(buf, ADDRESS_MAX, "(unknown address)");
 	}
 }
@@ -343,12 +404,13 @@ void tune_socket(int fd)
 
 unsigned cpu_count(void)
 {
-	long n = sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__) && !defined(XNBD_PORTABLE)
 	cpu_set_t set;
 
-	if (sched_getaffinity(0, sizeof(set), &set) == 0)
-		n = CPU_COUNT(&set);
-#endif
+	return sched_getaffinity(0, sizeof(set), &set) == 0 ? (unsigned)CPU_COUNT(&set) : 1;
+#else
+	long n = sysconf(_SC_NPROCESSORS_ONLN);
+
 	return n > 0 ? (unsigned)n : 1;
+#endif
 }

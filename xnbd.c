@@ -202,6 +202,15 @@ static bool setup_log(struct server *s)
 	return true;
 }
 
+static void set_limit(const struct rlimit *r)
+{
+#if defined(__linux__) && !defined(XNBD_PORTABLE)
+	prlimit(0, RLIMIT_NOFILE, r, NULL);	/* musl's setrlimit() stops all threads, in 2 KB */
+#else
+	setrlimit(RLIMIT_NOFILE, r);
+#endif
+}
+
 /* As many descriptors as we may have; how many connections that makes. */
 static size_t raise_limits(void)
 {
@@ -213,7 +222,7 @@ static size_t raise_limits(void)
 		r.rlim_cur = r.rlim_max < CONNECTIONS_MAX + SPARE_FDS ?
 				     r.rlim_max :
 				     CONNECTIONS_MAX + SPARE_FDS;
-		setrlimit(RLIMIT_NOFILE, &r);
+		set_limit(&r);
 		getrlimit(RLIMIT_NOFILE, &r);
 	}
 	if (r.rlim_cur >= CONNECTIONS_MAX + SPARE_FDS)
@@ -342,17 +351,22 @@ static bool open_sockets(struct server *s)
 static bool write_pidfile(struct server *s)
 {
 	const char *path = s->options.pidfile;
+	char line[32];
 	int fd, n;
 
 	if (!path)
 		return true;
 	fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0644);
-	n = fd < 0 ? -1 : dprintf(fd, "%ld\n", (long)getpid());
+	n = snprintf(line, sizeof(line), "%ld\n", (long)getpid());
+	n = fd < 0 ? -1 : (int)write(fd, line, (size_t)n);
 	if (fd >= 0 && close(fd) < 0)
 		n = -1;
 	s->pid_path = n < 0 ? NULL : absolute_path(path);
-	if (!s->pid_path)
+	if (!s->pid_path) {
 		log_failure("cannot write pidfile %s: %s", path, strerror(errno));
+		if (fd >= 0)
+			unlink(path);
+	}
 	return s->pid_path != NULL;
 }
 

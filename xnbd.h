@@ -10,7 +10,11 @@
 #include "proto.h"
 #include "worker.h"
 
+#if defined(XNBD_PORTABLE)
+#define XNBD_VERSION "0.1.0-portable"
+#else
 #define XNBD_VERSION "0.1.0"
+#endif
 
 enum {
 	BLOCK_SIZE = 4096,	/* the unit of bitmaps, of holes, and of write pieces */
