@@ -42,7 +42,7 @@ enum {
 	OPTION_DATA_MAX = PROTO_MAX_PAYLOAD,	/* an option with more is an attack */
 
 	IN_FLIGHT_MAX = 512,
-	BUFFERED_MAX = 3 * 1024 * 1024,	/* one more request of up to 32 MiB may pass it */
+	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more request of up to 32 MiB may pass it */
 
 	/* A READ of at least this is sent from the mapping, a shorter one copied. */
 	MAP_MIN = 64 * 1024,

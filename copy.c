@@ -477,8 +477,8 @@ struct copy *copy_new(struct fetcher *f, void (*ended)(void))
 	c->ended = ended;
 	c->job.run = pump;
 	pthread_mutex_init(&c->lock, NULL);
-	c->map = calloc(1, sizeof(*c->map));
-	c->next_map = calloc(1, sizeof(*c->next_map));
+	c->map = malloc(sizeof(*c->map));	/* not touched before they are needed */
+	c->next_map = malloc(sizeof(*c->next_map));
 	if (c->map && c->next_map)
 		return c;
 	copy_free(c);

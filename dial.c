@@ -16,6 +16,7 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -344,12 +345,13 @@ struct dial *dial_start(const struct dial_target *t, unsigned timeout_ms)
 	int pair[2];
 
 	if (atomic_fetch_add(&dials, 1) < DIALS_MAX)
-		d = calloc(1, sizeof(*d));
+		d = malloc(sizeof(*d));
 	if (!d || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) < 0) {
 		atomic_fetch_sub(&dials, 1);
 		free(d);
 		return NULL;
 	}
+	memset(d, 0, offsetof(struct dial, in));
 	d->owner = pair[0];
 	d->thread = pair[1];
 	d->fd = -1;

@@ -47,6 +47,7 @@ struct link {
 	struct origin_request **finished;	/* the next answered request goes here */
 
 	struct slot *free, *oldest, *newest;
+	unsigned fresh;			/* slots from here on were never used, nor written to */
 	unsigned count;			/* requests that it owes */
 	uint64_t owes;			/* bytes */
 
@@ -75,11 +76,6 @@ struct link *link_new(int fd, const struct proto_offer *offer)
 	memset(l, 0, offsetof(struct link, slot));
 	l->fd = fd;
 	l->offer = *offer;
-	for (unsigned i = 0; i < SLOTS; i++) {
-		l->slot[i].r = NULL;
-		l->slot[i].newer = l->free;
-		l->free = &l->slot[i];
-	}
 	return l;
 }
 
@@ -100,7 +96,7 @@ short link_events(const struct link *l)
 
 bool link_has_room(const struct link *l)
 {
-	return l->free && l->tx_to - l->tx_from < SLOTS * PROTO_REQUEST_SIZE;
+	return l->count < SLOTS && l->tx_to - l->tx_from < SLOTS * PROTO_REQUEST_SIZE;
 }
 
 uint64_t link_owes(const struct link *l)
@@ -119,7 +115,10 @@ static struct slot *take_slot(struct link *l, struct origin_request *r)
 {
 	struct slot *s = l->free;
 
-	l->free = s->newer;
+	if (s)
+		l->free = s->newer;
+	else
+		s = &l->slot[l->fresh++];
 	s->r = r;
 	s->newer = NULL;
 	s->older = l->newest;
@@ -253,7 +252,7 @@ static struct slot *find_slot(struct link *l, uint64_t cookie)
 {
 	struct slot *s = &l->slot[cookie % SLOTS];
 
-	return s->r && s->r->cookie == cookie ? s : NULL;
+	return cookie % SLOTS < l->fresh && s->r && s->r->cookie == cookie ? s : NULL;
 }
 
 /* The last of an answer is here. */

@@ -434,10 +434,15 @@ struct disk *proxy_disk(void)
 	return cache_disk(proxy.backend);
 }
 
-void proxy_stop(void)
+void proxy_unlisten(void)
 {
 	ctl_close(proxy.ctl);
 	proxy.ctl = NULL;
+}
+
+void proxy_stop(void)
+{
+	proxy_unlisten();
 	if (!proxy.backend)
 		return;
 	copy_stop(cache_copy(proxy.backend));

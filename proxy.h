@@ -38,6 +38,9 @@ void proxy_switch(void);
 bool proxy_tend(void);
 struct disk *proxy_disk(void);
 
+/* Close the control socket: no more commands. */
+void proxy_unlisten(void);
+
 /* The server stops: no more commands or copying, and begin to make durable what is here. */
 void proxy_stop(void);
 

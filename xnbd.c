@@ -692,6 +692,7 @@ int main(int argc, char **argv)
 		run(&s);
 		status = EXIT_SUCCESS;
 	} else {
+		proxy_unlisten();
 		worker_stop();		/* a commit may be due */
 	}
 	if (s.backend)
