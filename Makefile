@@ -5,21 +5,27 @@
 #   make asan, make tsan    the same with sanitizers
 #   make static             small static programs in build/static, with musl-gcc
 #   make PORTABLE=1         in build/portable, without what only Linux has
-#   make bench              compare with other servers
+#   make fuzz               hostile input: FUZZ_SECONDS=3600 for an hour of each kind
+#   make bench              compare with other servers, and "make footprint": memory, size, growth
 #   make install            DESTDIR and PREFIX are honoured
+#   make dist, make deb     a tarball of what is committed, and a Debian package made from it
+#   make portability        build and test with other compilers, C libraries and processors
 
 PREFIX = /usr/local
 BINDIR = $(PREFIX)/bin
 SBINDIR = $(PREFIX)/sbin
 MANDIR = $(PREFIX)/share/man
+BASHDIR = $(PREFIX)/share/bash-completion/completions
+ZSHDIR = $(PREFIX)/share/zsh/site-functions
+EXAMPLEDIR = $(PREFIX)/share/doc/xnbd/examples
 
 CC = cc
 CFLAGS = -O2 -g
 LDFLAGS =
 
 # What the code needs whatever CFLAGS the user gives.
-XCFLAGS = -std=c11 -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Wshadow -Wstrict-prototypes \
-	-Wmissing-prototypes -Wpointer-arith -Wwrite-strings -pthread -MMD -MP
+XCFLAGS = -std=c11 -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64 -Wall -Wextra -Wshadow \
+	-Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith -Wwrite-strings -pthread -MMD -MP
 
 # Objects and programs go here; "make asan" and the like use folders of their own.
 ifdef PORTABLE
@@ -28,6 +34,9 @@ XCFLAGS += -DXNBD_PORTABLE
 else
 BUILD = .
 endif
+
+# Atomic 64-bit numbers on processors that have none: an archive, of which is taken what is used.
+LIBATOMIC = $(filter /%,$(shell $(CC) -print-file-name=libatomic.a))
 
 SERVER_OBJS = xnbd.o options.o listen.o conn.o loop.o tx.o proto.o backend.o disk.o \
 	snapshot.o cow.o layer.o bitmap.o range.o commit.o worker.o buffer.o util.o \
@@ -39,14 +48,16 @@ PROGRAMS = $(BUILD)/xnbd-server $(BUILD)/xnbd-bgctl
 PYTHON = python3
 CHECKFLAGS =
 BENCHFLAGS =
+FOOTPRINTFLAGS =
+FUZZ_SECONDS = 60
 
 all: $(PROGRAMS)
 
 $(BUILD)/xnbd-server: $(OBJS)
-	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $(OBJS)
+	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $(OBJS) $(LIBATOMIC)
 
 $(BUILD)/xnbd-bgctl: $(addprefix $(BUILD)/,$(BGCTL_OBJS))
-	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $^
+	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $^ $(LIBATOMIC)
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(BUILD)
@@ -70,9 +81,17 @@ tsan:
 	XNBD_SANITIZED=1 TSAN_OPTIONS=report_thread_leaks=0 \
 		$(MAKE) BUILD=build/tsan -o build/tsan/xnbd-server -o build/tsan/xnbd-bgctl check
 
+# What is found stays in build/fuzz/found, and the inputs that lead somewhere in build/fuzz/corpus.
+fuzz:
+	$(MAKE) BUILD=build/asan all \
+		CFLAGS='$(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=undefined'
+	XNBD_SANITIZED=1 XNBD_FUZZ_SECONDS=$(FUZZ_SECONDS) XNBD_FUZZ_DIR=$(abspath build/fuzz) \
+		XNBD_SERVER=$(abspath build/asan/xnbd-server) PYTHON=$(PYTHON) \
+		tests/run -k test_fuzz -rP
+
 # Tables for unwinding are left out, since nothing unwinds, and so is the padding between segments.
 STATIC_CC = musl-gcc
-STATIC_CFLAGS = -Os -flto=auto -fno-pie -ffunction-sections -fdata-sections \
+STATIC_CFLAGS = -Oz -flto=auto -fno-pie -ffunction-sections -fdata-sections \
 	-fno-asynchronous-unwind-tables -fno-unwind-tables
 STATIC_LDFLAGS = -static -no-pie -s -Wl,--gc-sections -Wl,--build-id=none \
 	-Wl,-z,noseparate-code -Wl,-z,norelro -Wl,-z,common-page-size=512
@@ -84,23 +103,63 @@ static:
 tests/load: tests/load.c
 	$(CC) $(CPPFLAGS) -std=c11 -Wall -Wextra -pthread -O2 -g $(LDFLAGS) -o $@ tests/load.c
 
-bench: all tests/load
+bench: all static tests/load
 	$(PYTHON) tests/bench.py $(BENCHFLAGS)
+	$(PYTHON) tests/footprint.py $(FOOTPRINTFLAGS)
+
+footprint: all static tests/load
+	$(PYTHON) tests/footprint.py $(FOOTPRINTFLAGS)
+
+# Examples of services; the path of the program in them is where it is installed.
+EXAMPLES = $(wildcard contrib/systemd/*) contrib/inetd.conf contrib/xnbd.init
 
 install: all
-	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(SBINDIR) $(addprefix $(DESTDIR)$(MANDIR)/man,1 5 8)
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(SBINDIR) $(addprefix $(DESTDIR)$(MANDIR)/man,1 5 8) \
+		$(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(EXAMPLEDIR)
 	install -m 755 $(BUILD)/xnbd-bgctl $(DESTDIR)$(BINDIR)
 	install -m 755 $(BUILD)/xnbd-server $(DESTDIR)$(SBINDIR)
 	install -m 644 man/xnbd-bgctl.1 $(DESTDIR)$(MANDIR)/man1
 	install -m 644 man/xnbd-bitmap.5 $(DESTDIR)$(MANDIR)/man5
 	install -m 644 man/xnbd-server.8 $(DESTDIR)$(MANDIR)/man8
+	install -m 644 contrib/completion.bash $(DESTDIR)$(BASHDIR)/xnbd-server
+	install -m 644 contrib/completion.bash $(DESTDIR)$(BASHDIR)/xnbd-bgctl
+	install -m 644 contrib/completion.zsh $(DESTDIR)$(ZSHDIR)/_xnbd
+	for file in $(EXAMPLES); do \
+		sed 's|/usr/sbin/xnbd|$(SBINDIR)/xnbd|' $$file \
+			>$(DESTDIR)$(EXAMPLEDIR)/$${file##*/} || exit 1; \
+	done
 
 uninstall:
 	rm -f $(DESTDIR)$(SBINDIR)/xnbd-server $(DESTDIR)$(BINDIR)/xnbd-bgctl \
 		$(DESTDIR)$(MANDIR)/man1/xnbd-bgctl.1 $(DESTDIR)$(MANDIR)/man5/xnbd-bitmap.5 \
-		$(DESTDIR)$(MANDIR)/man8/xnbd-server.8
+		$(DESTDIR)$(MANDIR)/man8/xnbd-server.8 $(DESTDIR)$(BASHDIR)/xnbd-server \
+		$(DESTDIR)$(BASHDIR)/xnbd-bgctl $(DESTDIR)$(ZSHDIR)/_xnbd \
+		$(addprefix $(DESTDIR)$(EXAMPLEDIR)/,$(notdir $(EXAMPLES)))
+	-rmdir $(DESTDIR)$(EXAMPLEDIR) $(dir $(DESTDIR)$(EXAMPLEDIR))
+
+VERSION = $(shell sed -n 's/^.define XNBD_VERSION "\([0-9.]*\)".*/\1/p' xnbd.h)
+TARBALL = build/xnbd-$(VERSION).tar
+
+# What is committed, byte for byte the same wherever and whenever it is made.
+dist:
+	mkdir -p build
+	git archive --prefix=xnbd-$(VERSION)/ -o $(TARBALL) HEAD
+	gzip -9nf $(TARBALL)
+
+# A Debian package, from that tarball.
+deb: dist
+	rm -rf build/deb
+	mkdir -p build/deb
+	tar -xzf $(TARBALL).gz -C build/deb
+	cp -r build/deb/xnbd-$(VERSION)/contrib/debian build/deb/xnbd-$(VERSION)/debian
+	sed -i '1s/(.*)/($(VERSION)-1)/' build/deb/xnbd-$(VERSION)/debian/changelog
+	cd build/deb/xnbd-$(VERSION) && dpkg-buildpackage -b -us -uc
+
+# Other compilers, C libraries and processors.
+portability:
+	PYTHON=$(PYTHON) tests/portability
 
 clean:
 	rm -rf xnbd-server xnbd-bgctl *.o *.d build tests/load tests/__pycache__ .pytest_cache
 
-.PHONY: all check asan tsan static bench install uninstall clean
+.PHONY: all check asan tsan fuzz static bench footprint install uninstall dist deb portability clean

@@ -170,14 +170,14 @@ uint64_t bitmap_count(const struct bitmap *b)
 	return atomic_load_explicit(&b->set, memory_order_relaxed);
 }
 
-/* How many bits a file had when it was opened; those behind the last block do not count. */
-static uint64_t count_all(const struct bitmap *b)
+/* How many bits of blocks at to end - 1 are set; at is a multiple of 64. */
+static uint64_t count_range(const struct bitmap *b, uint64_t at, uint64_t end)
 {
 	static const uint64_t none = 0, all = UINT64_MAX;
 	const uint8_t *map = (const void *)b->live;
-	uint64_t count = 0, at = 0;
+	uint64_t count = 0;
 
-	for (; at + 64 <= b->blocks; at += 64) {
+	for (; at + 64 <= end; at += 64) {
 		if (memcmp(map + at / 8, &none, 8) == 0)
 			continue;
 		if (memcmp(map + at / 8, &all, 8) == 0)
@@ -186,7 +186,7 @@ static uint64_t count_all(const struct bitmap *b)
 			for (unsigned i = 0; i < 8; i++)
 				count += count_bits(map[at / 8 + i]);
 	}
-	for (; at < b->blocks; at++)
+	for (; at < end; at++)
 		count += bitmap_test(b, at);
 	return count;
 }
@@ -315,23 +315,85 @@ static bool check_header(const struct bitmap *b, const char *path, uint64_t file
 	return true;
 }
 
-/* After a reboot, or if we cannot know, the live map is what was committed. */
-static void settle_live_map(struct bitmap *b)
+/*
+ * A part of a map, which begins at offset map of the file, that may have bits: bytes *at to *end - 1
+ * of it, from *at on; whole pages.  What was allocated and never written need not be looked at: a
+ * large disk's maps are mostly that.  False if there is none.
+ */
+static bool next_part(const struct bitmap *b, uint64_t map, uint64_t *at, uint64_t *end)
 {
-	static const uint8_t unknown[BOOT_ID_SIZE];
-	const uint8_t *written_by = b->file + 40, *committed = b->file + HEADER_SIZE;
-	uint8_t now[BOOT_ID_SIZE];
+	*end = b->map_bytes;
+#if defined(SEEK_DATA) && !defined(XNBD_PORTABLE)
+	off_t from = *at < *end ? lseek(b->fd, (off_t)(map + *at), SEEK_DATA) : -1, to;
 
-	read_boot_id(now);
-	if (memcmp(now, unknown, BOOT_ID_SIZE) != 0 &&
-	    memcmp(now, written_by, BOOT_ID_SIZE) == 0) {
-		/* What was set and not committed waits for the first commit. */
-		for (uint64_t at = 0; at < b->map_bytes; at += MAP_PAGE)
+	if (from < 0 && errno == ENXIO)		/* none up to the end of the file */
+		return false;
+	if (from < 0)
+		return *at < *end;
+	if ((uint64_t)from >= map + *end)
+		return false;
+	*at = ((uint64_t)from - map) / MAP_PAGE * MAP_PAGE;
+	to = lseek(b->fd, from, SEEK_HOLE);
+	if (to > from && (uint64_t)to < map + *end)
+		*end = ((uint64_t)to - map + MAP_PAGE - 1) / MAP_PAGE * MAP_PAGE;
+#else
+	(void)map;
+#endif
+	return *at < *end;
+}
+
+/* Make parts of the live map what was committed: those where the map at that offset has bits. */
+static void restore_live_map(struct bitmap *b, uint64_t map)
+{
+	for (uint64_t at = 0, end; next_part(b, map, &at, &end); at = end)
+		memcpy((void *)(b->live + at), b->file + HEADER_SIZE + at, end - at);
+}
+
+/* What was set and not committed waits for the first commit. */
+static void find_dirty(struct bitmap *b, uint64_t map)
+{
+	const uint8_t *committed = b->file + HEADER_SIZE;
+
+	for (uint64_t at = 0, end; next_part(b, map, &at, &end); at = end)
+		for (; at < end; at += MAP_PAGE)
 			b->dirty[at / MAP_PAGE] =
 				memcmp((void *)(b->live + at), committed + at, MAP_PAGE) != 0;
-		return;
+}
+
+/* How many bits a file had when it was opened; those behind the last block do not count. */
+static uint64_t count_all(const struct bitmap *b, uint64_t map)
+{
+	uint64_t count = 0;
+
+	for (uint64_t at = 0, end; next_part(b, map, &at, &end); at = end)
+		count += count_range(b, at * 8, end * 8 < b->blocks ? end * 8 : b->blocks);
+	return count;
+}
+
+/*
+ * After a reboot, or if we cannot know, the live map is what was committed.  All that was stored is
+ * written out first, so that every file system tells it from what never was.
+ */
+static int settle_live_map(struct bitmap *b)
+{
+	static const uint8_t unknown[BOOT_ID_SIZE];
+	uint64_t map = HEADER_SIZE + b->map_bytes;
+	uint8_t now[BOOT_ID_SIZE];
+	int err = sync_file(b);
+
+	if (err)
+		return err;
+	read_boot_id(now);
+	if (memcmp(now, unknown, BOOT_ID_SIZE) != 0 &&
+	    memcmp(now, b->file + 40, BOOT_ID_SIZE) == 0) {
+		find_dirty(b, map);
+	} else {
+		restore_live_map(b, map);
+		map = HEADER_SIZE;
+		restore_live_map(b, map);
 	}
-	memcpy((void *)b->live, committed, b->map_bytes);
+	atomic_init(&b->set, count_all(b, map));
+	return 0;
 }
 
 /* Write the contents of a new file; a mapping must never meet a full disk, so all is allocated. */
@@ -460,8 +522,7 @@ static bool prepare(struct bitmap *b, const char *path, bool clear)
 	if (!err && !check_header(b, path, (uint64_t)st.st_size))
 		return false;
 	if (!err && !created) {
-		settle_live_map(b);
-		atomic_init(&b->set, count_all(b));
+		err = settle_live_map(b);
 		forget_pages(b);
 	}
 	if (!err)

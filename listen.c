@@ -7,6 +7,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <stdio.h>
@@ -19,6 +20,7 @@
 
 enum {
 	BACKLOG = 1024,
+	PASSED_FIRST = 3,	/* SD_LISTEN_FDS_START */
 	FREE_PORT_TRIES = 32,
 };
 
@@ -46,6 +48,7 @@ static int add(struct listeners *l, int fd, char *unix_path)
 	if (getsockname(fd, &address.sa, &len) < 0)
 		return -errno;
 	format_address(&address.sa, len, new->address);
+	new->local = address.sa.sa_family == AF_UNIX;
 	return 0;
 }
 
@@ -254,6 +257,51 @@ bool listen_unix(struct listeners *l, const char *path, mode_t mode)
 			    err == -EEXIST     ? "there is a file that is not a socket" :
 						 strerror(-err));
 	return err == 0;
+}
+
+int listen_count_passed(void)
+{
+	const char *process = getenv("LISTEN_PID"), *sockets = getenv("LISTEN_FDS");
+	unsigned long pid, count;
+
+	if (!process || !sockets)
+		return 0;
+	if (!parse_number(process, 1, INT_MAX, &pid) ||
+	    !parse_number(sockets, 0, INT_MAX - PASSED_FIRST, &count)) {
+		log_failure("LISTEN_PID '%s' or LISTEN_FDS '%s' is not a number", process, sockets);
+		return -1;
+	}
+	return pid == (unsigned long)getpid() ? (int)count : 0;
+}
+
+static bool take_passed(struct listeners *l, int fd)
+{
+	int type = 0, listening = 0, err;
+	socklen_t len = sizeof(type);
+
+	if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) < 0 || type != SOCK_STREAM) {
+		log_failure("LISTEN_FDS: descriptor %d is not a stream socket", fd);
+		return false;
+	}
+	if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) < 0 || !listening) {
+		log_failure("LISTEN_FDS: descriptor %d does not listen (--inetd takes a connection)",
+			    fd);
+		return false;
+	}
+	fcntl(fd, F_SETFD, FD_CLOEXEC);
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+	err = add(l, fd, NULL);
+	if (err)
+		log_failure("LISTEN_FDS: descriptor %d: %s", fd, strerror(-err));
+	return err == 0;
+}
+
+bool listen_passed(struct listeners *l, int count)
+{
+	for (int i = 0; i < count; i++)
+		if (!take_passed(l, PASSED_FIRST + i))
+			return false;
+	return true;
 }
 
 static void remove_socket(const struct listener *l)

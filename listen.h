@@ -13,7 +13,8 @@
 struct listener {
 	int fd;
 	char address[ADDRESS_MAX];
-	char *unix_path;	/* from the root; NULL for TCP */
+	bool local;		/* a Unix socket, whose clients have no names */
+	char *unix_path;	/* of a socket that we made, from the root; else NULL */
 	dev_t dev;		/* of the socket's file, so that only our own is unlinked */
 	ino_t ino;
 };
@@ -36,7 +37,17 @@ bool listen_tcp(struct listeners *l, const char *const *names, size_t count, uns
  */
 bool listen_unix(struct listeners *l, const char *path, mode_t mode);
 
-/* Close all, and remove the Unix sockets' files. */
+/*
+ * How many sockets the process that started us passes on, by the protocol of sd_listen_fds(3):
+ * descriptors from 3 on.  To be asked before this process forks.  -1 after logging that nobody
+ * can tell.
+ */
+int listen_count_passed(void);
+
+/* Listen on that many passed sockets.  False after logging what one of them is instead. */
+bool listen_passed(struct listeners *l, int count);
+
+/* Close all, and remove the files of Unix sockets that we made. */
 void listen_close(struct listeners *l);
 
 #endif

@@ -402,6 +402,27 @@ void tune_socket(int fd)
 #endif
 }
 
+void notify_supervisor(const char *state)
+{
+	const char *name = getenv("NOTIFY_SOCKET");
+	size_t len = name ? strlen(name) : 0;
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	int fd;
+
+	if (len < 2 || len > sizeof(sun.sun_path))
+		return;
+	memcpy(sun.sun_path, name, len);
+	if (name[0] == '@')	/* Linux: a name that is no file */
+		sun.sun_path[0] = '\0';
+	fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return;
+	if (sendto(fd, state, strlen(state), 0, (const struct sockaddr *)&sun,
+		   (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len)) < 0)
+		log_line("cannot notify %s: %s", name, strerror(errno));
+	close(fd);
+}
+
 unsigned cpu_count(void)
 {
 #if defined(__linux__) && !defined(XNBD_PORTABLE)

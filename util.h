@@ -92,6 +92,9 @@ bool is_same_socket(int a, int b);
 /* No delay, and notice a peer that is gone.  Does nothing on sockets that are not TCP. */
 void tune_socket(int fd);
 
+/* Tell the process that started us and waits for it, if one does, as sd_notify(3) would. */
+void notify_supervisor(const char *state);
+
 /* The processors that we may run on, at least 1. */
 unsigned cpu_count(void);
 

@@ -53,6 +53,7 @@ struct server {
 	const struct proto_export *table[1];
 	struct proto_exports exports;
 	struct listeners listeners;
+	int passed;			/* sockets that were opened for us */
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
 	char *log_path, *pid_path, *image_path;	/* from the root: a daemon leaves its place */
@@ -341,6 +342,13 @@ static bool open_sockets(struct server *s)
 		return is_connection(s->single_fd, "--connected-fd") &&
 		       fcntl(s->single_fd, F_SETFD, FD_CLOEXEC) == 0;
 	}
+	if (s->passed > 0 && (o->lport_given || o->laddrs || o->unix_path)) {
+		log_failure("LISTEN_FDS says where to listen, --lport, --laddr and --unix do not "
+			    "belong to it");
+		return false;
+	}
+	if (s->passed > 0)
+		return listen_passed(&s->listeners, s->passed);
 	if (o->unix_path && !listen_unix(&s->listeners, o->unix_path, 0))
 		return false;
 	if (o->unix_path && !o->lport_given && !o->laddrs)
@@ -393,6 +401,7 @@ static bool start(struct server *s)
 		return false;
 	for (size_t i = 0; i < s->listeners.count; i++)
 		log_line("listening on %s", s->listeners.all[i].address);
+	notify_supervisor("READY=1");
 	return s->ready_fd < 0 || detach(s);
 }
 
@@ -457,7 +466,7 @@ static bool accept_client(struct server *s, const struct listener *l)
 		return errno == EINTR || errno == ECONNABORTED;
 	}
 	serial++;
-	if (l->unix_path)
+	if (l->local)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(&address.sa, len, peer);
@@ -686,6 +695,9 @@ int main(int argc, char **argv)
 	open_standard_descriptors();
 	log_name("xnbd-server");
 	options_parse(&s.options, argc, argv);
+	s.passed = listen_count_passed();
+	if (s.passed < 0)
+		return EXIT_FAILURE;
 	if (s.options.daemonize && !daemonize(&s))
 		return EXIT_FAILURE;
 	if (start(&s)) {
