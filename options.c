@@ -35,10 +35,9 @@ enum kind {
 static const struct known {
 	const char *name;
 	const char *arg;		/* its name in the usage text, NULL for none */
-	enum kind kind;
-	unsigned modes;			/* in which it means something */
-	size_t field;			/* of struct options: where the value goes */
-	size_t given;			/* likewise: a bool to set, 0 for none */
+	unsigned char kind, modes;	/* enum kind; the modes in which it means something */
+	unsigned short field;		/* of struct options: where the value goes */
+	unsigned short given;		/* likewise: a bool to set, 0 for none */
 	unsigned long min, max;
 	const char *help;
 } known[] = {
@@ -75,7 +74,7 @@ static const struct known {
 	{ "max-queue-size", "N", KIND_NUMBER, MODE_PROXY, FIELD(max_queue_size), 0, 0, INT_MAX,
 	  "requests of all clients that may wait (0: 512 of each)" },
 	{ "max-buf-size", "SIZE", KIND_SIZE, MODE_PROXY, FIELD(max_buf_size), 0, 0, 0,
-	  "memory for the data of those (0: 3M of each)" },
+	  "memory for the data of those (0: 2M of each)" },
 	{ "origin-connections", "N", KIND_NUMBER, MODE_PROXY, FIELD(origin_connections), 0, 1, 16,
 	  "connections to the remote server, at most (2)" },
 	{ "origin-timeout", "SECONDS", KIND_NUMBER, MODE_PROXY, FIELD(origin_timeout), 0, 1, 3600,
@@ -165,7 +164,7 @@ static void set_option(struct options *o, const struct known *k, const char *val
 	char *field = (char *)o + k->field;
 	unsigned long n;
 
-	switch (k->kind) {
+	switch ((enum kind)k->kind) {
 	case KIND_MODE:
 		set_mode(o, k);
 		break;

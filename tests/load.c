@@ -27,6 +27,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,16 +43,20 @@
 #define SIMPLE_MAGIC 0x67446698u
 #define STRUCTURED_MAGIC 0x668e33efu
 #define OPTION_MAGIC UINT64_C(0x49484156454F5054)
+#define OPTION_REPLY_MAGIC UINT64_C(0x3e889045565a9)
+#define REP_ERR_UNSUP 0x80000001u
 #define BUSY 0x80000000u	/* in a version: a request is in flight */
 
 enum {
 	CMD_READ = 0, CMD_WRITE = 1, CMD_DISC = 2, CMD_FLUSH = 3,
 	OPT_EXPORT_NAME = 1, OPT_STRUCTURED = 8, REP_ACK = 1,
+	FLAG_NO_ZEROES = 2, FLAGS_FLUSH = 1 | 1 << 2,
 	CHUNK_DATA = 1, CHUNK_HOLE = 2, CHUNK_ERROR = 0x8000,
 	REQUEST_SIZE = 28, SIMPLE_SIZE = 16, CHUNK_SIZE = 20,
 	RBUF_SIZE = 256 << 10,
 	DEPTH_MAX = 512,	/* two pieces each: within IOV_MAX */
 	STALL_SECONDS = 30,
+	SPIN_NS = 50000,
 	HIST_SUB = 64,		/* steps per doubling: 1.6 % */
 	HIST_SIZE = HIST_SUB * 60,
 };
@@ -60,7 +65,7 @@ enum pattern { RANDOM, SEQUENTIAL, ONCE };
 
 static struct {
 	const char *target, *image, *export, *store;
-	uint64_t conns, depth, bs, read_percent, flush_every, size, count, seed, relay;
+	uint64_t conns, depth, bs, read_percent, flush_every, size, count, seed, relay, null;
 	double seconds;
 	enum pattern pattern;
 	bool structured, verify;
@@ -95,6 +100,9 @@ struct conn {
 	struct slot *slot;		/* whose payload is coming */
 	bool check, last;		/* compare it; it ends the reply */
 	uint64_t payload_left, payload_at;
+	/* --null: the request that gets the next reply */
+	uint8_t request[REQUEST_SIZE];
+	bool owed;
 	/* results; done is by command */
 	uint64_t done[4], errors, latency_max, *hist;
 	uint32_t first_error;
@@ -785,7 +793,7 @@ static int listen_at(uint64_t port)
 	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
 
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
-	if (bind(fd, (struct sockaddr *)&sa, sizeof(sa)) || listen(fd, 1))
+	if (bind(fd, (struct sockaddr *)&sa, sizeof(sa)) || listen(fd, SOMAXCONN))
 		die("port %" PRIu64 ": %s", port, strerror(errno));
 	return fd;
 }
@@ -810,12 +818,172 @@ static int relay(void)
 	return 2;
 }
 
+/* ---- a server without a disk: the least that any server has to do ---- */
+
+static int null_spinners;		/* at once, at most */
+
+/* Newstyle, and one export: who asks for anything else is told that there is none. */
+static int null_handshake(struct conn *c)
+{
+	uint8_t buf[4096], head[134] = { 0 };
+	uint64_t option = 0, len, flags;
+
+	memcpy(head, "NBDMAGIC", 8);
+	put_be(head + 8, OPTION_MAGIC, 8);
+	put_be(head + 16, 3, 2);
+	if (send_all(c, head, 18) || recv_all(c, buf, 4))
+		return -1;
+	flags = get_be(buf, 4);
+	while (option != OPT_EXPORT_NAME) {
+		if (recv_all(c, buf, 16))
+			return -1;
+		option = get_be(buf + 8, 4);
+		len = get_be(buf + 12, 4);
+		if (len > sizeof(buf) || (len && recv_all(c, buf, len)))
+			return -1;
+		put_be(head, OPTION_REPLY_MAGIC, 8);
+		put_be(head + 8, option, 4);
+		put_be(head + 12, REP_ERR_UNSUP, 4);
+		put_be(head + 16, 0, 4);
+		if (option != OPT_EXPORT_NAME && send_all(c, head, 20))
+			return -1;
+	}
+	memset(head, 0, sizeof(head));
+	put_be(head, opt.size, 8);
+	put_be(head + 8, FLAGS_FLUSH, 2);
+	return send_all(c, head, flags & FLAG_NO_ZEROES ? 10 : 134);
+}
+
+/* Sends all replies that are ready. */
+static int null_send(struct conn *c)
+{
+	struct pollfd pfd = { .fd = c->fd, .events = POLLOUT };
+
+	for (c->iov_next = c->iov; c->niov; poll(&pfd, 1, -1))
+		if (push(c))
+			return -1;
+		else if (!c->niov)
+			break;
+	c->nidle = 0;
+	return 0;
+}
+
+static int null_request(struct conn *c)
+{
+	uint64_t cmd, len;
+
+	memcpy(c->request, c->rbuf + c->pos, REQUEST_SIZE);
+	cmd = get_be(c->request + 6, 2);
+	len = get_be(c->request + 24, 4);
+	c->pos += REQUEST_SIZE;
+	c->payload_left = cmd == CMD_WRITE ? len : 0;
+	c->owed = true;
+	return cmd == CMD_DISC || (cmd == CMD_READ && len > opt.bs) ? -1 : 0;
+}
+
+/* Every READ gets the same data. */
+static int null_reply(struct conn *c)
+{
+	uint8_t *head = c->headers + c->nidle++ * SIMPLE_SIZE;
+
+	c->owed = false;
+	put_be(head, SIMPLE_MAGIC, 4);
+	memcpy(head + 8, c->request + 8, 8);
+	add_piece(c, head, SIMPLE_SIZE);
+	if (get_be(c->request + 6, 2) == CMD_READ)
+		add_piece(c, c->payload, get_be(c->request + 24, 4));
+	return c->nidle == DEPTH_MAX ? null_send(c) : 0;
+}
+
+/* Takes all requests that have come, and drops what they want to write. */
+static int null_take(struct conn *c)
+{
+	size_t n;
+	int r = 0;
+
+	for (c->pos = 0; !r;) {
+		n = c->end - c->pos;
+		n = n < c->payload_left ? n : c->payload_left;
+		c->payload_left -= n;
+		c->pos += n;
+		if (c->owed && !c->payload_left)
+			r = null_reply(c);
+		else if (!c->owed && c->end - c->pos >= REQUEST_SIZE)
+			r = null_request(c);
+		else
+			break;
+	}
+	memmove(c->rbuf, c->rbuf + c->pos, c->end - c->pos);
+	c->end -= c->pos;
+	return r ? r : null_send(c);
+}
+
+/* Receives once; looks for a while before it sleeps, if that leaves a processor for the client. */
+static ssize_t null_recv(struct conn *c)
+{
+	static atomic_int spinners;
+	uint64_t until = clock_ns() + SPIN_NS;
+	size_t room = RBUF_SIZE - c->end;
+	ssize_t n = -1;
+
+	errno = EAGAIN;
+	if (atomic_fetch_add(&spinners, 1) < null_spinners)
+		while (n < 0 && errno == EAGAIN && clock_ns() < until)
+			n = recv(c->fd, c->rbuf + c->end, room, MSG_DONTWAIT);
+	atomic_fetch_sub(&spinners, 1);
+	return n < 0 && errno == EAGAIN ? recv(c->fd, c->rbuf + c->end, room, 0) : n;
+}
+
+static void *null_main(void *arg)
+{
+	struct conn *c = arg;
+	ssize_t n;
+
+	c->headers = need(DEPTH_MAX, SIMPLE_SIZE);
+	c->iov = need(2 * DEPTH_MAX, sizeof(*c->iov));
+	c->payload = need(1, opt.bs);
+	c->rbuf = need(1, RBUF_SIZE);
+	c->iov_next = c->iov;
+	if (null_handshake(c) == 0) {
+		do {
+			n = null_recv(c);
+			c->end += n > 0 ? (size_t)n : 0;
+		} while (n > 0 && null_take(c) == 0);
+	}
+	close(c->fd);
+	free(c->headers);
+	free(c->iov);
+	free(c->payload);
+	free(c->rbuf);
+	free(c);
+	return NULL;
+}
+
+/* A thread for each client, until it is killed. */
+static int null(void)
+{
+	int listener = listen_at(opt.null), fd, one = 1;
+	struct conn *c;
+
+	null_spinners = (int)sysconf(_SC_NPROCESSORS_ONLN) - 1;
+	while ((fd = accept(listener, NULL, NULL)) >= 0) {
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+		c = need(1, sizeof(*c));
+		c->fd = fd;
+		if (pthread_create(&c->thread, NULL, null_main, c) || pthread_detach(c->thread))
+			die("cannot start a thread");
+	}
+	die("port %" PRIu64 ": %s", opt.null, strerror(errno));
+	return 2;
+}
+
 /* ---- options ---- */
 
 static const char usage[] =
 	"usage: load [options] HOST:PORT | unix:PATH\n"
 	"       load --make-image PATH --size SIZE [--seed N]\n"
 	"       load --relay PORT --store PATH HOST:PORT | unix:PATH\n"
+	"       load --null PORT --size SIZE [--block-size SIZE]\n"
 	"  --connections N (1)      --depth N (1)          requests in flight on each\n"
 	"  --block-size SIZE (4K)   --size SIZE            work on the first SIZE of the disk\n"
 	"  --pattern random|sequential|once                once: each block once, scattered\n"
@@ -824,6 +992,7 @@ static const char usage[] =
 	"  --export NAME            --seed N (1)           --structured: structured replies\n"
 	"  --verify   check what is read; the disk was made by --make-image with this seed\n"
 	"  --relay    pass a connection on, and keep a copy of what comes back, no more\n"
+	"  --null     answer without a disk: READs up to the block size, the same data to all\n"
 	"Prints one line of JSON. Exit status: 0, 1 errors, 2 could not start.\n";
 
 static uint64_t number(const char *name, const char *s)
@@ -866,12 +1035,14 @@ static void check_options(void)
 int main(int argc, char **argv)
 {
 	static uint64_t *const numbers[] = { &opt.conns, &opt.depth, &opt.bs, &opt.size,
-		&opt.read_percent, &opt.flush_every, &opt.count, &opt.seed, &opt.relay };
+		&opt.read_percent, &opt.flush_every, &opt.count, &opt.seed, &opt.relay,
+		&opt.null };
 	static const struct option longs[] = {
 		{ "connections", 1, NULL, 0 }, { "depth", 1, NULL, 1 },
 		{ "block-size", 1, NULL, 2 }, { "size", 1, NULL, 3 },
 		{ "read-percent", 1, NULL, 4 }, { "flush-every", 1, NULL, 5 },
 		{ "count", 1, NULL, 6 }, { "seed", 1, NULL, 7 }, { "relay", 1, NULL, 8 },
+		{ "null", 1, NULL, 9 },
 		{ "pattern", 1, NULL, 'p' }, { "seconds", 1, NULL, 't' },
 		{ "export", 1, NULL, 'e' }, { "make-image", 1, NULL, 'm' },
 		{ "store", 1, NULL, 'o' }, { "structured", 0, NULL, 's' }, { "verify", 0, NULL, 'v' },
@@ -895,6 +1066,8 @@ int main(int argc, char **argv)
 	}
 	if (opt.image)
 		return make_image();
+	if (opt.null)
+		return null();
 	if (optind != argc - 1)
 		die("one server is needed: HOST:PORT or unix:PATH");
 	opt.target = argv[optind];

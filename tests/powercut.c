@@ -5,31 +5,43 @@
  *
  *	POWERCUT_DIRECTORY	the directory, an absolute path without links in it
  *	POWERCUT_LOG		the record, to which is added; not in that directory
+ *	POWERCUT_KILL		a number n: the server is killed at the n-th moment, which is
+ *				either before or after something that is recorded
+ *	POWERCUT_HOLD_WRITE	a path: when there is such a file, and until it is gone, the first
+ *				thread that writes to a new temporary file waits, and the record
+ *				says so
+ *	POWERCUT_HOLD_SYNC	likewise for the first thread that begins a sync
  *
  * A call that changes a file is made and recorded under one lock, so that the order of the
  * records is the order of the changes.  A sync has two records: what was recorded before the
  * first is durable at the second.  What was received is recorded before the server sees it, and
  * what is sent before anybody can answer to it.
  *
- * Stores through a mapping are not seen, nor are copy_file_range(), splice() and their like: the
- * test compares the files with the record, so that it does not miss a server that uses them.
+ * Stores through a small shared mapping are recorded with the next thing that is, and before it.
+ * copy_file_range(), splice() and their like are not seen: the test compares the files with the
+ * record, so that it does not miss a server that uses them.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <linux/fs.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 /* Kinds of records.  The numbers are known to test_powercut.py. */
@@ -40,12 +52,15 @@ enum kind {
 	ZERO,			/* at: offset, length; inside the file */
 	SYNC,			/* begins */
 	SYNCED,			/* at: 1 if it succeeded */
-	CREATE,			/* file: the new one; bytes: its name in the directory */
+	CREATE,			/* file: the new one; bytes: its name, which may be "" */
 	UNLINK,			/* bytes: the name */
 	RENAME,			/* bytes: the names, a NUL between them */
-	LINK,			/* likewise */
+	LINK,			/* likewise; file: that which had no name, the first is "" then */
 	RECEIVE,		/* file: the socket; bytes: the data */
 	SEND,
+	MAPPED,			/* at: offset; bytes: what a page of a mapping has become */
+	CLONE,			/* at: inode number of the file that it is a copy of now */
+	HELD,			/* a thread waits: POWERCUT_HOLD */
 };
 
 /* Before the bytes, in the machine's byte order. */
@@ -56,19 +71,45 @@ struct record {
 	uint64_t bytes;
 };
 
+#ifdef __GLIBC__
+typedef unsigned long ioctl_request;
+#else
+typedef int ioctl_request;
+#endif
+
 /* The function that a caller would have got without us. */
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-enum { LOG_FD = 900 };		/* where the server's own descriptors do not come */
+enum {
+	LOG_FD = 900,			/* where the server's own descriptors do not come */
+	PAGE = 4096,
+	MAPPINGS = 4,
+	MAPPING_MAX = 64 * 1024,	/* bytes; larger ones are not watched */
+};
 
+/* The lock, which guards all that follows it. */
 static pthread_mutex_t order = PTHREAD_MUTEX_INITIALIZER;
+
+static struct mapping {
+	volatile uint64_t *memory;	/* NULL: there is none */
+	size_t length;
+	uint64_t file;
+	uint64_t known[MAPPING_MAX / 8];	/* what was recorded of it */
+} mappings[MAPPINGS];
+
+static unsigned long moments, last_moment;
+static uint64_t temporary;		/* the inode of a new temporary file; 0: none */
+static bool somebody_waits;		/* by the wish of the test */
+
 static char directory[4096];
+static const char *hold_write, *hold_sync;
 static size_t directory_len;
 static int log_fd = -1;
 
 __attribute__((constructor)) static void begin(void)
 {
 	const char *dir = getenv("POWERCUT_DIRECTORY"), *log = getenv("POWERCUT_LOG");
+	const char *last = getenv("POWERCUT_KILL");
 	int fd;
 
 	if (!dir || !log || strlen(dir) >= sizeof(directory))
@@ -77,11 +118,15 @@ __attribute__((constructor)) static void begin(void)
 	fd = (int)syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_APPEND | O_CREAT, 0600);
 	log_fd = fcntl(fd, F_DUPFD_CLOEXEC, LOG_FD);
 	close(fd);
+	hold_write = getenv("POWERCUT_HOLD_WRITE");
+	hold_sync = getenv("POWERCUT_HOLD_SYNC");
+	last_moment = last ? strtoul(last, NULL, 10) : 0;
 }
 
-/* Called with the lock; errno stays. */
-static void put(enum kind kind, uint64_t file, uint64_t at, uint64_t length,
-		const struct iovec *data, int count, uint64_t bytes)
+/* From here on with the lock, as far as nothing else is said.  errno stays. */
+
+static void append(enum kind kind, uint64_t file, uint64_t at, uint64_t length,
+		   const struct iovec *data, int count, uint64_t bytes)
 {
 	struct record r = { kind, (uint32_t)syscall(SYS_gettid), file, at, length, bytes };
 	struct iovec iov[1024 + 1] = { { &r, sizeof(r) } };
@@ -98,6 +143,52 @@ static void put(enum kind kind, uint64_t file, uint64_t at, uint64_t length,
 	errno = saved;
 }
 
+/* Word by word, and not by memcpy(): others store there at the same time. */
+static bool has_changed(struct mapping *m, size_t page)
+{
+	bool changed = false;
+
+	for (size_t i = page / 8; i < (page + PAGE) / 8; i++) {
+		uint64_t word = m->memory[i];
+
+		changed |= word != m->known[i];
+		m->known[i] = word;
+	}
+	return changed;
+}
+
+static void put_mapping(struct mapping *m, bool all)
+{
+	for (size_t page = 0; page < m->length; page += PAGE) {
+		struct iovec iov = { m->known + page / 8, PAGE };
+
+		if (has_changed(m, page) || all)
+			append(MAPPED, m->file, page, 0, &iov, 1, PAGE);
+	}
+}
+
+static void put_mappings(void)
+{
+	for (int i = 0; i < MAPPINGS; i++)
+		if (mappings[i].memory)
+			put_mapping(&mappings[i], false);
+}
+
+/* Something was recorded, or will be. */
+static void moment(void)
+{
+	if (++moments == last_moment)
+		kill(getpid(), SIGKILL);
+}
+
+static void put(enum kind kind, uint64_t file, uint64_t at, uint64_t length,
+		const struct iovec *data, int count, uint64_t bytes)
+{
+	put_mappings();
+	append(kind, file, at, length, data, count, bytes);
+	moment();
+}
+
 static void put_bytes(enum kind kind, uint64_t file, const void *buf, size_t len)
 {
 	struct iovec iov = { (void *)buf, len };
@@ -105,7 +196,21 @@ static void put_bytes(enum kind kind, uint64_t file, const void *buf, size_t len
 	put(kind, file, 0, 0, &iov, 1, len);
 }
 
-/* What a descriptor is. */
+/* Take the lock for a call that changes something, and give it back. */
+
+static void begin_change(void)
+{
+	pthread_mutex_lock(&order);
+	put_mappings();
+	moment();
+}
+
+static void end_change(void)
+{
+	pthread_mutex_unlock(&order);
+}
+
+/* What a descriptor is; without the lock. */
 enum what { OTHER, FILE_HERE, SOCKET };
 
 static bool is_here(const char *path)
@@ -144,14 +249,45 @@ static struct call enter(int fd)
 
 	c.what = what_is(fd, &c.inode);
 	if (c.what != OTHER)
-		pthread_mutex_lock(&order);
+		begin_change();
 	return c;
 }
 
 static void leave(const struct call *c)
 {
 	if (c->what != OTHER)
-		pthread_mutex_unlock(&order);
+		end_change();
+}
+
+/* Without the lock: wait while there is a file at that path, if nobody else does. */
+static void wait_for(const char *path, uint64_t inode)
+{
+	struct timespec pause = { 0, 1000000 };
+	bool waits;
+
+	if (!path || access(path, F_OK) < 0)
+		return;
+	pthread_mutex_lock(&order);
+	waits = !somebody_waits;
+	somebody_waits = true;
+	if (waits)
+		put(HELD, inode, 0, 0, NULL, 0, 0);
+	pthread_mutex_unlock(&order);
+	if (!waits)
+		return;
+	while (access(path, F_OK) == 0)
+		nanosleep(&pause, NULL);
+	pthread_mutex_lock(&order);
+	somebody_waits = false;
+	pthread_mutex_unlock(&order);
+}
+
+static void wait_to_write(int fd)
+{
+	uint64_t inode;
+
+	if (hold_write && what_is(fd, &inode) == FILE_HERE && inode == temporary)
+		wait_for(hold_write, inode);
 }
 
 /* Writing and sending */
@@ -198,8 +334,10 @@ ssize_t writev(int fd, const struct iovec *iov, int count)
 #define PWRITES(pwrite_name, pwritev_name, off_type)						\
 ssize_t pwrite_name(int fd, const void *buf, size_t len, off_type at)				\
 {												\
-	struct call c = enter(fd);								\
+	struct call c;										\
 												\
+	wait_to_write(fd);									\
+	c = enter(fd);										\
 	return wrote_bytes(&c, REAL(pwrite_name)(fd, buf, len, at), at, buf);			\
 }												\
 												\
@@ -301,6 +439,80 @@ int posix_fallocate_name(int fd, off_type at, off_type len)					\
 
 SIZES(ftruncate, fallocate, posix_fallocate, off_t)
 
+/* A file becomes a copy of another one. */
+int ioctl(int fd, ioctl_request what, ...)
+{
+	struct call c = { OTHER, 0 };
+	struct stat st;
+	va_list args;
+	void *arg;
+	int result;
+
+	va_start(args, what);
+	arg = va_arg(args, void *);
+	va_end(args);
+	if (what == (ioctl_request)FICLONE)
+		c = enter(fd);
+	result = REAL(ioctl)(fd, what, arg);
+	if (c.what == OTHER)
+		return result;
+	return changed(&c, result, CLONE, fstat((int)(intptr_t)arg, &st) < 0 ? 0 : st.st_ino, 0);
+}
+
+/* Mappings */
+
+/* The mapping at that place, or with NULL a free entry; NULL if there is none. */
+static struct mapping *find_mapping(const void *memory)
+{
+	for (int i = 0; i < MAPPINGS; i++)
+		if (mappings[i].memory == memory)
+			return &mappings[i];
+	return NULL;
+}
+
+static void watch(void *memory, size_t length, uint64_t file)
+{
+	struct mapping *m = find_mapping(NULL);
+
+	if (!m || length > MAPPING_MAX || length % PAGE != 0)
+		return;
+	m->memory = memory;
+	m->length = length;
+	m->file = file;
+	put_mapping(m, true);
+}
+
+#define MMAP(mmap_name, off_type)								\
+void *mmap_name(void *at, size_t length, int protection, int flags, int fd, off_type off)	\
+{												\
+	void *memory = REAL(mmap_name)(at, length, protection, flags, fd, off);			\
+	uint64_t inode;										\
+												\
+	if (memory == MAP_FAILED || !(flags & MAP_SHARED) || !(protection & PROT_WRITE) ||	\
+	    off != 0 || fd < 0 || what_is(fd, &inode) != FILE_HERE)				\
+		return memory;									\
+	pthread_mutex_lock(&order);								\
+	watch(memory, length, inode);								\
+	pthread_mutex_unlock(&order);								\
+	return memory;										\
+}
+
+MMAP(mmap, off_t)
+
+int munmap(void *memory, size_t length)
+{
+	struct mapping *m;
+
+	pthread_mutex_lock(&order);
+	m = log_fd < 0 ? NULL : find_mapping(memory);
+	if (m) {
+		put_mapping(m, false);
+		m->memory = NULL;
+	}
+	pthread_mutex_unlock(&order);
+	return REAL(munmap)(memory, length);
+}
+
 /* Syncs: others go on meanwhile. */
 
 static void put_sync(const struct call *c, enum kind kind, bool ok)
@@ -319,6 +531,8 @@ static int do_sync(int fd, int (*real)(int))
 
 	c.what = what_is(fd, &c.inode);
 	put_sync(&c, SYNC, true);
+	if (c.what == FILE_HERE)
+		wait_for(hold_sync, c.inode);
 	result = real(fd);
 	put_sync(&c, SYNCED, result == 0);
 	return result;
@@ -354,21 +568,34 @@ static void put_opened(int fd, const char *name)
 		put(TRUNCATE, st.st_ino, 0, 0, NULL, 0, 0);
 }
 
+/* The same for one that is to be renamed, or has no name as yet. */
+static void put_temporary(int fd, const char *name)
+{
+	struct stat st;
+
+	put_opened(fd, name);
+	if (fd >= 0 && fstat(fd, &st) == 0)
+		temporary = st.st_ino;
+}
+
 typedef int open_function(const char *path, int flags, ...);
 
 static int do_open(open_function *real, const char *path, int flags, mode_t mode)
 {
 	const char *name = flags & (O_CREAT | O_TRUNC) ? name_of(path) : NULL;
-	bool exists;
+	bool nameless = (flags & O_TMPFILE) == O_TMPFILE && is_here(path), exists;
 	int fd;
 
-	if (!name)
+	if (!name && !nameless)
 		return real(path, flags, mode);
-	pthread_mutex_lock(&order);
+	begin_change();
 	exists = faccessat(AT_FDCWD, path, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
 	fd = real(path, flags, mode);
-	put_opened(fd, exists ? NULL : name);
-	pthread_mutex_unlock(&order);
+	if (nameless)
+		put_temporary(fd, "");
+	else
+		put_opened(fd, exists ? NULL : name);
+	end_change();
 	return fd;
 }
 
@@ -398,10 +625,10 @@ int mkostemp_name(char *path, int flags)							\
 												\
 	if (!name_of(path))									\
 		return REAL(mkostemp_name)(path, flags);					\
-	pthread_mutex_lock(&order);								\
+	begin_change();										\
 	fd = REAL(mkostemp_name)(path, flags);							\
-	put_opened(fd, name_of(path));								\
-	pthread_mutex_unlock(&order);								\
+	put_temporary(fd, name_of(path));							\
+	end_change();										\
 	return fd;										\
 }
 
@@ -414,11 +641,11 @@ int unlink(const char *path)
 
 	if (!name)
 		return REAL(unlink)(path);
-	pthread_mutex_lock(&order);
+	begin_change();
 	result = REAL(unlink)(path);
 	if (result == 0)
 		put_bytes(UNLINK, 0, name, strlen(name));
-	pthread_mutex_unlock(&order);
+	end_change();
 	return result;
 }
 
@@ -430,11 +657,11 @@ int truncate_name(const char *path, off_type size)						\
 												\
 	if (!name_of(path))									\
 		return REAL(truncate_name)(path, size);						\
-	pthread_mutex_lock(&order);								\
+	begin_change();										\
 	result = REAL(truncate_name)(path, size);						\
 	if (result == 0 && stat(path, &st) == 0)						\
 		put(TRUNCATE, st.st_ino, (uint64_t)size, 0, NULL, 0, 0);			\
-	pthread_mutex_unlock(&order);								\
+	end_change();										\
 	return result;										\
 }
 
@@ -451,11 +678,11 @@ static int do_two(enum kind kind, int (*real)(const char *, const char *), const
 
 	if (!old || !new)
 		return real(from, to);
-	pthread_mutex_lock(&order);
+	begin_change();
 	result = real(from, to);
 	if (result == 0)
 		put(kind, 0, 0, 0, iov, 2, iov[0].iov_len + iov[1].iov_len);
-	pthread_mutex_unlock(&order);
+	end_change();
 	return result;
 }
 
@@ -469,6 +696,24 @@ int link(const char *from, const char *to)
 	return do_two(LINK, REAL(link), from, to);
 }
 
+/* A file without a name gets one: from is a descriptor in /proc. */
+int linkat(int from_fd, const char *from, int to_fd, const char *to, int flags)
+{
+	const char *name = name_of(to);
+	struct iovec iov[2] = { { (void *)"", 1 }, { (void *)name, name ? strlen(name) : 0 } };
+	struct stat st;
+	int result;
+
+	if (!name)
+		return REAL(linkat)(from_fd, from, to_fd, to, flags);
+	begin_change();
+	result = REAL(linkat)(from_fd, from, to_fd, to, flags);
+	if (result == 0 && stat(to, &st) == 0)
+		put(LINK, st.st_ino, 0, 0, iov, 2, iov[0].iov_len + iov[1].iov_len);
+	end_change();
+	return result;
+}
+
 /* The names that programs with 64-bit positions use where glibc has both. */
 #ifdef __GLIBC__
 PWRITES(pwrite64, pwritev64, off64_t)
@@ -476,4 +721,5 @@ SIZES(ftruncate64, fallocate64, posix_fallocate64, off64_t)
 OPEN(open64)
 TRUNCATES(truncate64, off64_t)
 TEMPORARY(mkostemp64)
+MMAP(mmap64, off64_t)
 #endif
