@@ -26,6 +26,8 @@ enum {
 	/* When answers are as large as this on average, only heads go through the buffer. */
 	LARGE = 32 * 1024,
 	LARGE_RX_BYTES = 128,
+
+	PROGRESS = 1024,		/* bytes; who sends less in the time allowed counts as silent */
 };
 
 struct slot {
@@ -41,7 +43,8 @@ struct link {
 	struct proto_offer offer;
 	char reason[48];		/* room for what is said of its end */
 	uint64_t cookies;		/* given out */
-	uint64_t heard;			/* when a byte came last, or when it began to owe */
+	uint64_t heard;			/* when an answer, or PROGRESS bytes of one, came last */
+	size_t unheard;			/* bytes since then */
 	uint64_t answered;		/* the latest time of asking of what was answered */
 	uint64_t fetched;		/* bytes of data, not reported yet */
 	struct origin_request **finished;	/* the next answered request goes here */
@@ -152,6 +155,12 @@ static void put_request(struct link *l, const struct proto_request *r)
 	l->tx_to += PROTO_REQUEST_SIZE;
 }
 
+static void note_progress(struct link *l, uint64_t now)
+{
+	l->heard = now;
+	l->unheard = 0;
+}
+
 void link_ask(struct link *l, struct origin_request *r, uint64_t now)
 {
 	struct slot *s = take_slot(l, r);
@@ -163,7 +172,7 @@ void link_ask(struct link *l, struct origin_request *r, uint64_t now)
 	};
 
 	if (l->count == 1)
-		l->heard = now;
+		note_progress(l, now);
 	r->cookie = h.cookie;
 	s->asked = now;
 	s->extents = 0;
@@ -423,9 +432,11 @@ const char *link_receive(struct link *l, uint64_t now, struct origin_request **f
 		return closed;
 	if (n < 0)
 		return would_block(errno) ? NULL : strerror(errno);
-	l->heard = now;
 	l->finished = finished;
 	wrong = take_replies(l);
+	l->unheard += (size_t)n;
+	if (*finished || l->unheard >= PROGRESS)
+		note_progress(l, now);
 	*more = !wrong && (size_t)n == wanted;
 	*bytes = l->fetched;
 	l->fetched = 0;
