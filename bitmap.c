@@ -387,6 +387,7 @@ static int settle_live_map(struct bitmap *b)
 	if (memcmp(now, unknown, BOOT_ID_SIZE) != 0 &&
 	    memcmp(now, b->file + 40, BOOT_ID_SIZE) == 0) {
 		find_dirty(b, map);
+		find_dirty(b, HEADER_SIZE);
 	} else {
 		restore_live_map(b, map);
 		map = HEADER_SIZE;
