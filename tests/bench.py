@@ -6,7 +6,8 @@ freshly started server, so that what the machine does meanwhile hits all of them
 median of the rounds; "spread" is (highest - lowest) / median, and says how much a difference is worth. Server
 CPU is user + system time of the server's processes, read from /proc before and after a run; "client" is the
 load generator's (tests/load), "others" is what the rest of the machine took, in CPUs. "vs peer" is the rate
-divided by that of the best peer on the same line.
+divided by that of the best peer on the same line. "limit" is a server that touches no disk: it answers all that
+has come by one send, out of one buffer, which is what sockets cost at least.
 
 The proxies' origin is nbdkit for all of them: a peer's program, so that nobody plays at home, and one that can
 answer late (its delay filter sleeps in a thread for each request: with 512 threads a connection, the delay does not
@@ -100,25 +101,30 @@ ORIGIN = {
     "delay": "nbdkit -f {listen} -t 512 --filter=delay file {image} rdelay={delay}ms delay-extents={delay}ms",
     "large": "nbdkit -f {listen} pattern 64G",      # more than anyone reads: data that take no room
 }
-# What is measured besides, where a row's "versus" names it: the origin itself, without a proxy; and a relay that does
-# nothing but pass on what comes and store it, which no proxy that stores what it reads can do without.
+# What is measured besides, where a row's "versus" names it: the origin itself, without a proxy; a relay that does
+# nothing but pass on what comes and store it, which no proxy that stores what it reads can do without; and the limit.
 RELAY = {
     "tcp": "{port}",
     "proxy": LOAD + " --relay {listen} --store {scratch}/cache {origin}",
 }
-BESIDE = {"origin": ORIGIN, "relay": RELAY}
+NULL = {
+    "tcp": "{port}",
+    **dict.fromkeys(("target", "cow"), LOAD + " --null {listen} --size {size} --block-size {bs}"),
+}
+BESIDE = {"origin": ORIGIN, "relay": RELAY, "limit": NULL}
 MODE_OPTION = {"target": "--target", "cow": "--cow-target", "proxy": "--proxy"}
 
 # One row, one workload. goal: the least ratio to the best peer; versus: (peer, the least ratio to that one); own:
 # (other row, the least ratio of ours to ours there); p50_own: (other row, the most); prep: loads to run first,
 # unmeasured; pattern "once" ends early when each block was touched; passes: how often over the disk, not how long.
 # Proxies: origin, delay: a line of ORIGIN; copy: measure the copying, not the load; during: a copy goes on meanwhile.
-DEFAULTS = {"mode": "target", "net": "tcp", "place": "cached", "conns": 1, "depth": 64, "bs": 4096, "size": 0,
-            "pattern": "random", "read": 100, "flush": 0, "passes": 0, "goal": None, "versus": (), "own": None,
-            "p99": None, "p50_own": None, "prep": (), "origin": None, "delay": 0, "copy": False, "during": False,
-            "peers": True}
-PROXY = {"mode": "proxy", "place": "memory", "origin": "plain"}
-COPY = dict(PROXY, origin="delay", copy=True, bs=262144, goal=1.0)
+# images: the image is so many times --image-size large (the first second of a slow copy should not be all of it).
+DEFAULTS = {"mode": "target", "net": "tcp", "place": "cached", "images": 1, "conns": 1, "depth": 64, "bs": 4096,
+            "size": 0, "pattern": "random", "read": 100, "flush": 0, "passes": 0, "goal": None, "own": None,
+            "versus": (("limit", None),), "p99": None, "p50_own": None, "prep": (), "origin": None, "delay": 0,
+            "copy": False, "during": False, "peers": True}
+PROXY = {"mode": "proxy", "place": "memory", "origin": "plain", "versus": ()}
+COPY = dict(PROXY, origin="delay", copy=True, bs=262144, images=4, goal=1.0)
 WHOLE = {"pattern": "sequential", "bs": 262144, "depth": 16, "passes": 1}
 ROWS = [dict(DEFAULTS, **row) for row in (
     {"name": "read-1", "text": "4 KiB random reads, 1 in flight", "depth": 1, "goal": 1.3},
@@ -134,9 +140,9 @@ ROWS = [dict(DEFAULTS, **row) for row in (
     {"name": "mixed", "text": "4 KiB random, 70 % reads, FLUSH every 100, 64 in flight", "read": 70, "flush": 100,
      "place": "memory", "goal": 1.5},
     {"name": "cold-read", "text": "4 KiB random reads, 32 in flight, not in the page cache", "depth": 32,
-     "place": "cold", "pattern": "once", "goal": 1.0, "p99": "nbdkit"},
+     "place": "cold", "pattern": "once", "versus": (), "goal": 1.0, "p99": "nbdkit"},
     {"name": "unix-read", "text": "4 KiB random reads, 64 in flight, Unix socket", "net": "unix",
-     "own": ("read-64", 1.0)},
+     "versus": (), "own": ("read-64", 1.0)},
     {"name": "cow-read", "text": "copy-on-write: 4 KiB random reads, 64 in flight", "mode": "cow", "goal": 5.0,
      "own": ("read-64", 0.85)},
     {"name": "cow-first", "text": "copy-on-write: first 4 KiB writes to blocks, 64 in flight", "mode": "cow",
@@ -323,32 +329,41 @@ def lock(directory):
 
 
 class Images:
-    """One image for each place, made when it is first needed, shared by the servers, which run one at a time."""
+    """One image for each place and size, made when it is first needed, shared by the servers, which run one at a
+    time."""
 
-    def __init__(self, stack, size):
-        self.stack, self.size, self.dirs = stack, size, {}
+    def __init__(self, stack):
+        self.stack, self.dirs = stack, {}
 
-    def directory(self, place):
+    def directory(self, place, size):
         top = PLACES[place][0]
-        if top not in self.dirs:
-            if shutil.disk_usage(top).free < 3 * self.size:
-                sys.exit("bench: %s: less than three times --image-size is free" % top)
-            self.dirs[top] = workspace(top, self.stack)
-            image = self.dirs[top] + "/image"
+        if (top, size) not in self.dirs:
+            if free_bytes(place) < 3 * size:
+                sys.exit("bench: %s: less than three times the image's %d MiB is free" % (top, size >> 20))
+            self.dirs[top, size] = workspace(top, self.stack)
+            image = self.dirs[top, size] + "/image"
             if place == "memory":       # which costs more when a virtual machine is given it for the first time
-                subprocess.run([LOAD, "--make-image", image, "--size", str(2 * self.size)], check=True)
+                subprocess.run([LOAD, "--make-image", image, "--size", str(2 * size)], check=True)
                 os.unlink(image)
-            subprocess.run([LOAD, "--make-image", image, "--size", str(self.size)], check=True)
+            subprocess.run([LOAD, "--make-image", image, "--size", str(size)], check=True)
             subprocess.run(["sync", image], check=True)
-        return self.dirs[top]
+        return self.dirs[top, size]
 
     @contextlib.contextmanager
-    def ready(self, place):
+    def ready(self, place, size):
         """The image, in or out of the page cache, and a directory beside it for one run."""
-        top = self.directory(place)
+        top = self.directory(place, size)
         prepare_cache(top + "/image", place)
         with tempfile.TemporaryDirectory(dir=top) as scratch:
             yield top + "/image", scratch
+
+
+def free_bytes(place):
+    free = shutil.disk_usage(PLACES[place][0]).free
+    if place == "memory":
+        with open("/proc/meminfo") as f:
+            free = min(free, int(re.search(r"MemAvailable:\s+(\d+)", f.read()).group(1)) << 10)
+    return free
 
 
 def prepare_cache(path, place):
@@ -423,9 +438,9 @@ def fio(row, export, target, seconds):
 
 def measure(name, server, row, images, opts, tool):
     with contextlib.ExitStack() as stack:
-        image, scratch = stack.enter_context(images.ready(row["place"]))
+        image, scratch = stack.enter_context(images.ready(row["place"], row["image"]))
         words = {"path": server.get("path"), "bgctl": server.get("bgctl"), "image": image, "scratch": scratch,
-                 "delay": row["delay"]}
+                 "delay": row["delay"], "size": row["image"], "bs": row["bs"]}
         running = origin = None
         if row["origin"]:
             running = origin = stack.enter_context(Running(ORIGIN, row["origin"], row, words))
@@ -593,8 +608,9 @@ COLUMNS = (("req/s", "req_s", "%.0f"), ("MiB/s", "mib_s", "%.1f"), ("p50 us", "p
 
 def print_row(row, servers, results, out):
     where, what = PLACES[row["place"]]
-    print("\n%s: %s\n  image %s; %s" % (row["name"], row["text"], what % ("%s, %s" % (where, file_system(where))),
-                                        "Unix socket" if row["net"] == "unix" else "loopback TCP"), file=out)
+    print("\n%s: %s\n  image of %d MiB %s; %s" % (
+        row["name"], row["text"], row["image"] >> 20, what % ("%s, %s" % (where, file_system(where))),
+        "Unix socket" if row["net"] == "unix" else "loopback TCP"), file=out)
     takers = contenders(row, servers)
     columns = [c for c in COLUMNS if any(results.median(row["name"], name, c[1]) is not None for name in takers)]
     print("  %-12s" % "server" + "".join("%11s" % c[0] for c in columns) + "  spread vs peer", file=out)
@@ -616,6 +632,7 @@ def summarize(row, name, first, results):
     key, peer = (row["name"], name), results.best_peer(row["name"])
     line = {"workload": row["name"], "server": name, "peer": peer, "goal": row["goal"],
             "ratio": results.ratio(key, (row["name"], peer)),
+            "possible": results.ratio((row["name"], "limit"), (row["name"], peer)),
             "cpu_ratio": results.ratio(key, (row["name"], peer), "server_cpu_us")}
     if row["p99"]:
         line["p99_peer"] = row["p99"]
@@ -634,8 +651,10 @@ def summarize(row, name, first, results):
     return line
 
 
-def verdict(ratio, goal):
-    return "%.2f" % ratio + (" (%s %.2f)" % ("met" if ratio >= goal else "SHORT of", goal) if goal else "")
+def verdict(ratio, goal, possible=None):
+    if not goal or ratio >= goal:
+        return "%.2f" % ratio + (" (met %.2f)" % goal if goal else "")
+    return "%.2f (SHORT of %.2f%s)" % (ratio, goal, "; the limit is %.2f" % possible if possible else "")
 
 
 def print_summary(lines, first, out):
@@ -643,11 +662,12 @@ def print_summary(lines, first, out):
     for line in lines:
         parts = []
         if line["ratio"]:
-            parts.append("%s x %s, CPU %.2f" % (verdict(line["ratio"], line["goal"]), line["peer"],
-                                                line["cpu_ratio"] or 0))
+            parts.append("%s x %s, CPU %.2f" % (verdict(line["ratio"], line["goal"], line["possible"]),
+                                                line["peer"], line["cpu_ratio"] or 0))
         if line.get("p99_ratio"):
             parts.append("p99 %.2f x that of %s (at most 1)" % (line["p99_ratio"], line["p99_peer"]))
-        parts += ["%s x %s" % (verdict(ratio, goal), p) for p, ratio, goal in line.get("versus", ()) if ratio]
+        parts += [verdict(ratio, goal) + (" of the limit" if p == "limit" else " x " + p)
+                  for p, ratio, goal in line.get("versus", ()) if ratio]
         if line.get("p50_own_ratio"):
             parts.append("median latency %.2f x that of our %s (at most %g)" % (
                 line["p50_own_ratio"], line["p50_own"], line["p50_own_goal"]))
@@ -737,11 +757,24 @@ def report(opts, rows, servers, host, runs, out):
              if row["mode"] in servers[name]["modes"]]
     if lines:
         print_summary(lines, ours[0], out)
+    others = [r["others"] for r in runs if "others" in r]
+    if others and statistics.median(others) > 0.2:
+        print("\nThe machine was not quiet: other programs took %.1f CPUs. Rates tell then who got the processor;"
+              "\nthe CPU that a request takes can be compared all the same." % statistics.median(others), file=out)
     if opts.json:
         with contextlib.nullcontext(sys.stdout) if opts.json == "-" else open(opts.json, "w") as f:
             json.dump({"machine": host, "servers": {n: s["version"] for n, s in servers.items()}, "summary": lines,
                        "rounds": opts.rounds, "seconds": opts.seconds, "workloads": rows, "runs": runs}, f, indent=1)
             f.write("\n")
+
+
+def prepared(row, size):
+    """A row with the size of its image: the usual one, if there is no room for a larger."""
+    image = size * row["images"]
+    if row["images"] > 1 and free_bytes(row["place"]) < 3 * image:
+        print("bench: %s: with %d MiB only, there is no room for more" % (row["name"], size >> 20), file=sys.stderr)
+        image = size
+    return dict(row, image=image, size=row["size"] or (size if row["passes"] or row["prep"] else 0))
 
 
 def main():
@@ -760,14 +793,14 @@ def main():
     for row in [r for r in rows if r["mode"] not in set().union(*ours)]:
         print("bench: %s: skipped until %s works" % (row["name"], MODE_OPTION[row["mode"]]), file=sys.stderr)
         rows.remove(row)
-    rows = [dict(r, size=r["size"] or opts.image_size << 20) if r["passes"] or r["prep"] else r for r in rows]
+    rows = [prepared(row, opts.image_size << 20) for row in rows]
     print("%(cpu)s, %(cores)d cores, %(memory_mib)d MiB, Linux %(kernel)s, load average %(load_average).2f; "
           "%(started)s" % host, file=out)
     for name, server in servers.items():
         print("  %-12s %s%s" % (name, server["version"], ", " + server["path"] if "path" in server else ""), file=out)
-    print("%d rounds of %g s; images of %d MiB" % (opts.rounds, opts.seconds, opts.image_size), file=out, flush=True)
+    print("%d rounds of %g s" % (opts.rounds, opts.seconds), file=out, flush=True)
     with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
-        run_all(opts, rows, servers, Images(stack, opts.image_size << 20), runs)
+        run_all(opts, rows, servers, Images(stack), runs)
     report(opts, rows, servers, host, runs, out)
     return 1 if not runs or any("failed" in r for r in runs) else 0
 

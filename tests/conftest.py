@@ -1,6 +1,8 @@
 """Fixtures of the tests: disk images, servers, skips and time limits."""
 
+import contextlib
 import faulthandler
+import functools
 import os
 import re
 import resource
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,8 +21,9 @@ from nbd import DEADLINE, SANITIZED, until
 
 SERVER = os.environ.get("XNBD_SERVER",
                         str(Path(__file__).resolve().parent.parent / "xnbd-server"))
-TIME_LIMIT = 600 if SANITIZED else 120      # seconds for one test
+TIME_LIMIT = 900 if SANITIZED else 240      # seconds for one test
 STOP_LIMIT = 5                              # seconds from SIGTERM to the end
+POLL = 0.002                                # seconds
 # What a sanitizer, or the C library's checks, print before they end a program.
 CRASH = re.compile(r"Sanitizer|runtime error|Assertion .* failed|stack smashing"
                    r"|corrupted|double free|free\(\): invalid")
@@ -49,8 +53,23 @@ def need_module(module, package):
         skip(f"needs Python's {module} ({package})")
 
 
+@functools.cache
+def is_portable():
+    """Whether the server is built without all that only Linux has."""
+    return "portable" in subprocess.run([SERVER, "--version"], stdout=subprocess.PIPE,
+                                        text=True).stdout
+
+
+def need_holes():
+    """Skips for such a server: it keeps holes, and neither makes nor finds them.  That
+    is no lack of the machine's, and never a failure."""
+    if is_portable():
+        pytest.skip("this build makes no holes (XNBD_PORTABLE)")
+
+
 def need_punch(directory):
-    """Skips if the file system cannot punch holes."""
+    """Skips if the server, or the file system, cannot punch holes."""
+    need_holes()
     probe = Path(directory) / "punch-probe"
     probe.write_bytes(b"x" * 65536)
     punched = subprocess.run([need("fallocate", "util-linux"), "-p", "-l", "65536", probe],
@@ -67,6 +86,52 @@ def pytest_configure(config):
         "markers", "limit(seconds): how long this test may take")
     config.addinivalue_line(
         "markers", "hazard(what): how servers of this kind have failed before")
+    config.addinivalue_line(
+        "markers", "meanwhile(work=f): runs f(directory, stack) from the first test on")
+
+
+# What takes long because it waits
+
+class Meanwhile(threading.Thread):
+    """work(directory, stack) in a thread.  What it starts, it leaves to the stack to end."""
+
+    def __init__(self, work, directory, stack):
+        super().__init__(daemon=True)
+        self.work, self.arguments, self.error = work, (directory, stack), None
+        self.start()
+
+    def run(self):
+        try:
+            self.work(*self.arguments)
+        except BaseException as e:
+            self.error = e
+
+    def result(self):
+        self.join()
+        if self.error:
+            raise self.error
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """What runs meanwhile is asked last how it went."""
+    items.sort(key=lambda item: item.get_closest_marker("meanwhile") is not None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def all_meanwhile(request, tmp_path_factory):
+    """{work: Meanwhile} of all tests with that mark."""
+    marks = [item.get_closest_marker("meanwhile") for item in request.session.items]
+    with contextlib.ExitStack() as stack:
+        works = [mark.kwargs["work"] for mark in marks if mark]
+        yield {work: Meanwhile(work, tmp_path_factory.mktemp("meanwhile"), stack)
+               for work in works}
+
+
+@pytest.fixture
+def meanwhile(request, all_meanwhile):
+    """meanwhile(): waits for the work of the test's mark, and fails as it did."""
+    return all_meanwhile[request.node.get_closest_marker("meanwhile").kwargs["work"]].result
 
 
 @pytest.fixture(autouse=True)
@@ -229,26 +294,39 @@ class Server:
                 pass
         return count
 
+    def is_asleep(self):
+        """No thread runs, nor would if this machine were not busy, nor waits for the disk."""
+        states = set()
+        for stat in Path(f"/proc/{self.proc.pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):      # ended meanwhile
+                states.add(stat.read_text().rpartition(")")[2].split()[0])
+        return states <= {"S", "I", "T", "t"}
+
     def settle(self):
-        """Until it has nothing to do any more."""
-        seen = [self.cpu()]
-        while len(seen) < 4 or len(set(seen[-4:])) > 1:
-            time.sleep(0.05)
-            seen.append(self.cpu())
-            assert len(seen) < 20 * DEADLINE, "the server is busy for ever"
+        """Until it has nothing to do any more: for a while nothing was done."""
+        seen = []
+
+        def calm():
+            seen.append(self.cpu() if self.is_asleep() else None)
+            return len(seen) >= 4 and None not in seen[-4:] and len(set(seen[-4:])) == 1
+
+        until(calm, pause=0.05, what="a server that is not busy")
 
     def terminate(self, number=signal.SIGTERM):
         self.terminated = True
         self.proc.send_signal(number)
 
     def wait(self, seconds=STOP_LIMIT):
-        """Waits for the end and checks how it ended."""
-        try:
-            status = self.proc.wait(seconds)
-        except subprocess.TimeoutExpired:
+        """Waits for the end and checks how it ended.  The time is counted in polls: where
+        the machine is too busy for this process, it is for the server."""
+        for _ in range(int(seconds / POLL)):
+            if self.proc.poll() is not None:
+                break
+            time.sleep(POLL)
+        status = self.proc.poll()
+        if status is None:
             self.kill()
-            raise AssertionError(f"server did not end in {seconds} s: "
-                                 f"{self.log()}") from None
+            raise AssertionError(f"server did not end in {seconds} s: {self.log()}")
         log = self.log()
         assert not CRASH.search(log), log
         expected = self.expected_status
@@ -256,11 +334,11 @@ class Server:
             f"server ended with status {status}: {log}")
         return status
 
-    def stop(self):
+    def stop(self, seconds=STOP_LIMIT):
         """SIGTERM; it must end well within 5 seconds."""
         if self.proc.poll() is None and not self.terminated:
             self.terminate()
-        return self.wait()
+        return self.wait(seconds)
 
     def kill(self):
         """SIGKILL; the end is not checked any more."""
@@ -315,7 +393,7 @@ def end_all(servers):
         for client in one.clients:
             client.close()
         try:
-            one.stop()
+            one.stop(DEADLINE)
         except AssertionError as e:
             problems.append(e)
     if problems:

@@ -391,8 +391,8 @@ class Connection:
     def _send_part(self, data):
         self.origin.wait_for_thaw(self)
         if not self.stalled:
+            self.sent += len(data)      # before: the client may be fast
             self.sock.sendall(data)
-            self.sent += len(data)
 
     # Handshake
 
@@ -776,12 +776,12 @@ class Origin:
     # What it was asked
 
     def note(self, request):
-        with self.lock:
-            self.requests.append(request)
-            request.held = bool(self.holding and self.holding(request))
-            request.answer = self._action_for(request)
         delay = self.delay(request) if callable(self.delay) else self.delay
         request.due = request.arrived + delay
+        with self.lock:
+            request.held = bool(self.holding and self.holding(request))
+            request.answer = self._action_for(request)
+            self.requests.append(request)       # as it is from now on
 
     def reads(self):
         return [r for r in self.requests if r.command == NBD_CMD_READ]
@@ -1185,6 +1185,8 @@ ODD_STATUSES = {
     "one byte": one_byte,
     "odd lengths": odd_lengths,
     "unknown flags": lambda r: status_chunk(r.cookie, [(length, flags | 0xfffffff0)
+                                                       for length, flags in true_runs(r)]),
+    "holes of data": lambda r: status_chunk(r.cookie, [(length, flags or NBD_STATE_HOLE)
                                                        for length, flags in true_runs(r)]),
     "extents behind the request": more_than_asked((512, HOLE), (BLOCK, DATA)),
     "extents that wrap": more_than_asked((HUGE, HOLE), (HUGE, DATA), (HUGE, HOLE)),

@@ -8,6 +8,7 @@ is on the disk is only ever learnt by reading through NBD.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import random
 import re
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import make_disk, need, need_module, need_punch, skip
+from conftest import make_disk, need, need_holes, need_module, need_punch, skip
 from nbd import *
 from test_model import (ALLOCATION, DISKS, SECONDS, Model, exercise, extents, random_seed,
                         written_parts)
@@ -125,7 +126,7 @@ def test_random_operations_agree_with_a_model(either, base, size):
     image = base(size, content)
     s = either(image)
     model = Model(size, content)
-    assert exercise(connecting(s), model, random_seed(), SECONDS / 3) > 100
+    exercise(connecting(s), model, random_seed(), SECONDS / 3)
     leave(s)
     if either.kept:
         check_through(either(image), model)
@@ -155,6 +156,7 @@ def exercise_and_kill(server, model, seconds):
     model.reads.clear()             # their answers will not come
 
 
+@hazard("kill -9 loses what was acknowledged")
 def test_kill_loses_nothing_that_was_acknowledged(cow, base, tmp_path):
     """The model lives on, from server to server."""
     content = pattern(0, 4 * MIB)
@@ -253,6 +255,7 @@ def test_base_on_a_read_only_file_system(cow, file_system, tmp_path):
 def test_base_served_by_a_target_at_the_same_time(either, server, disk):
     """The target's clients see nothing of the overlay, and what they write does
     not change blocks that the overlay has."""
+    need_holes()
     content = pattern(0, 4 * MIB + 77)
     image = disk(content=content)
     target, copy = server(image), either(image)
@@ -425,7 +428,7 @@ def test_client_that_dies_in_a_payload_leaves_each_block_old_or_new(either, patt
             c = s.client()
             c.send(request_header(WRITE, first, length, 0, 1) + new[first:first + cut])
             getattr(c, end)()
-        until(lambda: s.sockets() == idle, what="closing of the dead connections")
+        until(lambda: s.sockets() <= idle, what="closing of the dead connections")
         got = witness.pread(4 * MIB)
     for first in starts:
         whole = merged(old, new, first, first + length)
@@ -449,6 +452,7 @@ def merged_away(old, got, starts, length):
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 @pytest.mark.parametrize("kept", [False, True], ids=["throw-away", "kept"])
 def test_full_overlay_disk_is_enospc_for_that_write(cow, patterned, file_system, kind, kept):
+    need_holes()
     place = file_system(kind, 3 * MIB // 2)
     options = ["--cow-file", place / "overlay"] if kept else ["--cow-dir", place]
     s = cow(patterned, *options)
@@ -557,7 +561,8 @@ def test_trim_clears_the_whole_blocks_of_its_range(cow, base, tmp_path, length, 
 
 def clears(cow, base, tmp_path, command, length, state, flags):
     """At the beginning, the middle and the end of blocks and of the disk."""
-    need_punch(tmp_path)
+    if command == NBD_CMD_TRIM or flags & NBD_CMD_FLAG_FAST_ZERO:
+        need_punch(tmp_path)
     size = 300000
     places = [0, 1, 511, 4095, 4096, 5000, 8192, 100000, size - length, size - length - 1]
     with cow(base(content=pattern(0, size))).client() as c:
@@ -653,13 +658,14 @@ def test_holes_of_base_and_overlay_are_read_as_zeros(either, base, tmp_path):
 @hazard("overlay larger than 4 GiB wraps")
 def test_places_above_4_gib_are_their_own(either, base):
     size = 9 * GIB + 5
-    image = base(size)
-    places = [0, MIB, 4 * GIB - 6, 4 * GIB + MIB, 8 * GIB + MIB, size - 12]
+    image = base(size, pattern(0, 64 * KIB))
+    places = [0, MIB, 4 * GIB - 6, 4 * GIB + MIB, 8 * GIB + MIB, size - 12, 4 * GIB + 32 * KIB]
     s = either(image)
     with s.client() as c:
         for i, at in enumerate(places):
             c.pwrite(b"number%06d" % i, at)
         check_places(c, places)
+        assert c.pread(60 * KIB, BLOCK) == pattern(BLOCK, 60 * KIB)
         c.zero(3 * GIB, 5 * GIB)
         c.trim(GIB, 3 * GIB)
         c.pwrite(b"number", 4 * GIB - 6)
@@ -903,6 +909,7 @@ def test_moved_base_and_overlay_go_on(kept, tmp_path):
     holds(kept)
 
 
+@hazard("what was not flushed is never committed: at the end")
 def test_orderly_end_commits_what_was_not_flushed(kept):
     """So the machine may be switched off then."""
     kept.power_cut()
@@ -1092,6 +1099,7 @@ def test_refusal_of_another_base_tells_both_fingerprints(kept):
     assert len(set(re.findall(r"\d{15,}", line))) == 2
 
 
+@hazard("another server uses the cache: or the overlay")
 def test_second_server_of_an_overlay_is_refused(kept):
     """The first goes on."""
     s = holds(kept)
@@ -1115,6 +1123,7 @@ def test_place_that_does_not_exist_is_refused(run_server, patterned, tmp_path, o
     refused(done, tmp_path / "nowhere" / "overlay", "No such file")
 
 
+@hazard("a misspelt option is ignored: or one of another mode")
 def test_cow_options_belong_to_cow_target(run_server, patterned, tmp_path):
     for options in (["--target", "--cow-dir", tmp_path], ["--target", "--cow-file", "overlay"],
                     ["--cow-target", "--cow-dir", tmp_path, "--cow-file", "overlay"]):
@@ -1164,9 +1173,8 @@ def test_power_cut_under_load_leaves_what_was_flushed(numbered):
         load, flushed = Load(s, model, [WRITE] * 6 + [ZERO]), Flushes()
         flusher = load.sessions[-1]
         flusher.generator.kinds, flusher.generator.on_end = [WRITE, NBD_CMD_FLUSH], flushed
-        load.run_for(300 + 50 * i)
+        load.run(lambda: load.done >= 300 + 50 * i and flushed.since > 0)
         s.kill()
-        assert flushed.since > 0
         kept.power_cut()
         s = kept.start()
         check_numbers(s, model, flushed.since)
@@ -1183,10 +1191,12 @@ def test_power_cut_without_a_flush_leaves_the_base_or_newer(numbered):
     check_numbers(kept.start(), model, since=-1)
 
 
+@hazard("the live map is believed after a reboot")
 @pytest.mark.parametrize("how", ["FLUSH", "FLUSH of another client", "FUA", "FUA of a part",
                                  "FUA of zeroes", "FUA of a trim"])
 def test_power_cut_keeps_what_was_made_durable(empty, tmp_path, how):
-    need_punch(tmp_path)
+    if "trim" in how:
+        need_punch(tmp_path)
     s = empty.start()
     with s.client() as c, s.client() as other:
         at, length = (BLOCK + 10, 20) if "part" in how else (BLOCK, 5 * BLOCK)
@@ -1208,6 +1218,22 @@ def test_power_cut_keeps_what_was_made_durable(empty, tmp_path, how):
         assert c.pread(1100, 300000) in (b"not durable" * 100, pattern(300000, 1100))
 
 
+@hazard("bitmap reaches the disk before the data: or a part of it never does")
+def test_power_cut_keeps_a_write_across_pages_of_the_map(cow, run_server, disk, tmp_path):
+    """A page, of 4096 bytes, tells of 128 MiB."""
+    at, length = 128 * MIB - BLOCK, 2 * BLOCK
+    kept = Kept(cow, run_server, disk(129 * MIB), tmp_path)
+    s = kept.start()
+    with s.client() as c:
+        c.pwrite(pattern(at, length), at)
+        c.flush()
+    s.kill()
+    kept.map.another_boot()
+    with kept.start().client() as c:
+        assert c.pread(length, at) == pattern(at, length)
+
+
+@hazard("kill -9 loses what was acknowledged")
 def test_kill_without_a_power_cut_believes_the_live_map(empty):
     """No flush, no orderly end: and the machine has been up all the time."""
     s = empty.start()
@@ -1256,13 +1282,21 @@ def traced(server, output, *options):
 @hazard("bitmap reaches the disk before the data")
 def test_flush_syncs_the_data_then_the_map_then_answers(empty, tmp_path):
     """The order is what makes a power cut harmless: no other way to see it."""
-    s, output = empty.start(), tmp_path / "calls"
-    with s.client() as c:
-        c.pwrite(b"new", 5000)
+    s, blocks = empty.start(), itertools.count(1)
+
+    def flush(c):
+        """Before the commit that comes by itself, after a second."""
+        block = next(blocks)
+        output = tmp_path / f"calls{block}"
         with traced(s, output, "-e", "trace=fdatasync,fsync,pwrite64,sendmsg,sendto,writev,write"):
+            c.pwrite(b"new", block * BLOCK + 5)
             c.flush()
-    calls = [name for name in map(call_of, output.read_text().splitlines()) if name]
-    assert calls == ["sync overlay", "write map", "sync map", "answer"], output.read_text()
+        calls = [name for name in map(call_of, output.read_text().splitlines()) if name]
+        assert calls == ["write overlay", "answer", "sync overlay", "write map", "sync map",
+                         "answer"], output.read_text()
+
+    with s.client() as c:
+        once(lambda: flush(c))
 
 
 def call_of(line):
@@ -1306,6 +1340,7 @@ def test_failed_sync_is_sticky_and_its_data_is_never_committed(empty, tmp_path):
 # Real clients
 
 def test_qemu_io_writes_zeroes_and_reads(either, base):
+    need_holes()
     qemu_io = need("qemu-io", "qemu-utils")
     image = base(content=b"\x5a" * (2 * MIB))
     s = either(image)

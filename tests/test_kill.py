@@ -2,7 +2,8 @@
 
 Several clients read, write, zero, trim and flush at the same time, a proxy
 copies the rest of the disk meanwhile, and the server is killed: at a random
-moment, or at a certain system call.  The next one goes on with its files.  Each
+moment, at a certain system call, or before or after the n-th thing that it does
+to a file or a socket.  The next one goes on with its files.  Each
 block must then be as the last acknowledged write made it, or as the write did
 that was in flight.  There is never more than one in flight to a block.
 
@@ -11,6 +12,7 @@ though not the moments.
 """
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -22,14 +24,16 @@ import pytest
 from conftest import SERVER, need, need_punch, skip
 from nbd import *
 from test_model import Session, random_seed, turn
-from test_powercut import (ADDRESS, ALPHABET, BLOCK, CHANGES, Cow, Proxy, another, ask, content_of,
-                           has_proxy, kill, mixture, same, shows)
+from test_powercut import (ADDRESS, ALPHABET, BLOCK, CHANGES, Cow, Proxy, Target, another, ask,
+                           content_of, has_proxy, kill, mixture, preloaded, recorder, same, shows)
 from test_powercut import Operation as Change
+from test_snapshot import Snapshots
 
 hazard = pytest.mark.hazard
 MIB = 1 << 20
 KILLS = int(os.environ.get("XNBD_KILLS") or 50)
 KILLS_OF_A_DISK = 5             # then it is finished, and another one begins
+STRIDE = max(1, 350 // KILLS)   # of moments, from kill to kill
 
 
 # The model
@@ -231,7 +235,7 @@ def finish(server, mode, disk):
 
 
 @hazard("block marked before its data arrived: kill -9 leaves zeros that count as cached")
-@pytest.mark.limit(120 + 2 * KILLS)
+@pytest.mark.limit(240 + 2 * KILLS)
 def test_kill_at_random_moments(spoilt, server):
     seed = random_seed()
     print(f"XNBD_SEED={seed}")
@@ -405,3 +409,126 @@ def killed_in_start(m, told, call, number, *options):
     finally:
         p.kill()
         p.wait()
+
+
+# At a moment
+
+class Scenario:
+    """What a server does, from its start on, until it is killed.
+
+    disk        what it is to hold
+    switched    a switch was answered
+    instant     the disk when a snapshot was ordered
+    """
+
+    def __init__(self, server, recorder, mode, work):
+        self.start_server, self.recorder = server, recorder
+        self.mode, self.work = mode, work
+
+    def renew(self):
+        """The files and the disk as in the beginning; what a cache has is junk."""
+        for file in self.mode.directory.iterdir():
+            file.unlink()
+        self.mode.make_files()
+        if self.mode.is_proxy:
+            self.image().write_bytes(os.urandom(self.mode.size))
+        self.disk = Disk(self.mode.content)
+        self.switched, self.instant = False, None
+
+    def start(self, moment):
+        """False if it is killed before it listens."""
+        environment = preloaded(self.recorder, self.mode.directory, "/dev/null")
+        self.server = self.start_server(args=self.mode.arguments(self.mode.directory), wait=False,
+                                        env={**environment, "POWERCUT_KILL": str(moment)})
+        until(lambda: self.server.addresses or self.is_dead())
+        self.server.address = next(iter(self.server.addresses), None)
+        return self.server.address is not None
+
+    def is_dead(self):
+        return self.server.proc.poll() == -signal.SIGKILL
+
+    def is_killed_at(self, moment):
+        """Whether there is such a moment."""
+        self.renew()
+        try:
+            if self.start(moment):
+                with self.server.client() as c:
+                    self.work(self, c)
+        except OSError as e:
+            until(self.is_dead, what=f"kill -9 after {e}")
+        killed = self.is_dead()
+        kill(self.server)
+        return killed
+
+    def check(self, rng):
+        """The next server shows what was acknowledged."""
+        if self.switched:
+            with another(self.start_server, ["--target", *ADDRESS, self.image()]) as s:
+                shows(s, [self.disk.legal(b) for b in range(self.disk.count)])
+        for path in self.snapshots():
+            assert path.read_bytes() == self.instant, f"{path.name} is wrong"
+        with another(self.start_server, self.mode.arguments(self.mode.directory)) as s:
+            settle(s, self.disk, rng)
+
+    def image(self):
+        return self.mode.directory / self.mode.image
+
+    def snapshots(self):
+        return [p for p in self.mode.directory.iterdir() if ".snapshot." in p.name]
+
+    def ask(self, command):
+        ask(self.mode.control(self.mode.directory), command)
+
+
+def change(scenario, client):
+    """With a copy in the background, and commits."""
+    if scenario.mode.is_proxy:
+        scenario.ask("cache-all2 1")
+    perform(client, scenario.disk)
+
+
+def change_and_switch(scenario, client):
+    """All is copied, or written; a client writes meanwhile."""
+    scenario.ask("cache-all")
+    perform(client, scenario.disk)
+    op = Operation(NBD_CMD_WRITE, 5 * BLOCK + 7, 60000)
+    op.begin(scenario.disk)
+    cookie = client.request(op.command, op.at, op.length, op.flags, op.payload())
+    scenario.ask("switch")
+    scenario.switched = True
+    op.end(scenario.disk, client.collect(cookie))
+    perform(client, scenario.disk)
+
+
+def change_and_take_a_snapshot(scenario, client):
+    perform(client, scenario.disk)
+    scenario.instant = scenario.disk.all()
+    snapshots = Snapshots(scenario.server)
+    snapshots.signal()
+    until(lambda: snapshots.count("started") or scenario.is_dead())
+    perform(client, scenario.disk)
+    until(lambda: snapshots.over() or scenario.is_dead())
+
+
+@hazard("kill -9 loses what was acknowledged: each moment")
+@pytest.mark.limit(240 + 4 * KILLS)
+@pytest.mark.parametrize("kind, work", [
+    (Cow, change), (Proxy, change), (Proxy, change_and_switch), (Target, change_and_take_a_snapshot)
+], ids=["cow", "commit", "switch", "snapshot"])
+def test_kill_at_each_moment(server, recorder, tmp_path, kind, work):
+    """Every STRIDE-th of them, or with enough XNBD_KILLS each."""
+    need_punch(tmp_path)
+    seed = random_seed()
+    print(f"XNBD_SEED={seed}")
+    rng = random.Random(seed)
+    mode = kind(server, tmp_path.resolve() / "disk", content_of(40 * BLOCK + 77))
+    scenario = Scenario(server, recorder, mode, work)
+    first = rng.randrange(1, STRIDE + 1)
+    for moment in itertools.count(first, STRIDE):
+        killed = scenario.is_killed_at(moment)
+        scenario.check(rng)
+        if not killed:
+            break
+    assert moment > 40, "is the library not loaded?"
+    print(f"killed at {(moment - first) // STRIDE} moments, the last is about {moment}")
+    assert mode.base.read_bytes() == mode.content, "the origin was changed"

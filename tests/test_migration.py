@@ -27,8 +27,8 @@ from nbd import SANITIZED, until
 MIB, BLOCK = 1 << 20, 4096
 FILES, NUMBERED = 192 * MIB, 16 * MIB       # the parts of the disk
 BULK = 40 * MIB                             # one file of those that are there before
-LINK_SPEED = 8 * MIB                        # bytes per second: the copy takes some seconds
-PATIENCE = 240 if SANITIZED else 60
+LINK_SPEED = 16 * MIB                       # bytes per second: the copy takes some seconds
+PATIENCE = 400 if SANITIZED else 150
 PAUSE_LIMIT = 30                            # seconds; a loose bound, the figure is printed
 WRITE_STRIDE = 7919                         # of vm/writer.c
 
@@ -48,7 +48,7 @@ def writer():
 def machine(tmp_path_factory):
     try:
         booted = vm.Guest(tmp_path_factory.mktemp("machine"),
-                          deadline=1800 if SANITIZED else 600, extra=[writer()])
+                          deadline=3000 if SANITIZED else 1200, extra=[writer()])
     except vm.Missing as e:
         skip(str(e))
     with booted:
@@ -124,10 +124,11 @@ def extract(image, directory):
 
 class SlowLink:
     """Passes on connections to a port, and what comes back not faster than
-    LINK_SPEED, over all of them: a copy that takes its time."""
+    .speed, over all of them: a copy that takes its time."""
 
     def __init__(self, port):
         self.origin = "127.0.0.1", port
+        self.speed = LINK_SPEED
         self.lock, self.free_at = threading.Lock(), 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
@@ -147,7 +148,7 @@ class SlowLink:
 
     def _take_time(self, count):
         with self.lock:
-            self.free_at = max(self.free_at, time.monotonic()) + count / LINK_SPEED
+            self.free_at = max(self.free_at, time.monotonic()) + count / self.speed
             free_at = self.free_at
         time.sleep(max(0, free_at - time.monotonic()))
 
@@ -247,7 +248,7 @@ def query(control):
 
 USE_DISK = """
 attach $DEV debian -C 4 -b 4096 $OPTIONS
-attach $DEV2 debian -b 4096
+attach $DEV2 debian -b 4096 -t 300
 mount $DEV $MNT
 i=0
 until [ -e $TMP/stop ]; do
@@ -338,9 +339,9 @@ def check_files(image, tree, slots, copy):
         assert (copy / f"slot{i % 20}").read_bytes() == slot_content(i, tree), i
 
 
-@pytest.mark.limit(900 if SANITIZED else 240)
+@pytest.mark.limit(1500 if SANITIZED else 500)
 def test_a_disk_moves_while_a_machine_writes_to_it(kernel, move, tmp_path):
-    files = kernel.start(USE_DISK, PORT=move.start_proxy(), OPTIONS="")
+    files = kernel.start(USE_DISK, PORT=move.start_proxy(), OPTIONS="-t 300")
     files.wait_for("file 3", PATIENCE)
     blocks = Phases(kernel)
     wait_for_files(files, 3)
@@ -369,12 +370,13 @@ def test_a_disk_moves_while_a_machine_writes_to_it(kernel, move, tmp_path):
     assert blocks.longest("the switch") < PAUSE_LIMIT
 
 
-@pytest.mark.limit(900 if SANITIZED else 240)
+@pytest.mark.limit(1500 if SANITIZED else 500)
 def test_a_proxy_killed_in_mid_copy_keeps_what_was_synced_and_goes_on(kernel, move, tmp_path):
     """The kernel does not wait for the proxy to come back, but for a request, now
     and then, until its time is over: the file system gets errors, and is
     mounted anew."""
     kernel.may_complain = True
+    move.link.speed = LINK_SPEED / 4        # so that the copy is far from its end then
     files = kernel.start(USE_DISK, PORT=move.start_proxy(), OPTIONS="-t 5")
     files.wait_for("file 3", PATIENCE)
     bgctl("--cache-all2", move.control)
@@ -382,10 +384,11 @@ def test_a_proxy_killed_in_mid_copy_keeps_what_was_synced_and_goes_on(kernel, mo
     before = query(move.control)
     assert before["copy"] == "running"
     move.proxy.kill()
+    move.link.speed = 8 * LINK_SPEED
     files.wait(PATIENCE, check=False)
     kernel.run("cleanup")
 
-    kernel.run("attach $DEV debian; mount $DEV $MNT", PORT=move.start_proxy())
+    kernel.run("attach $DEV debian -t 300; mount $DEV $MNT", PORT=move.start_proxy())
     assert int(query(move.control)["cached-blocks"]) >= int(before["cached-blocks"])
     bgctl("--cache-all", move.control)
     move.switch()

@@ -29,6 +29,7 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 CONNECTIONS = 8
 IN_FLIGHT = 64                  # requests, on each connection
 SECONDS = float(os.environ.get("XNBD_MODEL_SECONDS") or 3)
+LEAST = 200                     # operations, even if they take longer
 ALLOCATION = "base:allocation"
 
 # What a TRIM does: each byte keeps its value or becomes zero; or all are zero.
@@ -556,7 +557,7 @@ def exercise(connect, model, seed, seconds, connections=CONNECTIONS, in_flight=I
 
     connect(i)  makes connection i, a nbd.Client in the transmission phase;
                 with base:allocation if replies are structured
-    Returns how many operations were done.
+    Returns how many operations were done: LEAST, however slow the machine is.
     """
     print(f"XNBD_SEED={seed}")
     clients = [connect(i) for i in range(connections)]
@@ -564,8 +565,13 @@ def exercise(connect, model, seed, seconds, connections=CONNECTIONS, in_flight=I
     sessions = [Session(c, model, Generator(model.size, i, c.structured, seed), in_flight)
                 for i, c in enumerate(clients)]
     end = time.monotonic() + seconds
+
+    def count():
+        return sum(s.count for s in sessions)
+
     try:
-        while (more := time.monotonic() < end) or any(s.in_flight for s in sessions):
+        while (more := time.monotonic() < end or count() < LEAST) or any(
+                s.in_flight for s in sessions):
             for s in sessions if more else []:
                 s.fill()
             turn(sessions)
@@ -573,7 +579,7 @@ def exercise(connect, model, seed, seconds, connections=CONNECTIONS, in_flight=I
             read_all(s, model)
     except AssertionError as e:
         raise AssertionError(f"XNBD_SEED={seed}: {e}") from e
-    return sum(s.count for s in sessions)
+    return count()
 
 
 def random_seed():
@@ -599,7 +605,7 @@ def test_random_operations_agree_with_a_model(server, disk, tmp_path, size):
     def connect(i):
         return s.client(s.addresses[i // 2 % 2], contexts=[ALLOCATION] if i % 2 else [])
 
-    assert exercise(connect, model, random_seed(), SECONDS) > 100
+    exercise(connect, model, random_seed(), SECONDS)
     s.stop()
     model.check_image(image)
 
@@ -612,4 +618,57 @@ def test_random_operations_on_a_tiny_disk(server, disk, size):
     exercise(lambda i: s.client(contexts=[ALLOCATION] if i % 2 else []), model, random_seed(),
              min(SECONDS, 0.5))
     s.stop()
+    model.check_image(image)
+
+
+# Would the model notice?  Testers have looked at half of what they read, have
+# ignored errors, and have asked the files of the server what is right.
+
+def read_of(model, start, data):
+    """A READ that finds that data."""
+    model.end_read(model.begin_read(start, len(data)), data)
+
+
+@pytest.mark.hazard("oracle that compares every second block")
+def test_model_finds_one_wrong_bit_wherever_it_is():
+    content = pattern(0, 5 * 4096 + 77)
+    model = Model(len(content), content)
+    read_of(model, 0, content)
+    for at in [*range(0, len(content), 4096), *range(4095, len(content), 4096), len(content) - 1]:
+        wrong = bytearray(content)
+        wrong[at] ^= 1
+        with pytest.raises(AssertionError, match=f"found at {at}:"):
+            read_of(model, 0, bytes(wrong))
+    read_of(model, 0, content)
+
+
+@pytest.mark.hazard("oracle that ignores errors")
+@pytest.mark.parametrize("command", FLAGS, ids=COMMANDS.get)
+def test_model_finds_an_error_and_a_success_that_are_wrong(command):
+    """For each command."""
+    model = Model(4096)
+    for error, other in (0, NBD_EIO), (0, NBD_ENOTSUP), (PAST_THE_END.get(command, NBD_EINVAL), 0):
+        op = Operation(command, 0, 512, error=error)
+        op.phase = 0
+        op.begin(model)
+        reply = Reply(1, Request(command, 0, 512, 0))
+        reply.error = other
+        with pytest.raises(AssertionError, match=COMMANDS[command]):
+            op.end(model, reply)
+
+
+@pytest.mark.hazard("oracle that compares with the server's own files")
+def test_model_finds_what_image_and_replies_agree_on(disk):
+    """A write that was acknowledged and lost: both have the old bytes."""
+    old = pattern(0, 3 * 4096)
+    model, image = Model(len(old), old), disk(content=old)
+    model.check_image(image)
+    model.end_write(model.begin_write(4096, 100, 0))
+    with pytest.raises(AssertionError, match="found at 4096:"):
+        read_of(model, 0, old)
+    with pytest.raises(AssertionError, match="found at 4096:"):
+        model.check_image(image)
+    new = old[:4096] + NOISE[:100] + old[4196:]
+    read_of(model, 0, new)
+    image.write_bytes(new)
     model.check_image(image)

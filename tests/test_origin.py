@@ -7,8 +7,10 @@ After each test the cache image is compared, too, once its server has ended.
 """
 
 import contextlib
+import itertools
 import random
 import re
+import select
 import socket
 import struct
 import threading
@@ -28,8 +30,8 @@ SIZE = 2 * MIB + 77
 ROUND = 2 * MIB                     # a size for origins with large blocks
 CONTENT = pattern(0, SIZE)
 ALLOCATION = "base:allocation"
-SLACK = 20 if SANITIZED else 3      # seconds more than something may take by itself
-SOON = 10 if SANITIZED else 1       # seconds for what waits for nobody
+SLACK = 20 if SANITIZED else 10     # seconds more than something may take by itself
+SOON = 10                           # seconds for what waits for nobody, nor for --origin-timeout
 hazard = pytest.mark.hazard
 forms = pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
 
@@ -170,20 +172,28 @@ def proxy(origin, server, tmp_path):
     be called by several threads."""
     started, lock = [], threading.Lock()
 
+    def launch(args, attempts):
+        """A machine that is busy may stop for longer than a short --origin-timeout."""
+        for left in reversed(range(attempts)):
+            one = server(args=args, wait=False)
+            until(lambda: one.addresses or one.proc.poll() is not None, what="listening")
+            if one.addresses or not left or "no answer" not in one.log():
+                return one.wait_ready()
+            one.expected_status = 1
+
     def start(origin, *options):
-        with lock:
+        with lock:                  # one after the other: there may be many
             args, files = command_line(origin, tmp_path, len(started), *options)
-            one = Proxy(server(args=args, wait=False), origin, files[0], files[2])
-            started.append(one)
-        one.server.wait_ready()
-        return one
+            server = launch(args, 3 if "--origin-timeout" in options else 1)
+            started.append(Proxy(server, origin, files[0], files[2]))
+            return started[-1]
 
     yield start
     for one in started:
         one.origin.thaw()
         for client in one.server.clients:
             client.close()
-        one.server.stop()
+        one.server.stop(DEADLINE)
         one.check_image()
 
 
@@ -353,7 +363,8 @@ def test_links_that_the_origin_refuses_are_done_without(origin, proxy):
     p.all_right()
     assert p.ask("cache-all")[-1] == "ok"
     assert p.query()["origin-link"] == "up" and p.query()["origin-links"] == "1"
-    assert len(o.connections) < 20 and p.server.log().count(o.label) < 5
+    seconds = time.monotonic() - o.connections[0].made
+    assert len(o.connections) < 20 + seconds and p.server.log().count(o.label) < 5
 
 
 @pytest.mark.parametrize("change", [
@@ -368,11 +379,14 @@ def test_links_may_differ(origin, proxy, change, changed):
     """The origin was replaced between two handshakes: each link is used as it is."""
     o = origin(CONTENT[:MIB] + bytes(MIB) + CONTENT[2 * MIB:], delay=0.001)
     p = proxy(o, "--origin-connections", "3")
-    o.wait_connections(3)
+    def three_links():
+        return [c.phase for c in o.open] == ["transmission"] * 3
+
+    until(three_links, what="three links")
     for i, link in enumerate(list(o.connections)):
         o.set(answers=change if i in changed else {})
         link.drop()
-        until(lambda: len(o.open) == 3, what="a new link")
+        until(three_links, what="a new link")
     with p.client(contexts=[ALLOCATION]) as c:
         assert p.ask("cache-all2") == ["ok"]
         assert c.block_status(SIZE)[ALLOCATION]
@@ -384,7 +398,7 @@ def test_link_to_a_disk_of_another_size_is_never_used(origin, proxy):
     """Those that were there stay."""
     o = origin()
     o.faults.append(Fault(GIB))
-    o.faults.extend([Fault(0)] * 2)
+    o.faults.extend([Fault(0)] * 100)       # the others, until the size has changed
     p = proxy(o, "--origin-connections", "2")
     o.set(told_size=SIZE + BLOCK)
     o.faults.clear()
@@ -403,21 +417,25 @@ def test_links_that_come_and_go_lose_nothing(origin, proxy):
     assert p.ask("cache-all2") == ["ok"]
     over = threading.Event()
 
+    def read(seed):
+        read_at_random(p, seed)
+        while not over.is_set():
+            read_at_random(p, seed, 16)
+
     def drop_links():
-        while not over.wait(0.05) and len(o.connections) < 15:
-            for link in o.open:
-                if dice.random() < 0.6:
-                    link.drop(reset=dice.random() < 0.5)
+        for link in o.open:
+            if dice.random() < 0.6:
+                link.drop(reset=dice.random() < 0.5)
+        return len(o.connections) >= 12
 
     with ThreadPoolExecutor(1) as pool:
-        dropping = pool.submit(drop_links)
+        reading = pool.submit(in_parallel, range(4), read, 4)
         try:
-            in_parallel(range(4), lambda seed: read_at_random(p, seed), 4)
+            until(drop_links, pause=0.05, what="connection 12")
         finally:
             over.set()
-        dropping.result()
+        reading.result()
     until(lambda: p.query()["copy"] == "done", what="the end of the copy")
-    assert len(o.connections) > 3
     o.die()
     p.all_right()
 
@@ -473,12 +491,31 @@ def test_slow_origin_is_not_a_silent_one(origin, proxy):
         time.sleep(0.25)
         return 800
 
+    def read_slowly():
+        o = origin()
+        p = proxy(o, "--origin-timeout", "1")
+        o.set(fragment=drip)
+        with p.client() as c:
+            p.right(c, 0, BLOCK)
+        assert not p.lost() and len(o.connections) == 1
+
+    once(read_slowly)
+
+
+@hazard("origin never answers: a byte now and then is none")
+def test_origin_that_drips_is_given_up(origin, proxy):
+    def drip():
+        time.sleep(0.1)
+        return 1
+
     o = origin()
     p = proxy(o, "--origin-timeout", "1")
-    o.set(fragment=drip)
     with p.client() as c:
-        p.right(c, 0, BLOCK)
-    assert not p.lost() and len(o.connections) == 1
+        o.set(fragment=drip)
+        cookie = c.request(NBD_CMD_READ, 0, BLOCK)
+        until(lambda: len(o.connections) > 1, what="another link")
+        o.set(fragment=None)
+        assert c.collect(cookie).data == CONTENT[:BLOCK]
 
 
 def test_idle_link_stays(origin, proxy):
@@ -487,9 +524,11 @@ def test_idle_link_stays(origin, proxy):
     p = proxy(o, "--origin-timeout", "1")
     with p.client() as c:
         p.right(c, 0, BLOCK)
+        p.wait_up()
+        before = o.open
         time.sleep(1.6)             # a measurement
+        assert len(before) == 1 and o.open == before
         p.right(c, 1 * MIB, BLOCK)
-    assert len(o.connections) == 1 and not p.lost()
 
 
 # Errors of the origin
@@ -616,7 +655,7 @@ def survive(origin, proxy):
     def run(structured, cases, work, count=8):
         def work_on(part):
             o = origin(structured=structured)
-            p = proxy(o, "--origin-timeout", "1")
+            p = proxy(o)
             for i, case in enumerate(part):
                 try:
                     work(p, case, MIB - i * 16 * KIB)   # backwards: nothing is read ahead
@@ -667,6 +706,7 @@ def test_announced_gigabytes_cost_no_memory(origin, proxy, name):
     assert p.server.status("VmHWM") * 1024 - before < (1024 if SANITIZED else 64) * MIB
 
 
+@hazard("origin that is always wrong")
 def test_origin_that_is_always_wrong_is_not_asked_all_the_time(origin, proxy):
     """It is asked with pauses, the requests wait, the rest goes on; then it is right."""
     o = origin()
@@ -677,10 +717,11 @@ def test_origin_that_is_always_wrong_is_not_asked_all_the_time(origin, proxy):
         cookie = miss(c)
         until(lambda: len(o.connections) > 2, what="another connection")
         goes_on(p, other, MIB)
-        before, cpu = len(o.connections), p.server.cpu()
+        before, cpu, start = len(o.connections), p.server.cpu(), time.monotonic()
         time.sleep(1)               # a measurement
-        assert len(o.connections) - before <= 11
-        assert p.server.cpu() - cpu < 0.3
+        attempts, took = len(o.connections) - before, time.monotonic() - start
+        assert attempts <= 1 + took / 0.1
+        assert p.server.cpu() - cpu < 0.3 * took
         o.behave()
         expect_data(p, c, cookie)
 
@@ -689,7 +730,7 @@ def test_origin_that_is_always_wrong_is_not_asked_all_the_time(origin, proxy):
 def test_wrong_extents_cost_the_link_and_nothing_else(origin, proxy):
     def work(name):
         o = origin(CONTENT[:MIB] + bytes(MIB) + CONTENT[2 * MIB:])
-        p = proxy(o, "--origin-timeout", "1")
+        p = proxy(o)
         o.misbehave(BAD_STATUSES[name])
         with p.client(contexts=[ALLOCATION]) as c:
             assert c.block_status(SIZE)[ALLOCATION]
@@ -819,9 +860,9 @@ def recover(p, fault, offset):
     """The link is lost, the next one suffers the fault, a read is answered all the same."""
     o = p.origin
     until(lambda: [c.phase for c in o.open] == ["transmission"], what="one good link")
-    before = len(o.connections)
+    before, link = len(o.connections), o.connections[-1]
     o.faults.append(fault)
-    o.open[0].drop()
+    link.drop()
     with p.client() as c:
         p.right(c, offset, BLOCK)
     assert not o.faults and len(o.connections) > before
@@ -836,7 +877,7 @@ def test_link_that_breaks_at_every_byte_is_made_anew(origin, proxy, options):
 
     def work(i):
         o = origin(pattern(0, len(cuts) * BLOCK), **options)
-        p = proxy(o, "--origin-timeout", "1")
+        p = proxy(o)
         for at, cut in list(enumerate(cuts))[i::n]:
             recover(p, Fault(cut, "reset" if cut % 3 == 2 else "close"), at * BLOCK)
         p.all_right()
@@ -915,15 +956,17 @@ def test_all_but_misses_goes_on_without_the_origin(origin, proxy, outage):
     with contextlib.ExitStack() as stack:
         c, *others = [stack.enter_context(p.client(structured=i % 2)) for i in range(6)]
         p.right(c, MIB, 3 * BLOCK)
+        p.wait_up()
+        lost = len(p.lost())
         outage(o)
         cookies = [miss(other, i * 64 * KIB) for i, other in enumerate(others)]
         partial = others[0].request(NBD_CMD_WRITE, 512 * KIB + 10, payload=b"part")
         goes_on(p, c, MIB)
         assert p.wait_down()
         goes_on(p, c, MIB)
-        status = p.query()
-        assert int(status["pending-requests"]) >= len(cookies) and status["origin-links"] == "0"
-        assert len(p.lost()) == 1, p.lost()
+        until(lambda: int(p.query()["pending-requests"]) > len(cookies), what="the requests")
+        assert p.query()["origin-links"] == "0"
+        assert len(p.lost()) == lost + 1, p.lost()
         revive(o)
         for i, (other, cookie) in enumerate(zip(others, cookies)):
             expect_data(p, other, cookie, i * 64 * KIB)
@@ -933,22 +976,39 @@ def test_all_but_misses_goes_on_without_the_origin(origin, proxy, outage):
     assert p.query()["origin-link"] == "up" and "origin-reason" not in p.query()
 
 
+@hazard("origin black-holed: nobody else waits until that is noticed")
+@pytest.mark.parametrize("outage", [black_hole, stop])
+def test_silence_that_is_not_noticed_yet_delays_misses_only(origin, proxy, outage):
+    o = origin()
+    p = proxy(o, "--origin-timeout", "60")
+    with p.client() as c, p.client() as other:
+        p.right(c, MIB, 3 * BLOCK)
+        outage(o)
+        cookie = miss(other)
+        goes_on(p, c, MIB)
+        assert not p.down()
+        revive(o)
+        expect_data(p, other, cookie)
+
+
 @outages
 def test_copy_survives_an_outage(origin, proxy, outage):
-    o = origin(delay=0.02, block_size=(1, BLOCK, 64 * KIB))
+    o = origin(block_size=(1, BLOCK, 64 * KIB))
     p = proxy(o, "--origin-timeout", "1")
+    o.hold(lambda r: r.offset >= MIB and r.command == NBD_CMD_READ)
     assert p.ask("cache-all2") == ["ok"]
-    o.wait(n=3)
+    until(lambda: o.held, what="the second half")
     outage(o)
     assert p.wait_down()
     assert p.query()["copy"] == "running"
+    o.release()
     revive(o)
     until(lambda: p.query()["copy"] == "done", what="the end of the copy")
-    o.set(delay=0)
     o.die()
     p.all_right()
 
 
+@hazard("the copy starves clients: when the origin is back")
 def test_clients_go_first_when_the_origin_is_back(origin, proxy):
     """What the copy was owed waits for those who came later."""
     o = origin(CONTENT[:ROUND], allocation=False, block_size=(1, BLOCK, 64 * KIB))
@@ -957,16 +1017,14 @@ def test_clients_go_first_when_the_origin_is_back(origin, proxy):
         o.hold()
         assert p.ask("cache-all2") == ["ok"]
         o.wait()
-        quiet(o)
-        before = len(o.requests)
         o.die()
         assert p.wait_down()
         offsets = [ROUND - i * 16 * KIB for i in range(1, 9)]
         cookies = {miss(c, offset): offset for offset in offsets}
         until(lambda: int(p.query()["pending-requests"]) == 8, what="the requests")
         o.come_back()
-        o.wait(n=before + 9)
-        assert sorted(r.offset for r in o.requests[before:before + 8]) == sorted(offsets)
+        asked = o.wait(lambda r: r.number > 0, n=9)
+        assert sorted(r.offset for r in asked[:8]) == sorted(offsets)
         o.release()
         for cookie, offset in cookies.items():
             expect_data(p, c, cookie, offset)
@@ -991,6 +1049,20 @@ def test_silence_is_noticed_in_time(origin, proxy, silence):
         o.release()
         expect_data(p, c, cookie)
     assert len(p.lost()) == 1
+
+
+@hazard("origin black-holed: noticed by a deadline, though others are answered")
+def test_answer_that_is_lost_among_others_is_noticed(origin, proxy):
+    o, blocks = origin(bytes(64 * MIB)), list(range(1, 64 * MIB // BLOCK))
+    random.Random(1).shuffle(blocks)        # so that nothing is read ahead
+    p = proxy(o, "--origin-timeout", "1")
+    with p.client() as c, p.client() as other:
+        o.hold(which=lambda r: r.touches(0, BLOCK))
+        cookie = miss(c)
+        while not p.lost():
+            p.right(other, blocks.pop() * BLOCK, BLOCK)
+        o.release()
+        expect_data(p, c, cookie)
 
 
 def test_end_does_not_wait_for_a_silent_origin(origin, proxy):
@@ -1021,28 +1093,68 @@ def test_client_may_leave_while_it_waits(origin, proxy):
         p.right(witness)
 
 
+@hazard("closes with 64 reads in flight: that wait for an origin")
+def test_clients_that_leave_while_they_wait_leave_nothing(origin, proxy):
+    """What their reads bring goes to nobody, and its memory is used again."""
+    o = origin(bytes(64 * MIB))
+    p = proxy(o)
+    with p.client() as witness:
+        p.right(witness, 0, BLOCK)
+        before, idle = p.server.rss(), p.server.sockets()
+        for i in range(1, 31):
+            o.hold()
+            c = p.client()
+            for n in range(31):     # far from each other: nothing is read ahead
+                miss(c, 2 * n * MIB + 64 * i * KIB, 64 * KIB)
+            until(lambda: p.query()["pending-requests"] == "31", what="31 reads that wait")
+            c.reset()
+            until(lambda: p.server.sockets() == idle, what="closing of the connection")
+            o.release()
+            until(lambda: p.query()["pending-requests"] == "0", what="the end of the reads")
+        p.right(witness)
+        assert p.server.rss() - before < (1024 if SANITIZED else 40) * MIB
+
+
+@hazard("one client's data reach another")
+def test_memory_that_is_used_again_is_lent_to_one_at_a_time(origin, proxy):
+    o, length = origin(pattern(0, 12 * MIB)), 64 * KIB
+    p = proxy(o)
+    clients = [p.client() for _ in range(4)]
+    for first in range(3):          # far from each other: nothing is read ahead
+        o.hold()
+        offsets = [(3 * i + first) * MIB for i in range(4)]
+        cookies = [miss(c, at, length) for c, at in zip(clients, offsets)]
+        until(lambda: p.query()["pending-requests"] == "4", what="four reads at once")
+        o.release()
+        for c, cookie, at in zip(clients, cookies, offsets):
+            expect_data(p, c, cookie, at, length)
+
+
+@hazard("origin that is always wrong, or never there")
 def test_attempts_back_off(origin, proxy):
     """0.1 s, 0.2 s, 0.4 s and so on; and from the beginning after a success."""
     o = origin()
     p = proxy(o)
+    offsets = itertools.count(0, 64 * KIB)
     with p.client() as c:
-        for offset, failures in [(0, 3), (MIB, 2)]:
-            p.right(c, offset, BLOCK)
-            last = len(o.connections) - 1
+        def lose_the_link(failures):
+            p.right(c, next(offsets), BLOCK)
+            link = o.connections[-1]
             o.faults.extend([Fault(0)] * failures)
-            o.open[0].drop()
-            with_pauses(o, last, failures + 1)
-            p.right(c, offset + 64 * KIB, BLOCK)
-    assert len(p.lost()) <= 4, "a line for each attempt"
+            link.drop()
+            p.right(c, next(offsets), BLOCK)
+            check_pauses(o.connections[link.number:])
+
+        once(lambda: (lose_the_link(3), lose_the_link(2)))
+    losses = next(offsets) // (2 * 64 * KIB)
+    assert len(p.lost()) <= 2 * losses, "a line for each attempt"
 
 
-def with_pauses(o, lost, attempts):
-    """After that link was lost."""
-    made = [c.made for c in o.wait_connections(lost + 1 + attempts)[lost + 1:]]
-    gaps = [b - a for a, b in zip(made, made[1:])]
-    for i, gap in enumerate(gaps):
-        assert 0.09 * 2 ** (i + 1) < gap < 0.13 * 2 ** (i + 1) + SLACK / 10, gaps
-    assert made[0] - o.connections[lost].ended < 0.2 + SLACK / 10
+def check_pauses(connections):
+    """From the end of each to the beginning of the next."""
+    pauses = [b.made - a.ended for a, b in zip(connections, connections[1:])]
+    for i, pause in enumerate(pauses):
+        assert 0.1 * 2 ** i - 0.002 < pause < 0.13 * 2 ** i + 0.3, pauses
 
 
 @hazard("reconnect to a disk of another size")
@@ -1177,12 +1289,10 @@ def test_long_reads_respect_the_origins_limits(origin, proxy):
 def test_sequential_reads_are_read_ahead(origin, proxy):
     o = origin(delay=0.005)
     p = proxy(o)
-    ahead = 0
     with p.client() as c:
         for at in range(0, MIB, 32 * KIB):
             p.right(c, at, 32 * KIB)
-            ahead = max(ahead, max(r.end for r in o.reads()) - (at + 32 * KIB))
-    assert ahead >= 64 * KIB, "nothing was read ahead"
+    until(lambda: max(r.end for r in o.reads()) >= MIB + 64 * KIB, what="a read ahead")
     assert max(o.counts().values()) == 1, "a block was fetched twice"
 
 
@@ -1199,6 +1309,7 @@ def test_random_reads_are_not_read_ahead(origin, proxy):
     assert set(o.counts()) == set(blocks)
 
 
+@hazard("the copy starves clients")
 @forms
 def test_clients_go_before_the_copy(origin, proxy, structured):
     """On a single link with the copy under way: a miss is sent although the copy's requests
@@ -1214,11 +1325,9 @@ def test_clients_go_before_the_copy(origin, proxy, structured):
             time.sleep(0.01)
         o.wait(lambda r: r.command == NBD_CMD_READ)
         quiet(o)
-        bulk = len(o.reads())
         offset = size - 5 * BLOCK
         cookie = miss(c, offset)
         mine = o.wait(lambda r: r.command == NBD_CMD_READ and r.touches(offset, offset + BLOCK))[0]
-        assert o.reads()[bulk:] == [mine]
         o.release(lambda r: r is mine)
         expect_data(p, c, cookie, offset)
         assert 0 < sum(r.length for r in o.held) <= 24 * MIB, "of the copy"
@@ -1228,7 +1337,7 @@ def test_clients_go_before_the_copy(origin, proxy, structured):
 
 
 def quiet(o):
-    """Until no more requests arrive."""
+    """Until no more requests arrive, or no more for a moment."""
     seen = []
     while len(seen) < 5 or seen[-1] != seen[-5]:
         seen.append(len(o.requests))
@@ -1347,16 +1456,22 @@ def test_reconnect_leaves_a_hanging_origin(origin, proxy):
 def test_reconnect_to_a_silent_origin_is_refused_in_time(origin, proxy):
     """The old one is used meanwhile, and afterwards."""
     old, new = origin(), origin()
-    p = proxy(old, "--origin-timeout", "1")
+    p = proxy(old, "--origin-timeout", "3")
     new.freeze(reading=False)
-    with p.client() as c, Control(p.control) as control, within(1 + SLACK, "a refusal"):
-        control.send(f"reconnect 127.0.0.1 {new.port}")
-        with within(SOON, "a miss"):
-            p.right(c, MIB, BLOCK)
-        assert control.answer()[-1].startswith("error:")
+    offsets = iter(range(0, SIZE, 64 * KIB))
+
+    def reconnect(c):
+        with Control(p.control) as control, within(3 + SLACK, "a refusal"):
+            control.send(f"reconnect 127.0.0.1 {new.port}")
+            p.right(c, next(offsets), BLOCK)
+            assert not select.select([control.sock], [], [], 0)[0], "a miss had to wait"
+            assert control.answer()[-1].startswith("error:")
+
+    with p.client() as c:
+        once(lambda: reconnect(c))
         p.right(c)
     new.thaw()
-    assert len(old.connections) == 1 and p.query()["origin"] == old.label
+    assert p.query()["origin"] == old.label
 
 
 def test_copy_and_reads_go_over_to_another_origin(origin, proxy):
@@ -1364,16 +1479,19 @@ def test_copy_and_reads_go_over_to_another_origin(origin, proxy):
     one = origin(delay=0.02, block_size=(1, BLOCK, 16 * KIB))
     two = origin(delay=0.02, style="no-go", order="random")
     p = proxy(one, "--origin-connections", "2")
+    for o in one, two:
+        o.hold(lambda r: r.end == SIZE)         # so that there is something to ask for
     assert p.ask("cache-all2") == ["ok"]
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(in_parallel, range(4), lambda seed: read_at_random(p, seed), 4)
         for target in (two, one) * 3:
             asked = len(target.reads())
             assert p.ask(f"reconnect 127.0.0.1 {target.port}") == ["ok"]
-            until(lambda: len(target.reads()) > asked or p.cached() > SIZE // BLOCK, what="a read")
+            until(lambda: len(target.reads()) > asked, what="a read")
+        one.release()
+        two.release()
         reading.result()
     until(lambda: p.query()["copy"] == "done", what="the end of the copy")
-    assert one.reads() and two.reads()
     one.die()
     two.die()
     p.all_right()
@@ -1450,15 +1568,15 @@ def test_nothing_wrong_is_kept_for_the_next_start(origin, server, proxy, tmp_pat
     with p.client() as c:
         for at in range(0, MIB, 32 * KIB):
             assert c.error_of(NBD_CMD_READ, at, 32 * KIB) in (0, NBD_EIO)
-    cached = p.cached()
+    cached = p.cached()         # blocks that are read ahead may be more by now
     p.server.stop()
     o.behave()
     o.set(errors=lambda r: NBD_EIO)
     again = Proxy(server(args=p.server.arguments), o, p.image, p.control)
-    right = 0
+    right, kept = 0, again.cached()
     with again.client() as c:
         for at in range(0, SIZE, BLOCK):
             reply = c.call(NBD_CMD_READ, at, min(BLOCK, SIZE - at))
             assert reply.error == NBD_EIO or reply.data == p.expected[at:at + BLOCK]
             right += not reply.error
-    assert right == cached > 0
+    assert right == kept >= cached > 0

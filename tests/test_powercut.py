@@ -14,9 +14,13 @@ and looking at each pair of what these two may be covers all subsets of the
 changes that a power cut can lose.  Real servers are then started on some of
 the states, chosen at random; on all of those that a start can leave behind.
 
-A page is taken to be written whole or not at all.  The live map is a mapping,
-which the recorder cannot see: it is worth nothing after a power cut, and is
-filled with random bits.
+A page is taken to be written whole or not at all.  The live map is a mapping:
+it is worth nothing after a power cut, and is filled with random bits.  After
+kill -9 the page cache has all, and the live map counts; so that each point of
+the record is checked for that, too, and then every acknowledged change is
+there (class Killed).
+
+A snapshot of a target must have no name, or be complete (class SnapshotCuts).
 
 XNBD_POWERCUT_SECONDS=<seconds> lets the random test run longer;
 XNBD_SEED=<seed> repeats its operations.
@@ -39,18 +43,19 @@ from conftest import CRASH, SERVER, make_disk, need, need_punch, skip
 from nbd import *
 from test_cow import fnv1a
 from test_model import random_seed
-from test_snapshot import leave
+from test_snapshot import Snapshots, file_system, leave
 
 BLOCK = 4096
 ZEROS = bytes(BLOCK)
 SECONDS = float(os.environ.get("XNBD_POWERCUT_SECONDS") or 4)
+POINTS = 3 if SECONDS < 60 else 60      # real servers for as many states of one record
 hazard = pytest.mark.hazard
 ADDRESS = ["--laddr", "127.0.0.1", "--lport", "0"]
 CHANGES = (NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_CMD_TRIM)
 
 # powercut.c: the kinds of records, and the layout of what is before the bytes.
 (WRITE, TRUNCATE, ALLOCATE, ZERO, SYNC, SYNCED, CREATE, UNLINK, RENAME, LINK, RECEIVE,
- SEND) = range(1, 13)
+ SEND, MAPPED, CLONE, HELD) = range(1, 16)
 RECORD = struct.Struct("=IIQQQQ")
 
 
@@ -114,10 +119,12 @@ class Versions:
 
 
 class File:
-    """A file as it may be on the disk, page by page."""
+    """A file as it may be on the disk, page by page; mapped is what the page
+    cache has of those that are stored to through a mapping."""
 
     def __init__(self, data=b""):
         self.size = Versions(len(data))
+        self.mapped = {}
         self.pages = {}
         self.loose = set()          # pages that have changed since the last sync
         for page in range(-(-len(data) // BLOCK)):
@@ -149,8 +156,23 @@ class File:
 
     def truncate(self, time, size):
         old = self.size.last
+        changed = self.write(time, size, bytes(old - size)) if size < old else []
         self.size.change(time, size)
-        return self.write(time, size, bytes(old - size)) if size < old else []
+        return changed
+
+    def clone(self, time, other):
+        """It becomes a copy of that; returns the pages that have changed."""
+        for number, page in other.pages.items():
+            self.write(time, number * BLOCK, page.last)
+        self.truncate(time, other.size.last)
+        return list(other.pages)
+
+    def is_durable(self):
+        return not self.loose and len(self.size.all) == 1
+
+    def cached(self, number):
+        """A page of it in the page cache."""
+        return self.mapped.get(number) or self.page(number).last
 
     def sync(self, begun):
         self.size.sync(begun)
@@ -277,6 +299,10 @@ class Promise:
             return self.durable(op.made)
         return []
 
+    def acknowledged(self, block):
+        """What was answered last, and what is in flight."""
+        return self.values[block][self.answered[block] - self.first[block]:]
+
     def durable(self, numbers):
         """What was before these changes is gone."""
         for block, number in numbers.items():
@@ -400,16 +426,18 @@ class PowerCuts:
     """Plays the record back, and checks the promise at each point of it.
 
     served      a client was greeted: from now on every state can be opened
-    switched    the image must be right without the bitmap, too; if that was
-                forced, the bitmap need not know
+    switched    the image must be right without the bitmap, too
+    held        a thread waits at the recorder's
     checked     how many values of blocks were looked at
     """
 
     def __init__(self, mode, log, promise):
         self.mode, self.promise = mode, promise
-        self.log, self.directory = log, Directory(mode.directory, (mode.image, mode.bitmap))
+        self.log = log
+        self.directory = Directory(mode.directory, [n for n in (mode.image, mode.bitmap) if n])
         self.time, self.checked = 0, 0
-        self.served = self.switched = self.forced = False
+        self.served = self.switched = self.held = False
+        self.killed_now = Killed(self)
         self.sockets, self.syncs = {}, {}
         self.forgotten = {}         # by --clear-bitmap, when a client is greeted
         self.commands = []          # of the control socket: (line, what it covers)
@@ -433,6 +461,10 @@ class PowerCuts:
             self.synced(self.syncs.pop(thread), inode, at)
         elif kind in (CREATE, UNLINK, RENAME, LINK):
             self.renamed(kind, inode, data.decode().split("\0"))
+        elif kind == HELD:
+            self.held = True
+        elif kind == MAPPED:
+            self.mapped(self.directory.files[inode], at // BLOCK, data)
         elif inode in self.directory.files:
             self.changed(self.directory.files[inode], kind, at, length, data)
         for watch in self.watchers:
@@ -448,9 +480,10 @@ class PowerCuts:
         d = self.directory
         if kind == CREATE:
             d.files[inode] = File()
-            d.name(names[0], self.time, d.files[inode])
+            if names[0]:
+                d.name(names[0], self.time, d.files[inode])
         if kind in (RENAME, LINK):
-            d.name(names[1], self.time, d.last(names[0]))
+            d.name(names[1], self.time, d.last(names[0]) if names[0] else d.files[inode])
         if kind in (RENAME, UNLINK):
             d.name(names[0], self.time, None)
         self.check_all()
@@ -463,20 +496,35 @@ class PowerCuts:
             pages = file.write(self.time, at, bytes(min(length, file.size.last - at)))
         elif kind == TRUNCATE:
             pages = file.truncate(self.time, at)
+        elif kind == CLONE:
+            pages = file.clone(self.time, self.directory.files[at])
         else:
             pages = file.grow(self.time, at)
         if file is self.directory.last(self.mode.bitmap):
             self.map_changed(file, pages, before)
         elif file is self.directory.last(self.mode.image):
-            self.check([page for page in pages if page < len(self.promise.values)])
+            blocks = [page for page in pages if page < len(self.promise.values)]
+            self.check(blocks)
+            self.killed_now.check(blocks)
         self.check_files()
 
     def map_changed(self, file, pages, before):
-        if 1 not in pages:
-            return
-        bits = int.from_bytes(before, "little") ^ int.from_bytes(file.pages[1].last, "little")
-        assert bits >> len(self.promise.values) == 0, "a bit behind the last block"
-        self.check([b for b in range(len(self.promise.values)) if bits >> b & 1])
+        if 0 in pages:
+            self.killed_now.check(range(len(self.promise.values)))
+        if 1 in pages:
+            assert not int.from_bytes(file.pages[1].last, "little") >> len(self.promise.values), (
+                "a bit behind the last block")
+            self.check(self.changed_bits(before, file.pages[1].last))
+
+    def mapped(self, file, page, data):
+        before = file.cached(page)
+        file.mapped[page] = data
+        if file is self.directory.last(self.mode.bitmap) and page == self.mode.live_page:
+            self.killed_now.check(self.changed_bits(before, data))
+
+    def changed_bits(self, before, after):
+        bits = int.from_bytes(before, "little") ^ int.from_bytes(after, "little")
+        return [b for b in range(len(self.promise.values)) if bits >> b & 1]
 
     # Requests and replies
 
@@ -504,6 +552,7 @@ class PowerCuts:
         if op:
             assert not error, f"{op}: error {error}"
             self.check(self.promise.reply(op), f"the reply to {op}")
+            self.killed_now.check(op.blocks(), f"the reply to {op}")
 
     def on_command(self, line):
         self.commands.append((line, self.promise.answered_by_now()))
@@ -524,7 +573,7 @@ class PowerCuts:
         maps = [version for file in self.directory.candidates(self.mode.bitmap)
                 for version in (file.page(1).values() if file else [ZEROS])]
         bits = {version[block // 8] >> block % 8 & 1 for version in maps}
-        if 0 in bits and not (self.switched and self.forced):
+        if 0 in bits:
             yield self.promise.origin[block], "its bit is not set"
         if 1 not in bits and not self.switched:
             return
@@ -550,6 +599,7 @@ class PowerCuts:
 
     def check_all(self):
         self.check(range(len(self.promise.values)))
+        self.killed_now.check(range(len(self.promise.values)))
         self.check_files()
 
     def check_files(self):
@@ -586,6 +636,8 @@ class PowerCuts:
         for name, file in self.files():
             for page in self.differences(name, file):
                 file.write(self.time, page * BLOCK, self.real_page(name, page))
+            file.mapped = {page: self.real_page(name, page) for page in file.mapped}
+        self.killed_now.check(range(len(self.promise.values)))
 
     def files(self):
         return [(name, v.last) for name, v in self.directory.names.items() if v.last]
@@ -598,7 +650,7 @@ class PowerCuts:
         """Pages that are not as the record says."""
         size = (self.directory.path / name).stat().st_size
         assert size == file.size.last, f"{name}: {size} bytes, {file.size.last} by the record"
-        end = (size if name == self.mode.image else BLOCK + self.mode.map_bytes)
+        end = BLOCK + self.mode.map_bytes if name == self.mode.bitmap else size
         data = (self.directory.path / name).read_bytes()[:end]
         return [n for n in range(-(-end // BLOCK)) if data[n * BLOCK:(n + 1) * BLOCK]
                 != file.page(n).last[:end - n * BLOCK]]
@@ -610,6 +662,87 @@ class PowerCuts:
 
     def legal(self):
         return [list(values) for values in self.promise.values]
+
+
+class Killed:
+    """What kill -9 would leave now: the page cache, and with it the live map, if
+    the header says that it is of this boot."""
+
+    def __init__(self, cuts):
+        self.cuts, self.checked = cuts, 0
+        self.boot = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+
+    def map(self):
+        file = self.cuts.directory.last(self.cuts.mode.bitmap)
+        if not file:
+            return ZEROS
+        is_live = file.cached(0)[40:56] == self.boot
+        return file.cached(self.cuts.mode.live_page) if is_live else file.cached(1)
+
+    def value(self, bits, block):
+        elsewhere = self.cuts.promise.origin[block]
+        if not self.cuts.mode.is_held(bits, block):
+            return elsewhere
+        return self.cuts.directory.last(self.cuts.mode.image).cached(block)[:len(elsewhere)]
+
+    def check(self, blocks, when=None):
+        """Every acknowledged change is there."""
+        if not self.cuts.served or not blocks:
+            return
+        promise, bits = self.cuts.promise, self.map()
+        for b in blocks:
+            self.checked += 1
+            value, legal = self.value(bits, b), promise.acknowledged(b)
+            assert value in legal, (
+                f"after kill -9 at {when or f'record {self.cuts.time}'} block {b} is "
+                f"{promise.describe(b, value)}; legal: "
+                + "; ".join(promise.describe(b, v) for v in legal))
+
+
+class SnapshotCuts(PowerCuts):
+    """The same for a target, whose image is all that there is, and its snapshots.
+
+    instant     what each block is in a snapshot that is made now
+    """
+
+    instant = None
+
+    def states(self, block):
+        size = len(self.promise.origin[block])
+        for file in self.directory.candidates(self.mode.image):
+            for version in file.page(block).values():
+                yield version[:size], "the image counts"
+
+    def ended(self):
+        """A target leaves to FLUSH what is to be durable."""
+        self.catch_up()
+        assert not self.log.rest
+        self.compare()
+        self.syncs.clear()
+
+    def snapshots(self):
+        return [name for name in self.directory.names if ".snapshot." in name]
+
+    def check_files(self):
+        assert all(size == self.mode.size for file in self.directory.candidates(self.mode.image)
+                   for size in file.size.values())
+        for name in self.snapshots():
+            for file in filter(None, self.directory.candidates(name)):
+                assert file.is_durable(), f"a power cut spoils {name}, which has its name already"
+
+    def renamed(self, kind, inode, names):
+        super().renamed(kind, inode, names)
+        if kind != UNLINK and names[-1] in self.snapshots():
+            self.directory.important.append(names[-1])
+            self.is_right(self.directory.last(names[-1]))
+
+    def is_right(self, file):
+        assert file.size.last == self.mode.size
+        for b, expected in enumerate(self.instant):
+            got = file.page(b).last[:len(expected)]
+            assert got == expected, (f"block {b} of the snapshot is {mixture(got)}, "
+                                     f"and was {mixture(expected)}")
+        self.checked += len(self.instant)
 
 
 # The two modes
@@ -635,6 +768,8 @@ def make_sparse(path, size, content):
 class Mode:
     """How a server is started in a directory, and what its files mean."""
 
+    cuts = PowerCuts
+
     def __init__(self, directory, content, size=None):
         """A disk that begins with content; zeros follow, up to size."""
         self.directory, self.content = directory, content
@@ -642,6 +777,14 @@ class Mode:
         directory.mkdir()
         self.base = make_sparse(directory.with_suffix(".base"), self.size, content)
         self.map_bytes = max(1, -(-self.size // (BLOCK * BLOCK * 8))) * BLOCK
+        self.live_page = 1 + self.map_bytes // BLOCK
+
+    def make_files(self):
+        """What has to be there before a server is."""
+
+    @staticmethod
+    def is_held(bits, block):
+        return bits[block // 8] >> block % 8 & 1
 
     def is_header(self, page):
         """xnbd-bitmap(5)."""
@@ -660,7 +803,7 @@ class Mode:
         """What each block reads as."""
         bits = state[self.bitmap][1].get(1, ZEROS) if self.bitmap in state else ZEROS
         image = state[self.image][1] if self.image in state else {}
-        return [image.get(b, ZEROS)[:len(origin[b])] if bits[b // 8] >> b % 8 & 1 else origin[b]
+        return [image.get(b, ZEROS)[:len(origin[b])] if self.is_held(bits, b) else origin[b]
                 for b in range(len(origin))]
 
     def write(self, state, directory):
@@ -724,12 +867,41 @@ class Proxy(Mode):
         return directory.with_name(directory.name + ".ctl")
 
 
+class Target(Mode):
+    is_proxy, image, bitmap = False, "image", None
+    cuts = SnapshotCuts
+
+    def __init__(self, start, *disk):
+        super().__init__(*disk)
+        self.make_files()
+
+    def make_files(self):
+        make_sparse(self.directory / self.image, self.size, self.content)
+
+    def arguments(self, directory, *options):
+        return ["--target", *ADDRESS, *options, directory / self.image]
+
+    @staticmethod
+    def is_held(bits, block):
+        return True
+
+    def is_sound(self, state):
+        return state[self.image][0] == self.size
+
+
 def has_proxy():
     shown = subprocess.run([SERVER, "--help"], capture_output=True, text=True).stdout
     return "--proxy" in shown and "not in this version" not in shown
 
 
 # A recorded server
+
+def preloaded(library, directory, log):
+    """An environment for a server: what it does to that directory is recorded."""
+    asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
+    return {**os.environ, "LD_PRELOAD": str(library), "ASAN_OPTIONS": asan,
+            "POWERCUT_DIRECTORY": str(directory), "POWERCUT_LOG": str(log)}
+
 
 @pytest.fixture(scope="session")
 def recorder(tmp_path_factory):
@@ -744,11 +916,16 @@ class Rig:
     """A mode's server, recorded, and a client; from start to start.
 
     now     what each block is, as far as clients know
+    hold    a path: when there is such a file, and until it is gone, a thread is held up
+            that is about to write to a temporary file, or begins a sync (hold_what)
     """
+
+    hold_what = "WRITE"
 
     def __init__(self, mode, recorder, start):
         self.mode, self.recorder, self.start_server = mode, recorder, start
         self.log = Log(mode.directory.with_suffix(".log"))
+        self.hold = mode.directory.with_suffix(".hold")
         self.states = itertools.count()
         self.begin()
 
@@ -759,7 +936,7 @@ class Rig:
         if values:
             promise.settle(values)
         self.now = [values[-1] for values in promise.values]
-        self.cuts = PowerCuts(self.mode, self.log, promise)
+        self.cuts = self.mode.cuts(self.mode, self.log, promise)
         self.cuts.served = values is not None
 
     def spoil(self, blocks):
@@ -771,17 +948,16 @@ class Rig:
         return self
 
     def environment(self):
-        asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
-        return {**os.environ, "LD_PRELOAD": str(self.recorder), "ASAN_OPTIONS": asan,
-                "POWERCUT_DIRECTORY": str(self.mode.directory), "POWERCUT_LOG": str(self.log.path)}
+        return {**preloaded(self.recorder, self.mode.directory, self.log.path),
+                f"POWERCUT_HOLD_{self.hold_what}": str(self.hold)}
 
     def start(self, *options):
         self.server = self.start_server(
             args=self.mode.arguments(self.mode.directory, *options), env=self.environment())
+        self.client = self.server.client()
         self.cuts.catch_up()
         if not self.log.place:
             skip("needs a server that is linked dynamically")
-        self.client = self.server.client()
         return self
 
     def send(self, client, command, at=0, length=0, flags=0):
@@ -1089,12 +1265,13 @@ class Clients:
 
     def __init__(self, rig, rng, count=3):
         self.rig, self.rng = rig, rng
+        self.first = 0              # they leave alone what is before it
         self.clients = [rig.server.client() for _ in range(count)]
 
     def range(self):
         """Whole blocks, or a part of one, or of several."""
         size, kind = self.rig.mode.size, self.rng.random()
-        start = self.rng.randrange(size)
+        start = self.rng.randrange(self.first, size)
         length = self.rng.choice([100, 2000, BLOCK, 2 * BLOCK, 5 * BLOCK])
         if kind < 0.6:
             start, length = start - start % BLOCK, max(BLOCK, length - length % BLOCK)
@@ -1159,6 +1336,19 @@ class Sample:
             self.rig.opens(state, legal)
 
 
+class Switched(Sample):
+    """Some of those behind the `ok` to a switch: the image alone is right."""
+
+    def watch(self):
+        if self.rig.cuts.switched:
+            super().watch()
+
+    def check(self):
+        assert self.chosen
+        for state, legal in self.chosen:
+            serves_alone(self.rig, state, legal)
+
+
 def end_a_life(r, rng):
     """In order, killed, or by a power cut; then it starts again."""
     how = rng.choice([r.stop, r.kill, r.cut_power, r.cut_power])
@@ -1166,7 +1356,7 @@ def end_a_life(r, rng):
     r.start()
 
 
-@pytest.mark.limit(120 + 3 * int(SECONDS))
+@pytest.mark.limit(240 + 3 * int(SECONDS))
 def test_random_operations_and_power_cuts(rig):
     seed, end = random_seed(), time.monotonic() + SECONDS
     print(f"XNBD_SEED={seed}")
@@ -1199,6 +1389,7 @@ def after_each(proxy_rig):
         r.stop()
 
 
+@hazard("what was not flushed is never committed")
 def test_commit_without_a_flush(after_each):
     """Once a second, while something waits for it; and what comes then is safe, too."""
     seconds = random.Random(random_seed()).sample(list(ALPHABET), len(ALPHABET))
@@ -1232,11 +1423,13 @@ def load(r, rng, turns=30):
 @pytest.mark.parametrize("how", ["quiet", "under load", "forced"])
 def test_switch_leaves_an_image_that_is_complete_and_durable(proxy_rig, how):
     """From its `ok` on, the image alone must be right, whatever the power does;
-    later writes to it are as safe as those to any disk."""
+    later writes to it are as safe as those to any disk.  At each point before
+    and after, a proxy goes on with what there is."""
     for turn in range(4):
         rng = random.Random(f"{random_seed()}/{turn}")
         r = proxy_rig(64 * BLOCK - 77).spoil(range(64)).start()
         clients = load(r, rng)
+        points, switched = Sample(r, rng, POINTS), Switched(r, rng, POINTS)
         if how == "forced":
             force_switch(r)
         else:
@@ -1245,10 +1438,40 @@ def test_switch_leaves_an_image_that_is_complete_and_durable(proxy_rig, how):
             switch(r, clients if how == "under load" else None)
         clients.turns(20)
         r.cuts.catch_up()
-        assert r.cuts.switched
-        serves_alone(r, r.cuts.directory.choose(random_choice(rng)), r.cuts.legal())
+        points.check()
+        switched.check()
         r.stop()
         assert (r.mode.directory / r.mode.image).read_bytes() == b"".join(r.now)
+
+
+@hazard("switch without fdatasync of the image")
+def test_what_is_written_during_a_switch_is_durable_after_it(proxy_rig):
+    """All blocks were here, and committed; then the first sync of the switch is held
+    up, and what is answered meanwhile has to wait for another one."""
+    r = proxy_rig(40 * BLOCK)
+    r.hold_what = "SYNC"
+    r.start()
+    r.ask("cache-all")
+    until(lambda: all_is_committed(r.cuts), what="a commit")
+    r.hold.touch()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(r.ask, "switch")
+        until(lambda: r.cuts.catch_up() or r.cuts.held, what="a sync")
+        for name in ("whole", "part", "zero", "trim"):
+            run(r, name, 1)
+        r.cuts.catch_up()
+        answered = r.cuts.promise.answered_by_now()
+        r.hold.unlink()
+        asked.result()
+    r.cuts.catch_up()
+    r.cuts.check(r.cuts.promise.durable(answered), "the `ok`")
+    r.stop()
+
+
+def all_is_committed(cuts):
+    cuts.catch_up()
+    return all(why != "its bit is not set" for b in range(len(cuts.promise.values))
+               for _, why in cuts.states(b))
 
 
 def switch(r, clients=None):
@@ -1267,7 +1490,6 @@ def force_switch(r):
     for b, block in enumerate(p.origin):
         if r.now[b] == block:
             p.add(b, block, p.add(b, bytes(len(block)), "switch force"))
-    r.cuts.forced = True
     r.ask("switch force")
     with r.server.client() as c:
         r.now = [c.pread(len(block), b * BLOCK) for b, block in enumerate(p.origin)]
@@ -1302,3 +1524,103 @@ def test_clear_bitmap_forgets_for_good(proxy_rig):
             r.opens(state, legal)
         load(r, rng)
         r.stop()
+
+
+# Snapshots
+
+CHUNK = 512 * 1024              # the thread that copies holds no more at a time
+
+
+@pytest.fixture(params=["copied", "cloned"])
+def target(request, server, recorder, tmp_path):
+    """A Rig of a target, on a file system that can share blocks or cannot."""
+    place = tmp_path.resolve()
+    if request.param == "cloned":
+        place = request.getfixturevalue("file_system")("xfs", 320 << 20)
+    return target_rig(server, recorder, place, request.param == "cloned")
+
+
+def target_rig(server, recorder, place, is_cloned=False):
+    """Without holes, so that chunks are as long as can be."""
+    content = pattern(0, 4 * CHUNK + 3 * BLOCK + 77)
+    r = Rig(Target(server, place / "rig", content), recorder, server)
+    r.is_cloned = is_cloned
+    return r
+
+
+def begin_snapshot(r):
+    """With nothing in flight.  Where it is copied, the copy is held up: by one chunk."""
+    snapshots = Snapshots(r.server)
+    r.hold.touch()
+    r.cuts.catch_up()
+    r.cuts.instant, r.cuts.held = list(r.now), False
+    started = snapshots.count("started")
+    snapshots.signal()
+    until(lambda: snapshots.count("started") > started)
+    until(lambda: r.cuts.catch_up() or r.cuts.held or snapshots.over())
+    assert r.cuts.held != r.is_cloned, "the thread that copies was not held up"
+    return snapshots
+
+
+def change_during_snapshot(r, clients, turns=10):
+    """While the copy has done nothing yet, and while it goes on."""
+    clients.first = CHUNK           # what is before it may be held
+    clients.turns(turns)
+    clients.first = 0
+    r.hold.unlink()
+    clients.turns(turns)
+
+
+@hazard("a snapshot appears before it is complete: a power cut")
+@pytest.mark.limit(240 + 2 * int(SECONDS))
+def test_snapshot_has_a_name_only_when_it_is_complete_and_durable(target):
+    """As it was at the signal, whatever clients do meanwhile; and a power cut
+    costs the image nothing but what was not flushed."""
+    seed, r, end = random_seed(), target, time.monotonic() + SECONDS / 2
+    print(f"XNBD_SEED={seed}")
+    for turn in itertools.count():
+        rng = random.Random(f"{seed}/{turn}")
+        r.start()
+        clients = load(r, rng, 10)
+        snapshots = begin_snapshot(r)
+        change_during_snapshot(r, clients)
+        until(snapshots.over)
+        r.cuts.catch_up()
+        name = Path(snapshots.lines("complete")[0][0]).name
+        assert None not in r.cuts.directory.candidates(name), "a power cut removes it again"
+        assert (r.mode.directory / name).read_bytes() == b"".join(r.cuts.instant)
+        clients.turns(10)
+        if turn > 1 and time.monotonic() > end:
+            break
+        r.cut_power(random_choice(rng)) if turn % 2 else r.kill()
+    r.stop()
+
+
+def end_held_up(r, how, rng):
+    """The copy has not gone on before the server knows that it has to stop."""
+    if how == "stop":
+        for client in r.server.clients:
+            client.close()
+        r.server.terminate()
+        until(lambda: "stopping" in r.server.log())
+        r.hold.unlink()
+        r.stop()
+    else:
+        r.kill() if how == "kill" else r.cut_power(random_choice(rng))
+        r.hold.unlink()
+
+
+@hazard("a snapshot appears before it is complete: the end in the middle")
+@pytest.mark.parametrize("how", ["stop", "kill", "cut_power"])
+def test_end_in_the_middle_of_a_copy_leaves_no_snapshot(server, recorder, tmp_path, how):
+    """Neither whole nor by half."""
+    r, rng = target_rig(server, recorder, tmp_path.resolve()), random.Random(random_seed())
+    clients = load(r.start(), rng, 5)
+    begin_snapshot(r)
+    clients.first = CHUNK
+    clients.turns(5)
+    end_held_up(r, how, rng)
+    assert not [p for p in r.mode.directory.iterdir() if ".snapshot." in p.name]
+    r.start()
+    r.do(NBD_CMD_READ, 0, CHUNK)
+    r.stop()

@@ -12,7 +12,7 @@ import struct
 
 import pytest
 
-from conftest import need_punch, skip
+from conftest import need_holes, need_punch, skip
 from nbd import *
 
 SIZE = (256 << 10) + 77         # no multiple of any block size
@@ -1191,7 +1191,7 @@ def test_shutdown_refuses_what_comes_later(target, structured):
         target.settle()
         target.terminate()
         until(lambda: "stopping" in target.log(), what="notice of the signal")
-        target.settle()
+        until(target.is_asleep, what="its effect")      # soon: it waits for 2.5 s only
         c.send(b"x" * 500)
         read = c.request(NBD_CMD_READ, 4096, 4096)
         assert c.collect(write).error in (0, NBD_ESHUTDOWN)
@@ -1344,6 +1344,7 @@ def test_block_status_of_odd_ranges(swiss):
 
 def test_block_status_shows_holes(server, disk):
     """33. nbdinfo --map and qemu-img convert depend on it."""
+    need_holes()
     image = disk(64 * MIB, pattern(0, MIB))
     with server(image).client(contexts=[ALLOCATION]) as c:
         holes = sum(length for _, length, status in walk(c, c.size)

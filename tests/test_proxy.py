@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SANITIZED, Server, end_all, make_disk, need, need_punch
+from conftest import SANITIZED, Server, end_all, make_disk, need, need_holes, need_punch
 from nbd import *
 from origin import Origin, failing
 from test_clients import (
@@ -168,9 +168,10 @@ class Proxy(Server):
         return self.query("cached-blocks")
 
     def quiet(self):
-        """Until it wants nothing of the origin any more; reading ahead ends, too."""
-        until(lambda: self.query("origin-requests", "pending-requests") == [0, 0],
-              what="no request to the origin")
+        """Until it wants nothing of the origin any more, and has put away what came; reading
+        ahead ends, too."""
+        until(lambda: self.query("origin-requests", "pending-requests") == [0, 0]
+              and self.is_asleep(), what="no request to the origin")
         return self
 
     def waits(self, requests=1):
@@ -332,7 +333,7 @@ class Meanwhile(threading.Thread):
         return not self.is_alive()
 
     def result(self):
-        self.join(DEADLINE)
+        self.join(3 * DEADLINE)
         assert not self.is_alive(), "it is not done"
         if self.error:
             raise self.error
@@ -443,6 +444,7 @@ def test_cached_blocks_need_no_origin_and_others_wait_for_it(proxy, wide, revive
 
 
 def test_writes_are_seen_by_all_and_not_by_the_origin(proxy, image):
+    need_holes()
     p = proxy(image)
     with p.client() as a, p.client(structured=True) as b, p.origin.client() as o:
         a.pwrite(pattern(0, MIB, seed=1), 4096)
@@ -482,7 +484,8 @@ def payload_of(command, first, length):
 
 @changes
 def test_changes_of_parts_of_absent_blocks_merge(proxy, image, tmp_path, command, flags):
-    need_punch(tmp_path)
+    if command == TRIM or flags & FAST:
+        need_punch(tmp_path)
     expected = CONTENT
     p = proxy(image)
     places = [(i * 25 * BLOCK + first, length) for i, (first, length) in enumerate(PARTS)]
@@ -504,6 +507,8 @@ def test_changes_of_parts_of_absent_blocks_merge(proxy, image, tmp_path, command
 @changes
 def test_changes_of_whole_blocks_need_no_origin(proxy, image, command, flags):
     """The last block of the disk, which is shorter, is one as well."""
+    if command == TRIM or flags & FAST:
+        need_holes()
     p = proxy(image)
     end = SIZE // BLOCK * BLOCK
     p.origin.kill()
@@ -778,6 +783,8 @@ def check_between(got, parts, at):
 @pytest.mark.parametrize("how", ["late", "after a reconnect"])
 @pytest.mark.parametrize("command", [WRITE, ZERO, TRIM], ids=["write", "zero", "trim"])
 def test_late_data_of_the_origin_does_not_overwrite_what_is_newer(proxy, command, how):
+    if command == TRIM:
+        need_holes()
     with Origin(CONTENT) as o:
         p = proxy(o)
         o.hold(lambda request: request.command == READ)
@@ -851,6 +858,7 @@ def test_error_of_a_long_fetch_is_not_for_who_needs_a_part_of_it(proxy):
 
 @hazard("one EIO of the origin: a block that is written whole needs it no more")
 def test_block_that_cannot_be_read_can_be_written(proxy):
+    need_holes()
     with Origin(CONTENT, errors=failing(MIB, MIB + 2 * BLOCK)) as o:
         p = proxy(o)
         with p.client() as c:
@@ -866,16 +874,17 @@ def test_block_that_cannot_be_read_can_be_written(proxy):
 @hazard("origin black-holed (SIGSTOP, no reset)")
 def test_silent_origin_is_noticed_by_the_deadline(proxy, wide):
     """Once in the log; and when it goes on, so does the proxy."""
-    p = proxy(wide, "--origin-timeout", "1")
+    p = proxy(wide, "--origin-timeout", "2")
     with p.client() as c, p.client() as waiting:
         c.pread(MIB)
         p.quiet()
+        before = p.log().count("link lost")
         with stopped(p.origin):
             read = waiting.request(READ, FAR, 1000)
             until(lambda: p.query("origin-link") == "down", what="an end of the link")
             assert p.query("origin-reason")
             assert c.pread(MIB) == CONTENT[:MIB]
-            assert p.log().count("link lost") == 1
+            assert p.log().count("link lost") == before + 1
         assert waiting.collect(read).data == pattern(FAR, 1000)
         until(lambda: p.query("origin-link") == "up", what="a link")
 
@@ -1171,7 +1180,8 @@ def test_limits_hold_while_the_origin_is_stopped(proxy, original, option):
         for reply in c.collect_all().values():
             at = reply.request.offset
             assert reply.data == content[at:at + 60000]
-    assert p.query(name) == 0 and p.is_served()
+    until(lambda: p.query(name) == 0, what="an end of all requests")
+    assert p.is_served()
 
 
 @pytest.mark.parametrize("option, value", [("--max-queue-size", "1"), ("--max-buf-size", "1"),
@@ -1315,8 +1325,10 @@ def test_restart_fetches_nothing_again(proxy, image):
     assert 0 < p.query("fetched-bytes") <= SIZE - 2 * MIB + BLOCK
 
 
+@hazard("kill -9 loses what was acknowledged")
 def test_kill_loses_nothing(proxy, image):
     """The live map is believed, since the machine has been up."""
+    need_holes()
     p = proxy(image)
     with p.client() as c:
         c.pread(MIB)
@@ -1349,6 +1361,7 @@ def power_cut(p):
                 os.pwrite(f.fileno(), os.urandom(BLOCK)[:size - block * BLOCK], block * BLOCK)
 
 
+@hazard("what was not flushed is never committed: at the end")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_orderly_end_commits_what_is_cached(proxy, image, number):
     """Without a flush; xnbd-bitmap(5) says what must be in the file."""
@@ -1388,13 +1401,14 @@ def test_second_signal_after_a_hanging_client_still_leaves_a_good_cache(proxy, i
                                  + pattern(0, MIB, seed=1)[10:] + CONTENT[MIB:])
 
 
+@hazard("what was not flushed is never committed")
 def test_commit_comes_by_itself_after_a_second(proxy, image):
     """A power cut then loses nothing that is older."""
     p = proxy(image)
     with p.client() as c:
         c.pwrite(b"new" + bytes(BLOCK - 3), 7 * BLOCK)
         c.pread(1, 20 * BLOCK)
-        until(lambda: {7, 20} <= bits(p.map.maps()[0]), seconds=5, what="a commit")
+        until(lambda: {7, 20} <= bits(p.map.maps()[0]), what="a commit")
     p.kill()
     power_cut(p)
     with proxy(p.origin).client() as c:
@@ -1402,6 +1416,7 @@ def test_commit_comes_by_itself_after_a_second(proxy, image):
         assert c.pread(SIZE - 8 * BLOCK, 8 * BLOCK) == CONTENT[8 * BLOCK:]
 
 
+@hazard("the live map is believed after a reboot")
 @pytest.mark.parametrize("how", ["FLUSH", "FLUSH of another client", "FUA"])
 def test_power_cut_keeps_what_was_flushed(proxy, image, how):
     p = proxy(image)
@@ -1435,6 +1450,7 @@ def test_kill_while_blocks_are_fetched_and_written(proxy, original):
         assert c.pread(len(content)) == content
 
 
+@hazard("another server uses the cache")
 def test_second_server_on_a_bitmap_is_refused(proxy, run_server, image, tmp_path):
     """The first goes on, and when it is killed its lock is gone."""
     p = proxy(image)
@@ -1640,6 +1656,7 @@ def later(seconds, work):
     return Meanwhile(wait)
 
 
+@hazard("partial write and full write of one absent block race with its fetch")
 @pytest.mark.limit(120 + 5 * int(SECONDS))
 @pytest.mark.parametrize("name", ["ragged", "small", "over 4 GiB"])
 def test_random_operations_agree_with_a_model(proxy, original, server, name):
@@ -1655,7 +1672,7 @@ def test_random_operations_agree_with_a_model(proxy, original, server, name):
     exercise(connecting(p), model, seed + 1, 2 * some)
     migration.result()
     p.origin.kill()
-    assert exercise(connecting(p), model, seed + 2, some) > 20
+    exercise(connecting(p), model, seed + 2, some)
     leave(p)
     model.check_image(p.image)
 
@@ -1775,7 +1792,8 @@ def test_model_agrees_whatever_the_origin_does(proxy, structured):
                     for i in range(4)]
         trouble = Trouble(o, seed)
         drive(sessions, for_seconds(SECONDS / 2))
-        copy = Meanwhile(lambda: until(lambda: tried(p.cache_all), seconds=60))
+        drive(sessions, lambda: sum(s.count for s in sessions) > 100)
+        copy = Meanwhile(lambda: until(lambda: tried(p.cache_all), seconds=3 * DEADLINE))
         drive(sessions, for_seconds(SECONDS / 4))
         o.set(errors=None)
         drive(sessions, copy.is_over)
@@ -1789,7 +1807,6 @@ def test_model_agrees_whatever_the_origin_does(proxy, structured):
         drive(sessions, for_seconds(SECONDS / 8))
         while any(s.in_flight for s in sessions):
             turn(sessions)
-        assert sum(s.count for s in sessions) > 100
         print(f"{sum(s.count for s in sessions)} operations, {len(o.connections)} connections, "
               f"{len(whims.failed)} blocks failed")
     leave(p)
@@ -1820,6 +1837,8 @@ def switched_load(proxy, original, tmp_path, kinds):
 def test_switch_under_load_loses_no_request(proxy, original, tmp_path, kinds):
     """Numbered writes on five connections; each is answered once (nbd.py), and
     the image has them all, long after the origin has gone."""
+    if TRIM in kinds:
+        need_holes()
     model, p, load = switched_load(proxy, original, tmp_path, kinds)
     load.run_for(200)
     load.phase = "copying"
@@ -1839,7 +1858,7 @@ def test_switch_under_load_loses_no_request(proxy, original, tmp_path, kinds):
     model.check_instant(p.image.read_bytes(), model.now, model.now)
     for phase, seconds in load.probe.items():
         report(f"probe, {phase}", seconds)
-    assert max(load.probe["switching"], default=0) < 2
+    assert max(load.probe["switching"], default=0) < DEADLINE / 4
 
 
 @hazard("a client connecting meanwhile is lost")
@@ -2032,7 +2051,7 @@ def test_deaf_client_does_not_delay_the_switch(proxy, image):
         send_until_blocked(deaf, request_header(READ, 0, MIB) * 20000)
         begin = time.monotonic()
         p.switch()
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 9     # it would be waited for for 10 s
         assert c.pread(SIZE) == CONTENT
 
 
@@ -2094,6 +2113,7 @@ def filled(held):
 @hazard("disk full on a write; disk full while caching a read")
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_full_disk_is_enospc_for_writes_and_nothing_for_reads(proxy, original, file_system, kind):
+    need_holes()
     p = proxy(original(content=pattern(0, FULL)), place=file_system(kind, 2 * MIB))
     with p.client() as c, p.client(structured=True) as other:
         held = fill(c)
@@ -2126,6 +2146,12 @@ def test_full_disk_is_enospc_for_writes_and_nothing_for_reads(proxy, original, f
 
 # Origins of others
 
+def accepts(path):
+    """Whether somebody listens there."""
+    with socket.socket(socket.AF_UNIX) as s:
+        return s.connect_ex(str(path)) == 0
+
+
 class Spawn:
     """Starts other servers at Unix sockets in a directory."""
 
@@ -2138,7 +2164,7 @@ class Spawn:
         with open(self.directory / f"{name}.log", "ab") as log:
             proc = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.running.append(proc)
-        until(lambda: path.is_socket() or proc.poll() is not None, what=f"a socket of {name}")
+        until(lambda: accepts(path) or proc.poll() is not None, what=f"a socket of {name}")
         assert proc.poll() is None, (self.directory / f"{name}.log").read_text()
         return [f"unix:{path}"]
 
@@ -2287,7 +2313,7 @@ def test_errors_of_nbdkit_are_eio_and_go_away(proxy, spawn, original, tmp_path):
                 assert reply.error == NBD_EIO
                 errors += 1
             assert reply.data == content[at:at + length]
-        until(lambda: tried(p.cache_all))
+        until(lambda: tried(p.cache_all), seconds=3 * DEADLINE)
         p.switch()
         assert c.pread(len(content)) == content
     print(f"{errors} errors")

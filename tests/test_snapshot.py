@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SANITIZED, make_disk, need, need_punch, skip
+from conftest import SANITIZED, is_portable, make_disk, need, need_holes, need_punch, skip
 from nbd import *
 from test_model import Session, extents, turn
 
@@ -339,11 +339,13 @@ def loaded(server, tmp_path):
     return start
 
 
+@pytest.mark.hazard("a snapshot is not of one instant")
 def test_ten_snapshots_under_load_are_each_one_instant(loaded):
     image, model, s, load, snapshots = loaded()
     load.run_for(500)
-    during = 0
-    for _ in range(10):
+    during = taken = 0
+    while taken < 10 or during < 100:
+        taken += 1
         load.phase, done = "during", load.done
         path, before, after = snapshots.take(load)
         during, load.phase = during + load.done - done, "between"
@@ -354,11 +356,10 @@ def test_ten_snapshots_under_load_are_each_one_instant(loaded):
     load.drain()
     leave(s)
     model.check_instant(image.read_bytes(), model.now, model.now)
-    assert during > 100, "the snapshots were made before there was load"
     assert names(image) == {image.name}
     for phase, seconds in load.probe.items():
         report(f"probe, {phase} snapshots", seconds)
-    print(f"{during} writes were answered during ten snapshots")
+    print(f"{during} writes were answered during {taken} snapshots")
 
 
 @pytest.mark.parametrize("kinds", [
@@ -366,6 +367,7 @@ def test_ten_snapshots_under_load_are_each_one_instant(loaded):
     [NBD_CMD_WRITE, NBD_CMD_WRITE, NBD_CMD_TRIM],
     [*[NBD_CMD_WRITE] * 6, NBD_CMD_WRITE_ZEROES, NBD_CMD_TRIM, NBD_CMD_FLUSH],
 ], ids=["zeroes", "trims", "all"])
+@pytest.mark.hazard("a snapshot is not of one instant")
 def test_zeroes_and_trims_during_a_snapshot_are_not_in_it(loaded, tmp_path, kinds):
     need_punch(tmp_path)
     image, model, s, load, snapshots = loaded(kinds, mib=32)
@@ -380,6 +382,7 @@ def test_zeroes_and_trims_during_a_snapshot_are_not_in_it(loaded, tmp_path, kind
     model.check_instant(image.read_bytes(), model.now, model.now)
 
 
+@pytest.mark.hazard("a snapshot is not of one instant")
 @pytest.mark.parametrize("command", [NBD_CMD_WRITE_ZEROES, NBD_CMD_TRIM], ids=["zero", "trim"])
 def test_disk_cleared_as_a_whole_during_a_snapshot_is_in_it(server, disk, tmp_path, command):
     """One request for all of it, at once after the start."""
@@ -518,6 +521,7 @@ def test_daemon_finds_an_image_with_a_relative_path(run_server, tmp_path):
     assert path.read_bytes() == image.read_bytes()
 
 
+@pytest.mark.hazard("a snapshot appears before it is complete")
 def test_snapshot_is_complete_when_its_name_appears(server, disk):
     """Nobody ever sees a part of one under that name."""
     content = pattern(0, 32 * MIB)
@@ -533,27 +537,70 @@ def test_snapshot_is_complete_when_its_name_appears(server, disk):
 BIG = 192 * MIB             # takes so long that a signal comes in the middle
 
 
+def pause(server):
+    """It does nothing any more, until resume()."""
+    server.proc.send_signal(signal.SIGSTOP)
+    until(lambda: all(" (stopped)" in (task / "status").read_text() for task in
+                      Path(f"/proc/{server.proc.pid}/task").iterdir()), what="a stop")
+
+
+def resume(server):
+    server.proc.send_signal(signal.SIGCONT)
+
+
+def check_middle(image, server, snapshots):
+    if snapshots.over():
+        server.kill()
+        for path in image.parent.glob("*.snapshot.*"):
+            path.unlink()
+        raise AssertionError("the image is too small for this test")
+
+
+def begun(image, server):
+    """A server in the middle of a snapshot, and paused; its client; its snapshots."""
+    s = server(image)
+    c, snapshots = s.client(), Snapshots(s)
+    snapshots.signal()
+    until(lambda: snapshots.lines("started"), pause=0.001)
+    pause(s)
+    check_middle(image, s, snapshots)
+    return s, c, snapshots
+
+
 @pytest.fixture
 def long_one(server, disk):
-    """An image, its server, and its snapshot that has just begun."""
+    """An image, and what begun() returns."""
     image = disk(BIG, sparse=False)
-    s = server(image)
-    snapshots = Snapshots(s)
-    snapshots.signal()
-    until(lambda: snapshots.lines("started"))
-    return image, s, snapshots
+    return image, *once(lambda: begun(image, server))
 
 
-def test_signal_during_a_snapshot_makes_another_when_it_is_done(long_one):
+def deliver(server, number):
+    """A signal to a paused server, which it takes."""
+    server.proc.send_signal(number)
+    resume(server)
+    status = Path(f"/proc/{server.proc.pid}/status")
+    until(lambda: not int(re.search(r"ShdPnd:\s*(\w+)", status.read_text())[1], 16)
+          >> number - 1 & 1, pause=0.001, what="taking the signal")
+    pause(server)
+
+
+def test_signal_during_a_snapshot_makes_another_when_it_is_done(server, disk):
     """One more, however many signals there were.  It shows a later instant."""
-    _, s, snapshots = long_one
-    with s.client() as c:
-        c.pwrite(b"between", BIG - 4000)
+    image = disk(BIG, sparse=False)
+
+    def begin():
+        s, c, snapshots = begun(image, server)
+        write = c.request(NBD_CMD_WRITE, BIG - 4000, payload=b"between")
         for _ in range(3):
-            snapshots.signal()
-        assert not snapshots.over(), "the image is too small for this test"
-        until(lambda: snapshots.over() == 2)
-        s.is_served()
+            deliver(s, signal.SIGUSR1)
+        check_middle(image, s, snapshots)
+        return s, c, snapshots, write
+
+    s, c, snapshots, write = once(begin)
+    resume(s)
+    assert not c.collect(write).error
+    until(lambda: snapshots.over() == 2)
+    s.is_served()
     assert snapshots.count("started") == snapshots.count("complete") == 2
     first, second = (Path(path) for path, _ in snapshots.lines("complete"))
     assert first != second
@@ -565,18 +612,19 @@ def test_signal_during_a_snapshot_makes_another_when_it_is_done(long_one):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_end_during_a_snapshot_leaves_nothing_behind(long_one, number):
-    image, s, snapshots = long_one
-    with s.client() as c:
-        c.request(NBD_CMD_WRITE, BIG - 4096, payload=bytes(4096))
-        assert not snapshots.over(), "the image is too small for this test"
-        s.terminate(number)
-        s.wait()
+    image, s, c, snapshots = long_one
+    c.request(NBD_CMD_WRITE, BIG - 4096, payload=bytes(4096))
+    s.terminate(number)
+    resume(s)
+    s.wait()
     assert snapshots.count("failed") == 1
     assert names(image) == {image.name}
 
 
+@pytest.mark.hazard("a snapshot appears before it is complete: it is killed")
 def test_kill_during_a_snapshot_leaves_nothing_behind(long_one):
-    image, s, _ = long_one
+    need_holes()    # nor has it files without a name
+    image, s, *_ = long_one
     s.kill()
     assert names(image) == {image.name}
 
@@ -590,8 +638,11 @@ def test_end_at_any_moment_leaves_all_or_nothing(server, disk):
         time.sleep(i * 0.008)           # a moment of its life, not a wait for anything
         s.kill() if i % 3 == 2 else s.stop()
         for name in names(image) - {image.name}:
-            assert ".snapshot." in name
-            assert (image.parent / name).read_bytes() == content
+            if is_portable() and i % 3 == 2:
+                assert "snapshot" in name       # perhaps half a one: no file is nameless
+            else:
+                assert ".snapshot." in name
+                assert (image.parent / name).read_bytes() == content
             (image.parent / name).unlink()
 
 
@@ -599,9 +650,9 @@ def test_end_at_any_moment_leaves_all_or_nothing(server, disk):
 def test_storm_of_signals_under_load(loaded):
     """Signals come together, snapshots one after the other, and each is good."""
     image, model, s, load, snapshots = loaded(mib=4)
-    before = model.tick()
+    before, dice = model.tick(), random.Random(1)
     for _ in range(200):
-        s.proc.send_signal(random.choice([signal.SIGUSR1, signal.SIGHUP]))
+        s.proc.send_signal(dice.choice([signal.SIGUSR1, signal.SIGHUP]))
         load.run_for(2)
     load.run(lambda: snapshots.lines("complete"))
     load.drain()
@@ -625,9 +676,11 @@ def test_signal_is_ignored_in_other_modes(server, disk, options):
 
 # Failures
 
+@pytest.mark.hazard("a snapshot that failed is noticed by clients")
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_full_disk_fails_the_snapshot_and_nobody_else(loaded, file_system, kind):
     """Logged, removed, no client harmed; and the next one works when there is room."""
+    need_holes()
     place = file_system(kind, 44 * MIB)
     image, model, s, load, snapshots = loaded(directory=place, mib=24)
     load.run_for(200)
@@ -689,6 +742,7 @@ def test_device_has_no_snapshot_and_says_so(server, disk):
                          ids=["btrfs", "xfs"])
 def test_reflink_shares_blocks_and_is_one_instant(loaded, file_system, kind, size):
     """Three snapshots that together would not fit."""
+    need_holes()    # nor does it share blocks
     image, model, s, load, snapshots = loaded(directory=file_system(kind, size), mib=48)
     load.run_for(300)
     for _ in range(3):

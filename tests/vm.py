@@ -297,7 +297,7 @@ class Job:
                 raise Failed(f"no {what} (in {seconds} s at most):\n{self.output}"
                              f"{self.machine.state()}")
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text, seconds=200):
         """Until a line of output contains the text; returns that line."""
         def found():
             return next((line for line in self.lines if text in line), None)
@@ -308,7 +308,7 @@ class Job:
             raise Failed(f"ended without {text!r}:\n{self.output}")
         return found()
 
-    def wait(self, seconds=60, check=True):
+    def wait(self, seconds=200, check=True):
         """Until it ends; a status other than 0 raises Failed."""
         self._until(lambda: self.status is not None, seconds, "end of the script")
         if check and self.status:
@@ -342,7 +342,7 @@ class Machine:
             raise Failed(f"the machine is gone ({e}):\n{self.state()}") from None
         return job
 
-    def run(self, script, seconds=60, **variables):
+    def run(self, script, seconds=200, **variables):
         """Runs a script to its end, which must be good; returns its output."""
         job = self.start(script, **variables)
         job.wait(seconds)
@@ -428,7 +428,7 @@ class Guest(Machine):
             stdin=subprocess.DEVNULL, stdout=open(Path(directory, "qemu.log"), "wb"),
             stderr=subprocess.STDOUT, pass_fds=[self.agent_end.fileno()])
         self.agent_end.close()
-        self.wait_up(min(60, deadline))
+        self.wait_up(min(300, deadline))
 
     def variables(self):
         return {"HOST": "10.0.2.2", "DEV": "/dev/nbd0", "DEV2": "/dev/nbd1",

@@ -1,0 +1,510 @@
+/*
+ * fuzz_ctl.c - fuzzes the control socket: ctl.c, between clients and a proxy that are both
+ * pretended.
+ *
+ * An input is a list of events: somebody connects, sends, reads, leaves; a copy or a switch ends;
+ * time passes; memory runs out.  The sockets and the clock are those of this file, so that ctl.c
+ * is included here.  After each event it gets its turns, as in the main loop, until there is
+ * nothing to do.
+ */
+#define _GNU_SOURCE
+#include "fuzz.h"
+
+#include "../ctl.h"
+#include "../listen.h"
+#include "../util.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+	PEERS = 40,			/* that connect, one after the other */
+	FIRST_FD = 1000,
+	LISTENER = 999,
+	ROOM_MAX = 65536,		/* bytes in a socket's buffer */
+	TURNS_MAX = 20000,
+	BLOCKS_MAX = 8192,
+};
+
+static int fake_accept(void);
+static ssize_t fake_recv(int fd, void *buf, size_t len);
+static ssize_t fake_send(int fd, const void *buf, size_t len);
+static int fake_close(int fd);
+static uint64_t fake_now(void);
+static void *fake_realloc(void *p, size_t n);
+static bool fake_listen(struct listeners *l);
+
+#define accept4(fd, sa, len, flags) fake_accept()
+#define recv(fd, buf, len, flags) fake_recv(fd, buf, len)
+#define send(fd, buf, len, flags) fake_send(fd, buf, len)
+#define close fake_close
+#define now_us fake_now
+#define realloc fake_realloc
+#define listen_unix(l, path, mode) fake_listen(l)
+#define listen_close(l) free((l)->all)
+#include "../ctl.c"
+#undef accept4
+#undef recv
+#undef send
+#undef close
+#undef realloc
+
+/* The other end of a connection. */
+struct peer {
+	bool accepted, closed;		/* by the server */
+	bool done_sending, gone;
+	uint8_t *sent;			/* and not received by the server yet */
+	size_t sent_len;
+	size_t room;			/* for answers, until the peer reads */
+	uint8_t *got;
+	size_t got_len;
+	bool excused;			/* it cannot expect an answer to each line any more */
+	unsigned lines, answers;	/* complete lines that it sent; answers that it got */
+	size_t line_len;		/* of the line that it is sending */
+};
+
+static struct peer peer[PEERS];
+static unsigned peers, arriving;	/* arriving: the first that is not accepted yet */
+static struct ctl *server;		/* NULL: it ends */
+static uint64_t now;
+static bool no_memory, no_descriptors;
+
+/* The proxy. */
+static unsigned copies;			/* started and not released */
+static bool copy_runs, copy_failed, switching, reconnecting;
+static uint64_t cached, total;
+
+/* Sockets */
+
+static struct peer *peer_of(int fd)
+{
+	unsigned i = (unsigned)(fd - FIRST_FD);
+
+	assert(fd >= FIRST_FD && i < peers && peer[i].accepted && !peer[i].closed);
+	return &peer[i];
+}
+
+static int fake_accept(void)
+{
+	if (no_descriptors || arriving == peers) {
+		errno = no_descriptors ? EMFILE : EAGAIN;
+		return -1;
+	}
+	peer[arriving].accepted = true;
+	return FIRST_FD + (int)arriving++;
+}
+
+static ssize_t fake_recv(int fd, void *buf, size_t len)
+{
+	struct peer *p = peer_of(fd);
+
+	assert(len > 0);
+	if (p->sent_len == 0) {
+		errno = EAGAIN;
+		return p->done_sending ? 0 : -1;
+	}
+	if (len > p->sent_len)
+		len = p->sent_len;
+	memcpy(buf, p->sent, len);
+	p->sent_len -= len;
+	memmove(p->sent, p->sent + len, p->sent_len);
+	return (ssize_t)len;
+}
+
+static ssize_t fake_send(int fd, const void *buf, size_t len)
+{
+	struct peer *p = peer_of(fd);
+
+	if (p->gone || p->room == 0) {
+		errno = p->gone ? EPIPE : EAGAIN;
+		return -1;
+	}
+	if (len > p->room)
+		len = p->room;
+	p->got = realloc(p->got, p->got_len + len);
+	assert(p->got);
+	memcpy(p->got + p->got_len, buf, len);
+	p->got_len += len;
+	p->room -= len;
+	return (ssize_t)len;
+}
+
+/* Who waits for something is not sent away, unless it has left or the server ends. */
+static int fake_close(int fd)
+{
+	struct peer *p = peer_of(fd);
+
+	for (size_t i = 0; server && i < CTL_CONNECTIONS; i++)
+		if (server->client[i] && server->client[i]->fd == fd)
+			assert(!is_busy(server->client[i]) || p->gone || no_memory);
+	p->closed = true;
+	return 0;
+}
+
+static uint64_t fake_now(void)
+{
+	return now;
+}
+
+static void *fake_realloc(void *p, size_t n)
+{
+	if (no_memory)
+		return NULL;
+	return realloc(p, n);
+}
+
+static bool fake_listen(struct listeners *l)
+{
+	l->all = calloc(1, sizeof(*l->all));
+	assert(l->all);
+	l->all[0].fd = LISTENER;
+	return true;
+}
+
+static short events_of(int fd)
+{
+	short events = 0;
+	struct peer *p;
+
+	if (fd == LISTENER)
+		return arriving < peers ? POLLIN : 0;
+	p = peer_of(fd);
+	if (p->sent_len > 0 || p->done_sending)
+		events |= POLLIN;
+	if (p->room > 0)
+		events |= POLLOUT;
+	return p->gone ? events | POLLHUP : events;
+}
+
+/* What the proxy does */
+
+static void query(struct ctl_reply *reply)
+{
+	ctl_say(reply, "mode", "%s", "proxy\nok\r\x7f");	/* it must not look like two lines */
+	for (unsigned i = 0; i < cached % 64; i++)
+		ctl_say(reply, "name", "%*u", (int)cached, i);
+}
+
+static const char *switch_over(bool force)
+{
+	assert(!switching);
+	if (!force && cached < total)
+		return "not all of it is here";
+	switching = true;
+	return NULL;
+}
+
+static const char *reconnect(const char *host, const char *port, const char *export_name)
+{
+	assert(!reconnecting && *host && !strchr(host, ' '));
+	assert(strlen(host) + (export_name ? strlen(export_name) : 0) <= CTL_LINE_MAX);
+	assert(port ? *port && !strchr(port, ' ') : strncmp(host, "unix:", 5) == 0);
+	if (strcmp(host, "bad") == 0)
+		return "no such host";
+	reconnecting = true;
+	return NULL;
+}
+
+static void start_copy(unsigned blocks)
+{
+	assert(blocks <= BLOCKS_MAX);
+	copies++;
+	copy_runs = cached < total;
+}
+
+static void release_copy(void)
+{
+	assert(copies > 0);
+	if (--copies == 0)
+		copy_runs = false;
+}
+
+static void tell(struct ctl_copy *copy)
+{
+	static const struct ctl_range failed[2] = { { 0, 4096 }, { 8192, UINT64_MAX } };
+
+	*copy = (struct ctl_copy){
+		.running = copy_runs,
+		.cached = cached,
+		.blocks = total,
+		.error = copy_failed ? "the origin\nis gone" : NULL,
+		.failures = copy_failed ? 2 : 0,
+		.failed = failed,
+		.failures_more = copy_failed ? 5 : 0,
+	};
+}
+
+static const struct ctl_ops ops = { query, switch_over, reconnect, start_copy, release_copy, tell };
+
+/* Peers */
+
+/* Count the answers among the lines that came, each of which must be one. */
+static void read_answers(struct peer *p)
+{
+	uint8_t *at = p->got, *end;
+
+	for (; p->got_len > 0 && (end = memchr(at, '\n', p->got_len)); at = end + 1) {
+		size_t len = (size_t)(end - at);
+
+		p->got_len -= len + 1;
+		for (size_t i = 0; i < len; i++)
+			assert(at[i] >= ' ' && at[i] != 0x7f);
+		if ((len == 2 && memcmp(at, "ok", 2) == 0) || (len > 6 && memcmp(at, "error:", 6) == 0))
+			p->answers++;
+		else
+			assert(memmem(at, len, ": ", 2));
+	}
+	if (p->got_len > 0)
+		memmove(p->got, at, p->got_len);
+}
+
+static void connect_peer(struct input *in)
+{
+	if (peers == PEERS)
+		return;
+	peer[peers] = (struct peer){ .room = take(in, 1) * 256 };
+	peers++;
+}
+
+static void send_bytes(struct peer *p, const uint8_t *bytes, size_t n)
+{
+	if (p->done_sending || n == 0 || p->sent_len + n > ROOM_MAX)
+		return;
+	p->sent = realloc(p->sent, p->sent_len + n);
+	assert(p->sent);
+	memcpy(p->sent + p->sent_len, bytes, n);
+	p->sent_len += n;
+	for (size_t i = 0; i < n; i++) {
+		p->line_len++;
+		if (p->line_len > CTL_LINE_MAX)
+			p->excused = true;	/* it will be told so, and dismissed */
+		if (bytes[i] != '\n')
+			continue;
+		p->lines++;
+		p->line_len = 0;
+	}
+}
+
+/* What is longer than an input should be, or hard to come by. */
+static void send_line(struct peer *p, unsigned which)
+{
+	static const char *const lines[] = {
+		"query\n", "cache-all\n", "cache-all2 8192\n", "switch force\n", "switch\n",
+		"reconnect unix:/a - x y\n", "reconnect bad 1\n", "stop-copy\n",
+	};
+	static uint8_t filler[CTL_LINE_MAX + 8];
+
+	if (which & 8) {
+		memset(filler, 'x', sizeof(filler));
+		filler[0] = '\n';
+		send_bytes(p, filler, CTL_LINE_MAX - 4 + (which & 7) + 4 * (which >> 4 & 1));
+	} else {
+		send_bytes(p, (const uint8_t *)lines[which & 7], strlen(lines[which & 7]));
+	}
+}
+
+static void send_some(struct peer *p, struct input *in)
+{
+	size_t n = take(in, 1);
+	uint8_t *bytes = take_bytes(in, &n);
+
+	send_bytes(p, bytes, n);
+	free(bytes);
+}
+
+static void leave(struct peer *p)
+{
+	p->done_sending = p->gone = true;
+	p->excused = true;
+}
+
+/* The server */
+
+static void end_copy(struct ctl *c, unsigned how)
+{
+	copy_failed = how & 1;
+	if (!copy_failed)
+		cached = total;
+	copy_runs = false;
+	ctl_copied(c);
+}
+
+static void end_switch(struct ctl *c, unsigned how)
+{
+	if (!switching)
+		return;
+	switching = false;
+	ctl_switched(c, how & 1 ? "the disk\nis full" : NULL, how & 2);
+}
+
+static void end_reconnect(struct ctl *c, unsigned how)
+{
+	if (!reconnecting)
+		return;
+	reconnecting = false;
+	ctl_reconnected(c, how & 1 ? "another size" : NULL);
+}
+
+/* One round of poll() and what follows it.  False if there was nothing to do. */
+static bool take_turn(struct ctl *c)
+{
+	struct pollfd pfd[CTL_FDS];
+	size_t n = ctl_poll(c, pfd);
+	bool ready = ctl_timeout(c) == 0;
+
+	assert(n <= CTL_FDS && ctl_timeout(c) >= -1);
+	for (size_t i = 0; i < n; i++) {
+		if (pfd[i].fd >= 0)
+			pfd[i].revents = events_of(pfd[i].fd) & (pfd[i].events | POLLHUP);
+		ready |= pfd[i].revents != 0;
+	}
+	if (ready)
+		ctl_turn(c, pfd, n);
+	return ready;
+}
+
+/* The level of poll() would make it spin: a hang-up of a busy client, which is dropped at once. */
+static void settle(struct ctl *c)
+{
+	unsigned turns = 0;
+
+	while (take_turn(c))
+		assert(++turns < TURNS_MAX);
+	assert(c->switching == switching && c->reconnecting == reconnecting);
+	for (unsigned i = 0; i < peers; i++)
+		read_answers(&peer[i]);
+}
+
+static void event(struct ctl *c, struct input *in)
+{
+	unsigned what = (unsigned)take(in, 1), which = (unsigned)take(in, 1);
+	struct peer *p = peers ? &peer[which % peers] : NULL;
+
+	switch (p ? what % 16 : 0) {
+	case 0:
+		connect_peer(in);
+		break;
+	case 1:
+		p->room = ROOM_MAX;
+		break;
+	case 2:
+		p->room = which;
+		break;
+	case 3:
+		p->done_sending = true;
+		break;
+	case 4:
+		leave(p);
+		break;
+	case 5:
+		end_copy(c, which);
+		break;
+	case 6:
+		end_switch(c, which);
+		break;
+	case 7:
+		end_reconnect(c, which);
+		break;
+	case 8:
+		now += which * UINT64_C(400000);
+		break;
+	case 9:
+		no_memory = which & 1;
+		no_descriptors = which & 2;
+		break;
+	case 10:
+		cached = which < total ? which : total;
+		break;
+	case 11:
+	case 12:
+		send_line(p, (unsigned)take(in, 1));
+		break;
+	default:
+		send_some(p, in);
+	}
+}
+
+/* All that could be waited for happens, and everybody reads. */
+static void finish(struct ctl *c)
+{
+	no_memory = no_descriptors = false;
+	for (unsigned round = 0; round < 3 * CTL_LINE_MAX; round++) {
+		for (unsigned i = 0; i < peers; i++)
+			peer[i].room = ROOM_MAX;
+		if (copy_runs)
+			end_copy(c, 0);
+		end_switch(c, 0);
+		end_reconnect(c, 0);
+		settle(c);
+		if (!copy_runs && !switching && !reconnecting)
+			return;
+	}
+	assert(!"it comes to an end");
+}
+
+/* Whether the server may have closed the connection: to make room, or after a long time. */
+static bool may_be_closed(void)
+{
+	return peers > CTL_CONNECTIONS || now >= IDLE_US;
+}
+
+static void check_peer(const struct peer *p)
+{
+	assert(p->accepted && p->answers <= p->lines + 2);	/* +2: turned away, or dismissed */
+	assert(p->got_len == 0 || p->closed);
+	if (!p->excused && !p->closed)
+		assert(p->answers == p->lines && p->sent_len == 0);
+	if (!p->excused && p->closed && !may_be_closed())
+		assert(p->done_sending && p->answers == p->lines);
+}
+
+static void begin(void)
+{
+	peers = arriving = 0;
+	now = 1;
+	no_memory = no_descriptors = false;
+	copies = 0;
+	copy_runs = copy_failed = switching = reconnecting = false;
+	cached = 0;
+	total = 100;
+}
+
+static void end(struct ctl *c, bool memory_was_short)
+{
+	bool background = c->background;
+
+	for (unsigned i = 0; i < peers && !memory_was_short; i++)
+		check_peer(&peer[i]);
+	server = NULL;
+	ctl_close(c);
+	assert(copies == background);
+	for (unsigned i = 0; i < peers; i++) {
+		assert(peer[i].closed || !peer[i].accepted);
+		free(peer[i].sent);
+		free(peer[i].got);
+	}
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
+{
+	struct input in = { p, n };
+	bool memory_was_short = false;
+	struct ctl *c;
+
+	begin();
+	c = ctl_open("", &ops);
+	assert(c);
+	server = c;
+	while (in.left > 0) {
+		event(c, &in);
+		settle(c);
+		memory_was_short |= no_memory;
+	}
+	now += ACCEPT_PAUSE_US;
+	finish(c);
+	end(c, memory_was_short);
+	return 0;
+}

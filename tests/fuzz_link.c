@@ -1,0 +1,428 @@
+/*
+ * fuzz_link.c - fuzzes a link to the origin: link.c, with its requests and what they receive.
+ *
+ * An input is a list of events: something is asked, the origin says something, some bytes of that
+ * arrive.  Most of what it says are chunks for one of the requests; all data in them is what the
+ * disk has at the place that the chunk names.  The socket is one of this file.
+ */
+#define _GNU_SOURCE
+#include "fuzz.h"
+
+#include "../link.h"
+#include "../wire.h"
+
+#include <errno.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+	ASKED = 64,
+	LEN_MAX = 70000,
+	EXTENTS = 5,			/* room for them */
+	ALLOCATION_ID = 7,
+	WIRE_MAX = 1 << 20,
+	FRESH = 0xee,			/* in memory that was not written to */
+};
+
+static ssize_t fake_recvmsg(const struct msghdr *msg);
+static ssize_t fake_send(const uint8_t *p, size_t len);
+static int fake_close(void);
+static void *fresh_buffer(size_t len);
+
+#define recvmsg(fd, msg, flags) fake_recvmsg(msg)
+#define send(fd, p, len, flags) fake_send(p, len)
+#define close(fd) fake_close()
+#include "../buffer.h"
+#define buffer_get fresh_buffer
+#define buffer_put(p, len) free(p)
+#include "../link.c"
+#undef recvmsg
+#undef send
+#undef close
+
+/* Something that was asked. */
+struct asked {
+	struct origin_request r;	/* first, so that one is the other */
+	struct extent extent[EXTENTS];
+	uint8_t *buf;			/* where the data shall go; NULL: anywhere */
+	bool holes;			/* the origin said that there are some */
+	bool done;			/* it came back */
+};
+
+static struct asked asked[ASKED];
+static unsigned asks;
+static uint8_t wire[WIRE_MAX];		/* what the origin has said */
+static size_t wire_len, wire_at, arrived;
+static size_t send_room;
+static uint8_t sent[PROTO_REQUEST_SIZE];	/* part of a request */
+static size_t sent_len;
+static bool closed_by_origin, closed_by_link;
+static bool spoilt;			/* data may have come to a wrong place */
+
+/* The disk: no byte is 0, or as in fresh memory. */
+static uint8_t disk_byte(uint64_t off)
+{
+	return (uint8_t)(1 + (off * 7 + (off >> 8)) % 200);
+}
+
+static void *fresh_buffer(size_t len)
+{
+	void *p = malloc(len);
+
+	assert(p);
+	return memset(p, FRESH, len);
+}
+
+/* The socket */
+
+static ssize_t fake_recvmsg(const struct msghdr *msg)
+{
+	size_t n = 0;
+
+	assert(!closed_by_link);
+	for (size_t i = 0; i < msg->msg_iovlen; i++) {
+		size_t len = msg->msg_iov[i].iov_len;
+
+		assert(len > 0);
+		if (len > arrived - wire_at)
+			len = arrived - wire_at;
+		if (len > 0)
+			memcpy(msg->msg_iov[i].iov_base, wire + wire_at, len);
+		wire_at += len;
+		n += len;
+	}
+	if (n > 0 || closed_by_origin)
+		return (ssize_t)n;
+	errno = EAGAIN;
+	return -1;
+}
+
+/* What a proxy may ask. */
+static void check_request(void)
+{
+	struct proto_request r;
+
+	assert(proto_get_request(sent, &r) && r.flags == 0);
+	assert(r.cmd == NBD_CMD_READ || r.cmd == NBD_CMD_BLOCK_STATUS || r.cmd == NBD_CMD_DISC);
+	assert(r.len <= LEN_MAX && (r.len > 0 || r.cmd == NBD_CMD_DISC));
+}
+
+static ssize_t fake_send(const uint8_t *p, size_t len)
+{
+	if (len > send_room)
+		len = send_room;
+	if (len == 0) {
+		errno = EAGAIN;
+		return -1;
+	}
+	send_room -= len;
+	for (size_t i = 0; i < len; i++) {
+		sent[sent_len++] = p[i];
+		if (sent_len == sizeof(sent)) {
+			check_request();
+			sent_len = 0;
+		}
+	}
+	return (ssize_t)len;
+}
+
+static int fake_close(void)
+{
+	assert(!closed_by_link);
+	closed_by_link = true;
+	return 0;
+}
+
+/* Asking */
+
+static void ask(struct link *l, const struct proto_offer *offer, struct input *in)
+{
+	unsigned bits = (unsigned)take(in, 1);
+	struct asked *k = &asked[asks];
+
+	if (asks == ASKED || !link_has_room(l))
+		return;
+	memset(k, 0, sizeof(*k));
+	k->r.off = take(in, 1) * UINT64_C(0x10001000);
+	k->r.len = 1 + (bits & 8 ? take(in, 3) % LEN_MAX : take(in, 1));
+	if (bits & 1 && offer->allocation) {
+		k->r.extent = k->extent;
+		k->r.extents = 1 + bits / 2 % EXTENTS;
+	} else if (bits & 2) {
+		k->r.buf = k->buf = fresh_buffer(k->r.len);
+	}
+	asks++;
+	link_ask(l, &k->r, asks);
+}
+
+/* Saying */
+
+static void say(const void *p, size_t len)
+{
+	if (len > 0 && len <= WIRE_MAX - wire_len) {
+		memcpy(wire + wire_len, p, len);
+		wire_len += len;
+	} else if (len > 0) {
+		spoilt = true;
+	}
+}
+
+static void say_data(uint64_t off, uint32_t len)
+{
+	for (; len > 0; len--, off++) {
+		uint8_t byte = disk_byte(off);
+
+		say(&byte, 1);
+	}
+}
+
+/* The range of a chunk: often all of the request, or what is left of it after the last one. */
+static void take_range(const struct asked *k, struct input *in, uint64_t *off, uint32_t *len)
+{
+	unsigned bits = (unsigned)take(in, 1);
+
+	*off = k->r.off;
+	*len = (uint32_t)k->r.len;
+	if (bits & 1) {
+		uint32_t from = (uint32_t)take(in, 2) % (*len + 8);
+
+		*off += from;
+		*len = bits & 2 || from >= *len ? (uint32_t)take(in, 2) : *len - from;
+	} else if (bits & 2) {
+		*len = *len / (2 + bits / 4 % 8);
+	}
+	if (bits & 128)
+		*off -= 4;
+}
+
+static void say_extents(struct input *in)
+{
+	uint8_t p[PROTO_EXTENT_SIZE];
+
+	put_be32(put_be32(p, (uint32_t)take(in, 2)), (uint32_t)take(in, 1));
+	say(p, sizeof(p));
+}
+
+/* Change a bit of a head that was just written. */
+static void spoil(uint8_t *head, size_t len, struct input *in)
+{
+	unsigned bit = (unsigned)take(in, 1) % (unsigned)(8 * len);
+
+	head[bit / 8] ^= (uint8_t)(1 << bit % 8);
+	spoilt |= bit / 8 == 6 || bit / 8 == 7 || bit / 8 >= 16;	/* type, length, offset */
+}
+
+static uint8_t *put_chunk(uint8_t *p, uint16_t type, bool last, uint64_t cookie, uint32_t len)
+{
+	p = put_be16(put_be32(p, NBD_STRUCTURED_REPLY_MAGIC), last);
+	return put_be32(put_be64(put_be16(p, type), cookie), len);
+}
+
+static void say_reply(const struct proto_offer *offer, struct input *in)
+{
+	unsigned bits = (unsigned)take(in, 1), kind = bits % 8;
+	struct asked *k = &asked[asks ? take(in, 1) % asks : 0];
+	uint64_t cookie = k->r.cookie, off;
+	uint8_t head[PROTO_REPLY_HEAD_MAX], *p = head;
+	bool last = bits & 8;
+	unsigned n = 1 + bits / 32 % 8;
+	uint32_t len;
+
+	if (asks == 0)
+		return;
+	take_range(k, in, &off, &len);
+	k->holes |= kind == 3;
+	if (!offer->structured || kind == 7)
+		p = put_be64(put_be32(put_be32(p, NBD_SIMPLE_REPLY_MAGIC), bits >> 6), cookie);
+	else if (kind < 3)
+		p = put_be64(put_chunk(p, NBD_REPLY_TYPE_OFFSET_DATA, last, cookie, 8 + len), off);
+	else if (kind == 3)
+		p = put_be32(put_be64(put_chunk(p, NBD_REPLY_TYPE_OFFSET_HOLE, last, cookie, 12),
+				      off), len);
+	else if (kind == 4)
+		p = put_chunk(p, NBD_REPLY_TYPE_NONE, true, cookie, 0);
+	else if (kind == 5)
+		p = put_be16(put_be32(put_chunk(p, NBD_REPLY_TYPE_ERROR, last, cookie, 6),
+				      bits & 64 ? NBD_EIO : NBD_EINVAL), 0);
+	else
+		p = put_be32(put_chunk(p, NBD_REPLY_TYPE_BLOCK_STATUS, last, cookie,
+				       4 + n * PROTO_EXTENT_SIZE), ALLOCATION_ID);
+	if (bits & 16)
+		spoil(head, (size_t)(p - head), in);
+	say(head, (size_t)(p - head));
+	if (!offer->structured)
+		say_data(k->r.off, bits >> 6 ? 0 : (uint32_t)k->r.len);
+	else if (kind < 3)
+		say_data(off, len);
+	for (; offer->structured && kind == 6 && n > 0; n--)
+		say_extents(in);
+}
+
+static void say_anything(struct input *in)
+{
+	size_t n = take(in, 1) % 64;
+	uint8_t *p = take_bytes(in, &n);
+
+	spoilt = true;
+	say(p, n);
+	free(p);
+}
+
+/* What has come of it */
+
+static void check_data(const struct asked *k)
+{
+	const uint8_t *data = k->r.buf;
+
+	assert(data && (!k->buf || (data == k->buf && !k->r.allocated)));
+	for (size_t i = 0; i < k->r.len && !spoilt; i++)
+		assert(data[i] == disk_byte(k->r.off + i) || (k->holes && data[i] == 0));
+}
+
+static void check_extents(const struct asked *k)
+{
+	uint64_t sum = 0;
+
+	assert(k->r.extents <= EXTENTS);
+	for (unsigned i = 0; i < k->r.extents; i++) {
+		assert(k->extent[i].len > 0 && k->extent[i].flags <= 3);
+		sum += k->extent[i].len;
+	}
+	assert(k->r.extents > 0 && sum <= k->r.len);
+}
+
+static void take_finished(struct origin_request *r)
+{
+	for (; r; r = r->next) {
+		struct asked *k = (struct asked *)r;
+
+		assert(k >= asked && k < asked + asks && !k->done);
+		k->done = true;
+		if (r->error)
+			assert(r->error == -EIO || (r->error == -ENOTSUP && r->extent));
+		else if (r->extent)
+			check_extents(k);
+		else
+			check_data(k);
+		assert(!r->error || !r->allocated);
+	}
+}
+
+/* Receive all that has arrived.  Why the link is of no use any more, or NULL. */
+static const char *receive_all(struct link *l)
+{
+	const char *wrong = NULL;
+	bool more = true;
+
+	while (!wrong && (more || wire_at < arrived)) {
+		struct origin_request *finished;
+		size_t before = wire_at;
+		uint64_t bytes;
+
+		wrong = link_receive(l, asks, &finished, &more, &bytes);
+		assert(bytes <= wire_at);
+		take_finished(finished);
+		assert(wrong || !more || wire_at > before);
+	}
+	return wrong;
+}
+
+static void check_owed(const struct link *l)
+{
+	uint64_t owed = 0;
+
+	for (unsigned i = 0; i < asks; i++)
+		if (!asked[i].done)
+			owed += asked[i].r.extent ? PROTO_EXTENT_SIZE : asked[i].r.len;
+	assert(link_owes(l) == owed);
+}
+
+static const char *event(struct link *l, const struct proto_offer *offer, struct input *in)
+{
+	const char *wrong = NULL;
+	uint64_t left = UINT64_MAX;
+
+	switch (take(in, 1) % 8) {
+	case 0:
+		ask(l, offer, in);
+		break;
+	case 1:
+		send_room = take(in, 1);
+		wrong = link_send(l);
+		break;
+	case 2:
+		arrived += take(in, 1);
+		closed_by_origin = arrived > wire_len + 200;
+		break;
+	case 3:
+		arrived = wire_len;
+		break;
+	case 4:
+		say_anything(in);
+		break;
+	case 5:
+		wrong = link_check(l, asks + take(in, 1), 100, &left);
+		break;
+	default:
+		say_reply(offer, in);
+	}
+	if (arrived > wire_len)
+		arrived = wire_len;
+	if (!wrong)
+		wrong = receive_all(l);
+	if (!wrong)
+		check_owed(l);
+	return wrong;
+}
+
+/* What it owed comes back, in the order of asking. */
+static void end(struct link *l)
+{
+	struct origin_request *owed;
+	unsigned at = 0;
+
+	send_room = 0;
+	for (owed = link_free(l); owed; owed = owed->next) {
+		while (at < asks && asked[at].done)
+			at++;
+		assert(at < asks && owed == &asked[at].r && !owed->allocated);
+		assert(owed->buf == asked[at].buf);
+		asked[at].done = true;
+	}
+	assert(closed_by_link);
+	for (unsigned i = 0; i < asks; i++) {
+		assert(asked[i].done);
+		free(asked[i].r.buf);
+	}
+}
+
+static void begin(void)
+{
+	asks = 0;
+	memset(asked, 0, sizeof(asked));
+	wire_len = wire_at = arrived = send_room = sent_len = 0;
+	closed_by_origin = closed_by_link = spoilt = false;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
+{
+	struct input in = { p, n };
+	unsigned bits = (unsigned)take(&in, 1);
+	const struct proto_offer offer = {
+		.size = INT64_MAX,
+		.structured = bits & 1,
+		.allocation = (bits & 3) == 3,
+		.allocation_id = ALLOCATION_ID,
+		.min_block = 1,
+		.max_block = PROTO_MAX_PAYLOAD,
+	};
+	struct link *l;
+
+	begin();
+	l = link_new(0, &offer);
+	assert(l);
+	while (in.left > 0 && !event(l, &offer, &in))
+		;
+	end(l);
+	return 0;
+}

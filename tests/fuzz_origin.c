@@ -1,0 +1,339 @@
+/*
+ * fuzz_origin.c - fuzzes what a proxy reads from its origin: proto_client.c.
+ *
+ * The first byte of an input chooses a handshake, the bytes of replies, or replies made of a few
+ * bytes each, which get further.  A map with a byte for each byte of the request says what an
+ * answer must have come to.
+ */
+#define _GNU_SOURCE
+#include "fuzz.h"
+
+#include "../proto_client.h"
+#include "../wire.h"
+
+enum {
+	TAKES_MAX = 5 * 2 * 65,		/* of a handshake: options, replies, header and data */
+	LEN_MAX = 4096,
+	ALLOCATION_ID = 7,
+};
+
+/* Handshake */
+
+/* What our client sends must be good, whatever the server said: flags, options or both. */
+static void check_sent(const uint8_t *p, size_t len, bool first)
+{
+	struct proto_session s;
+	uint32_t opt, data;
+
+	if (first && len > 0) {
+		assert(len >= PROTO_CLIENT_FLAGS_SIZE && proto_client_flags(&s, p));
+		p += PROTO_CLIENT_FLAGS_SIZE;
+		len -= PROTO_CLIENT_FLAGS_SIZE;
+	}
+	if (len == 0)
+		return;
+	assert(len >= PROTO_OPTION_SIZE && proto_get_option(p, &opt, &data));
+	assert(len == PROTO_OPTION_SIZE + data);
+	assert(opt == NBD_OPT_STRUCTURED_REPLY || opt == NBD_OPT_SET_META_CONTEXT ||
+	       opt == NBD_OPT_GO || opt == NBD_OPT_EXPORT_NAME);
+}
+
+static bool is_power_of_two(uint32_t n)
+{
+	return n && !(n & (n - 1));
+}
+
+static void check_offer(const struct proto_offer *o)
+{
+	assert(o->size <= INT64_MAX);
+	assert(is_power_of_two(o->min_block) && is_power_of_two(o->max_block));
+	assert(o->min_block <= 65536 && o->min_block <= o->max_block);
+	assert(o->max_block >= 4096 && o->max_block <= PROTO_MAX_PAYLOAD);
+	assert(o->structured || !o->allocation);
+	assert(o->flags == 0 || o->flags & NBD_FLAG_HAS_FLAGS);
+}
+
+static void check_reason(const struct proto_client *c)
+{
+	size_t len = strnlen(c->reason, sizeof(c->reason));
+
+	assert(len > 0 && len < sizeof(c->reason));
+	for (size_t i = 0; i < len; i++)
+		assert(c->reason[i] >= ' ' && c->reason[i] < 0x7f);
+}
+
+static void fuzz_handshake(struct input *in, const char *name)
+{
+	uint8_t out[PROTO_CLIENT_ROOM];
+	enum proto_next next = PROTO_HAGGLE;
+	struct proto_client c;
+	bool first = true;
+
+	proto_client_begin(&c, name);
+	for (unsigned takes = 0; next == PROTO_HAGGLE; takes++) {
+		size_t n = c.want, len;
+		uint8_t *p;
+
+		assert(c.want > 0 && c.want <= PROTO_CLIENT_TAKE_MAX && takes < TAKES_MAX);
+		if (n > in->left)
+			return;
+		p = take_bytes(in, &n);
+		next = proto_client_take(&c, p, out, &len);
+		free(p);
+		assert(len <= sizeof(out) && (len == 0 || next == PROTO_HAGGLE));
+		check_sent(out, len, first);
+		first = first && len == 0;
+	}
+	if (next == PROTO_TRANSMIT)
+		check_offer(&c.offer);
+	else
+		check_reason(&c);
+}
+
+/* Answers */
+
+/* A request, what its answer has come to, and what it must have come to. */
+struct asked {
+	struct proto_offer offer;
+	struct proto_request r;
+	struct proto_answer a;
+	uint8_t came[LEN_MAX];		/* how often each byte of the request did */
+	uint64_t described;		/* bytes by extents */
+	bool told;
+	bool failed;			/* an error came */
+};
+
+static void ask(struct asked *k, struct input *in)
+{
+	static const uint64_t offs[4] = { 0, 4096, UINT32_MAX - 100, INT64_MAX - LEN_MAX };
+	unsigned bits = (unsigned)take(in, 1);
+
+	memset(k, 0, sizeof(*k));
+	k->offer.structured = bits & 1;
+	k->offer.allocation = bits & 2;
+	k->offer.allocation_id = ALLOCATION_ID;
+	k->r.cmd = bits & 4 && bits & 1 ? NBD_CMD_BLOCK_STATUS : NBD_CMD_READ;
+	k->r.off = offs[bits >> 3 & 3];
+	k->r.len = take(in, 2) % LEN_MAX + 1;
+	k->r.cookie = take(in, 1);
+	proto_answer_begin(&k->a, &k->r);
+}
+
+/*
+ * Take the head of a reply as bytes arrive, in memory of exactly that size: it must be the same
+ * as from all bytes at once.  False if it is bad, or does not come.
+ */
+static bool take_reply(struct input *in, struct proto_reply *reply)
+{
+	struct proto_reply whole;
+	const char *wrong = proto_get_reply(in->p, in->left, &whole), *then = NULL;
+	size_t n = 0, had = 0;
+
+	if (in->left == 0)
+		return false;
+	reply->head = 1;
+	while (!then && reply->head > had && reply->head <= in->left) {
+		struct input copy = *in;
+		uint8_t *p;
+
+		had = n = reply->head;
+		p = take_bytes(&copy, &n);
+		then = proto_get_reply(p, n, reply);
+		free(p);
+		assert(then || (reply->head >= had && reply->head <= PROTO_REPLY_HEAD_MAX));
+	}
+	if (then || reply->head > in->left) {
+		assert(wrong == then);
+		return false;
+	}
+	assert(!wrong && reply->head == had && reply->kind == whole.kind);
+	assert(reply->cookie == whole.cookie && reply->off == whole.off);
+	assert(reply->len == whole.len && reply->payload == whole.payload);
+	in->p += had;
+	in->left -= had;
+	return true;
+}
+
+/* Whether the bytes are in the request, and came before. */
+static bool is_inside(const struct asked *k, uint64_t off, uint32_t len)
+{
+	return off >= k->r.off && (unsigned __int128)off + len <= k->r.off + k->r.len;
+}
+
+static bool is_fresh(const struct asked *k, uint64_t off, uint32_t len)
+{
+	return !memchr(k->came + (off - k->r.off), 1, len);
+}
+
+/* How many runs of bytes have come. */
+static unsigned runs(const struct asked *k)
+{
+	unsigned n = 0;
+
+	for (size_t i = 0; i < k->r.len; i++)
+		n += k->came[i] && (i == 0 || !k->came[i - 1]);
+	return n;
+}
+
+/* What was refused: there must be a reason. */
+static void check_refusal(const struct asked *k, const struct proto_reply *reply)
+{
+	bool data = reply->kind == PROTO_REPLY_DATA || reply->kind == PROTO_REPLY_HOLE;
+
+	if (data && k->offer.structured && !k->a.status && is_inside(k, reply->off, reply->len))
+		assert(!is_fresh(k, reply->off, reply->len) || runs(k) == PROTO_PIECES_MAX);
+	assert(reply->kind != PROTO_REPLY_NONE || !k->offer.structured);
+	assert(reply->kind != PROTO_REPLY_ERROR || !k->offer.structured);
+	if (reply->kind == PROTO_REPLY_STATUS)
+		assert(!k->offer.structured || !k->a.status || k->told ||
+		       reply->context != ALLOCATION_ID);
+	if (reply->kind == PROTO_REPLY_SIMPLE)
+		assert(!reply->error && (k->offer.structured || !is_fresh(k, k->r.off, 1)));
+}
+
+/* What was taken. */
+static void check_reply(struct asked *k, const struct proto_reply *reply)
+{
+	k->failed |= reply->error != 0;
+	k->told |= reply->kind == PROTO_REPLY_STATUS;
+	assert(k->offer.structured || reply->kind == PROTO_REPLY_SIMPLE);
+	assert(reply->kind != PROTO_REPLY_ERROR || reply->error);
+	assert(reply->kind != PROTO_REPLY_STATUS || k->a.status);
+	if (reply->len == 0)
+		return;
+	assert(!k->a.status && !reply->error);
+	assert(is_inside(k, reply->off, reply->len) && is_fresh(k, reply->off, reply->len));
+	memset(k->came + (reply->off - k->r.off), 1, reply->len);
+}
+
+/* The payload of a STATUS.  False if it is bad. */
+static bool take_extents(struct asked *k, uint32_t payload, struct input *in)
+{
+	assert(payload > 0 && payload % PROTO_EXTENT_SIZE == 0);
+	for (; payload > 0 && in->left >= PROTO_EXTENT_SIZE; payload -= PROTO_EXTENT_SIZE) {
+		uint32_t len = get_be32(in->p), flags = get_be32(in->p + 4);
+		struct extent e;
+
+		if (proto_answer_extent(&k->a, in->p, &e)) {
+			assert(len == 0);
+			return false;
+		}
+		assert(len > 0 && e.len <= len && e.flags == (flags & 3));
+		k->described += e.len;
+		assert(k->described <= k->r.len && (e.len == len || k->described == k->r.len));
+		take(in, PROTO_EXTENT_SIZE);
+	}
+	return payload == 0;
+}
+
+/* After the last reply: an answer without an error is complete, and every byte came once. */
+static void check_end(const struct asked *k)
+{
+	bool complete = k->a.status ? k->told : !memchr(k->came, 0, k->r.len);
+
+	assert((proto_answer_end(&k->a) == NULL) == (complete || k->failed));
+	assert((k->a.error != 0) == k->failed);
+}
+
+/* One reply that is here.  False if there are no more. */
+static bool take_answer(struct asked *k, struct proto_reply *reply, struct input *in)
+{
+	if (proto_answer_add(&k->a, &k->offer, reply)) {
+		check_refusal(k, reply);
+		return false;
+	}
+	check_reply(k, reply);
+	if (reply->kind == PROTO_REPLY_STATUS && !take_extents(k, reply->payload, in))
+		return false;
+	if (reply->last)
+		check_end(k);
+	return !reply->last;
+}
+
+/* Bytes from a socket: payloads of data are left out. */
+static void fuzz_bytes(struct input *in)
+{
+	struct proto_reply reply;
+	struct asked k;
+
+	ask(&k, in);
+	while (take_reply(in, &reply) && take_answer(&k, &reply, in)) {
+		size_t text = reply.kind == PROTO_REPLY_ERROR ? reply.payload : 0;
+
+		free(take_bytes(in, &text));
+	}
+}
+
+/* Write a chunk's head, of a few bytes of the input: most of them are nearly good. */
+static size_t make_chunk(const struct asked *k, struct input *in, uint8_t *p)
+{
+	unsigned bits = (unsigned)take(in, 1);
+	uint64_t off = k->r.off + take(in, 2) % (LEN_MAX + 16) - 8 * (bits >> 6 & 1);
+	uint32_t len = (uint32_t)take(in, 2) % (LEN_MAX + 16);
+	static const uint16_t types[8] = {
+		NBD_REPLY_TYPE_OFFSET_DATA, NBD_REPLY_TYPE_OFFSET_DATA, NBD_REPLY_TYPE_OFFSET_DATA,
+		NBD_REPLY_TYPE_OFFSET_HOLE, NBD_REPLY_TYPE_OFFSET_HOLE, NBD_REPLY_TYPE_NONE,
+		NBD_REPLY_TYPE_ERROR, NBD_REPLY_TYPE_BLOCK_STATUS,
+	};
+	uint16_t type = types[bits & 7];
+	uint8_t *head = p + 20;
+
+	if (type == NBD_REPLY_TYPE_OFFSET_DATA) {
+		head = put_be64(head, off);
+	} else if (type == NBD_REPLY_TYPE_OFFSET_HOLE) {
+		head = put_be32(put_be64(head, off), len);
+		len = 0;
+	} else if (type == NBD_REPLY_TYPE_ERROR) {
+		head = put_be16(put_be32(head, bits >> 4 & 3), 0);
+		len = 0;
+	} else if (type == NBD_REPLY_TYPE_BLOCK_STATUS) {
+		head = put_be32(head, ALLOCATION_ID + (bits >> 6 & 1));
+		head = put_be32(put_be32(head, len), bits);
+		len = 0;
+	} else {
+		len = 0;
+	}
+	p = put_be16(put_be32(p, NBD_STRUCTURED_REPLY_MAGIC), bits >> 7);
+	p = put_be64(put_be16(p, type), k->r.cookie);
+	put_be32(p, (uint32_t)(head - p - 4) + len);
+	return (size_t)(head - p) + 16;
+}
+
+static void fuzz_chunks(struct input *in)
+{
+	uint8_t room[PROTO_REPLY_HEAD_MAX + PROTO_EXTENT_SIZE];
+	struct proto_reply reply;
+	struct asked k;
+
+	ask(&k, in);
+	while (in->left > 0) {
+		struct input chunk = { room, make_chunk(&k, in, room) };
+
+		if (!take_reply(&chunk, &reply) || !take_answer(&k, &reply, &chunk))
+			return;
+	}
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
+{
+	static char longest[PROTO_STRING_MAX + 1];
+	struct input in = { p, n };
+
+	memset(longest, 'n', PROTO_STRING_MAX);
+	switch (take(&in, 1) % 8) {
+	case 0:
+	case 1:
+		fuzz_handshake(&in, "");
+		break;
+	case 2:
+		fuzz_handshake(&in, longest);
+		break;
+	case 3:
+	case 4:
+		fuzz_bytes(&in);
+		break;
+	default:
+		fuzz_chunks(&in);
+	}
+	return 0;
+}

@@ -1,0 +1,573 @@
+/*
+ * fuzz_server.c - fuzzes what the server reads from its clients: proto.c.
+ *
+ * The first bytes of an input choose the exports and what is done: a session of a client that
+ * may send anything, a handshake with our own client, or a string.  What the server answers is
+ * parsed here, or by proto_client.c, and must be what the protocol says.
+ */
+#include "fuzz.h"
+
+#include "../proto.h"
+#include "../proto_client.h"
+#include "../wire.h"
+
+#include <errno.h>
+
+enum {
+	EXPORTS = 8,
+	OPTION_REPLY_SIZE = 20,
+	OPTION_DATA_MAX = PROTO_MAX_PAYLOAD,	/* as conn.c */
+	ALLOCATION_ID = 1,
+	RUNS_MAX = 16,
+};
+
+/* What a server has to offer. */
+struct world {
+	struct proto_export export[EXPORTS];
+	const struct proto_export *entry[EXPORTS];
+	struct proto_exports exports;
+};
+
+static void make_world(struct world *w, struct input *in)
+{
+	static const char *const names[EXPORTS] = { "", "disk", "a", "\xc3\xa4rger", "name", "x", "y" };
+	static const uint64_t sizes[8] = { 0, 1, 511, 4096, 5001, 1 << 20,
+					   (UINT64_C(1) << 32) + 5, INT64_MAX };
+	static char longest[PROTO_STRING_MAX + 1];
+	unsigned bits = (unsigned)take(in, 1), size = (unsigned)take(in, 1);
+
+	memset(longest, 'n', PROTO_STRING_MAX);
+	w->exports = (struct proto_exports){ w->entry, 1 + (bits & 7), bits & 8 };
+	for (size_t i = 0; i < EXPORTS; i++) {
+		w->export[i] = (struct proto_export){
+			.name = names[i] ? names[i] : longest,
+			.description = bits & 16 ? longest : "text",
+			.size = sizes[(size + i) % 8],
+			.flags = NBD_FLAG_HAS_FLAGS | (bits & 32 ? NBD_FLAG_READ_ONLY : 0),
+		};
+		w->entry[i] = &w->export[i];
+	}
+}
+
+/* The export that a name means, found in another way than proto.c does. */
+static const struct proto_export *meant(const struct world *w, const uint8_t *name, size_t len)
+{
+	const struct proto_export *found = w->exports.any_name || len == 0 ? w->entry[0] : NULL;
+
+	for (size_t i = w->exports.count; len > 0 && i > 0; i--)
+		if (strlen(w->entry[i - 1]->name) == len &&
+		    memcmp(w->entry[i - 1]->name, name, len) == 0)
+			found = w->entry[i - 1];
+	return found;
+}
+
+/* Strings */
+
+/* The code point of the sequence of n bytes at p, by the table of RFC 3629 read backwards. */
+static bool is_sequence(const uint8_t *p, size_t n)
+{
+	static const uint32_t least[5] = { 0, 1, 0x80, 0x800, 0x10000 };
+	uint32_t point = n == 1 ? p[0] : p[0] & (0x7f >> n);
+
+	if (n == 1 ? p[0] >= 0x80 : p[0] >> (7 - n) != (2 << n) - 2)
+		return false;
+	for (size_t i = 1; i < n; i++) {
+		if (p[i] >> 6 != 2)
+			return false;
+		point = point << 6 | (p[i] & 0x3f);
+	}
+	return point >= least[n] && point <= 0x10ffff && (point < 0xd800 || point > 0xdfff);
+}
+
+static bool is_string(const uint8_t *p, size_t len)
+{
+	size_t n = 1, at = 0;
+
+	for (; at < len && len <= PROTO_STRING_MAX; at += n) {
+		for (n = 1; n <= 4 && !(n <= len - at && is_sequence(p + at, n));)
+			n++;
+		if (n > 4)
+			return false;
+	}
+	return len <= PROTO_STRING_MAX;
+}
+
+/* What is left, up to a zero, as a string of C. */
+static char *take_text(struct input *in)
+{
+	size_t len = in->left;
+	const uint8_t *end = len ? memchr(in->p, 0, len) : NULL;
+	char *text;
+
+	if (end)
+		len = (size_t)(end - in->p);
+	text = malloc(len + 1);
+	assert(text);
+	if (len > 0)
+		memcpy(text, in->p, len);
+	text[len] = '\0';
+	return text;
+}
+
+static void fuzz_string(struct input *in)
+{
+	char *text = take_text(in);
+
+	assert(proto_is_string(text) == is_string((uint8_t *)text, strlen(text)));
+	free(text);
+}
+
+/* Options: what the answer must be like, whatever the client sent. */
+
+static void check_info(const struct proto_session *s, const struct proto_export *e,
+		       const uint8_t *p, size_t len)
+{
+	assert(len >= 2 && e);
+	if (get_be16(p) == NBD_INFO_EXPORT) {
+		assert(len == 12 && get_be64(p + 2) == e->size);
+		assert(get_be16(p + 10) == (e->flags | (s->structured ? NBD_FLAG_SEND_DF : 0)));
+	} else if (get_be16(p) == NBD_INFO_BLOCK_SIZE) {
+		assert(len == 14 && get_be32(p + 2) == 1 && get_be32(p + 10) == PROTO_MAX_PAYLOAD);
+	} else {
+		assert(get_be16(p) <= NBD_INFO_DESCRIPTION && is_string(p + 2, len - 2));
+	}
+}
+
+/* A reply that is not the last one. */
+static void check_part(const struct proto_session *s, uint32_t opt, const struct proto_export *e,
+		       uint32_t type, const uint8_t *p, size_t len)
+{
+	if (type == NBD_REP_SERVER) {
+		assert(opt == NBD_OPT_LIST && len >= 4 && get_be32(p) <= len - 4);
+	} else if (type == NBD_REP_INFO) {
+		assert(opt == NBD_OPT_INFO || opt == NBD_OPT_GO);
+		check_info(s, e, p, len);
+	} else {
+		assert(type == NBD_REP_META_CONTEXT && s->structured);
+		assert(opt == NBD_OPT_LIST_META_CONTEXT || opt == NBD_OPT_SET_META_CONTEXT);
+		assert(len == 4 + strlen(NBD_ALLOCATION));
+		assert(memcmp(p + 4, NBD_ALLOCATION, len - 4) == 0);
+	}
+}
+
+/* All replies to an option; returns the type of the last one, and counts the others. */
+static uint32_t check_replies(const struct proto_session *s, uint32_t opt,
+			      const struct proto_export *e, const struct proto_out *out,
+			      unsigned *parts)
+{
+	const uint8_t *p = out->p, *end = out->p + out->len;
+
+	for (*parts = 0;; ++*parts) {
+		uint32_t type, len;
+
+		assert(end - p >= OPTION_REPLY_SIZE);
+		assert(get_be64(p) == NBD_OPTION_REPLY_MAGIC && get_be32(p + 8) == opt);
+		type = get_be32(p + 12);
+		len = get_be32(p + 16);
+		p += OPTION_REPLY_SIZE;
+		assert(len <= (size_t)(end - p));
+		if (type == NBD_REP_ACK || type >= NBD_REP_ERR(0)) {
+			assert(len == 0 && p == end);	/* nothing behind it */
+			assert(type == NBD_REP_ACK || *parts == 0);
+			assert(type == NBD_REP_ACK || type <= NBD_REP_ERR_TOO_BIG);
+			return type;
+		}
+		check_part(s, opt, e, type, p, len);
+		p += len;
+	}
+}
+
+/* The export that an option is about. */
+static const struct proto_export *about(const struct world *w, uint32_t opt, const uint8_t *data,
+					size_t len)
+{
+	if (opt == NBD_OPT_EXPORT_NAME)
+		return is_string(data, len) ? meant(w, data, len) : NULL;
+	if (len < 4 || get_be32(data) > len - 4 || !is_string(data + 4, get_be32(data)))
+		return NULL;
+	return meant(w, data + 4, get_be32(data));
+}
+
+static void check_export_name(const struct proto_session *s, const struct proto_export *e,
+			      enum proto_next next, const struct proto_out *out)
+{
+	static const uint8_t zeroes[124];
+
+	if (!e) {
+		assert(next == PROTO_CLOSE && out->len == 0);
+		return;
+	}
+	assert(next == PROTO_TRANSMIT && s->export == e);
+	assert(out->len == (s->no_zeroes ? 10 : 134) && get_be64(out->p) == e->size);
+	assert(memcmp(out->p + 10, zeroes, out->len - 10) == 0);
+}
+
+static void check_answer(const struct world *w, const struct proto_session *before,
+			 const struct proto_session *s, uint32_t opt, const uint8_t *data,
+			 size_t len, enum proto_next next, const struct proto_out *out)
+{
+	const struct proto_export *e = about(w, opt, data, len);
+	unsigned parts;
+	uint32_t last;
+
+	assert(!out->overflow && out->len <= out->cap);
+	assert(s->fixed == before->fixed && s->no_zeroes == before->no_zeroes);
+	assert(s->structured >= before->structured);
+	assert((s->export != NULL) == (next == PROTO_TRANSMIT));
+	if (opt == NBD_OPT_EXPORT_NAME) {
+		check_export_name(s, e, next, out);
+		return;
+	}
+	if (!s->fixed) {
+		assert(next == PROTO_CLOSE && out->len == 0);
+		return;
+	}
+	last = check_replies(s, opt, e, out, &parts);
+	assert((next == PROTO_CLOSE) == (opt == NBD_OPT_ABORT));
+	assert((next == PROTO_TRANSMIT) == (opt == NBD_OPT_GO && last == NBD_REP_ACK));
+	assert(next != PROTO_TRANSMIT || s->export == e);
+	assert(!s->allocation || s->structured);
+	if (opt == NBD_OPT_LIST && last == NBD_REP_ACK)
+		assert(parts == w->exports.count);
+	if (opt == NBD_OPT_SET_META_CONTEXT)
+		assert(s->allocation == (last == NBD_REP_ACK && parts == 1));
+	if (opt == 0 || opt > NBD_OPT_EXTENDED_HEADERS)
+		assert(last == NBD_REP_ERR_UNSUP);
+}
+
+/* Answer one option, with its data in memory that ends where the data does. */
+static enum proto_next answer(const struct world *w, struct proto_session *s, uint32_t opt,
+			      const uint8_t *data, size_t len, struct proto_out *out)
+{
+	struct proto_session before = *s;
+	enum proto_next next = proto_option(s, &w->exports, opt, data, len, out);
+
+	check_answer(w, &before, s, opt, data, len, next, out);
+	return next;
+}
+
+/* What is not taken: it is too large, or the server stops.  Nothing but an error, or silence. */
+static enum proto_next refuse(struct proto_session *s, uint32_t opt, bool stopping,
+			      struct proto_out *out)
+{
+	enum proto_next next = stopping ? proto_option_shutdown(s, opt, out) :
+					  proto_option_too_big(s, opt, out);
+	unsigned parts;
+
+	assert(!out->overflow && !s->export);
+	if (!s->fixed || opt == NBD_OPT_EXPORT_NAME)
+		assert(next == PROTO_CLOSE && out->len == 0);
+	else
+		assert(check_replies(s, opt, NULL, out, &parts) >= NBD_REP_ERR_UNSUP);
+	assert(next == PROTO_CLOSE || !stopping);
+	assert(opt != NBD_OPT_SET_META_CONTEXT || stopping || !s->allocation);
+	return next;
+}
+
+/* The next option of a client.  PROTO_CLOSE also where the input ends. */
+static enum proto_next haggle(const struct world *w, struct proto_session *s, struct input *in,
+			      bool stopping)
+{
+	uint8_t room[PROTO_OPTION_REPLY_ROOM];
+	struct proto_out out = { room, 0, sizeof(room), false };
+	size_t head = PROTO_OPTION_SIZE, n;
+	uint8_t *p = take_bytes(in, &head);
+	enum proto_next next = PROTO_CLOSE;
+	uint32_t opt, len;
+	bool good = head == PROTO_OPTION_SIZE && proto_get_option(p, &opt, &len);
+
+	free(p);
+	if (!good || len > OPTION_DATA_MAX)
+		return PROTO_CLOSE;
+	n = len;
+	p = take_bytes(in, &n);
+	if (stopping || len > PROTO_OPTION_MAX)
+		next = refuse(s, opt, stopping, &out);
+	else if (n == len)
+		next = answer(w, s, opt, p, n, &out);
+	free(p);
+	return next;
+}
+
+/* Requests */
+
+static bool is_beyond(const struct proto_session *s, const struct proto_request *r)
+{
+	return (unsigned __int128)r->off + r->len > s->export->size;
+}
+
+/* Whether an error is justified; 0 if nothing is wrong. */
+static bool may_be(const struct proto_session *s, const struct proto_request *r, int err)
+{
+	static const unsigned flags[8] = {
+		NBD_CMD_FLAG_DF, 0, 0, 0, 0, 0, NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
+		NBD_CMD_FLAG_REQ_ONE,
+	};
+	bool known = r->cmd < 8 && r->cmd != NBD_CMD_DISC;
+	bool grows = r->cmd == NBD_CMD_WRITE || r->cmd == NBD_CMD_WRITE_ZEROES;
+	bool writes = grows || r->cmd == NBD_CMD_TRIM;
+	bool invalid = !known || r->flags & ~(flags[r->cmd] | NBD_CMD_FLAG_FUA) ||
+		       (r->cmd == NBD_CMD_READ && r->flags & NBD_CMD_FLAG_DF && !s->structured) ||
+		       (r->cmd == NBD_CMD_FLUSH && (r->off || r->len)) ||
+		       (r->cmd == NBD_CMD_BLOCK_STATUS && (!s->allocation || !r->len)) ||
+		       (r->cmd == NBD_CMD_WRITE && r->len > PROTO_MAX_PAYLOAD);
+	bool forbidden = writes && s->export->flags & NBD_FLAG_READ_ONLY;
+	bool large = r->cmd == NBD_CMD_READ && r->len > PROTO_MAX_PAYLOAD;
+	bool beyond = is_beyond(s, r);
+
+	switch (err) {
+	case 0:
+		return !invalid && !forbidden && !large && !beyond;
+	case EINVAL:
+		return invalid || (beyond && !grows);
+	case EPERM:
+		return forbidden;
+	case EOVERFLOW:
+		return large;
+	case ENOSPC:
+		return beyond && grows;
+	default:
+		return false;
+	}
+}
+
+/* Decode what the server wrote at p, of n bytes, and see that it answers r. */
+static struct proto_reply decode(const struct proto_request *r, const uint8_t *p, size_t n)
+{
+	struct proto_reply reply;
+
+	assert(n <= PROTO_REPLY_ROOM);
+	assert(!proto_get_reply(p, n, &reply) && reply.head == n);
+	assert(reply.cookie == r->cookie);
+	return reply;
+}
+
+static void check_plain(const struct proto_session *s, const struct proto_request *r, int err)
+{
+	uint8_t room[PROTO_REPLY_ROOM];
+	struct proto_reply reply = decode(r, room, proto_put_reply(s, r, err, room));
+	bool chunk = s->structured && (r->cmd == NBD_CMD_READ || r->cmd == NBD_CMD_BLOCK_STATUS);
+
+	assert(reply.last && reply.payload == 0 && reply.error == proto_error(err));
+	assert((reply.kind == PROTO_REPLY_SIMPLE) == !chunk);
+}
+
+static void add(struct proto_answer *a, const struct proto_session *s, struct proto_reply *reply)
+{
+	const struct proto_offer offer = {
+		.structured = s->structured,
+		.allocation = s->allocation,
+		.allocation_id = ALLOCATION_ID,
+	};
+
+	assert(!proto_answer_add(a, &offer, reply));
+}
+
+/* A READ that succeeds, in runs as the input likes: our own client understands it. */
+static void check_read(const struct proto_session *s, const struct proto_request *r,
+		       struct input *in)
+{
+	uint8_t room[PROTO_REPLY_ROOM];
+	struct proto_answer a;
+	uint64_t at = 0, len;
+
+	proto_answer_begin(&a, r);
+	for (unsigned i = 0; at < r->len; at += len, i++) {
+		bool hole = s->structured && take(in, 1) & 1, last;
+		struct proto_reply reply;
+
+		len = s->structured && i < RUNS_MAX ? take(in, 4) % (r->len - at) + 1 : r->len - at;
+		last = at + len == r->len;
+		reply = decode(r, room,
+			       hole ? proto_put_hole(s, r, r->off + at, (uint32_t)len, last, room) :
+				      proto_put_data(s, r, r->off + at, (uint32_t)len, last, room));
+		assert(reply.last == last && !reply.error);
+		add(&a, s, &reply);
+		assert(reply.off == r->off + at && reply.len == len);
+		assert(reply.payload == (hole ? 0 : len));
+	}
+	assert(!proto_answer_end(&a));
+}
+
+static void check_status(const struct proto_session *s, const struct proto_request *r,
+			 struct input *in)
+{
+	uint8_t room[PROTO_REPLY_ROOM];
+	unsigned n = 1 + (unsigned)take(in, 1) % RUNS_MAX;
+	struct proto_reply reply = decode(r, room, proto_put_status(s, r, n, room));
+	struct proto_answer a;
+	uint64_t told = 0;
+
+	proto_answer_begin(&a, r);
+	add(&a, s, &reply);
+	assert(reply.last && reply.payload == n * PROTO_EXTENT_SIZE);
+	for (; n > 0; n--) {
+		struct extent e = { 1 + take(in, 3), (uint32_t)take(in, 1) & 3 }, got;
+		uint64_t left = r->len - told;
+
+		assert(proto_put_extent(&e, room) == PROTO_EXTENT_SIZE);
+		assert(!proto_answer_extent(&a, room, &got));
+		assert(got.flags == e.flags && got.len == (e.len < left ? e.len : left));
+		told += got.len;
+	}
+	assert(!proto_answer_end(&a));
+}
+
+/* The next request of a client.  False where there is none. */
+static bool request(const struct proto_session *s, struct input *in)
+{
+	size_t n = PROTO_REQUEST_SIZE;
+	uint8_t *p = take_bytes(in, &n), again[PROTO_REQUEST_SIZE];
+	struct proto_request r;
+	bool good = n == PROTO_REQUEST_SIZE && proto_get_request(p, &r);
+	int err;
+
+	if (good) {
+		proto_put_request(&r, again);
+		assert(memcmp(p, again, sizeof(again)) == 0);
+	}
+	free(p);
+	if (!good || r.cmd == NBD_CMD_DISC)
+		return false;
+	err = proto_check_request(s, &r);
+	assert(may_be(s, &r, err));
+	if (err || (r.cmd != NBD_CMD_READ && r.cmd != NBD_CMD_BLOCK_STATUS) || r.len == 0)
+		check_plain(s, &r, err);
+	else if (r.cmd == NBD_CMD_READ)
+		check_read(s, &r, in);
+	else
+		check_status(s, &r, in);
+	return true;
+}
+
+/* Any errno at all becomes one that is in the protocol. */
+static void check_errno(int err)
+{
+	static const uint32_t known[] = { 0, NBD_EPERM, NBD_EIO, NBD_ENOMEM, NBD_EINVAL, NBD_ENOSPC,
+					  NBD_EOVERFLOW, NBD_ENOTSUP, NBD_ESHUTDOWN };
+	uint32_t wire = proto_error(err);
+	size_t i = 0;
+
+	while (i < sizeof(known) / sizeof(known[0]) && known[i] != wire)
+		i++;
+	assert(i < sizeof(known) / sizeof(known[0]) && (wire == 0) == (err == 0));
+}
+
+/* A client that may send anything. */
+static void fuzz_session(const struct world *w, struct input *in, bool stopping)
+{
+	struct proto_session s = { 0 };
+	size_t n = PROTO_CLIENT_FLAGS_SIZE;
+	uint8_t *p = take_bytes(in, &n);
+	bool good = n == PROTO_CLIENT_FLAGS_SIZE && proto_client_flags(&s, p);
+	enum proto_next next = PROTO_HAGGLE;
+
+	assert(n < PROTO_CLIENT_FLAGS_SIZE || good == (get_be32(p) <= 3));
+	free(p);
+	while (good && next == PROTO_HAGGLE)
+		next = haggle(w, &s, in, stopping);
+	if (!good || next != PROTO_TRANSMIT)
+		return;
+	while (request(&s, in))
+		;
+	check_errno((int)take(in, 2));
+}
+
+/* Our own client and our own server: they must agree. */
+
+struct wire {
+	uint8_t p[2 * PROTO_OPTION_REPLY_ROOM];		/* on the way to the client */
+	size_t len;
+};
+
+/* Answer what the client sent; the first time it begins with its flags. */
+static void serve(const struct world *w, struct proto_session *s, const uint8_t *p, size_t n,
+		  struct wire *wire, bool first)
+{
+	uint32_t opt, len;
+
+	if (first) {
+		assert(n >= PROTO_CLIENT_FLAGS_SIZE && proto_client_flags(s, p));
+		p += PROTO_CLIENT_FLAGS_SIZE;
+		n -= PROTO_CLIENT_FLAGS_SIZE;
+	}
+	assert(n >= PROTO_OPTION_SIZE && proto_get_option(p, &opt, &len));
+	assert(n == PROTO_OPTION_SIZE + len);
+	struct proto_out out = { wire->p + wire->len, 0, PROTO_OPTION_REPLY_ROOM, false };
+	answer(w, s, opt, p + PROTO_OPTION_SIZE, len, &out);
+	wire->len += out.len;
+}
+
+static enum proto_next converse(const struct world *w, struct proto_client *c,
+				struct proto_session *s, struct wire *wire)
+{
+	uint8_t sent[PROTO_CLIENT_ROOM];
+	enum proto_next next = PROTO_HAGGLE;
+	bool first = true;
+	size_t len;
+
+	while (next == PROTO_HAGGLE) {
+		size_t want = c->want;
+
+		assert(want > 0 && want <= wire->len);
+		next = proto_client_take(c, wire->p, sent, &len);
+		assert(len <= sizeof(sent));
+		wire->len -= want;
+		memmove(wire->p, wire->p + want, wire->len);
+		if (next != PROTO_HAGGLE || len == 0)
+			continue;
+		serve(w, s, sent, len, wire, first);
+		first = false;
+	}
+	return next;
+}
+
+static void fuzz_handshake(const struct world *w, struct input *in, bool oldstyle)
+{
+	static struct wire wire;
+	char *name = oldstyle ? calloc(1, 1) : take_text(in);
+	const struct proto_export *e = meant(w, (uint8_t *)name, strlen(name));
+	struct proto_session s = { 0 };
+	struct proto_client c;
+
+	if (proto_is_string(name)) {
+		proto_client_begin(&c, name);
+		wire.len = oldstyle ? PROTO_OLDSTYLE_SIZE : PROTO_GREETING_SIZE;
+		if (oldstyle)
+			proto_put_oldstyle(wire.p, e);
+		else
+			proto_put_greeting(wire.p);
+		if (converse(w, &c, &s, &wire) == PROTO_TRANSMIT) {
+			assert(e && c.offer.size == e->size && wire.len == 0);
+			assert(oldstyle || s.export == e);
+			assert(c.offer.structured == !oldstyle && c.offer.allocation == !oldstyle);
+			assert(s.allocation == c.offer.allocation);
+			assert(oldstyle || c.offer.allocation_id == ALLOCATION_ID);
+			assert(c.offer.min_block == 1 && c.offer.max_block == PROTO_MAX_PAYLOAD);
+		} else {
+			assert(!e && c.reason[0]);
+		}
+	}
+	free(name);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
+{
+	struct input in = { p, n };
+	unsigned what = (unsigned)take(&in, 1) % 8;
+	struct world w;
+
+	make_world(&w, &in);
+	switch (what) {
+	case 0:
+		fuzz_string(&in);
+		break;
+	case 1:
+	case 2:
+		fuzz_handshake(&w, &in, what == 2);
+		break;
+	default:
+		fuzz_session(&w, &in, what == 3);
+	}
+	return 0;
+}

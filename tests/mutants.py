@@ -1,0 +1,958 @@
+#!/usr/bin/env python3
+"""What if the servers had the faults that others had?  Would the tests notice?
+
+    tests/mutants.py [--only TEXT] [--list] [--jobs N] [--named]
+
+A mutant is a small change that brings a hazard back (hazards.txt).  Each one is
+made in a copy of the sources, built, and tested: by the tests that it names, and,
+if those do not notice, by all, but those that need a virtual machine.  A mutant
+that survives shows what nobody tests; then this exits with status 1.  --named
+leaves it at the tests that are named.
+
+The change must fit the sources exactly once, so that the list cannot rot; "make
+check" sees to that (test_hazard_table.py).  --only takes a part of a name, a file
+or a hazard.  It takes a few minutes for every ten mutants.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VIRTUAL_MACHINES = ["test_kernel.py", "test_migration.py"]
+PATIENCE = 3600                 # seconds for the tests of one mutant
+
+# changes: [(file, old text, new text)]; tests: pytest's names, most likely first.
+Mutant = namedtuple("Mutant", "name hazard changes tests")
+MUTANTS = []
+# Memory that is taken, and never given back.
+TAKE = "volatile uint8_t *room = malloc({0});\n\nfor (size_t i = 0; i < {0}; i++)\n\troom[i] = 1;"
+
+
+def mutant(name, hazard, *change, tests):
+    """change: file, old, new, and so on."""
+    changes = [change[i:i + 3] for i in range(0, len(change), 3)]
+    MUTANTS.append(Mutant(name, hazard, changes, tests.split()))
+
+
+# The handshake
+
+mutant("the handshake has no deadline", "idle connections that never finish the handshake",
+       "conn.c", "set_deadline(c, HANDSHAKE_MS);", "",
+       tests="test_hazards.py::test_handshake_has_a_deadline_of_10_seconds")
+mutant("each option gets the handshake's deadline anew",
+       "idle connections that never finish the handshake",
+       "conn.c", "case PROTO_HAGGLE:\n\t\tc->state = CONN_OPTION;",
+       "case PROTO_HAGGLE:\n\t\tc->state = CONN_OPTION;\n\t\tc->deadline = 0;\n"
+       "\t\tset_deadline(c, HANDSHAKE_MS);",
+       tests="test_hazards.py::test_handshake_has_a_deadline_of_10_seconds")
+mutant("connections have no cap", "idle connections that never finish the handshake: a cap",
+       "xnbd.c", "if (loops_load() >= s->connections_max)", "if (false)",
+       tests="test_hazards.py::test_connections_have_a_cap")
+mutant("a dead connection keeps its descriptor", "handshake cut off",
+       "conn.c", "close(c->fd);\n\tc->fd = -1;", "c->fd = -1;",
+       tests="test_hazards.py::test_session_cut_off_at_every_byte")
+mutant("each connection has buffers of its own", "idle connections: their memory",
+       "conn.c", "c->greeting = greeting;",
+       "c->greeting = greeting;\n" + TAKE.format("64 * 1024"),
+       tests="test_hazards.py::test_2000_idle_connections_cost_little")
+mutant("stopping tells no connection", "idle connections: stopping closes them",
+       "loop.c", "for (size_t i = 0; i < l->count; i++)\n\t\tconn_stop(l->conn[i]);", "",
+       "xnbd.c", "STOP_MS = 4500,", "STOP_MS = 45000,",
+       tests="test_hazards.py::test_ends_in_time_whatever_clients_do")
+mutant("a failed accept() is tried again at once", "accept() out of descriptors",
+       "xnbd.c", "s->accept_again = now_ms() + ACCEPT_PAUSE_MS;", "",
+       tests="test_hazards.py::test_running_out_of_descriptors_pauses_and_does_not_spin")
+mutant("an oversize option is awaited", "option length 0xffffffff",
+       "conn.c", "if (len > OPTION_DATA_MAX) {", "if (false) {",
+       tests="test_hazards.py::test_oversize_option_is_refused_at_once")
+mutant("memory is taken for announced option data", "option length: nothing allocated",
+       "conn.c", "c->skip_left = len;", "c->skip_left = len;\n" + TAKE.format("len"),
+       tests="test_hazards.py::test_announced_option_data_costs_no_memory")
+mutant("a name may be longer than its option", "name length 0xffffffff or larger than its option",
+       "proto.c", "if (n > in->left) {", "if (n > in->left + 4 && n < 4096) {",
+       tests="test_hazards.py::test_name_larger_than_its_option")
+mutant("names end at 256 bytes", "names of 0 to 4097 bytes",
+       "proto.c", "if (name->len > PROTO_STRING_MAX)", "if (name->len > 256)",
+       tests="test_hazards.py::test_information_about_names_of_many_sizes")
+mutant("names may have one byte too many", "names of 0 to 4097 bytes",
+       "proto.c", "if (name->len > PROTO_STRING_MAX)", "if (name->len > PROTO_STRING_MAX + 1)",
+       tests="test_hazards.py::test_export_names_of_many_sizes")
+mutant("INFO ends the handshake", "INFO after INFO",
+       "proto.c", "return o->opt == NBD_OPT_GO ?", "return o->opt ?",
+       tests="test_hazards.py::test_info_after_info_for_other_names")
+mutant("ABORT is not the end", "options after ABORT",
+       "proto.c", "reply(o, NBD_REP_ACK);\n\treturn PROTO_CLOSE;",
+       "reply(o, NBD_REP_ACK);\n\treturn PROTO_HAGGLE;",
+       tests="test_hazards.py::test_options_after_abort_are_not_served")
+mutant("an option needs no magic number", "transmission bytes among options",
+       "proto.c", "return get_be64(p) == NBD_IHAVEOPT;", "return true;",
+       tests="test_hazards.py::test_request_among_options_closes")
+mutant("a request needs no magic number", "GO twice",
+       "proto.c", "return get_be32(p) == NBD_REQUEST_MAGIC;", "return true;",
+       tests="test_hazards.py::test_second_go_is_no_request")
+mutant("an oldstyle client is awaited to greet", "oldstyle",
+       "conn.c", "tx_add(tx, PROTO_OLDSTYLE_SIZE);\n\t\tbind_default(c);",
+       "tx_add(tx, PROTO_OLDSTYLE_SIZE);",
+       tests="test_hazards.py::test_oldstyle_session_cut_off_at_every_byte")
+mutant("junk ends the server", "handshake followed by junk",
+       "conn.c", 'conn_kill(c, "wrong magic of an option");', "abort();",
+       tests="test_hazards.py::test_junk_at_every_byte")
+
+# Requests
+
+mutant("a range is checked by addition", "offset + length wraps",
+       "proto.c", "if (r->len > size || r->off > size - r->len)", "if (r->off + r->len > size)",
+       tests="test_hazards.py::test_ranges_that_wrap_change_nothing")
+mutant("a length is rounded up in 32 bits", "lengths near 2^32",
+       "proto.c", "if (r->len > size || r->off > size - r->len)",
+       "uint32_t up = ((uint32_t)r->len + 511) & ~511u;\n\n\tif (up > size || r->off > size - up)",
+       tests="test_hazards.py::test_ranges_that_wrap_change_nothing")
+mutant("length 0 takes the rest of the disk", "length 0 at offset 0",
+       "conn.c", "settle(c, r, r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH ? 0 : request_try(r));",
+       "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH)\n"
+       "\t\t\tr->h.len = c->export->proto.size - r->h.off;\n"
+       "\t\tsettle(c, r, request_try(r));",
+       tests="test_hazards.py::test_length_0_touches_nothing")
+mutant("length 0 marks the whole cache", "zero-length request marks the whole disk",
+       "conn.c", "settle(c, r, r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH ? 0 : request_try(r));",
+       "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH)\n"
+       "\t\t\tr->h.len = c->export->proto.size - r->h.off;\n"
+       "\t\tsettle(c, r, request_try(r));",
+       tests="test_proxy.py::test_requests_of_no_length_mark_nothing "
+             "test_origin.py::test_requests_of_length_0_fetch_and_mark_nothing")
+mutant("a refused payload is not drained", "refused WRITE whose payload is not drained",
+       "conn.c", "if (r->error && h.cmd != NBD_CMD_WRITE)", "if (r->error)",
+       tests="test_hazards.py::test_refused_payload_that_arrives_slowly_is_drained")
+mutant("a refused payload is stored", "refused WRITE whose payload is not drained",
+       "conn.c", "\tif (r->error)\n\t\treturn;\n\tpiece = new_request(c, &h);",
+       "\tpiece = new_request(c, &h);",
+       tests="test_hazards.py::test_refused_payload_that_arrives_slowly_is_drained")
+mutant("a payload may have 33 MiB", "of 33 MiB",
+       "proto.c", "if (r->cmd == NBD_CMD_WRITE && r->len > PROTO_MAX_PAYLOAD)",
+       "if (r->cmd == NBD_CMD_WRITE && r->len > 2 * PROTO_MAX_PAYLOAD)",
+       tests="test_hazards.py::test_payloads_at_the_maximum")
+mutant("a READ may have 33 MiB", "of 33 MiB",
+       "proto.c", "if (r->cmd == NBD_CMD_READ && r->len > PROTO_MAX_PAYLOAD)",
+       "if (r->cmd == NBD_CMD_READ && r->len > 2 * PROTO_MAX_PAYLOAD)",
+       tests="test_hazards.py::test_payloads_at_the_maximum")
+mutant("a payload may not have 32 MiB", "payload of 32 MiB",
+       "proto.c", "if (r->cmd == NBD_CMD_WRITE && r->len > PROTO_MAX_PAYLOAD)",
+       "if (r->cmd == NBD_CMD_WRITE && r->len >= PROTO_MAX_PAYLOAD)",
+       tests="test_hazards.py::test_payloads_at_the_maximum")
+mutant("flags are not looked at", "flags on every command",
+       "proto.c", "return r->flags & ~allowed ? EINVAL : 0;", "return 0;",
+       tests="test_hazards.py::test_random_requests_get_one_reply_each "
+             "test_protocol.py::test_flags_of_each_command")
+mutant("unknown commands are done", "command types 0 to 65535",
+       "proto.c", "\tdefault:\n\t\treturn EINVAL;\n\t}\n\treturn r->flags",
+       "\tdefault:\n\t\tbreak;\n\t}\n\treturn r->flags",
+       tests="test_hazards.py::test_every_command_type_is_answered")
+mutant("an early READ error is a simple reply", "early READ error sent as a simple reply",
+       "proto.c", "if (!s->structured || (r->cmd", "if (err == EINVAL || !s->structured || (r->cmd",
+       tests="test_hazards.py::test_early_read_errors_are_chunks")
+mutant("a READ of many extents is cut short", "READ longer than IOV_MAX pieces",
+       "backend.c", "|| !has_hole(r) ||\n\t    described(r) < r->h.len)", "|| !has_hole(r))",
+       tests="test_hazards.py::test_read_of_thousands_of_extents")
+mutant("more is sent at once than the system takes", "READ longer than IOV_MAX pieces",
+       "tx.h", "TX_IOVS = 1024,", "TX_IOVS = 4096,",
+       tests="test_hazards.py::test_burst_of_large_reads")
+mutant("zeroing ends after 64 MiB", "WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part",
+       "disk.c", "return d->block_device ? zero_device(d, off, len, flags) :",
+       "if (len > 64 << 20)\n\t\tlen = 64 << 20;\n"
+       "\treturn d->block_device ? zero_device(d, off, len, flags) :",
+       tests="test_hazards.py::test_long_zeroing_clears_all_of_its_range")
+mutant("TRIM ends after 64 MiB", "WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part",
+       "disk.c", "ret = punch(d, from, end - from);",
+       "ret = punch(d, from, end - from > 64 << 20 ? 64 << 20 : end - from);",
+       tests="test_hazards.py::test_long_zeroing_clears_all_of_its_range")
+mutant("TRIM of a part clears its whole first block",
+       "TRIM or WRITE_ZEROES of a partial block clears the wrong end",
+       "disk.c", "uint64_t end = off + len, from = round_up(off);\n\tint ret;\n\n\tif (end <",
+       "uint64_t end = off + len, from = round_down(off);\n\tint ret;\n\n\tif (end <",
+       tests="test_protocol.py::test_trim_discards_whole_blocks_and_keeps_the_rest")
+mutant("FLUSH answers at once", "FLUSH as the first command",
+       "disk.c", "return b->readonly ? 0 : committer_flush(&to_disk(b)->committer, r);",
+       "(void)b, (void)r;\n\treturn 0;",
+       tests="test_protocol.py::test_flush_makes_writes_stable")
+mutant("FLUSH is never answered", "FLUSH as the first command",
+       "commit.c", "if (start)\n\t\tworker_submit(&c->job);", "(void)start;",
+       tests="test_hazards.py::test_flush_as_the_first_command")
+mutant("FLUSH is done by the thread of its connection", "a disk that hangs",
+       "disk.c", "return b->readonly ? 0 : committer_flush(&to_disk(b)->committer, r);",
+       "(void)r;\n\treturn b->readonly ? 0 : disk_sync(to_disk(b));",
+       tests="test_faults.py::test_sync_that_hangs_holds_up_only_who_waits_for_it")
+mutant("FUA does not flush", "flags on every command",
+       "backend.c", "if (!(r->h.flags & NBD_CMD_FLAG_FUA) || !proto_cmd_writes(r->h.cmd))",
+       "if (!(r->h.flags & NBD_CMD_FLAG_FUA) || !proto_cmd_writes(r->h.cmd) || how == TRY)",
+       tests="test_protocol.py::test_fua_write_is_stable")
+mutant("reads share a file offset", "two connections read at once through a shared file offset",
+       "disk.c", "ssize_t n = syscall(SYS_preadv2, fd, &iov, 1, (long)off, (long)(off >> 32), NOWAIT);",
+       "lseek(fd, (off_t)off, SEEK_SET);\n\tssize_t n = NOWAIT ? readv(fd, &iov, 1) : -1;",
+       "util.c", "ssize_t n = pread(fd, buf, len, (off_t)off);",
+       "lseek(fd, (off_t)off, SEEK_SET);\n\t\tssize_t n = read(fd, buf, len);",
+       tests="test_hazards.py::test_reads_do_not_move_the_file_offset "
+             "test_hazards.py::test_connections_that_read_at_once_get_their_own_bytes")
+mutant("reads of 64 KiB and more begin a byte late", "READ of exactly a buffer's size",
+       "disk.c", "iov->iov_base = d->map + off;",
+       "iov->iov_base = d->map + off + (len % 4096 == 1);",
+       tests="test_hazards.py::test_reads_around_the_sizes_of_buffers")
+mutant("the last byte of a large payload is lost", "READ of exactly a buffer's size",
+       "conn.c", ".off = r->h.off + (r->h.len - c->current_left),\n\t\t.len = n,",
+       ".off = r->h.off + (r->h.len - c->current_left),\n"
+       "\t\t.len = n == c->current_left ? n - 1 : n,",
+       tests="test_hazards.py::test_writes_around_the_sizes_of_buffers")
+
+# Clients that misbehave
+
+mutant("replies are gathered without bound", "client that does not read its replies",
+       "conn.c", "BUFFERED_MAX = 2 * 1024 * 1024,", "BUFFERED_MAX = 0x7fffffff,",
+       tests="test_hazards.py::test_unread_replies_cost_bounded_memory")
+mutant("a deaf client stops its thread", "ten of them, others unaffected",
+       "tx.c", "MSG_DONTWAIT | MSG_NOSIGNAL", "MSG_NOSIGNAL",
+       tests="test_hazards.py::test_ten_deaf_clients_do_not_disturb_others")
+mutant("what is sent in part is sent again", "it may begin to",
+       "tx.c", "tx->iov[tx->first].iov_base = (uint8_t *)tx->iov[tx->first].iov_base + n;", "",
+       tests="test_hazards.py::test_replies_are_complete_when_they_are_read_late")
+mutant("pages that were sent stay resident", "large reads leave the image resident",
+       "disk.c", "madvise(d->map, d->map_len, MADV_DONTNEED);", "",
+       tests="test_hazards.py::test_pass_over_the_image_does_not_stay_resident")
+mutant("half a request is thrown away", "one byte at a time",
+       "conn.c", "set_kept(c, rx + taken, have - taken);",
+       "set_kept(c, rx + taken, c->state == CONN_REQUEST ? 0 : have - taken);",
+       tests="test_hazards.py::test_session_one_byte_at_a_time")
+mutant("a connection is freed while its requests are in flight", "closes with 64 reads in flight",
+       "conn.c", "return c->state == CONN_DEAD && c->in_flight == 0;",
+       "return c->state == CONN_DEAD;",
+       "conn.c", "assert(conn_is_over(c) && c->buffered == 0);", "",
+       tests="test_origin.py::test_clients_that_leave_while_they_wait_leave_nothing "
+             "test_origin.py::test_client_may_leave_while_it_waits")
+mutant("the buffer of a dead client's request stays", "closes with 64 reads in flight",
+       "conn.c", "buffer_put(r->buf, r->h.len);", "if (c->state != CONN_DEAD)\n"
+       "\t\t\tbuffer_put(r->buf, r->h.len);",
+       tests="test_origin.py::test_clients_that_leave_while_they_wait_leave_nothing")
+mutant("a WRITE clears its range before its payload comes", "client dies within a payload",
+       "conn.c", "c->current = r;\n\tc->current_left = r->h.len;",
+       "if (!r->error)\n\t\tr->backend->ops->zero(r->backend, r, WAIT);\n"
+       "\tc->current = r;\n\tc->current_left = r->h.len;",
+       tests="test_hazards.py::test_death_within_a_payload_touches_nothing_else")
+mutant("a buffer is lent twice", "one client's data reach another",
+       "buffer.c", "pool.list[i] = k->next;\n\t\tpool.bytes -=", "pool.bytes -=",
+       tests="test_origin.py::test_memory_that_is_used_again_is_lent_to_one_at_a_time")
+mutant("stopping waits for a deaf client", "SIGTERM with a client that does not read",
+       "conn.c", "set_deadline(c, STOPPING_MS);", "",
+       "xnbd.c", "STOP_MS = 4500,", "STOP_MS = 45000,",
+       tests="test_hazards.py::test_ends_in_time_whatever_clients_do")
+mutant("a signal ends the service", "signal storm during load",
+       "xnbd.c", "controls, timeout) < 0)\n\t\t\tcontinue;",
+       "controls, timeout) < 0)\n\t\t\treturn;",
+       tests="test_hazards.py::test_signal_storm_during_load")
+mutant("the log is closed and opened while others write", "signal storm during load",
+       "util.c", "dup3(fd, log_fd, O_CLOEXEC);\n\tclose(fd);",
+       "close(log_fd);\n\tclose(fd);\n\tlog_fd = open_log_file(log_path);",
+       tests="test_hazards.py::test_line_is_logged_while_the_log_file_is_opened_again")
+mutant("a deadline that is over is not noticed", "SIGTERM with a client that does not read",
+       "loop.c", "if (c->deadline <= now)", "if (false)",
+       "xnbd.c", "STOP_MS = 4500,", "STOP_MS = 45000,",
+       tests="test_hazards.py::test_ends_in_time_whatever_clients_do")
+
+# Files
+
+mutant("--create follows a symlink", "followed symlinks",
+       "disk.c", "O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);",
+       "O_RDWR | O_CREAT | O_CLOEXEC, 0600);",
+       tests="test_hazards.py::test_created_image_follows_no_symlink")
+mutant("--create makes an image for all", "files of mode other than 0600",
+       "disk.c", "O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);",
+       "O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);",
+       tests="test_hazards.py::test_created_image_is_private")
+mutant("a log under /tmp that nobody asked for", "fixed names under /tmp",
+       "xnbd.c", 'log_name("xnbd-server");',
+       'log_name("xnbd-server");\n\topen("xnbd-server.log", O_WRONLY | O_CREAT, 0600);',
+       tests="test_hazards.py::test_creates_no_files_of_its_own")
+mutant("the mapping is read by our own code", "image truncated under a running server",
+       "disk.c", "if (d->in_memory)\n\t\treturn read_at(d->fd, buf, len, off);",
+       "if (d->map) {\n\t\tmemcpy(buf, d->map + off, len);\n\t\treturn 0;\n\t}",
+       tests="test_hazards.py::test_truncated_image_costs_one_connection_at_most "
+             "test_hazards.py::test_image_truncated_while_reads_are_in_flight")
+mutant("what is sent from the mapping is looked at before", "image truncated while it is read",
+       "disk.c", "if (!is_resident(d, off, len))\n\t\treturn false;",
+       "if (!d->map || *(volatile uint8_t *)(d->map + off + len - 1) > 255 ||\n"
+       "\t    !is_resident(d, off, len))\n"
+       "\t\treturn false;",
+       tests="test_hazards.py::test_image_truncated_while_reads_are_in_flight "
+             "test_hazards.py::test_truncated_image_costs_one_connection_at_most")
+mutant("behind the end of a truncated image there are zeros",
+       "image truncated under a running server",
+       "util.c", "ssize_t n = pread(fd, buf, len, (off_t)off);\n",
+       "ssize_t n = pread(fd, buf, len, (off_t)off);\n\n\t\tif (n == 0) {\n"
+       "\t\t\tmemset(buf, 0, len);\n\t\t\treturn 0;\n\t\t}\n",
+       tests="test_hazards.py::test_truncated_image_costs_one_connection_at_most "
+             "test_protocol.py::test_read_that_fails_does_not_begin_with_success")
+mutant("a file size limit kills", "a file size limit kills the server",
+       "xnbd.c", "signal(SIGXFSZ, SIG_IGN);", "",
+       tests="test_hazards.py::test_write_that_the_system_refuses_is_enospc")
+mutant("a short write is a success", "an I/O error under a running server",
+       "util.c", "ssize_t n = pwrite(fd, buf, len, (off_t)off);\n",
+       "ssize_t n = pwrite(fd, buf, len, (off_t)off);\n\n\t\tif (n > 0)\n\t\t\treturn 0;\n",
+       tests="test_hazards.py::test_write_that_the_system_refuses_is_enospc "
+             "test_cow.py::test_full_overlay_disk_is_enospc_for_that_write")
+mutant("a line that cannot be logged is tried again", "a full disk under the log file",
+       "util.c", "while (write(fd, line, len) < 0 && errno == EINTR)",
+       "while (write(fd, line, len) < 0)",
+       tests="test_faults.py::test_log_that_cannot_be_written_costs_nothing")
+mutant("a stale socket stops the next start", "a stale Unix socket stops the next start",
+       "listen.c", "if (unlink(sun->sun_path) < 0)\n\t\treturn -errno;", "return -EADDRINUSE;",
+       tests="test_service.py::test_stale_unix_socket_is_replaced")
+mutant("a live socket is stolen", "a live Unix socket is stolen",
+       "listen.c", "if (is_alive(sun))\n\t\treturn -EADDRINUSE;", "",
+       tests="test_service.py::test_live_unix_socket_is_refused")
+mutant("a file that is no socket is replaced", "a live Unix socket is stolen",
+       "listen.c", "if (!S_ISSOCK(st.st_mode))\n\t\treturn -EEXIST;", "",
+       tests="test_service.py::test_what_is_no_socket_is_not_replaced")
+mutant("a misspelt option is ignored", "a misspelt option is ignored",
+       "options.c", "bad_option(found, argv[optind - 1]);", "continue;",
+       tests="test_service.py::test_wrong_usage_is_named")
+mutant("an option of another mode is ignored", "a misspelt option is ignored",
+       "options.c", "if (!(known[i].modes & o->mode))", "if (false)",
+       tests="test_cow.py::test_cow_options_belong_to_cow_target")
+
+# Snapshots
+
+mutant("nobody copies before a write", "a snapshot is not of one instant",
+       "disk.c", "if (!d->snapshot || r->h.len == 0)", "if (true)",
+       tests="test_snapshot.py::test_ten_snapshots_under_load_are_each_one_instant")
+mutant("nobody copies before a TRIM", "a snapshot is not of one instant",
+       "disk.c", "static int op_trim(struct backend *b, struct request *r, enum how how)\n{\n"
+       "\tint ret = how == TRY ? -EAGAIN : keep_old(to_disk(b), r, how);",
+       "static int op_trim(struct backend *b, struct request *r, enum how how)\n{\n"
+       "\tint ret = how == TRY ? -EAGAIN : 0;",
+       tests="test_snapshot.py::test_disk_cleared_as_a_whole_during_a_snapshot_is_in_it "
+             "test_snapshot.py::test_zeroes_and_trims_during_a_snapshot_are_not_in_it")
+mutant("a snapshot does not wait for those inside", "a snapshot is not of one instant",
+       "backend.c", "return atomic_load(&g->inside) == 0;", "return true;",
+       tests="test_hazards.py::test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not")
+mutant("a closed gate lets in", "a snapshot is not of one instant",
+       "backend.c", "if (!atomic_load(&g->closed))\n\t\treturn true;\n\tgate_leave(g);\n\treturn false;",
+       "return true;",
+       tests="test_hazards.py::test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not")
+mutant("a block is copied a second time", "a snapshot is not of one instant",
+       "snapshot.c", "if (off < position)\n\t\toff = position;\n\terr = buf", "(void)position;\n\terr = buf",
+       tests="test_hazards.py::test_block_is_copied_into_a_snapshot_once")
+mutant("a snapshot's position is ahead of its data", "a snapshot is not of one instant",
+       "snapshot.c", "err = copy_missing(s, range.len, off, buf, CHUNK);",
+       "atomic_store(&s->position, off + range.len);\n"
+       "\t\terr = copy_missing(s, range.len, off, buf, CHUNK);",
+       tests="test_snapshot.py::test_ten_snapshots_under_load_are_each_one_instant "
+             "test_snapshot.py::test_zeroes_and_trims_during_a_snapshot_are_not_in_it")
+mutant("a snapshot has its name before it is durable", "a snapshot appears before it is complete",
+       "snapshot.c", "if (!err && fsync(s->fd) < 0)", "if (false)",
+       tests="test_hazards.py::test_snapshot_has_no_name_before_it_is_durable")
+
+mutant("a snapshot's error is the client's", "a snapshot that failed is noticed by clients",
+       "snapshot.c", "copy_first(s, off, end);\n\tranges_release(&s->copying, &range);\n\treturn 0;",
+       "copy_first(s, off, end);\n\tranges_release(&s->copying, &range);\n"
+       "\treturn atomic_load(&s->error);",
+       tests="test_snapshot.py::test_full_disk_fails_the_snapshot_and_nobody_else")
+
+# Copy on write
+
+mutant("FLUSH marks every block", "FLUSH marks every block as written",
+       "cow.c", "return b->readonly ? 0 : layer_flush(layer_of(b), r);",
+       "bitmap_set(layer_of(b)->map, 0, bitmap_blocks(b->size));\n"
+       "\treturn b->readonly ? 0 : layer_flush(layer_of(b), r);",
+       tests="test_cow.py::test_flush_changes_nothing")
+mutant("a block is marked before it is stored", "client dies after 4 of 64 KiB",
+       "layer.c", "ret = disk_write(l->disk, buf, n, off, how);\n\t\t\tif (ret == 0)\n"
+       "\t\t\t\t*fresh += set_held(l, n, off);",
+       "*fresh += set_held(l, n, off);\n\t\t\tret = disk_write(l->disk, buf, n, off, how);",
+       tests="test_cow.py::test_reader_beside_a_first_write_finds_old_or_new "
+             "test_cow.py::test_full_overlay_disk_is_enospc_for_that_write")
+mutant("all of a payload's blocks are marked at its first piece", "client dies after 4 of 64 KiB",
+       "cow.c", "return layer_write(layer_of(b), r->buf, r->h.len, r->h.off, how, &fresh);",
+       "int ret = layer_write(layer_of(b), r->buf, r->h.len, r->h.off, how, &fresh);\n\n"
+       "\tif (r->whole)\n\t\tbitmap_set(layer_of(b)->map, r->whole->h.off / BLOCK_SIZE,\n"
+       "\t\t\t   r->whole->h.len / BLOCK_SIZE);\n\treturn ret;",
+       tests="test_cow.py::test_client_that_dies_in_a_payload_leaves_each_block_old_or_new")
+mutant("pieces of a payload end anywhere", "client dies after 4 of 64 KiB",
+       "conn.c", "return n > tail ? n - tail : 0;", "(void)tail;\n\treturn n;",
+       tests="test_cow.py::test_client_that_dies_in_a_payload_leaves_each_block_old_or_new")
+mutant("the halves of a block are merged at the same time",
+       "two clients write the two halves of one fresh block",
+       "layer.c", "return (struct range){ NULL, start, bitmap_blocks(off + len) * BLOCK_SIZE - start };",
+       "(void)start;\n\treturn (struct range){ NULL, off, len };",
+       tests="test_cow.py::test_clients_at_the_same_moment_all_win")
+mutant("a range within another does not overlap it",
+       "an aligned write during another's partial write",
+       "range.c", "return a->off < b->off ? b->off - a->off < a->len : a->off - b->off < b->len;",
+       "return a->off == b->off;",
+       tests="test_hazards.py::test_aligned_write_during_another_one_stays")
+mutant("a block that is held is merged again", "an aligned write during another's partial write",
+       "layer.c", "if (layer_holds(l, len, off))\n\t\treturn disk_write(l->disk, buf, len, off, how);\n"
+       "\tassert(l->base);", "",
+       tests="test_cow.py::test_clients_at_the_same_moment_all_win")
+mutant("marking is not atomic", "a neighbour's bit vanishes",
+       "bitmap.c", "old = atomic_fetch_or_explicit(&b->live[at / 8], bits, memory_order_acq_rel);",
+       "old = atomic_load(&b->live[at / 8]);\n\t\tsched_yield();\n"
+       "\t\tatomic_store(&b->live[at / 8], old | bits);",
+       "bitmap.c", "#include <fcntl.h>", "#include <fcntl.h>\n#include <sched.h>",
+       tests="test_cow.py::test_neighbours_marked_at_the_same_moment_all_stay "
+             "test_cow.py::test_clients_at_the_same_moment_all_win")
+mutant("TRIM and WRITE_ZEROES take a part for a whole block",
+       "TRIM or WRITE_ZEROES of a partial block clears the wrong end",
+       "layer.c", "return off + len == l->size ? len : len - len % BLOCK_SIZE;", "(void)l;\n\treturn len;",
+       tests="test_cow.py::test_zeroing_clears_exactly_its_range "
+             "test_cow.py::test_trim_clears_the_whole_blocks_of_its_range")
+mutant("WRITE_ZEROES clears the wrong end",
+       "TRIM or WRITE_ZEROES of a partial block clears the wrong end",
+       "layer.c", "ret = write_part(l, zeros, tail, off + head + whole, WAIT, fresh);",
+       "ret = write_part(l, zeros, tail, off + head, WAIT, fresh);",
+       tests="test_cow.py::test_zeroing_clears_exactly_its_range")
+mutant("the overlay has a name", "overlay left behind after kill -9",
+       "cow.c", "#if defined(O_TMPFILE) && !defined(XNBD_PORTABLE)", "#if 0",
+       "cow.c", "if (fd >= 0)\n\t\tunlink(path);", "",
+       tests="test_cow.py::test_overlay_has_no_name_from_the_beginning")
+mutant("blocks are counted modulo 4 GiB", "overlay larger than 4 GiB wraps",
+       "layer.c", "uint64_t blk = off / BLOCK_SIZE, end = off + len, blocks, to;",
+       "uint64_t blk = (uint32_t)off / BLOCK_SIZE, end = off + len, blocks, to;",
+       "layer.c", "blocks = bitmap_run(l->map, blk, bitmap_blocks(end) - blk, held);",
+       "blocks = bitmap_run(l->map, blk, bitmap_blocks(end) - off / BLOCK_SIZE, held);",
+       "layer.c", "to = (blk + blocks) * BLOCK_SIZE;",
+       "to = (off / BLOCK_SIZE + blocks) * BLOCK_SIZE;",
+       "layer.c", "bitmap_set(l->map, blk, bitmap_blocks(off + len) - blk);",
+       "bitmap_set(l->map, (uint32_t)off / BLOCK_SIZE, bitmap_blocks(off + len) - blk);",
+       tests="test_cow.py::test_places_above_4_gib_are_their_own")
+mutant("a full disk is an I/O error", "overlay's disk full",
+       "proto.c", "\tcase ENOSPC:\n\tcase EDQUOT:", "\tcase EDQUOT:",
+       tests="test_cow.py::test_full_overlay_disk_is_enospc_for_that_write")
+mutant("an error of the overlay is not told", "overlay's disk full",
+       "conn.c", "if (piece->error && !r->error)", "if (false)",
+       tests="test_cow.py::test_full_overlay_disk_is_enospc_for_that_write "
+             "test_proxy.py::test_full_disk_is_enospc_for_writes_and_nothing_for_reads")
+mutant("an overlay is used with any base", "overlay truncated or of another base",
+       "bitmap.c", "if (get_le(p + 32, 8) != b->id.fingerprint)", "if (false)",
+       tests="test_cow.py::test_spoilt_overlay_is_refused_and_not_touched")
+mutant("an overlay may be short", "overlay truncated or of another base",
+       "cow.c", "(uint64_t)st.st_size != c->backend.size) {", "false) {",
+       tests="test_cow.py::test_spoilt_overlay_is_refused_and_not_touched")
+
+# The bitmap file, and what is durable
+
+mutant("the bits are committed before the data is", "bitmap reaches the disk before the data",
+       "bitmap.c", "err = sync(arg);\n\t\tif (!err)\n\t\t\terr = write_committed(b, n);",
+       "err = write_committed(b, n);\n\t\tif (!err)\n\t\t\terr = sync(arg);",
+       tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
+mutant("bits that were set during the sync are committed",
+       "bitmap reaches the disk before the data",
+       "bitmap.c", "n = take_dirty(b, &page);\n\t\terr = sync(arg);",
+       "err = sync(arg);\n\t\tn = take_dirty(b, &page);",
+       tests="test_powercut.py::test_random_operations_and_power_cuts "
+             "test_powercut.py::test_commit_without_a_flush "
+             "test_cow.py::test_flush_syncs_the_data_then_the_map_then_answers")
+mutant("the data is not synced before the bits", "bitmap reaches the disk before the data",
+       "bitmap.c", "err = sync(arg);", "err = 0;\n\t\t(void)sync, (void)arg;",
+       tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
+mutant("the bits are not synced", "bitmap reaches the disk before the data",
+       "bitmap.c", "if (!err && n > 0 && fdatasync(b->fd) < 0)", "if (false)",
+       tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
+mutant("a set bit does not mark its page", "bitmap reaches the disk before the data",
+       "bitmap.c", "mark_dirty(b, blk / 8, (end - 1) / 8);", "mark_dirty(b, blk / 8, blk / 8);",
+       tests="test_cow.py::test_power_cut_keeps_a_write_across_pages_of_the_map "
+             "test_powercut.py::test_a_flush_commits_all_pages_of_a_large_map")
+mutant("the live map is believed after a reboot", "the live map is believed after a reboot",
+       "bitmap.c", "memcmp(now, b->file + 40, BOOT_ID_SIZE) == 0", "true",
+       tests="test_powercut.py::test_all_sequences_of_up_to_three_operations "
+             "test_cow.py::test_power_cut_keeps_what_was_made_durable")
+mutant("the live map is never believed", "kill -9 loses what was acknowledged",
+       "bitmap.c", "memcmp(now, b->file + 40, BOOT_ID_SIZE) == 0", "false",
+       tests="test_proxy.py::test_kill_loses_nothing "
+             "test_cow.py::test_kill_without_a_power_cut_believes_the_live_map")
+mutant("what a killed server set is never committed", "kill -9 loses what was acknowledged",
+       "bitmap.c", "memcmp((void *)(b->live + at), committed + at, MAP_PAGE) != 0;",
+       "((void)committed, 0);",
+       tests="test_powercut.py::test_all_pairs_with_a_kill_between_them "
+             "test_cow.py::test_flush_after_a_kill_commits_what_the_one_before_wrote")
+mutant("FLUSH is answered before its commit", "bitmap reaches the disk before the data",
+       "commit.c", "\t\terror = committer_run(c);\n\t\tfor (; r; r = next) {\n\t\t\tnext = r->next;\n"
+       "\t\t\trequest_done(r, error);\n\t\t}",
+       "\t\tfor (error = c->error; r; r = next) {\n\t\t\tnext = r->next;\n"
+       "\t\t\trequest_done(r, error);\n\t\t}\n\t\tcommitter_run(c);",
+       tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
+mutant("FLUSH joins a commit that has begun", "bitmap reaches the disk before the data",
+       "commit.c", "\t\terror = committer_run(c);\n",
+       "\t\terror = committer_run(c);\n\t\tpthread_mutex_lock(&c->lock);\n"
+       "\t\tstruct request **end = &r;\n\t\twhile (*end)\n\t\t\tend = &(*end)->next;\n"
+       "\t\t*end = c->waiting;\n\t\tc->waiting = NULL;\n\t\tpthread_mutex_unlock(&c->lock);\n",
+       tests="test_powercut.py::test_random_operations_and_power_cuts")
+mutant("a failed fdatasync() is tried again", "fdatasync fails, the next one succeeds",
+       "commit.c", "if (c->error)\n\t\treturn c->error;\n\tc->error = c->commit(c);",
+       "c->error = c->commit(c);",
+       tests="test_cow.py::test_failed_sync_is_sticky_and_its_data_is_never_committed")
+mutant("a failed fdatasync() is no error", "fdatasync fails, the next one succeeds",
+       "disk.c", "\t\tif (errno != EINTR)\n\t\t\treturn -errno;\n\treturn 0;",
+       "\t\tif (errno != EINTR)\n\t\t\tbreak;\n\treturn 0;",
+       tests="test_cow.py::test_failed_sync_is_sticky_and_its_data_is_never_committed")
+mutant("nothing is committed but by FLUSH", "what was not flushed is never committed",
+       "layer.c", "if (fresh > 0 && l->durable)\n\t\tcommitter_soon(&l->committer);", "",
+       tests="test_proxy.py::test_commit_comes_by_itself_after_a_second "
+             "test_powercut.py::test_commit_without_a_flush")
+mutant("jobs for later are forgotten", "what was not flushed is never committed",
+       "worker.c", "(pool.stop || job->due <= now_ms())", "pool.stop",
+       tests="test_proxy.py::test_commit_comes_by_itself_after_a_second")
+mutant("an orderly end commits nothing", "what was not flushed is never committed",
+       "layer.c", "int err = committer_run(&l->committer);", "int err = 0;",
+       "proxy.c", "if (proxy.step == NO_SWITCH)\n\t\tbegin_commit(COMMITTING);", "",
+       "worker.c", "(pool.stop || job->due <= now_ms())", "job->due <= now_ms()",
+       tests="test_proxy.py::test_orderly_end_commits_what_is_cached "
+             "test_cow.py::test_orderly_end_commits_what_was_not_flushed")
+mutant("a bitmap of another disk is taken", "bitmap of another disk",
+       "bitmap.c", "if (get_le(p + 24, 8) != b->id.disk_size)", "if (false)",
+       tests="test_proxy.py::test_origin_of_another_size_is_refused "
+             "test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
+mutant("a bitmap may be short", "bitmap truncated or garbage",
+       "bitmap.c", "if (file_size != b->file_bytes)", "if (false)",
+       tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
+mutant("a bitmap's header may be garbage", "bitmap truncated or garbage",
+       "bitmap.c", "if (get_le(p + 64, 8) != checksum(p)) {", "if (false) {",
+       tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared "
+             "test_cow.py::test_spoilt_overlay_is_refused_and_not_touched")
+mutant("two servers have one bitmap", "another server uses the cache",
+       "bitmap.c", "|| flock(b->fd, LOCK_EX | LOCK_NB) < 0 ", "",
+       tests="test_proxy.py::test_second_server_on_a_bitmap_is_refused")
+mutant("a lost cache image is made anew", "cache image deleted or shorter, bitmap kept",
+       "cache.c", "if (errno == ENOENT && held > 0)", "if (false)",
+       tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
+mutant("a short cache image is extended", "cache image deleted or shorter, bitmap kept",
+       "cache.c", "if (held > 0)\n\t\treturn refuse(path, found, held);", "",
+       tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
+
+# The proxy
+
+mutant("a block counts as cached before its data arrived", "block marked before its data arrived",
+       "fetch.c", "insert(fetch);\n\treturn fetch;\n}\n\n/* Let it",
+       "insert(fetch);\n\tbitmap_set(f->layer->map, off / BLOCK_SIZE, 1);\n"
+       "\treturn fetch;\n}\n\n/* Let it",
+       "fetch.c", '#include "buffer.h"', '#include "buffer.h"\n#include "bitmap.h"',
+       tests="test_kill.py::test_kill_at_each_system_call "
+             "test_origin.py::test_writes_to_a_block_that_is_being_fetched")
+mutant("a block counts as cached before it is stored", "block marked before its data arrived",
+       "layer.c", "int ret = buf ? disk_write(l->disk, buf, len, off, how) : "
+       "disk_zero(l->disk, len, off, 0);\n\n\tif (ret == 0)\n\t\tset_held(l, len, off);\n\treturn ret;",
+       "set_held(l, len, off);\n\treturn buf ? disk_write(l->disk, buf, len, off, how) : "
+       "disk_zero(l->disk, len, off, 0);",
+       tests="test_kill.py::test_kill_at_each_system_call")
+mutant("late data of the origin wins", "after a reconnect the retried fetch lands after a newer write",
+       "layer.c", "if (!held)\n\t\t\tret = fill_run", "if (true)\n\t\t\tret = fill_run",
+       tests="test_origin.py::test_late_data_does_not_overwrite_a_write "
+             "test_proxy.py::test_late_data_of_the_origin_does_not_overwrite_what_is_newer")
+mutant("a fetch is stored beside writes", "partial write and full write of one absent block race with its fetch",
+       "layer.c", "if (!ranges_take(&l->first_writes, &range, how == WAIT))\n\t\treturn -EAGAIN;\n"
+       "\twhile (len > 0",
+       "(void)range;\n\twhile (len > 0",
+       "layer.c", "\t\toff += n;\n\t\tlen -= n;\n\t}\n\tranges_release(&l->first_writes, &range);",
+       "\t\toff += n;\n\t\tlen -= n;\n\t}",
+       tests="test_proxy.py::test_clients_at_the_same_moment_all_win "
+             "test_proxy.py::test_model_agrees_whatever_the_origin_does "
+             "test_proxy.py::test_random_operations_agree_with_a_model")
+mutant("replies are matched in order", "replies matched in order of sending",
+       "link.c", "s = find_slot(l, r->cookie);", "s = l->oldest;",
+       tests="test_origin.py::test_replies_come_in_any_order")
+mutant("an old cookie is good enough", "wrong magic, wrong cookie",
+       "link.c", "l->fresh && s->r && s->r->cookie == cookie ? s : NULL;", "l->fresh && s->r ? s : NULL;",
+       tests="test_origin.py::test_wrong_replies_cost_the_link_and_nothing_else")
+mutant("the origin's magic number may be wrong", "wrong magic, wrong cookie",
+       "proto_client.c", "if (get_be32(p) != NBD_SIMPLE_REPLY_MAGIC)", "if (false)",
+       tests="test_origin.py::test_wrong_replies_cost_the_link_and_nothing_else")
+mutant("a chunk is checked by addition", "a chunk outside the request",
+       "proto_client.c", "if (r->off < a->off || from > a->len || r->len > a->len - from)",
+       "if (r->off < a->off || (uint32_t)(from + r->len) > a->len)",
+       tests="test_origin.py::test_wrong_replies_cost_the_link_and_nothing_else")
+mutant("chunks may leave gaps", "a chunk outside the request",
+       "proto_client.c", "if (a->pieces != 1 || a->piece[0].to - a->piece[0].from != a->len)",
+       "if (false)",
+       tests="test_origin.py::test_wrong_replies_cost_the_link_and_nothing_else")
+mutant("a chunk may have any size", "an error text of 4 GiB",
+       "proto_client.c", "if (len < kind->min || len > kind->max)", "if (false)",
+       tests="test_origin.py::test_wrong_replies_cost_the_link_and_nothing_else "
+             "test_origin.py::test_announced_gigabytes_cost_no_memory")
+mutant("memory is taken for what an origin announces", "an error text of 4 GiB",
+       "proto_client.c", "len = get_be32(p + 16);",
+       "len = get_be32(p + 16);\n" + TAKE.format("len"),
+       "proto_client.c", "#include <stdio.h>", "#include <stdio.h>\n#include <stdlib.h>",
+       tests="test_origin.py::test_announced_gigabytes_cost_no_memory")
+mutant("what is no reply is a simple one", "a byte too few, twice, or changed",
+       "proto_client.c", "if (get_be32(p) != NBD_SIMPLE_REPLY_MAGIC)", "if (false)",
+       tests="test_origin.py::test_spoilt_byte_never_spoils_data")
+mutant("the range of a chunk is not looked at", "origin sends anything",
+       "proto_client.c", "if (r->off < a->off || from > a->len || r->len > a->len - from)",
+       "if (false)",
+       tests="test_origin.py::test_random_replies_never_spoil_data "
+             "test_origin.py::test_wrong_replies_cost_the_link_and_nothing_else")
+mutant("a disk may be larger than 2^63", "a size over 2^63",
+       "proto_client.c", "if (o->size > INT64_MAX)", "if (false)",
+       tests="test_origin.py::test_origin_that_cannot_be_used_is_refused_at_start")
+mutant("a hole of the origin keeps what the buffer had", "a chunk outside the request",
+       "link.c", "if (r->kind == PROTO_REPLY_HOLE && l->place)\n\t\tmemset(l->place, 0, r->len);", "",
+       tests="test_origin.py::test_replies_come_in_any_order "
+             "test_origin.py::test_unusual_replies_are_understood")
+mutant("an extent may be empty", "extents that are wrong",
+       "proto_client.c", "if (e->len == 0)", "if (false)",
+       tests="test_origin.py::test_wrong_extents_cost_the_link_and_nothing_else")
+mutant("a hole counts as zeros in the copy", "extents that are wrong",
+       "copy.c", "return e->flags & NBD_STATE_ZERO;", "return e->flags & NBD_STATE_HOLE;",
+       tests="test_origin.py::test_unusual_extents_are_understood")
+mutant("what a lost link owed is not asked again", "origin closes at every byte",
+       "origin.c", "queue_again(o, link_free(link));\n}\n\n/* NULL, or why",
+       "link_free(link);\n}\n\n/* NULL, or why",
+       tests="test_origin.py::test_links_that_come_and_go_lose_nothing")
+mutant("an origin that closed at the start is waited for", "origin closes at every byte",
+       "dial.c", "if (n == 0)\n\t\t\treturn fail(d, d->client.state",
+       "if (n == 0 && wait_for(d, d->thread, POLLIN, deadline))\n\t\t\treturn fail(d, d->client.state",
+       tests="test_origin.py::test_origin_that_closes_at_every_byte_of_the_handshake_is_refused")
+mutant("an origin that says nothing is waited for", "origin never answers",
+       "dial.c", "n = poll(pfd, 2, (int)(deadline - now));", "n = poll(pfd, 2, -1);",
+       "origin.c", "while ((now = now_ms()) < end && poll(&p, 1, (int)(end - now)) < 0",
+       "while ((now = now_ms()) < end && poll(&p, 1, -1) < 0",
+       tests="test_origin.py::test_silent_origin_is_refused_at_start")
+mutant("an origin's handshake may go on for ever", "origin never ends its answer",
+       "proto_client.c", "|| ++c->replies > REPLIES_MAX)", ")",
+       "dial.c", "if (now >= deadline)\n\t\tn = 0;\n\telse\n\t\tn = poll(pfd, 2, (int)(deadline - now));",
+       "(void)now, (void)deadline;\n\tn = poll(pfd, 2, -1);",
+       "origin.c", "while ((now = now_ms()) < end && poll(&p, 1, (int)(end - now)) < 0",
+       "while ((now = now_ms()) < end && poll(&p, 1, -1) < 0",
+       tests="test_origin.py::test_handshake_that_never_ends_is_given_up")
+mutant("a lock is held while the origin is waited for", "origin black-holed",
+       "origin.c", "n = poll(o->pfd, o->lines + 2, timeout);",
+       "pthread_mutex_lock(&o->lock);\n\tn = poll(o->pfd, o->lines + 2, timeout);\n"
+       "\tpthread_mutex_unlock(&o->lock);",
+       tests="test_control.py::test_commands_work_while_the_origin_is_frozen")
+mutant("a silent origin is waited for", "noticed by a deadline",
+       "link.c", "if (silent >= timeout_ms) {", "if (false) {",
+       tests="test_origin.py::test_silence_is_noticed_in_time "
+             "test_proxy.py::test_silent_origin_is_noticed_by_the_deadline")
+mutant("an answer that is lost among others is waited for", "noticed by a deadline",
+       "link.c", "if (l->answered >= l->oldest->asked + timeout_ms)", "if (false)",
+       tests="test_origin.py::test_answer_that_is_lost_among_others_is_noticed")
+mutant("a lost origin is not tried again", "origin restarted with other clients connected",
+       "origin.c", "line->deadline = now + line->backoff;", "line->deadline = UINT64_MAX;",
+       tests="test_origin.py::test_all_but_misses_goes_on_without_the_origin "
+             "test_proxy.py::test_cached_blocks_need_no_origin_and_others_wait_for_it")
+mutant("a lost origin is tried again at once", "origin that is always wrong",
+       "origin.c", "line->deadline = now + line->backoff;", "line->deadline = now;",
+       tests="test_origin.py::test_origin_that_is_always_wrong_is_not_asked_all_the_time "
+             "test_origin.py::test_attempts_back_off")
+mutant("a cached read waits for the origin", "one dead origin stalls every client",
+       "cache.c", "if (layer_holds(&c->layer, len, off)) {\n\t\tif (how == TRY)",
+       "if (layer_holds(&c->layer, len, off)) {\n\t\tstruct origin_status s;\n\n"
+       "\t\tfor (origin_status(c->origin, &s); !s.up; origin_status(c->origin, &s))\n"
+       "\t\t\tusleep(1000);\n\t\tif (how == TRY)",
+       tests="test_proxy.py::test_cached_blocks_need_no_origin_and_others_wait_for_it")
+mutant("an error of the origin is for all who wait", "one EIO of the origin",
+       "fetch.c", "error == -EIO && is_wider(fetch, w) ? -EAGAIN : error", "error",
+       tests="test_origin.py::test_error_is_for_the_block_and_not_for_what_came_with_it "
+             "test_proxy.py::test_error_of_a_long_fetch_is_not_for_who_needs_a_part_of_it")
+mutant("an error of the origin is not told", "one EIO of the origin",
+       "link.c", "return a->error ? -EIO : 0;", "return 0;",
+       tests="test_origin.py::test_error_concerns_only_those_who_need_the_block "
+             "test_proxy.py::test_error_of_the_origin_is_eio_for_who_needs_that_block")
+mutant("an origin of another size is taken", "reconnect to a disk of another size",
+       "origin.c", "if (offer->size != l->size)", "if (false)",
+       tests="test_origin.py::test_another_size_after_a_reconnect_is_refused "
+             "test_origin.py::test_reconnect_to_another_size_is_refused")
+mutant("a request has 31 missing pieces at most", "32 or more separate missing pieces in one request",
+       "cache.c", "int err = m ? 0 : -ENOMEM;\n\n\twhile (off < end && !err) {\n\t\tbool held;\n"
+       "\t\tuint64_t n = layer_run(&c->layer, end - off, off, &held);\n\n\t\tif (held) {",
+       "int err = m ? 0 : -ENOMEM, pieces = 0;\n\n\twhile (off < end && !err && pieces++ < 63) {\n"
+       "\t\tbool held;\n"
+       "\t\tuint64_t n = layer_run(&c->layer, end - off, off, &held);\n\n\t\tif (held) {",
+       tests="test_proxy.py::test_read_of_many_missing_pieces "
+             "test_origin.py::test_request_of_many_missing_pieces")
+mutant("who joins a fetch gets its beginning", "32 or more separate missing pieces in one request",
+       "fetch.c", "w->done(w, buf + (w->off - fetch->ask.off), error);", "w->done(w, buf, error);",
+       tests="test_proxy.py::test_block_is_fetched_once_however_many_want_it "
+             "test_origin.py::test_block_is_fetched_once_for_all_who_wait "
+             "test_proxy.py::test_cold_reads_of_all_lengths_are_right")
+mutant("a full disk is an error of the READ", "disk full while caching a read",
+       "fetch.c", "if (buf && is_read(m)) {", "if (buf && is_read(m) && !error) {",
+       tests="test_proxy.py::test_full_disk_is_enospc_for_writes_and_nothing_for_reads")
+mutant("a WRITE that found no room is marked", "disk full on a write",
+       "layer.c", "ret = disk_write(l->disk, buf, n, off, how);\n\t\t\tif (ret == 0)\n"
+       "\t\t\t\t*fresh += set_held(l, n, off);",
+       "ret = disk_write(l->disk, buf, n, off, how);\n"
+       "\t\t\tif (ret != -EAGAIN)\n\t\t\t\t*fresh += set_held(l, n, off);",
+       tests="test_proxy.py::test_full_disk_is_enospc_for_writes_and_nothing_for_reads")
+mutant("what waits for the origin is not bounded", "a bound on what waits for a dead origin",
+       "conn.c", "while (count < load->requests_max)\n\t\tif (", "for (;;)\n\t\tif (",
+       "conn.c", "load->requests_max ? atomic_load(&load->requests) >= load->requests_max :",
+       "load->requests_max ? false :",
+       tests="test_proxy.py::test_limits_hold_while_the_origin_is_stopped")
+mutant("memory for what waits for the origin is not bounded",
+       "a bound on what waits for a dead origin",
+       "conn.c", "return load->bytes_max ? atomic_load(&load->bytes) >= load->bytes_max :",
+       "return load->bytes_max ? false :",
+       tests="test_proxy.py::test_limits_hold_while_the_origin_is_stopped")
+mutant("what is not cached is a hole", 'a proxy never reports "not cached" as a hole',
+       "cache.c", "r->extent[0] = (struct extent){ len, 0 };\n\t\tr->extents = 1;\n\t\treturn 0;",
+       "r->extent[0] = (struct extent){ len, NBD_STATE_HOLE | NBD_STATE_ZERO };\n"
+       "\t\tr->extents = 1;\n\t\treturn 0;",
+       tests="test_proxy.py::test_absent_blocks_are_not_holes")
+mutant("the copy goes before clients", "the copy starves clients",
+       "origin.c", "for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)\n\t\twhile (o->queue[i].first && (l",
+       "for (unsigned i = ORIGIN_PRIORITIES; i-- > 0;)\n\t\twhile (o->queue[i].first && (l",
+       tests="test_origin.py::test_clients_go_before_the_copy "
+             "test_origin.py::test_clients_go_first_when_the_origin_is_back")
+mutant("random reads are read ahead", "the copy starves clients",
+       "ahead.c", "SEQUENTIAL_READS = 3,", "SEQUENTIAL_READS = 1,",
+       tests="test_origin.py::test_random_reads_are_not_read_ahead")
+
+# The switch
+
+mutant("the switch does not wait for blocks", "switch while a block is in flight",
+       "proxy.c", "if (s.held < s.blocks && !force) {", "if (false) {",
+       tests="test_proxy.py::test_switch_is_refused_with_the_numbers_while_blocks_are_missing")
+mutant("99.95 % is 100 %", "100 percent while a block is missing",
+       "proxy.c", "held * 1000 / blocks", "(held * 1000 + blocks / 2) / blocks",
+       tests="test_control.py::test_percent_is_100_only_when_all_is_here")
+mutant("what is missing keeps what the image had", "switch while a block is in flight",
+       "cache.c", "err = layer_fill(l, NULL, n, off, WAIT);",
+       "bitmap_set(l->map, off / BLOCK_SIZE, bitmap_blocks(off + n) - off / BLOCK_SIZE);",
+       "cache.c", '#include "ahead.h"', '#include "ahead.h"\n#include "bitmap.h"',
+       tests="test_proxy.py::test_forced_switch_zeroes_what_the_image_has_in_the_place_of_absent_blocks")
+mutant("the switch leaves who waits for the origin", "a request in flight is never answered",
+       "proxy.c", "proxy.step = DRAINING;\n\torigin_cancel(cache_origin(proxy.backend));",
+       "proxy.step = DRAINING;",
+       tests="test_proxy.py::test_forced_switch_answers_those_who_wait_for_the_origin")
+mutant("who came during the switch is not called", "a client connecting meanwhile is lost",
+       "backend.c", "atomic_store(&g->closed, false);\n\tg->opened();",
+       "atomic_store(&g->closed, false);",
+       tests="test_proxy.py::test_switch_under_load_loses_no_request "
+             "test_proxy.py::test_clients_that_connect_during_the_switch_are_served")
+mutant("who was turned away by the gate is forgotten", "a request in flight is never answered",
+       "loop.c", "take_completed(l, completed);\n\tadmit_turned_away(l);",
+       "take_completed(l, completed);",
+       tests="test_proxy.py::test_switch_under_load_loses_no_request "
+             "test_snapshot.py::test_ten_snapshots_under_load_are_each_one_instant")
+mutant("the gate stays closed after the switch", "a client connecting meanwhile is lost",
+       "proxy.c", "gate_open(&proxy.export->gate);\n\tproxy.step = SWITCHED;",
+       "proxy.step = SWITCHED;",
+       tests="test_proxy.py::test_switch_under_load_loses_no_request")
+mutant("a client that does not read keeps the gate", "it may not stop the switch",
+       "conn.c", "c->backlog = l->tx;",
+       "c->backlog = l->tx;\n\t\t\tif (c->export)\n\t\t\t\tgate_hold(&c->export->gate);",
+       "conn.c", "free(c->backlog);\n\tc->backlog = NULL;\n\treturn true;",
+       "free(c->backlog);\n\tc->backlog = NULL;\n\tif (c->export)\n"
+       "\t\tgate_leave(&c->export->gate);\n\treturn true;",
+       tests="test_proxy.py::test_deaf_client_does_not_delay_the_switch")
+mutant("the switch syncs nothing", "switch without fdatasync of the image",
+       "proxy.c", "proxy.backend->ops->flush(proxy.backend, &proxy.commit, WAIT);", "step_ended(0);",
+       tests="test_proxy.py::test_switch_syncs_the_image_before_it_says_so "
+             "test_powercut.py::test_switch_leaves_an_image_that_is_complete_and_durable")
+mutant("the switch goes on though the image is not durable",
+       "fdatasync fails, the next one succeeds",
+       "proxy.c", "if (proxy.error) {\n\t\tfail_switch();", "if (false) {\n\t\tfail_switch();",
+       tests="test_proxy.py::test_switch_is_refused_when_the_data_cannot_be_made_durable")
+mutant("the switch gives the disk the size of the image", "switch changes the disk's size",
+       "disk.c", "d->backend.size = size;\n\treturn true;", "return true;",
+       "proxy.c", "gate_open(&proxy.export->gate);\n\tproxy.step = SWITCHED;",
+       "proxy.export->proto.size = disk_size(cache_disk(proxy.backend));\n"
+       "\tgate_open(&proxy.export->gate);\n\tproxy.step = SWITCHED;",
+       tests="test_proxy.py::test_larger_cache_image_keeps_the_origins_size")
+mutant("a daemon forgets where it came from", "--daemonize: control acts on the wrong process",
+       "listen.c", "char *path = absolute_path(sun->sun_path);", "char *path = strdup(sun->sun_path);",
+       tests="test_proxy.py::test_daemon_works_from_any_directory")
+
+mutant("a daemon leaves its pid file", "relative paths break after chdir",
+       "xnbd.c", "s->pid_path = n < 0 ? NULL : absolute_path(path);",
+       "s->pid_path = n < 0 ? NULL : strdup(path);",
+       tests="test_service.py::test_prompt_returns_when_clients_can_connect "
+             "test_proxy.py::test_daemon_works_from_any_directory")
+
+# The control socket
+
+mutant("anyone may control", "anyone may connect",
+       "ctl.c", "if (!listen_unix(&c->listeners, path, 0600)) {",
+       "if (!listen_unix(&c->listeners, path, 0)) {",
+       tests="test_control.py::test_socket_is_for_the_owner_alone")
+mutant("a control connection may be idle for ever",
+       "an idle, half-sent, oversized or garbage message blocks the server",
+       "ctl.c", "return now_us() >= cl->due || (", "return (",
+       tests="test_control.py::test_deadlines")
+mutant("who does not read answers is waited for",
+       "an idle, half-sent, oversized or garbage message blocks the server",
+       "ctl.c", "SOCK_CLOEXEC | SOCK_NONBLOCK);\n\n\t\tif (fd >= 0) {",
+       "SOCK_CLOEXEC);\n\n\t\tif (fd >= 0) {",
+       "ctl.c", "n = send(cl->fd, r->text, r->len, MSG_NOSIGNAL | MSG_DONTWAIT);",
+       "n = send(cl->fd, r->text, r->len, MSG_NOSIGNAL);",
+       tests="test_control.py::test_bad_client_disturbs_nobody "
+             "test_control.py::test_answers_that_nobody_reads_take_no_memory")
+mutant("a line without end is waited for", "an oversized message",
+       "ctl.c", "|| (!end && cl->len == sizeof(cl->input))) {", ") {",
+       tests="test_control.py::test_line_without_end_costs_its_connection")
+mutant("a copy goes on when who wanted it is gone", "a foreground cache-all stops",
+       "ctl.c", "if (cl->state == STATE_COPYING)\n\t\tc->ops->release_copy();\n\tclose", "close",
+       tests="test_control.py::test_interrupted_cache_all_stops")
+mutant("who is gone is not noticed", "bgctl killed at any point: server unaffected",
+       "ctl.c", "n = send(cl->fd, r->text, r->len, MSG_NOSIGNAL | MSG_DONTWAIT);",
+       "n = send(cl->fd, r->text, r->len, MSG_DONTWAIT);",
+       "xnbd.c", "signal(SIGPIPE, SIG_IGN);", "",
+       tests="test_control.py::test_bgctl_killed_at_random_moments "
+             "test_control.py::test_command_of_a_client_that_left_at_once_is_carried_out")
+mutant("a terminal has at least one column", "width 0",
+       "bgctl.c", "|| w.ws_col == 0)", ")",
+       tests="test_control.py::test_bar_fits_the_terminal")
+mutant("there is always a terminal", "progress bar without a terminal",
+       "bgctl.c", "if (isatty(STDERR_FILENO))\n\t\tdraw_bar(p);", "if (true)\n\t\tdraw_bar(p);",
+       tests="test_control.py::test_progress_without_terminal_is_lines")
+
+# Oracles: what a tester that looks away would not see
+
+mutant("every second block is wrong", "oracle that compares every second block",
+       "conn.c", "ret = request_try(r);\n\tif (ret == -EAGAIN)\n\t\treturn false;",
+       "ret = request_try(r);\n\tif (ret == 0 && r->h.off / BLOCK_SIZE % 2)\n"
+       "\t\tr->buf[r->h.len - 1] ^= 1;\n\tif (ret == -EAGAIN)\n\t\treturn false;",
+       tests="test_model.py::test_random_operations_agree_with_a_model")
+mutant("the image and the replies are wrong alike",
+       "oracle that compares with the server's own files",
+       "disk.c", "return how == TRY ? write_try(d, buf, len, off) : write_at(d->fd, buf, len, off);",
+       "if (len > 4096)\n\t\tlen -= len % 512;\n"
+       "\treturn how == TRY ? write_try(d, buf, len, off) : write_at(d->fd, buf, len, off);",
+       tests="test_model.py::test_random_operations_agree_with_a_model")
+mutant("now and then a request fails", "oracle that ignores errors",
+       "proto.c", "if (r->len > size || r->off > size - r->len)\n",
+       "if (r->cookie % 100 == 99)\n\t\treturn EIO;\n"
+       "\tif (r->len > size || r->off > size - r->len)\n",
+       tests="test_model.py::test_random_operations_agree_with_a_model")
+
+
+# The runner
+
+def misfits(one, root=ROOT):
+    """What is wrong with its changes: each must fit exactly once."""
+    counts = {(name, old): (root / name).read_text().count(old) for name, old, _ in one.changes}
+    return [f"{name} has {count} times the old text {old!r}"
+            for (name, old), count in counts.items() if count != 1]
+
+
+def change(tree, one):
+    for name, old, new in one.changes:
+        path = tree / name
+        path.write_text(path.read_text().replace(old, new))
+
+
+def build(tree):
+    """What make complains about, if it fails."""
+    made = subprocess.run(["make", "-s", "-C", tree, "all"], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return [f"it does not build:\n{made.stdout}"] if made.returncode else []
+
+
+def copy_sources(tree):
+    tree.mkdir()
+    for pattern in ("*.[ch]", "Makefile", "README.md", "man", "tests"):
+        for source in ROOT.glob(pattern):
+            copy = shutil.copytree if source.is_dir() else shutil.copy2
+            copy(source, tree / source.name)
+
+
+def first_failure(tree, tests, *options):
+    """The first test that fails with the programs of that tree, or None."""
+    with tempfile.TemporaryDirectory(dir=tree.parent, prefix="t") as temporary:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no",
+             f"--basetemp={temporary}/t", *options, *tests],
+            cwd=tree.parent / "base" / "tests", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", timeout=PATIENCE,
+            env={**os.environ, "XNBD_SERVER": str(tree / "xnbd-server"),
+                 "XNBD_BGCTL": str(tree / "xnbd-bgctl"), "PYTHONDONTWRITEBYTECODE": "1"})
+    found = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", done.stdout, re.M)
+    if done.returncode not in (0, 1) or (done.returncode == 1 and not found):
+        raise RuntimeError(f"pytest itself failed:\n{done.stdout}")
+    return found[1] if found else None
+
+
+def catch(tree, one, named_only):
+    """The test that notices the mutant, or None."""
+    found = first_failure(tree, one.tests)
+    if not found and not named_only:
+        found = first_failure(tree, ["."], *(f"--ignore={name}" for name in VIRTUAL_MACHINES))
+    return found
+
+
+def attempt(base, number, one, named_only):
+    """Returns (whether it was caught, a line about it)."""
+    tree, start = base.with_name(f"m{number}"), time.monotonic()
+    shutil.copytree(base, tree, ignore=shutil.ignore_patterns("tests"))
+    wrong = misfits(one, tree)
+    if not wrong:
+        change(tree, one)
+        wrong = build(tree)
+    if wrong:
+        return False, "\n".join([f"MISFIT    {one.name}", *wrong])
+    found = catch(tree, one, named_only)
+    shutil.rmtree(tree)
+    said = f"{time.monotonic() - start:4.0f} s  {one.name}"
+    if not found:
+        return False, f"SURVIVES  {said}"
+    if first_failure(base, [found]):
+        return False, f"UNSURE    {said}: {found} fails without it, too"
+    return True, f"caught    {said}: {found}"
+
+
+def run(mutants, jobs, named_only):
+    not_caught = 0
+    with tempfile.TemporaryDirectory(prefix="xm-") as scratch:
+        base = Path(scratch) / "base"
+        copy_sources(base)
+        wrong = build(base)
+        if wrong:
+            sys.exit(wrong[0])
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(attempt, base, number, one, named_only)
+                       for number, one in enumerate(mutants)]
+            for future in concurrent.futures.as_completed(futures):
+                caught, line = future.result()
+                not_caught += not caught
+                print(line, flush=True)
+    print(f"{len(mutants)} mutants, {not_caught} not caught")
+    return 1 if not_caught else 0
+
+
+def selected(only):
+    return [one for one in MUTANTS if not only or any(
+        only in text for text in (one.name, one.hazard, *(c[0] for c in one.changes)))]
+
+
+def show(mutants):
+    for one in mutants:
+        files = ", ".join(sorted({name for name, _, _ in one.changes}))
+        print(f"{one.hazard}: {one.name} ({files})")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="TEXT", help="mutants with it in name, file or hazard")
+    parser.add_argument("--list", action="store_true", help="show them, and do nothing")
+    parser.add_argument("--jobs", type=int, default=2, help="at the same time (2)")
+    parser.add_argument("--named", action="store_true", help="run no tests but those named")
+    options = parser.parse_args()
+    mutants = selected(options.only)
+    if not mutants:
+        sys.exit(f"no mutant has '{options.only}' in it")
+    if options.list:
+        return show(mutants)
+    # In the background of a shell it is ignored, and would be by all that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run(mutants, options.jobs, options.named)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
