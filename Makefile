@@ -5,6 +5,8 @@
 #   make asan, make tsan    the same with sanitizers
 #   make static             small static programs in build/static, with musl-gcc
 #   make PORTABLE=1         in build/portable, without what only Linux has
+#   make coverage           which lines and branches the tests reach
+#   make mutants            whether the tests notice the faults of others (hours)
 #   make fuzz               hostile input: FUZZ_SECONDS=3600 for an hour of each kind
 #   make bench              compare with other servers, and "make footprint": memory, size, growth
 #   make install            DESTDIR and PREFIX are honoured
@@ -50,6 +52,7 @@ CHECKFLAGS =
 BENCHFLAGS =
 FOOTPRINTFLAGS =
 FUZZ_SECONDS = 60
+MUTANTFLAGS =
 
 all: $(PROGRAMS)
 
@@ -80,6 +83,18 @@ tsan:
 	$(MAKE) BUILD=build/tsan all CFLAGS='$(SANITIZE) -fsanitize=thread'
 	XNBD_SANITIZED=1 TSAN_OPTIONS=report_thread_leaks=0 \
 		$(MAKE) BUILD=build/tsan -o build/tsan/xnbd-server -o build/tsan/xnbd-bgctl check
+
+# What a process that _exit()s or is killed has counted is lost, and what counts makes calls of its
+# own, which tests/test_faults.py may complain of.
+coverage:
+	rm -rf build/coverage
+	$(MAKE) BUILD=build/coverage all CFLAGS='-O1 -g --coverage -fprofile-update=atomic'
+	-$(MAKE) BUILD=build/coverage -o build/coverage/xnbd-server -o build/coverage/xnbd-bgctl check
+	gcov -b -n -r -o build/coverage build/coverage/*.gcda | \
+		sed -n "/^File '[a-z_]*\.[ch]'/{N;N;N;s/\n/  /gp}"
+
+mutants:
+	$(PYTHON) tests/mutants.py $(MUTANTFLAGS)
 
 # What is found stays in build/fuzz/found, and the inputs that lead somewhere in build/fuzz/corpus.
 fuzz:
@@ -162,4 +177,4 @@ portability:
 clean:
 	rm -rf xnbd-server xnbd-bgctl *.o *.d build tests/load tests/__pycache__ .pytest_cache
 
-.PHONY: all check asan tsan fuzz static bench footprint install uninstall dist deb portability clean
+.PHONY: all check asan tsan coverage mutants fuzz static bench footprint install uninstall dist deb portability clean
