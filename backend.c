@@ -209,10 +209,19 @@ void request_done(struct request *r, int error)
 	r->done(r);
 }
 
+/*
+ * A change that waited for long, and whose client was disconnected meanwhile: it may have come back
+ * and written something newer, which must stay.
+ */
+static bool is_late(const struct request *r)
+{
+	return r->abandoned && atomic_load(r->abandoned) && proto_cmd_writes(r->h.cmd);
+}
+
 static void run_job(struct job *job)
 {
 	struct request *r = (struct request *)((char *)job - offsetof(struct request, job));
-	int ret = run(r, WAIT);
+	int ret = is_late(r) ? -ECANCELED : run(r, WAIT);
 
 	if (ret != PENDING)
 		request_done(r, ret);

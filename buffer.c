@@ -11,6 +11,9 @@
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 enum {
 	SMALLEST = 64 * 1024,		/* what is smaller comes from malloc() warm enough */
@@ -36,6 +39,13 @@ static struct {
 	.lock = PTHREAD_MUTEX_INITIALIZER,
 	.timer.run = let_go,
 };
+
+void buffer_init(void)
+{
+#if defined(__GLIBC__)
+	mallopt(M_MMAP_THRESHOLD, SMALLEST);
+#endif
+}
 
 /* Which list has buffers of len bytes; SIZES if none. */
 static unsigned list_for(size_t len)

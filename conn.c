@@ -146,6 +146,7 @@ void conn_kill(struct conn *c, const char *why)
 	close(c->fd);
 	c->fd = -1;
 	c->state = CONN_DEAD;
+	atomic_store(&c->dead, true);
 	c->deadline = 0;
 	abandon_current(c);
 	free_requests(c, &c->ready);
@@ -605,6 +606,7 @@ static struct request *new_request(struct conn *c, const struct proto_request *h
 		r->conn = c;
 		r->backend = c->export->backend;
 		r->gate = &c->export->gate;
+		r->abandoned = &c->dead;
 		r->done = loop_complete;
 		r->h = *h;
 	}

@@ -7,6 +7,7 @@
 #ifndef XNBD_CONN_H
 #define XNBD_CONN_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -57,6 +58,7 @@ struct conn {
 	unsigned in_flight;		/* requests that others have */
 	uint64_t buffered;		/* bytes in buffers of requests */
 
+	atomic_bool dead;		/* as the state is; for other threads */
 	bool stopping;			/* the server is */
 	const char *end;		/* CONN_FINISHING: why it ends, for the log */
 	bool linger;			/* let the client close first: it may be sending */

@@ -4,6 +4,7 @@
 #ifndef XNBD_H
 #define XNBD_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -30,6 +31,7 @@ struct request {
 	struct conn *conn;
 	struct backend *backend;
 	struct gate *gate;		/* the export's */
+	const atomic_bool *abandoned;	/* its client is gone; NULL for what no client asked for */
 	bool inside;			/* the gate; whoever has the request leaves it */
 	void (*done)(struct request *);	/* any thread may call it, see request_done() */
 	struct proto_request h;		/* off and len lie inside the export */
