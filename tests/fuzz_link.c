@@ -44,6 +44,7 @@ static void *fresh_buffer(size_t len);
 struct asked {
 	struct origin_request r;	/* first, so that one is the other */
 	struct extent extent[EXTENTS];
+	unsigned room;			/* for extents */
 	uint8_t *buf;			/* where the data shall go; NULL: anywhere */
 	bool holes;			/* the origin said that there are some */
 	bool done;			/* it came back */
@@ -147,7 +148,7 @@ static void ask(struct link *l, const struct proto_offer *offer, struct input *i
 	k->r.len = 1 + (bits & 8 ? take(in, 3) % LEN_MAX : take(in, 1));
 	if (bits & 1 && offer->allocation) {
 		k->r.extent = k->extent;
-		k->r.extents = 1 + bits / 2 % EXTENTS;
+		k->r.extents = k->room = 1 + bits / 2 % EXTENTS;
 	} else if (bits & 2) {
 		k->r.buf = k->buf = fresh_buffer(k->r.len);
 	}
@@ -283,7 +284,7 @@ static void check_extents(const struct asked *k)
 {
 	uint64_t sum = 0;
 
-	assert(k->r.extents <= EXTENTS);
+	assert(k->r.extents <= k->room);
 	for (unsigned i = 0; i < k->r.extents; i++) {
 		assert(k->extent[i].len > 0 && k->extent[i].flags <= 3);
 		sum += k->extent[i].len;

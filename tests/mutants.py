@@ -166,12 +166,14 @@ mutant("a READ of many extents is cut short", "READ longer than IOV_MAX pieces",
 mutant("more is sent at once than the system takes", "READ longer than IOV_MAX pieces",
        "tx.h", "TX_IOVS = 1024,", "TX_IOVS = 4096,",
        tests="test_hazards.py::test_burst_of_large_reads")
-mutant("zeroing ends after 64 MiB", "WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part",
+mutant("zeroing ends after 64 MiB",
+       "WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part",
        "disk.c", "return d->block_device ? zero_device(d, off, len, flags) :",
        "if (len > 64 << 20)\n\t\tlen = 64 << 20;\n"
        "\treturn d->block_device ? zero_device(d, off, len, flags) :",
        tests="test_hazards.py::test_long_zeroing_clears_all_of_its_range")
-mutant("TRIM ends after 64 MiB", "WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part",
+mutant("TRIM ends after 64 MiB",
+       "WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part",
        "disk.c", "ret = punch(d, from, end - from);",
        "ret = punch(d, from, end - from > 64 << 20 ? 64 << 20 : end - from);",
        tests="test_hazards.py::test_long_zeroing_clears_all_of_its_range")
@@ -196,7 +198,8 @@ mutant("FUA does not flush", "flags on every command",
        "if (!(r->h.flags & NBD_CMD_FLAG_FUA) || !proto_cmd_writes(r->h.cmd) || how == TRY)",
        tests="test_protocol.py::test_fua_write_is_stable")
 mutant("reads share a file offset", "two connections read at once through a shared file offset",
-       "disk.c", "ssize_t n = syscall(SYS_preadv2, fd, &iov, 1, (long)off, (long)(off >> 32), NOWAIT);",
+       "disk.c",
+       "ssize_t n = syscall(SYS_preadv2, fd, &iov, 1, (long)off, (long)(off >> 32), NOWAIT);",
        "lseek(fd, (off_t)off, SEEK_SET);\n\tssize_t n = NOWAIT ? readv(fd, &iov, 1) : -1;",
        "util.c", "ssize_t n = pread(fd, buf, len, (off_t)off);",
        "lseek(fd, (off_t)off, SEEK_SET);\n\t\tssize_t n = read(fd, buf, len);",
@@ -257,8 +260,9 @@ mutant("a signal ends the service", "signal storm during load",
        "controls, timeout) < 0)\n\t\t\treturn;",
        tests="test_hazards.py::test_signal_storm_during_load")
 mutant("the log is closed and opened while others write", "signal storm during load",
-       "util.c", "dup3(fd, log_fd, O_CLOEXEC);\n\tclose(fd);",
-       "close(log_fd);\n\tclose(fd);\n\tlog_fd = open_log_file(log_path);",
+       "util.c", "fd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_line(",
+       "close(log_fd);\n\tfd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_line(",
+       "util.c", "dup3(fd, log_fd, O_CLOEXEC);\n\tclose(fd);", "log_fd = fd;",
        tests="test_hazards.py::test_line_is_logged_while_the_log_file_is_opened_again")
 mutant("a deadline that is over is not noticed", "SIGTERM with a client that does not read",
        "loop.c", "if (c->deadline <= now)", "if (false)",
@@ -342,11 +346,13 @@ mutant("a snapshot does not wait for those inside", "a snapshot is not of one in
        "backend.c", "return atomic_load(&g->inside) == 0;", "return true;",
        tests="test_hazards.py::test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not")
 mutant("a closed gate lets in", "a snapshot is not of one instant",
-       "backend.c", "if (!atomic_load(&g->closed))\n\t\treturn true;\n\tgate_leave(g);\n\treturn false;",
+       "backend.c",
+       "if (!atomic_load(&g->closed))\n\t\treturn true;\n\tgate_leave(g);\n\treturn false;",
        "return true;",
        tests="test_hazards.py::test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not")
 mutant("a block is copied a second time", "a snapshot is not of one instant",
-       "snapshot.c", "if (off < position)\n\t\toff = position;\n\terr = buf", "(void)position;\n\terr = buf",
+       "snapshot.c", "if (off < position)\n\t\toff = position;\n\terr = buf",
+       "(void)position;\n\terr = buf",
        tests="test_hazards.py::test_block_is_copied_into_a_snapshot_once")
 mutant("a snapshot's position is ahead of its data", "a snapshot is not of one instant",
        "snapshot.c", "err = copy_missing(s, range.len, off, buf, CHUNK);",
@@ -359,10 +365,17 @@ mutant("a snapshot has its name before it is durable", "a snapshot appears befor
        tests="test_hazards.py::test_snapshot_has_no_name_before_it_is_durable")
 
 mutant("a snapshot's error is the client's", "a snapshot that failed is noticed by clients",
-       "snapshot.c", "copy_first(s, off, end);\n\tranges_release(&s->copying, &range);\n\treturn 0;",
+       "snapshot.c",
+       "copy_first(s, off, end);\n\tranges_release(&s->copying, &range);\n\treturn 0;",
        "copy_first(s, off, end);\n\tranges_release(&s->copying, &range);\n"
        "\treturn atomic_load(&s->error);",
        tests="test_snapshot.py::test_full_disk_fails_the_snapshot_and_nobody_else")
+
+mutant("a block that could not be copied counts as copied", "under a snapshot",
+       "snapshot.c", "if (err)\n\t\tfail(s, err);\n\telse\n\t\tbitmap_set(s->copied,",
+       "if (true)\n\t\tbitmap_set(s->copied,",
+       tests=
+       "test_faults.py::test_old_block_that_cannot_be_kept_fails_the_snapshot_and_not_the_write")
 
 # Copy on write
 
@@ -388,7 +401,8 @@ mutant("pieces of a payload end anywhere", "client dies after 4 of 64 KiB",
        tests="test_cow.py::test_client_that_dies_in_a_payload_leaves_each_block_old_or_new")
 mutant("the halves of a block are merged at the same time",
        "two clients write the two halves of one fresh block",
-       "layer.c", "return (struct range){ NULL, start, bitmap_blocks(off + len) * BLOCK_SIZE - start };",
+       "layer.c",
+       "return (struct range){ NULL, start, bitmap_blocks(off + len) * BLOCK_SIZE - start };",
        "(void)start;\n\treturn (struct range){ NULL, off, len };",
        tests="test_cow.py::test_clients_at_the_same_moment_all_win")
 mutant("a range within another does not overlap it",
@@ -397,7 +411,8 @@ mutant("a range within another does not overlap it",
        "return a->off == b->off;",
        tests="test_hazards.py::test_aligned_write_during_another_one_stays")
 mutant("a block that is held is merged again", "an aligned write during another's partial write",
-       "layer.c", "if (layer_holds(l, len, off))\n\t\treturn disk_write(l->disk, buf, len, off, how);\n"
+       "layer.c",
+       "if (layer_holds(l, len, off))\n\t\treturn disk_write(l->disk, buf, len, off, how);\n"
        "\tassert(l->base);", "",
        tests="test_cow.py::test_clients_at_the_same_moment_all_win")
 mutant("marking is not atomic", "a neighbour's bit vanishes",
@@ -409,7 +424,8 @@ mutant("marking is not atomic", "a neighbour's bit vanishes",
              "test_cow.py::test_clients_at_the_same_moment_all_win")
 mutant("TRIM and WRITE_ZEROES take a part for a whole block",
        "TRIM or WRITE_ZEROES of a partial block clears the wrong end",
-       "layer.c", "return off + len == l->size ? len : len - len % BLOCK_SIZE;", "(void)l;\n\treturn len;",
+       "layer.c", "return off + len == l->size ? len : len - len % BLOCK_SIZE;",
+       "(void)l;\n\treturn len;",
        tests="test_cow.py::test_zeroing_clears_exactly_its_range "
              "test_cow.py::test_trim_clears_the_whole_blocks_of_its_range")
 mutant("WRITE_ZEROES clears the wrong end",
@@ -462,7 +478,7 @@ mutant("the data is not synced before the bits", "bitmap reaches the disk before
        "bitmap.c", "err = sync(arg);", "err = 0;\n\t\t(void)sync, (void)arg;",
        tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
 mutant("the bits are not synced", "bitmap reaches the disk before the data",
-       "bitmap.c", "if (!err && n > 0 && fdatasync(b->fd) < 0)", "if (false)",
+       "bitmap.c", "if (!err && n > 0)\n\t\terr = sync_file(b);", "",
        tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
 mutant("a set bit does not mark its page", "bitmap reaches the disk before the data",
        "bitmap.c", "mark_dirty(b, blk / 8, (end - 1) / 8);", "mark_dirty(b, blk / 8, blk / 8);",
@@ -482,7 +498,8 @@ mutant("what a killed server set is never committed", "kill -9 loses what was ac
        tests="test_powercut.py::test_all_pairs_with_a_kill_between_them "
              "test_cow.py::test_flush_after_a_kill_commits_what_the_one_before_wrote")
 mutant("FLUSH is answered before its commit", "bitmap reaches the disk before the data",
-       "commit.c", "\t\terror = committer_run(c);\n\t\tfor (; r; r = next) {\n\t\t\tnext = r->next;\n"
+       "commit.c",
+       "\t\terror = committer_run(c);\n\t\tfor (; r; r = next) {\n\t\t\tnext = r->next;\n"
        "\t\t\trequest_done(r, error);\n\t\t}",
        "\t\tfor (error = c->error; r; r = next) {\n\t\t\tnext = r->next;\n"
        "\t\t\trequest_done(r, error);\n\t\t}\n\t\tcommitter_run(c);",
@@ -546,15 +563,22 @@ mutant("a block counts as cached before its data arrived", "block marked before 
              "test_origin.py::test_writes_to_a_block_that_is_being_fetched")
 mutant("a block counts as cached before it is stored", "block marked before its data arrived",
        "layer.c", "int ret = buf ? disk_write(l->disk, buf, len, off, how) : "
-       "disk_zero(l->disk, len, off, 0);\n\n\tif (ret == 0)\n\t\tset_held(l, len, off);\n\treturn ret;",
+       "disk_zero(l->disk, len, off, 0);\n\n\tif (ret == 0)\n\t\tset_held(l, len, "
+       "off);\n\treturn ret;",
        "set_held(l, len, off);\n\treturn buf ? disk_write(l->disk, buf, len, off, how) : "
        "disk_zero(l->disk, len, off, 0);",
        tests="test_kill.py::test_kill_at_each_system_call")
-mutant("late data of the origin wins", "after a reconnect the retried fetch lands after a newer write",
+mutant("late data of the origin wins", "lands after a newer write",
        "layer.c", "if (!held)\n\t\t\tret = fill_run", "if (true)\n\t\t\tret = fill_run",
        tests="test_origin.py::test_late_data_does_not_overwrite_a_write "
              "test_proxy.py::test_late_data_of_the_origin_does_not_overwrite_what_is_newer")
-mutant("a fetch is stored beside writes", "partial write and full write of one absent block race with its fetch",
+mutant("a write is carried out though its client has left", "lands after a newer write",
+       "backend.c", "int ret = is_late(r) ? -ECANCELED : run(r, WAIT);",
+       "int ret = is_late(r) && false ? -ECANCELED : run(r, WAIT);",
+       tests="test_faults.py::"
+             "test_write_of_a_client_that_was_disconnected_does_not_bury_a_newer_one")
+mutant("a fetch is stored beside writes",
+       "partial write and full write of one absent block race with its fetch",
        "layer.c", "if (!ranges_take(&l->first_writes, &range, how == WAIT))\n\t\treturn -EAGAIN;\n"
        "\twhile (len > 0",
        "(void)range;\n\twhile (len > 0",
@@ -567,7 +591,8 @@ mutant("replies are matched in order", "replies matched in order of sending",
        "link.c", "s = find_slot(l, r->cookie);", "s = l->oldest;",
        tests="test_origin.py::test_replies_come_in_any_order")
 mutant("an old cookie is good enough", "wrong magic, wrong cookie",
-       "link.c", "l->fresh && s->r && s->r->cookie == cookie ? s : NULL;", "l->fresh && s->r ? s : NULL;",
+       "link.c", "l->fresh && s->r && s->r->cookie == cookie ? s : NULL;",
+       "l->fresh && s->r ? s : NULL;",
        tests="test_origin.py::test_wrong_replies_cost_the_link_and_nothing_else")
 mutant("the origin's magic number may be wrong", "wrong magic, wrong cookie",
        "proto_client.c", "if (get_be32(p) != NBD_SIMPLE_REPLY_MAGIC)", "if (false)",
@@ -601,7 +626,8 @@ mutant("a disk may be larger than 2^63", "a size over 2^63",
        "proto_client.c", "if (o->size > INT64_MAX)", "if (false)",
        tests="test_origin.py::test_origin_that_cannot_be_used_is_refused_at_start")
 mutant("a hole of the origin keeps what the buffer had", "a chunk outside the request",
-       "link.c", "if (r->kind == PROTO_REPLY_HOLE && l->place)\n\t\tmemset(l->place, 0, r->len);", "",
+       "link.c", "if (r->kind == PROTO_REPLY_HOLE && l->place)\n\t\tmemset(l->place, 0, r->len);",
+       "",
        tests="test_origin.py::test_replies_come_in_any_order "
              "test_origin.py::test_unusual_replies_are_understood")
 mutant("an extent may be empty", "extents that are wrong",
@@ -616,7 +642,8 @@ mutant("what a lost link owed is not asked again", "origin closes at every byte"
        tests="test_origin.py::test_links_that_come_and_go_lose_nothing")
 mutant("an origin that closed at the start is waited for", "origin closes at every byte",
        "dial.c", "if (n == 0)\n\t\t\treturn fail(d, d->client.state",
-       "if (n == 0 && wait_for(d, d->thread, POLLIN, deadline))\n\t\t\treturn fail(d, d->client.state",
+       "if (n == 0 && wait_for(d, d->thread, POLLIN, deadline))\n\t\t\treturn fail(d, "
+       "d->client.state",
        tests="test_origin.py::test_origin_that_closes_at_every_byte_of_the_handshake_is_refused")
 mutant("an origin that says nothing is waited for", "origin never answers",
        "dial.c", "n = poll(pfd, 2, (int)(deadline - now));", "n = poll(pfd, 2, -1);",
@@ -625,7 +652,8 @@ mutant("an origin that says nothing is waited for", "origin never answers",
        tests="test_origin.py::test_silent_origin_is_refused_at_start")
 mutant("an origin's handshake may go on for ever", "origin never ends its answer",
        "proto_client.c", "|| ++c->replies > REPLIES_MAX)", ")",
-       "dial.c", "if (now >= deadline)\n\t\tn = 0;\n\telse\n\t\tn = poll(pfd, 2, (int)(deadline - now));",
+       "dial.c",
+       "if (now >= deadline)\n\t\tn = 0;\n\telse\n\t\tn = poll(pfd, 2, (int)(deadline - now));",
        "(void)now, (void)deadline;\n\tn = poll(pfd, 2, -1);",
        "origin.c", "while ((now = now_ms()) < end && poll(&p, 1, (int)(end - now)) < 0",
        "while ((now = now_ms()) < end && poll(&p, 1, -1) < 0",
@@ -668,7 +696,8 @@ mutant("an origin of another size is taken", "reconnect to a disk of another siz
        "origin.c", "if (offer->size != l->size)", "if (false)",
        tests="test_origin.py::test_another_size_after_a_reconnect_is_refused "
              "test_origin.py::test_reconnect_to_another_size_is_refused")
-mutant("a request has 31 missing pieces at most", "32 or more separate missing pieces in one request",
+mutant("a request has 31 missing pieces at most",
+       "32 or more separate missing pieces in one request",
        "cache.c", "int err = m ? 0 : -ENOMEM;\n\n\twhile (off < end && !err) {\n\t\tbool held;\n"
        "\t\tuint64_t n = layer_run(&c->layer, end - off, off, &held);\n\n\t\tif (held) {",
        "int err = m ? 0 : -ENOMEM, pieces = 0;\n\n\twhile (off < end && !err && pieces++ < 63) {\n"
@@ -706,7 +735,8 @@ mutant("what is not cached is a hole", 'a proxy never reports "not cached" as a 
        "\t\tr->extents = 1;\n\t\treturn 0;",
        tests="test_proxy.py::test_absent_blocks_are_not_holes")
 mutant("the copy goes before clients", "the copy starves clients",
-       "origin.c", "for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)\n\t\twhile (o->queue[i].first && (l",
+       "origin.c",
+       "for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)\n\t\twhile (o->queue[i].first && (l",
        "for (unsigned i = ORIGIN_PRIORITIES; i-- > 0;)\n\t\twhile (o->queue[i].first && (l",
        tests="test_origin.py::test_clients_go_before_the_copy "
              "test_origin.py::test_clients_go_first_when_the_origin_is_back")
@@ -726,7 +756,8 @@ mutant("what is missing keeps what the image had", "switch while a block is in f
        "cache.c", "err = layer_fill(l, NULL, n, off, WAIT);",
        "bitmap_set(l->map, off / BLOCK_SIZE, bitmap_blocks(off + n) - off / BLOCK_SIZE);",
        "cache.c", '#include "ahead.h"', '#include "ahead.h"\n#include "bitmap.h"',
-       tests="test_proxy.py::test_forced_switch_zeroes_what_the_image_has_in_the_place_of_absent_blocks")
+       tests=
+       "test_proxy.py::test_forced_switch_zeroes_what_the_image_has_in_the_place_of_absent_blocks")
 mutant("the switch leaves who waits for the origin", "a request in flight is never answered",
        "proxy.c", "proxy.step = DRAINING;\n\torigin_cancel(cache_origin(proxy.backend));",
        "proxy.step = DRAINING;",
@@ -753,7 +784,8 @@ mutant("a client that does not read keeps the gate", "it may not stop the switch
        "\t\tgate_leave(&c->export->gate);\n\treturn true;",
        tests="test_proxy.py::test_deaf_client_does_not_delay_the_switch")
 mutant("the switch syncs nothing", "switch without fdatasync of the image",
-       "proxy.c", "proxy.backend->ops->flush(proxy.backend, &proxy.commit, WAIT);", "step_ended(0);",
+       "proxy.c", "proxy.backend->ops->flush(proxy.backend, &proxy.commit, WAIT);",
+       "step_ended(0);",
        tests="test_proxy.py::test_switch_syncs_the_image_before_it_says_so "
              "test_powercut.py::test_switch_leaves_an_image_that_is_complete_and_durable")
 mutant("the switch goes on though the image is not durable",
@@ -767,7 +799,8 @@ mutant("the switch gives the disk the size of the image", "switch changes the di
        "\tgate_open(&proxy.export->gate);\n\tproxy.step = SWITCHED;",
        tests="test_proxy.py::test_larger_cache_image_keeps_the_origins_size")
 mutant("a daemon forgets where it came from", "--daemonize: control acts on the wrong process",
-       "listen.c", "char *path = absolute_path(sun->sun_path);", "char *path = strdup(sun->sun_path);",
+       "listen.c", "char *path = absolute_path(sun->sun_path);",
+       "char *path = strdup(sun->sun_path);",
        tests="test_proxy.py::test_daemon_works_from_any_directory")
 
 mutant("a daemon leaves its pid file", "relative paths break after chdir",
@@ -822,7 +855,8 @@ mutant("every second block is wrong", "oracle that compares every second block",
        tests="test_model.py::test_random_operations_agree_with_a_model")
 mutant("the image and the replies are wrong alike",
        "oracle that compares with the server's own files",
-       "disk.c", "return how == TRY ? write_try(d, buf, len, off) : write_at(d->fd, buf, len, off);",
+       "disk.c",
+       "return how == TRY ? write_try(d, buf, len, off) : write_at(d->fd, buf, len, off);",
        "if (len > 4096)\n\t\tlen -= len % 512;\n"
        "\treturn how == TRY ? write_try(d, buf, len, off) : write_at(d->fd, buf, len, off);",
        tests="test_model.py::test_random_operations_agree_with_a_model")

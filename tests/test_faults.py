@@ -168,10 +168,14 @@ def may_fail(fault, o):
 # The disk
 
 class Disk:
-    """What each byte may be: what it is in one of the versions."""
+    """What each byte may be: what it is in one of the versions.
+
+    loose       a change may still be under way, whose client was disconnected
+    """
 
     def __init__(self, content):
         self.versions = [bytearray(content)]
+        self.loose = False
 
     def change(self, at, data):
         for v in self.versions:
@@ -184,11 +188,12 @@ class Disk:
         self.versions.append(v)
 
     def check(self, at, data, what):
-        """These bytes are legal; they are known from then on."""
+        """These bytes are legal; they are known from then on, unless they may still change."""
         if self.versions[0][at:at + len(data)] != data:
             for i in range(0, len(data), BLOCK):
                 self.check_piece(at + i, data[i:i + BLOCK], what)
-        self.change(at, data)
+        if not self.loose:
+            self.change(at, data)
 
     def check_piece(self, at, data, what):
         legal = [v[at:at + len(data)] for v in self.versions]
@@ -201,6 +206,7 @@ class Disk:
     def snapshot(self):
         copy = Disk(b"")
         copy.versions = [bytearray(v) for v in self.versions]
+        copy.loose = self.loose
         return copy
 
 
@@ -480,6 +486,7 @@ class Session:
             self.leave()
             for o in sent:
                 o.failed(self.disk)
+                self.disk.loose |= o.command in CHANGES
 
     def answered(self, o, reply):
         if not reply.error:
@@ -949,7 +956,7 @@ def test_full_disk_under_a_sparse_image_is_enospc(server, file_system, kind):
         errors = [c.error_of(WRITE, i * 64 * KIB, payload=pattern(i * 64 * KIB, 64 * KIB))
                   for i in range(128)]
         held = errors.index(NBD_ENOSPC)
-        assert held > 4 and set(errors) == {0, NBD_ENOSPC}
+        assert held > 9 and set(errors) == {0, NBD_ENOSPC}
         assert other.pread(held * 64 * KIB) == pattern(0, held * 64 * KIB)
         assert other.error_of(WRITE, 8 * MIB - MIB, payload=b"x" * MIB) == NBD_ENOSPC
         other.pwrite(b"new", 5)
@@ -961,8 +968,10 @@ def test_full_disk_under_a_sparse_image_is_enospc(server, file_system, kind):
         c.flush()
 
 
-def limit_sizes(server, limit):
-    resource.prlimit(server.proc.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+def limit_sizes(server, limit=None):
+    """None takes the limit away."""
+    _, hard = resource.prlimit(server.proc.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.proc.pid, resource.RLIMIT_FSIZE, (limit or hard, hard))
 
 
 @hazard("a file size limit kills the server")
@@ -979,7 +988,7 @@ def test_limit_of_file_sizes_is_enospc_and_nothing_for_reads(running):
     for _ in range(2):
         carry_out(running, op(READ, 0, SIZE), op(READ, 700 * KIB, 5), op(WRITE, 777, limit - 777),
                   op(WRITE, 9, 9, FUA), op(FLUSH))
-    limit_sizes(running.server, resource.RLIM_INFINITY)
+    limit_sizes(running.server)
     carry_out(running, *running.steps)
 
 
@@ -1022,14 +1031,9 @@ def test_log_that_cannot_be_written_costs_nothing(server, file_system, tmp_path)
 
 # Files that others make shorter
 
-def files_of(mode):
-    """(name, what is right then) of each file that it reads."""
-    return {"target": ["disk"], "cow": ["disk"], "cow-file": ["disk", "overlay"],
-            "proxy": ["cache"]}[mode]
-
-
 SHORT = 5000
-SHORTENED = [(mode, file) for mode in MODES for file in files_of(mode)]
+SHORTENED = [("target", "disk"), ("cow", "disk"), ("cow-file", "disk"), ("cow-file", "overlay"),
+             ("proxy", "cache")]
 
 
 @pytest.fixture(params=SHORTENED, ids=["-".join(pair) for pair in SHORTENED])

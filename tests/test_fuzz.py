@@ -140,6 +140,8 @@ def link_seeds():
            + bytes([5, 200]))
     yield (b"\3" + bytes([0, 7, 1, 255])
            + reply(8 | 64 | status, 0, 0, 0, 9, 3, 0, 99, 0, 1, 0, 2) + arrive)
+    yield (b"\3" + ask + bytes([0, 1, 1, 255]) + reply(8 | 224 | status, 1, 0, *[0, 9, 3] * 8)
+           + arrive)
     yield b"\0" + ask + reply(7) + arrive + ask + reply(64, 1) + arrive + bytes([2, 255])
 
 
@@ -165,9 +167,10 @@ def bitmap_seeds():
 
     for blocks, tail in [(1, 0), (200, 77), (224 + 16, 1), (255, 4095)]:
         disk = bytes([blocks]) + struct.pack(">H", tail)
-        for bits in (0x0f, 0x0b, 0x4f, 0x2f, 0x1f, 0x07):
-            for what in (0, 16, 48):
-                yield bytes([what, bits]) + disk + b"\0\x15\x5a\xff\0\x01" * 12 + b"changes" * 5
+        for bits in (0x0f, 0x0b, 0x4b, 0x4f, 0x2f, 0x1f, 0x07):
+            for what, empty in [(0, 0x15), (16, 0x15), (16, 0x2a), (48, 0x2a)]:
+                yield (bytes([what, bits]) + disk + bytes([0, empty]) + b"\x5a\xff\0\x01" * 16
+                       + b"changes" * 5)
         yield bytes([2, 0x0f]) + disk + bytes([0]) + b"changes" * 5
     disk = 200 * 4096 - 77
     for contents in (header(disk) + b"\xff" * 8192, header(disk, 1) + bytes(8192), bytes(100),
@@ -238,15 +241,14 @@ class Fuzzer:
                       *sanitizers("fuzzer," + SANITIZERS))
         assert built is True, built
         words = dictionary(self.target, self.program.with_suffix(".dict"))
-        known = HERE / "corpus" / self.target
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
         with tempfile.TemporaryDirectory(dir=memory) as scratch:
             return subprocess.run(
                 [self.program, f"-max_total_time={SECONDS}", f"-seed={seed % (1 << 32) or 1}",
-                 f"-max_len={TARGETS[self.target][1]}", f"-dict={words}", "-timeout=60", "-rss_limit_mb=4096",
-                 "-use_value_profile=1", "-reload=0", "-print_final_stats=1", "-verbosity=1",
+                 f"-max_len={TARGETS[self.target][1]}", f"-dict={words}", "-timeout=60",
+                 "-rss_limit_mb=4096", "-use_value_profile=1", "-reload=0", "-print_final_stats=1",
                  f"-artifact_prefix={self.found}/{self.target}-", self.corpus,
-                 *([known] if known.is_dir() else [])],
+                 HERE / "corpus" / self.target],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                 env={**os.environ, "TMPDIR": scratch}, stdin=subprocess.DEVNULL)
 

@@ -28,7 +28,7 @@ MIB, BLOCK = 1 << 20, 4096
 FILES, NUMBERED = 192 * MIB, 16 * MIB       # the parts of the disk
 BULK = 40 * MIB                             # one file of those that are there before
 LINK_SPEED = 16 * MIB                       # bytes per second: the copy takes some seconds
-PATIENCE = 400 if SANITIZED else 150
+PATIENCE = 400 if SANITIZED else 300
 PAUSE_LIMIT = 30                            # seconds; a loose bound, the figure is printed
 WRITE_STRIDE = 7919                         # of vm/writer.c
 
@@ -339,7 +339,7 @@ def check_files(image, tree, slots, copy):
         assert (copy / f"slot{i % 20}").read_bytes() == slot_content(i, tree), i
 
 
-@pytest.mark.limit(1500 if SANITIZED else 500)
+@pytest.mark.limit(1800 if SANITIZED else 1000)
 def test_a_disk_moves_while_a_machine_writes_to_it(kernel, move, tmp_path):
     files = kernel.start(USE_DISK, PORT=move.start_proxy(), OPTIONS="-t 300")
     files.wait_for("file 3", PATIENCE)
@@ -370,7 +370,7 @@ def test_a_disk_moves_while_a_machine_writes_to_it(kernel, move, tmp_path):
     assert blocks.longest("the switch") < PAUSE_LIMIT
 
 
-@pytest.mark.limit(1500 if SANITIZED else 500)
+@pytest.mark.limit(1800 if SANITIZED else 1000)
 def test_a_proxy_killed_in_mid_copy_keeps_what_was_synced_and_goes_on(kernel, move, tmp_path):
     """The kernel does not wait for the proxy to come back, but for a request, now
     and then, until its time is over: the file system gets errors, and is

@@ -1192,10 +1192,10 @@ def test_shutdown_refuses_what_comes_later(target, structured):
         target.terminate()
         until(lambda: "stopping" in target.log(), what="notice of the signal")
         until(target.is_asleep, what="its effect")      # soon: it waits for 2.5 s only
-        c.send(b"x" * 500)
-        read = c.request(NBD_CMD_READ, 4096, 4096)
+        c.expect(1, Request(NBD_CMD_READ, 4096, 4096, 0))
+        c.send(b"x" * 500 + request_header(NBD_CMD_READ, 4096, 4096, cookie=1))     # together
         assert c.collect(write).error in (0, NBD_ESHUTDOWN)
-        assert c.collect(read).error == NBD_ESHUTDOWN
+        assert c.collect(1).error == NBD_ESHUTDOWN
         c.expect_closed()
 
 
