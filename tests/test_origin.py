@@ -1111,8 +1111,8 @@ def test_clients_that_leave_while_they_wait_leave_nothing(origin, proxy):
             until(lambda: p.server.sockets() == idle, what="closing of the connection")
             o.release()
             until(lambda: p.query()["pending-requests"] == "0", what="the end of the reads")
-        p.right(witness)
         assert p.server.rss() - before < (1024 if SANITIZED else 40) * MIB
+        p.right(witness, 0, 3 * MIB)
 
 
 @hazard("one client's data reach another")
