@@ -34,6 +34,7 @@ struct cache {
 	struct ahead ahead;
 	struct copy *copy;
 	atomic_size_t written;		/* blocks */
+	atomic_bool stopping;		/* zero no more */
 };
 
 static struct cache *to_cache(struct backend *b)
@@ -490,7 +491,8 @@ void cache_status(struct backend *b, struct cache_status *status)
 
 int cache_zero_missing(struct backend *b, uint64_t *zeroed)
 {
-	struct layer *l = &to_cache(b)->layer;
+	struct cache *c = to_cache(b);
+	struct layer *l = &c->layer;
 	uint64_t before = layer_missing(l);
 	int err = 0;
 
@@ -500,8 +502,14 @@ int cache_zero_missing(struct backend *b, uint64_t *zeroed)
 		n = b->size - off < ZERO_STEP ? b->size - off : ZERO_STEP;
 		n = layer_run(l, n, off, &held);
 		if (!held)
-			err = layer_fill(l, NULL, n, off, WAIT);
+			err = atomic_load(&c->stopping) ? -ECANCELED :
+							  layer_fill(l, NULL, n, off, WAIT);
 	}
 	*zeroed = before - layer_missing(l);
 	return err;
+}
+
+void cache_stop_zeroing(struct backend *b)
+{
+	atomic_store(&to_cache(b)->stopping, true);
 }

@@ -39,4 +39,7 @@ void cache_status(struct backend *b, struct cache_status *status);
 /* Let all blocks that are not held read as zeros: a worker's.  0 or -errno; *zeroed is set. */
 int cache_zero_missing(struct backend *b, uint64_t *zeroed);
 
+/* The server stops: it ends soon, with -ECANCELED. */
+void cache_stop_zeroing(struct backend *b);
+
 #endif

@@ -446,6 +446,7 @@ void proxy_stop(void)
 	if (!proxy.backend)
 		return;
 	copy_stop(cache_copy(proxy.backend));
+	cache_stop_zeroing(proxy.backend);
 	if (proxy.step == NO_SWITCH)
 		begin_commit(COMMITTING);
 }

@@ -929,19 +929,23 @@ def test_write_of_a_client_that_was_disconnected_does_not_bury_a_newer_one(bench
     make_image(tmp_path / "origin")
     origin = server(tmp_path / "origin", "--unix", tmp_path / "o")
     mode = Proxy(tmp_path / "proxy", bench.library, origin)
-    assert mode.start(), mode.server.log()
-    origin.proc.send_signal(signal.SIGSTOP)
-    before = mode.server.client()
-    before.request(WRITE, 100 * BLOCK + 10, payload=b"old" * 100)
-    until(lambda: mode.pending() == 1, what="a write that waits")
-    before.send(bytes(28))
-    before.expect_closed()
-    with mode.server.client() as c:
-        c.pwrite(b"n" * BLOCK, 100 * BLOCK)
+    try:
+        assert mode.start(), mode.server.log()
+        origin.proc.send_signal(signal.SIGSTOP)
+        before = mode.server.client()
+        before.request(WRITE, 100 * BLOCK + 10, payload=b"old" * 100)
+        until(lambda: mode.pending() == 1, what="a write that waits")
+        before.send(bytes(28))
+        before.expect_closed()
+        with mode.server.client() as c:
+            c.pwrite(b"n" * BLOCK, 100 * BLOCK)
+            origin.proc.send_signal(signal.SIGCONT)
+            until(lambda: mode.pending() == 0, what="the end of all that waits")
+            assert c.pread(BLOCK, 100 * BLOCK) == b"n" * BLOCK
+        mode.server.stop()
+    finally:
         origin.proc.send_signal(signal.SIGCONT)
-        until(lambda: mode.pending() == 0, what="the end of all that waits")
-        assert c.pread(BLOCK, 100 * BLOCK) == b"n" * BLOCK
-    mode.server.stop()
+        mode.end()
 
 
 # Full disks, limits
@@ -1048,9 +1052,11 @@ def shortened(request, bench):
         if file == "cache":
             assert mode.ask("cache-all")
         assert c.pread(SIZE) == c.pread(SIZE) == CONTENT
-    yield mode, mode.path(file)
-    mode.server.stop()
-    mode.end()
+    try:
+        yield mode, mode.path(file)
+        mode.server.stop()
+    finally:
+        mode.end()
 
 
 @hazard("image truncated under a running server")
