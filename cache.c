@@ -501,9 +501,10 @@ int cache_zero_missing(struct backend *b, uint64_t *zeroed)
 
 		n = b->size - off < ZERO_STEP ? b->size - off : ZERO_STEP;
 		n = layer_run(l, n, off, &held);
-		if (!held)
-			err = atomic_load(&c->stopping) ? -ECANCELED :
-							  layer_fill(l, NULL, n, off, WAIT);
+		if (atomic_load(&c->stopping))
+			err = -ECANCELED;
+		else if (!held)
+			err = layer_fill(l, NULL, n, off, WAIT);
 	}
 	*zeroed = before - layer_missing(l);
 	return err;
