@@ -899,8 +899,10 @@ def test_creates_no_files_of_its_own(server, image, tmp_path):
     temporary.mkdir()
     s = server(image, cwd=home, env={**os.environ, "TMPDIR": str(temporary)})
     s.is_served()
-    fds = f"/proc/{s.proc.pid}/fd"
-    files = {os.readlink(f"{fds}/{fd}") for fd in os.listdir(fds)}
+    files = set()
+    for fd in Path(f"/proc/{s.proc.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):    # closed meanwhile
+            files.add(os.readlink(fd))
     own = {f for f in files if f.startswith("/") and not f.startswith(("/dev/", "/memfd"))}
     assert own == {str(image), str(s.stderr)}
     s.stop()
