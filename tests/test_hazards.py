@@ -16,6 +16,7 @@ import stat
 import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
