@@ -40,13 +40,6 @@ static struct {
 	.timer.run = let_go,
 };
 
-void buffer_init(void)
-{
-#if defined(__GLIBC__)
-	mallopt(M_MMAP_THRESHOLD, SMALLEST);
-#endif
-}
-
 /* Which list has buffers of len bytes; SIZES if none. */
 static unsigned list_for(size_t len)
 {
@@ -70,6 +63,9 @@ static void free_all(void)
 			free(k);
 		}
 	pool.bytes = 0;
+#if defined(__GLIBC__)
+	malloc_trim(0);		/* or it would be kept for the threads that had most of it */
+#endif
 }
 
 /* The time is over: if nobody wanted one, none will be kept. */

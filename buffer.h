@@ -8,12 +8,6 @@
 
 #include <stddef.h>
 
-/*
- * Have free() give large memory back to the system, and not keep it for the thread that it was
- * allocated by.  Before there are threads.
- */
-void buffer_init(void);
-
 /* Memory for len bytes, or NULL.  Any thread. */
 void *buffer_get(size_t len);
 

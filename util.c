@@ -388,10 +388,24 @@ void drain_pipe(int fd)
 		;
 }
 
+static bool is_unix_socket(int fd)
+{
+	struct sockaddr_storage address;
+	socklen_t len = sizeof(address);
+
+	return getsockname(fd, (struct sockaddr *)&address, &len) == 0 &&
+	       address.ss_family == AF_UNIX;
+}
+
 void tune_socket(int fd)
 {
 	int on = 1;
 
+	/* Its buffer does not grow by itself, as TCP's does, and by default holds no full batch. */
+	if (is_unix_socket(fd)) {
+		setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &(int){ 512 * 1024 }, sizeof(int));
+		return;
+	}
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
 	setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
 #if defined(TCP_KEEPIDLE) && defined(TCP_KEEPINTVL) && defined(TCP_KEEPCNT)

@@ -89,7 +89,7 @@ void drain_pipe(int fd);
 /* Whether both descriptors are the same socket. */
 bool is_same_socket(int a, int b);
 
-/* No delay, and notice a peer that is gone.  Does nothing on sockets that are not TCP. */
+/* TCP: no delay, and notice a peer that is gone.  Unix sockets: room for a batch of replies. */
 void tune_socket(int fd);
 
 /* Tell the process that started us and waits for it, if one does, as sd_notify(3) would. */

@@ -6,7 +6,6 @@
  */
 #define _GNU_SOURCE
 #include "backend.h"
-#include "buffer.h"
 #include "cow.h"
 #include "disk.h"
 #include "listen.h"
@@ -694,7 +693,6 @@ int main(int argc, char **argv)
 	int status = EXIT_FAILURE;
 
 	open_standard_descriptors();
-	buffer_init();
 	log_name("xnbd-server");
 	options_parse(&s.options, argc, argv);
 	s.passed = listen_count_passed();
