@@ -143,10 +143,10 @@ void conn_kill(struct conn *c, const char *why)
 	if (c->state == CONN_DEAD)
 		return;
 	log_line("%s: disconnected: %s", c->peer, why);
+	atomic_store(&c->dead, true);	/* before the client can know, and come back */
 	close(c->fd);
 	c->fd = -1;
 	c->state = CONN_DEAD;
-	atomic_store(&c->dead, true);
 	c->deadline = 0;
 	abandon_current(c);
 	free_requests(c, &c->ready);
