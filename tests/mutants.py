@@ -452,8 +452,7 @@ mutant("a full disk is an I/O error", "overlay's disk full",
        tests="test_cow.py::test_full_overlay_disk_is_enospc_for_that_write")
 mutant("an error of the overlay is not told", "overlay's disk full",
        "conn.c", "if (piece->error && !r->error)", "if (false)",
-       tests="test_cow.py::test_full_overlay_disk_is_enospc_for_that_write "
-             "test_proxy.py::test_full_disk_is_enospc_for_writes_and_nothing_for_reads")
+       tests="test_faults.py::test_calls_that_fail")
 mutant("an overlay is used with any base", "overlay truncated or of another base",
        "bitmap.c", "if (get_le(p + 32, 8) != b->id.fingerprint)", "if (false)",
        tests="test_cow.py::test_spoilt_overlay_is_refused_and_not_touched")
