@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -427,3 +428,12 @@ def raise_descriptor_limit(wanted):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except ValueError:
         skip(f"needs {wanted} open files (ulimit -n)")
+
+
+@pytest.fixture
+def ram():
+    """A directory in memory, where there is one: nothing here is about disks."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    path = Path(tempfile.mkdtemp(prefix="xnbd-test-", dir=place))
+    yield path
+    shutil.rmtree(path)

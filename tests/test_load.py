@@ -10,10 +10,8 @@ goes on with them for so many seconds in each mode.
 import contextlib
 import os
 import random
-import shutil
 import socket
 import struct
-import tempfile
 import time
 from pathlib import Path
 
@@ -80,15 +78,6 @@ class House:
             until(lambda: self.is_back(slack), what="descriptors, threads and memory as before")
         except AssertionError as e:
             raise AssertionError(f"{e}: {self.before} then, {self.footprint()} now") from None
-
-
-@pytest.fixture
-def ram():
-    """A directory in memory, where there is one: nothing here is about disks."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    path = Path(tempfile.mkdtemp(prefix="xnbd-test-", dir=place))
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture

@@ -14,9 +14,7 @@ of it at every byte, in all modes.
 
 import contextlib
 import os
-import shutil
 import socket
-import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,15 +35,6 @@ limit = pytest.mark.limit(3600 if ALL or SANITIZED else 300)
 def every(n, of):
     """A step for range(): `n`, or 1 if everything is wanted."""
     return range(0, of, 1 if ALL else n)
-
-
-@pytest.fixture
-def ram():
-    """A directory in memory, where there is one: nothing here is about disks."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    path = Path(tempfile.mkdtemp(prefix="xnbd-test-", dir=place))
-    yield path
-    shutil.rmtree(path)
 
 
 def in_parallel(cases, work, threads):
