@@ -7,8 +7,6 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
-#include <sys/uio.h>
-
 #include "xnbd.h"
 
 /* How an operation is run. */
@@ -42,12 +40,12 @@ struct backend_ops {
 	int (*fetch)(struct backend *b, struct request *r);
 
 	/*
-	 * Point iov, of max entries, at memory that holds the range, all of it there without
-	 * waiting for the disk.  Returns the number of entries, or 0 if there is no such
-	 * memory.  The memory stays mapped as long as the backend, is for the kernel to read,
-	 * and shows later writes.
+	 * Say which parts of which files, at most max, hold the range, so that the kernel can
+	 * send them: all of it in the page cache, without waiting for the disk.  Returns the
+	 * number of parts, or 0 if it is not so, or not known.  The files stay open as long as
+	 * the backend, and show later writes.
 	 */
-	int (*map)(struct backend *b, const struct request *r, struct iovec *iov, int max);
+	int (*locate)(struct backend *b, const struct request *r, struct file_part *part, int max);
 
 	/* Store r->buf in the range. */
 	int (*write)(struct backend *b, struct request *r, enum how how);

@@ -93,14 +93,14 @@ static int op_fetch(struct backend *b, struct request *r)
 	return read_missing(c, r, TRY);
 }
 
-static int op_map(struct backend *b, const struct request *r, struct iovec *iov, int max)
+static int op_locate(struct backend *b, const struct request *r, struct file_part *part, int max)
 {
 	struct cache *c = to_cache(b);
 
 	if (max < 1 || !layer_holds(&c->layer, r->h.len, r->h.off))
 		return 0;
 	ahead_hit(&c->ahead, r->h.len, r->h.off);
-	return disk_map(c->layer.disk, r->h.len, r->h.off, iov);
+	return disk_locate(c->layer.disk, r->h.len, r->h.off, part);
 }
 
 /* Writing */
@@ -354,7 +354,7 @@ static const struct backend_ops cache_ops = {
 	.name = "cache",
 	.read = op_read,
 	.fetch = op_fetch,
-	.map = op_map,
+	.locate = op_locate,
 	.write = op_write,
 	.flush = op_flush,
 	.trim = op_trim,

@@ -44,12 +44,12 @@ enum {
 	IN_FLIGHT_MAX = 512,
 	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more request of up to 32 MiB may pass it */
 
-	/* A READ of at least this is sent from the mapping, a shorter one copied. */
-	MAP_MIN = 64 * 1024,
-	MAP_IOVS = 16,
+	/* A READ of at least this is sent from the page cache, a shorter one copied. */
+	SEND_MIN = 64 * 1024,
+	SEND_PARTS = 16,
 
 	/* Replies are sent when there is less room than one step may need. */
-	STEP_BYTES = MAP_MIN + PROTO_REPLY_ROOM,
+	STEP_BYTES = SEND_MIN + PROTO_REPLY_ROOM,
 	ENCODE_IOVS = 512,
 };
 
@@ -613,19 +613,19 @@ static struct request *new_request(struct conn *c, const struct proto_request *h
 	return r;
 }
 
-/* READ from memory: true if it was there. */
-static bool read_mapped(struct conn *c, struct request *r)
+/* READ from the page cache: true if all of it is there. */
+static bool read_located(struct conn *c, struct request *r)
 {
 	struct tx *tx = c->loop->tx;
-	struct iovec iov[MAP_IOVS];
-	int n = r->backend->ops->map(r->backend, r, iov, MAP_IOVS);
+	struct file_part part[SEND_PARTS];
+	int n = r->backend->ops->locate(r->backend, r, part, SEND_PARTS);
 
 	if (n == 0)
 		return false;
 	tx_add(tx, proto_put_data(&c->session, &r->h, r->h.off, (uint32_t)r->h.len, true,
 				  tx_tail(tx)));
 	for (int i = 0; i < n; i++)
-		tx_refer(tx, iov[i].iov_base, iov[i].iov_len);
+		tx_refer_file(tx, &part[i]);
 	free_request(c, r);
 	return true;
 }
@@ -658,7 +658,7 @@ static void start_read(struct conn *c, struct request *r)
 		settle(c, r, 0);
 		return;
 	}
-	if (r->h.len >= MAP_MIN ? read_mapped(c, r) : read_copied(c, r))
+	if (r->h.len >= SEND_MIN ? read_located(c, r) : read_copied(c, r))
 		return;
 	if (own_buffer(c, r))
 		queue(c, r);
@@ -848,7 +848,7 @@ static bool is_full(const struct conn *c)
 /* Whether a step may be taken: room for its reply, and not too much in flight. */
 static bool may_step(struct conn *c)
 {
-	return !is_full(c) && make_room(c, STEP_BYTES, MAP_IOVS + 1) && reserve(c);
+	return !is_full(c) && make_room(c, STEP_BYTES, 1) && reserve(c);
 }
 
 static size_t step(struct conn *c, const uint8_t *p, size_t n)

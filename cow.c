@@ -63,7 +63,7 @@ static int op_read(struct backend *b, struct request *r, enum how how)
 	return ret;
 }
 
-static int op_map(struct backend *b, const struct request *r, struct iovec *iov, int max)
+static int op_locate(struct backend *b, const struct request *r, struct file_part *part, int max)
 {
 	uint64_t off = r->h.off, len = r->h.len;
 	int n = 0;
@@ -71,7 +71,7 @@ static int op_map(struct backend *b, const struct request *r, struct iovec *iov,
 	while (len > 0) {
 		struct run run = run_at(layer_of(b), off, len);
 
-		if (n == max || !disk_map(run.disk, run.len, off, &iov[n++]))
+		if (n == max || !disk_locate(run.disk, run.len, off, &part[n++]))
 			return 0;
 		off += run.len;
 		len -= run.len;
@@ -170,7 +170,7 @@ static const struct backend_ops cow_ops = {
 	.name = "cow",
 	.read = op_read,
 	.fetch = backend_fetches_nothing,
-	.map = op_map,
+	.locate = op_locate,
 	.write = op_write,
 	.flush = op_flush,
 	.trim = op_trim,

@@ -2,9 +2,8 @@
  * disk.c - backend: a raw image file or a block device.
  *
  * Positions are always explicit (pread, pwrite), so that no two threads share a file offset.
- * The image is mapped as well, but only for the kernel to read from when it sends large reads:
- * our own code never touches the mapping, so that a page that cannot be read is an error, not a
- * SIGBUS.
+ * The image is mapped as well, but only to ask mincore() which pages are in memory: nobody ever
+ * touches the mapping, so that a page that cannot be read is an error, not a SIGBUS.
  *
  * Runs on loops (TRY) and workers (WAIT) alike.
  */
@@ -31,12 +30,6 @@
 #endif
 
 enum {
-	/*
-	 * Pages sent from the mapping count as our memory until they are given back, which
-	 * costs faults when they are sent again: after this many bytes.
-	 */
-	MAP_BUDGET = 32 * 1024 * 1024,
-
 	/* A write that took longer shows that the disk is behind: workers write for a while. */
 	SLOW_WRITE_US = 25 * 1000,	/* more than to lose the processor for a turn */
 	SLOW_WRITE_PENALTY_US = 500 * 1000,
@@ -63,7 +56,6 @@ struct disk {
 	/* NULL if the image cannot be mapped, or if mincore() would not tell the truth about it. */
 	uint8_t *map;
 	size_t map_len;
-	atomic_size_t map_sent;		/* bytes since the pages were given back */
 
 	bool in_memory;			/* on tmpfs: nothing ever waits for a disk */
 	atomic_bool no_nowait;		/* the file system cannot say whether a read would block */
@@ -144,25 +136,10 @@ int disk_read(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off, enum how
 	return how == TRY ? read_try(d, buf, len, off) : read_at(d->fd, buf, len, off);
 }
 
-/* Count bytes sent from the mapping, and give the pages back now and then. */
-static void account_mapped(struct disk *d, uint64_t len)
+bool disk_locate(struct disk *d, uint64_t len, uint64_t off, struct file_part *part)
 {
-	size_t sent = atomic_fetch_add_explicit(&d->map_sent, len, memory_order_relaxed);
-
-	if (sent + len < MAP_BUDGET)
-		return;
-	atomic_store_explicit(&d->map_sent, 0, memory_order_relaxed);
-	madvise(d->map, d->map_len, MADV_DONTNEED);
-}
-
-bool disk_map(struct disk *d, uint64_t len, uint64_t off, struct iovec *iov)
-{
-	if (!is_resident(d, off, len))
-		return false;
-	account_mapped(d, len);
-	iov->iov_base = d->map + off;
-	iov->iov_len = len;
-	return true;
+	*part = (struct file_part){ d->fd, off, len };
+	return is_resident(d, off, len);
 }
 
 /* Writing */
@@ -447,10 +424,10 @@ static int op_read(struct backend *b, struct request *r, enum how how)
 	return disk_read(to_disk(b), r->buf, r->h.len, r->h.off, how);
 }
 
-static int op_map(struct backend *b, const struct request *r, struct iovec *iov, int max)
+static int op_locate(struct backend *b, const struct request *r, struct file_part *part, int max)
 {
 	assert(max > 0);
-	return disk_map(to_disk(b), r->h.len, r->h.off, iov);
+	return disk_locate(to_disk(b), r->h.len, r->h.off, part);
 }
 
 /* To be called before what changes the disk: a snapshot may need the old blocks. */
@@ -513,7 +490,7 @@ static const struct backend_ops disk_ops = {
 	.name = "disk",
 	.read = op_read,
 	.fetch = backend_fetches_nothing,
-	.map = op_map,
+	.locate = op_locate,
 	.write = op_write,
 	.flush = op_flush,
 	.trim = op_trim,

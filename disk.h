@@ -41,8 +41,8 @@ uint64_t disk_size(const struct disk *d);
 int disk_read(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 int disk_write(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 
-/* See the map operation of backends; true if *iov was set. */
-bool disk_map(struct disk *d, uint64_t len, uint64_t off, struct iovec *iov);
+/* See the locate operation of backends; true if *part was set. */
+bool disk_locate(struct disk *d, uint64_t len, uint64_t off, struct file_part *part);
 
 /* Zero a range; of flags, NO_HOLE and FAST_ZERO count. */
 int disk_zero(struct disk *d, uint64_t len, uint64_t off, unsigned flags);

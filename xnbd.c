@@ -458,7 +458,7 @@ static bool accept_client(struct server *s, const struct listener *l)
 	} address;
 	socklen_t len = sizeof(address);
 	char peer[ADDRESS_MAX];
-	int fd = accept4(l->fd, &address.sa, &len, SOCK_CLOEXEC);
+	int fd = accept4(l->fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 	if (fd < 0) {
 		if (out_of_resources(errno))
@@ -606,6 +606,7 @@ static void add_single_client(struct server *s)
 		greeting = s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE;
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
+	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
 	add_client(s, s->single_fd, greeting, peer);
 }
 

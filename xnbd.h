@@ -21,6 +21,12 @@ enum {
 	BLOCK_SIZE = 4096,	/* the unit of bitmaps, of holes, and of write pieces */
 };
 
+/* A part of an open file. */
+struct file_part {
+	int fd;
+	uint64_t off, len;	/* bytes */
+};
+
 /*
  * One command in flight, or a piece of one.  It is made by a connection, handed to the export's
  * backend, and comes back to the connection's loop; only one of them touches it at a time.
