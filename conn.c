@@ -45,7 +45,7 @@ enum {
 	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more request of up to 32 MiB may pass it */
 
 	/* A READ of at least this is sent from the page cache, a shorter one copied. */
-	SEND_MIN = 64 * 1024,
+	SEND_MIN = 32 * 1024,
 	SEND_PARTS = 16,
 
 	/* Replies are sent when there is less room than one step may need. */

@@ -205,9 +205,9 @@ mutant("reads share a file offset", "two connections read at once through a shar
        "lseek(fd, (off_t)off, SEEK_SET);\n\t\tssize_t n = read(fd, buf, len);",
        tests="test_hazards.py::test_reads_do_not_move_the_file_offset "
              "test_hazards.py::test_connections_that_read_at_once_get_their_own_bytes")
-mutant("reads of 64 KiB and more begin a byte late", "READ of exactly a buffer's size",
-       "disk.c", "iov->iov_base = d->map + off;",
-       "iov->iov_base = d->map + off + (len % 4096 == 1);",
+mutant("large reads begin a byte late", "READ of exactly a buffer's size",
+       "disk.c", "*part = (struct file_part){ d->fd, off, len };",
+       "*part = (struct file_part){ d->fd, off + (len % 4096 == 1), len };",
        tests="test_hazards.py::test_reads_around_the_sizes_of_buffers")
 mutant("the last byte of a large payload is lost", "READ of exactly a buffer's size",
        "conn.c", ".off = r->h.off + (r->h.len - c->current_left),\n\t\t.len = n,",
@@ -221,13 +221,19 @@ mutant("replies are gathered without bound", "client that does not read its repl
        "conn.c", "BUFFERED_MAX = 2 * 1024 * 1024,", "BUFFERED_MAX = 0x7fffffff,",
        tests="test_hazards.py::test_unread_replies_cost_bounded_memory")
 mutant("a deaf client stops its thread", "ten of them, others unaffected",
-       "tx.c", "MSG_DONTWAIT | MSG_NOSIGNAL", "MSG_NOSIGNAL",
+       "tx.c", "MSG_DONTWAIT | MSG_NOSIGNAL | (more", "MSG_NOSIGNAL | (more",
+       "xnbd.c", "SOCK_CLOEXEC | SOCK_NONBLOCK", "SOCK_CLOEXEC",
        tests="test_hazards.py::test_ten_deaf_clients_do_not_disturb_others")
 mutant("what is sent in part is sent again", "it may begin to",
        "tx.c", "tx->iov[tx->first].iov_base = (uint8_t *)tx->iov[tx->first].iov_base + n;", "",
        tests="test_hazards.py::test_replies_are_complete_when_they_are_read_late")
+mutant("what is sent of a file in part is sent again", "it may begin to",
+       "tx.c", "part->off += (uint64_t)n;", "",
+       tests="test_hazards.py::test_replies_are_complete_when_they_are_read_late")
 mutant("pages that were sent stay resident", "large reads leave the image resident",
-       "disk.c", "madvise(d->map, d->map_len, MADV_DONTNEED);", "",
+       "disk.c", "return is_resident(d, off, len);",
+       "for (uint64_t i = 0; d->map && i < len; i += 4096)\n"
+       "\t\t(void)*(volatile uint8_t *)(d->map + off + i);\n\treturn is_resident(d, off, len);",
        tests="test_hazards.py::test_pass_over_the_image_does_not_stay_resident")
 mutant("half a request is thrown away", "one byte at a time",
        "conn.c", "set_kept(c, rx + taken, have - taken);",
@@ -288,11 +294,10 @@ mutant("the mapping is read by our own code", "image truncated under a running s
        "if (d->map) {\n\t\tmemcpy(buf, d->map + off, len);\n\t\treturn 0;\n\t}",
        tests="test_hazards.py::test_truncated_image_costs_one_connection_at_most "
              "test_hazards.py::test_image_truncated_while_reads_are_in_flight")
-mutant("what is sent from the mapping is looked at before", "image truncated while it is read",
-       "disk.c", "if (!is_resident(d, off, len))\n\t\treturn false;",
-       "if (!d->map || *(volatile uint8_t *)(d->map + off + len - 1) > 255 ||\n"
-       "\t    !is_resident(d, off, len))\n"
-       "\t\treturn false;",
+mutant("what is sent from the image is looked at before", "image truncated while it is read",
+       "disk.c", "return is_resident(d, off, len);",
+       "return d->map && *(volatile uint8_t *)(d->map + off + len - 1) <= 255 &&\n"
+       "\t       is_resident(d, off, len);",
        tests="test_hazards.py::test_image_truncated_while_reads_are_in_flight "
              "test_hazards.py::test_truncated_image_costs_one_connection_at_most")
 mutant("behind the end of a truncated image there are zeros",
