@@ -48,12 +48,32 @@ static const char *describe_image(const char *path)
 	return proto_is_string(name) ? name : "";
 }
 
+/* Two disks on one image would know nothing of each other's flushes and snapshots. */
+static bool is_alone(const struct disk *d, const char *image)
+{
+	for (size_t i = 0; i < table.count; i++) {
+		const struct served *other = &table.all[i];
+
+		if (!disk_is_same(d, other->disk))
+			continue;
+		log_failure("cannot export image %s twice, also as %s: both could be written to "
+			    "(--readonly may help)", image, other->path);
+		return false;
+	}
+	return true;
+}
+
 static struct backend *open_target(const struct options *o, struct served *e, const char *image)
 {
 	if (o->create && !disk_create(image, o->create_size))
 		return NULL;
 	e->disk = disk_open(image, o->readonly, " (--readonly may help)");
-	return e->disk ? disk_backend(e->disk) : NULL;
+	if (!e->disk)
+		return NULL;
+	if (o->readonly || is_alone(e->disk, image))
+		return disk_backend(e->disk);
+	disk_close(e->disk);
+	return NULL;
 }
 
 static struct backend *open_cow_target(const struct options *o, const char *image)
@@ -97,19 +117,40 @@ static bool add(const struct options *o, const char *name, const char *image)
 	return true;
 }
 
+/* LIST tells of all exports or of none. */
+static bool can_be_listed(const struct options *o)
+{
+	size_t bytes = o->image ? PROTO_LIST_ENTRY + strlen(describe_image(o->image)) : 0;
+
+	for (unsigned i = 0; i < o->exports; i++)
+		bytes += PROTO_LIST_ENTRY + strlen(o->export[i].name) +
+			 strlen(describe_image(o->export[i].path));
+	if (bytes <= PROTO_LIST_ROOM)
+		return true;
+	log_failure("--export: the names of all exports and their files take %zu bytes, and there "
+		    "is room for %d in an answer to LIST", bytes, PROTO_LIST_ROOM);
+	return false;
+}
+
 bool exports_open(const struct options *o, const struct exports_hooks *hooks)
 {
+	size_t count = o->exports + (o->image != NULL);
+	bool ok;
+
+	if (o->exports > 0 && !can_be_listed(o))
+		return false;
 	table.hooks = hooks;
-	table.all = calloc(1, sizeof(*table.all));
-	table.entry = calloc(1, sizeof(*table.entry));
+	table.all = calloc(count, sizeof(*table.all));
+	table.entry = calloc(count, sizeof(*table.entry));
 	if (!table.all || !table.entry) {
 		log_failure("cannot start: out of memory");
 		return false;
 	}
-	if (!add(o, "", o->image))
-		return false;
-	table.proto = (struct proto_exports){ table.entry, table.count, true };
-	return true;
+	ok = !o->image || add(o, "", o->image);
+	for (unsigned i = 0; ok && i < o->exports; i++)
+		ok = add(o, o->export[i].name, o->export[i].path);
+	table.proto = (struct proto_exports){ table.entry, table.count, o->exports == 0 };
+	return ok;
 }
 
 const struct proto_exports *exports_table(void)

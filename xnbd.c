@@ -29,7 +29,8 @@
 
 enum {
 	CONNECTIONS_MAX = 4096,
-	SPARE_FDS = 64,			/* for everything that is not a connection */
+	SPARE_FDS = 64,			/* for everything that is not a connection ... */
+	EXPORT_FDS = 3,			/* ... nor belongs to a further export */
 	ACCEPT_BATCH = 64,
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 	STOP_MS = 4500,
@@ -202,22 +203,21 @@ static void set_limit(const struct rlimit *r)
 }
 
 /* As many descriptors as we may have; how many connections that makes. */
-static size_t raise_limits(void)
+static size_t raise_limits(unsigned exports)
 {
+	rlim_t spare = SPARE_FDS + EXPORT_FDS * exports, wanted = CONNECTIONS_MAX + spare;
 	struct rlimit r;
 
 	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
 		return 256;
-	if (r.rlim_cur < r.rlim_max && r.rlim_cur < CONNECTIONS_MAX + SPARE_FDS) {
-		r.rlim_cur = r.rlim_max < CONNECTIONS_MAX + SPARE_FDS ?
-				     r.rlim_max :
-				     CONNECTIONS_MAX + SPARE_FDS;
+	if (r.rlim_cur < r.rlim_max && r.rlim_cur < wanted) {
+		r.rlim_cur = r.rlim_max < wanted ? r.rlim_max : wanted;
 		set_limit(&r);
 		getrlimit(RLIMIT_NOFILE, &r);
 	}
-	if (r.rlim_cur >= CONNECTIONS_MAX + SPARE_FDS)
+	if (r.rlim_cur >= wanted)
 		return CONNECTIONS_MAX;
-	return r.rlim_cur > 2 * SPARE_FDS ? r.rlim_cur - SPARE_FDS : r.rlim_cur / 2;
+	return (size_t)(r.rlim_cur > 2 * spare ? r.rlim_cur - spare : r.rlim_cur / 2);
 }
 
 /* Whether fd is a connection; logs what it is if not. */
@@ -325,7 +325,7 @@ static bool start(struct server *s)
 {
 	static const struct exports_hooks hooks = { wake_main, tell_room };
 
-	s->connections_max = raise_limits();
+	s->connections_max = raise_limits(s->options.exports);
 	if (!setup_log(s) || !setup_signals() || !exports_open(&s->options, &hooks) ||
 	    !open_sockets(s) || !proxy_listen(exports_first()) || !start_loops(s) || !write_pidfile(s))
 		return false;
