@@ -512,7 +512,7 @@ static void enter_transmission(struct conn *c)
 	c->state = CONN_REQUEST;
 	if (!c->stopping)
 		c->deadline = 0;
-	log_line("%s: connected", c->peer);
+	log_line("%s: connected%s%s", c->peer, *e->name ? " to " : "", e->name);
 }
 
 static size_t step_client_flags(struct conn *c, const uint8_t *p, size_t n)

@@ -402,6 +402,16 @@ bool disk_is_file(const struct disk *d)
 	return !d->block_device;
 }
 
+bool disk_is_same(const struct disk *a, const struct disk *b)
+{
+	struct stat sa, sb;
+
+	if (a->block_device != b->block_device || fstat(a->fd, &sa) < 0 || fstat(b->fd, &sb) < 0)
+		return false;
+	return a->block_device ? sa.st_rdev == sb.st_rdev :
+				 sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino;
+}
+
 bool disk_clone(const struct disk *d, int fd)
 {
 #if defined(__linux__) && !defined(XNBD_PORTABLE)

@@ -62,6 +62,9 @@ unsigned disk_extents(const struct disk *d, struct extent *extent, unsigned max,
 /* Whether it is a file, which has a place beside it, and not a device. */
 bool disk_is_file(const struct disk *d);
 
+/* Whether both are the same file or device. */
+bool disk_is_same(const struct disk *a, const struct disk *b);
+
 /* Make the file fd share all blocks of the disk.  False where the file system cannot. */
 bool disk_clone(const struct disk *d, int fd);
 

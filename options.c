@@ -28,6 +28,7 @@ enum kind {
 	KIND_FD,	/* long */
 	KIND_SIZE,	/* uint64_t, bytes */
 	KIND_LADDR,
+	KIND_EXPORT,
 	KIND_HELP,
 	KIND_VERSION,
 };
@@ -59,6 +60,8 @@ static const struct known {
 	  "serve the one client on descriptor N, already negotiated" },
 	{ "oldstyle", NULL, KIND_FLAG, MODE_ANY, FIELD(oldstyle), 0, 0, 0,
 	  "greet like old servers, without negotiation" },
+	{ "export", "NAME=PATH", KIND_EXPORT, MODE_TARGET | MODE_COW_TARGET, 0, 0, 0, 0,
+	  "export the image PATH by that name, may be repeated" },
 	{ "readonly", NULL, KIND_FLAG, MODE_ANY, FIELD(readonly), 0, 0, 0,
 	  "refuse writes" },
 	{ "create", "SIZE", KIND_SIZE, MODE_TARGET, FIELD(create_size), FIELD(create), 0, 0,
@@ -112,8 +115,8 @@ static _Noreturn void usage_error(const char *fmt, ...)
 
 static _Noreturn void show_help(void)
 {
-	printf("usage: xnbd-server --target [options] DISK_IMAGE\n"
-	       "       xnbd-server --cow-target [options] BASE_DISK_IMAGE\n"
+	printf("usage: xnbd-server --target [options] [DISK_IMAGE]\n"
+	       "       xnbd-server --cow-target [options] [BASE_DISK_IMAGE]\n"
 	       "       xnbd-server --proxy [options] REMOTE_HOST REMOTE_PORT CACHE_IMAGE\n"
 	       "                   CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH\n"
 	       "Exports a disk image over the Network Block Device protocol.\n\n");
@@ -134,14 +137,38 @@ static _Noreturn void show_version(void)
 	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
 }
 
+static void *not_null(void *memory)
+{
+	if (!memory)
+		usage_error("out of memory");
+	return memory;
+}
+
 static void add_laddr(struct options *o, const char *value)
 {
-	const char **laddr = realloc(o->laddr, (o->laddrs + 1) * sizeof(*laddr));
-
-	if (!laddr)
-		usage_error("out of memory");
-	o->laddr = laddr;
+	o->laddr = not_null(realloc(o->laddr, (o->laddrs + 1) * sizeof(*o->laddr)));
 	o->laddr[o->laddrs++] = value;
+}
+
+/* The first '=' ends the name. */
+static void add_export(struct options *o, const char *value)
+{
+	const char *path = strchr(value, '=');
+	struct named_image *e;
+
+	if (!path || path == value || !path[1])
+		usage_error("option '--export': NAME=PATH is expected, and not '%s'", value);
+	o->export = not_null(realloc(o->export, (o->exports + 1) * sizeof(*e)));
+	e = &o->export[o->exports];
+	e->path = path + 1;
+	e->name = not_null(strndup(value, (size_t)(path - value)));
+	if (!proto_is_string(e->name))
+		usage_error("option '--export': a name has at most %d bytes of UTF-8, and is not "
+			    "'%s'", PROTO_STRING_MAX, e->name);
+	for (unsigned i = 0; i < o->exports; i++)
+		if (strcmp(o->export[i].name, e->name) == 0)
+			usage_error("option '--export': two images have the name '%s'", e->name);
+	o->exports++;
 }
 
 static void set_mode(struct options *o, const struct known *k)
@@ -193,6 +220,9 @@ static void set_option(struct options *o, const struct known *k, const char *val
 		break;
 	case KIND_LADDR:
 		add_laddr(o, value);
+		break;
+	case KIND_EXPORT:
+		add_export(o, value);
 		break;
 	case KIND_HELP:
 		show_help();
@@ -263,6 +293,9 @@ static void check_together(const struct options *o)
 		usage_error("--logpath and --syslog exclude each other");
 	if (o->oldstyle && o->connected_fd >= 0)
 		usage_error("--oldstyle is of no use with --connected-fd: nothing is negotiated");
+	if (o->exports > 0 && (o->oldstyle || o->connected_fd >= 0))
+		usage_error("with %s no client can ask for a name, --export does not belong to it",
+			    o->oldstyle ? "--oldstyle" : single);
 	if (o->cow_dir && o->cow_file)
 		usage_error("--cow-dir and --cow-file exclude each other");
 	if (o->create && o->readonly)
@@ -329,7 +362,10 @@ static void take_image(struct options *o, int argc, char **argv)
 	static const char *const name[] = { "DISK_IMAGE" };
 	const char **const field[] = { &o->image };
 
-	take_arguments(name, field, 1, argc, argv);
+	if (o->exports == 0 || optind < argc)
+		take_arguments(name, field, 1, argc, argv);
+	if (o->cow_file && o->exports + (o->image != NULL) > 1)
+		usage_error("--cow-file is the overlay of one image, there can be no others");
 }
 
 void options_parse(struct options *o, int argc, char **argv)
@@ -353,6 +389,8 @@ void options_parse(struct options *o, int argc, char **argv)
 
 void options_free(struct options *o)
 {
+	for (unsigned i = 0; i < o->exports; i++)
+		free(o->export[i].name);
+	free(o->export);
 	free(o->laddr);
-	o->laddr = NULL;
 }

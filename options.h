@@ -15,10 +15,18 @@ enum mode {
 	MODE_ANY = MODE_TARGET | MODE_COW_TARGET | MODE_PROXY,
 };
 
-/* What the command line said.  Strings are those of argv. */
+/* NAME=PATH of --export. */
+struct named_image {
+	char *name;			/* as proto_export wants it */
+	const char *path;
+};
+
+/* What the command line said.  Strings are those of argv, but for names of exports. */
 struct options {
 	enum mode mode;
-	const char *image;		/* of a proxy: the cache */
+	const char *image;		/* of a proxy: the cache; NULL: all exports have names */
+	struct named_image *export;	/* exports of them, no two of the same name */
+	unsigned exports;
 
 	/* --proxy */
 	const char *host;		/* or "unix:PATH" */

@@ -235,8 +235,6 @@ static uint64_t name_hash(const struct name *name)
 static const struct proto_export *find_export(const struct proto_exports *x,
 					      const struct name *name)
 {
-	if (name->len == 0)
-		return x->entry[0];
 	for (size_t i = 0; i < x->count; i++)
 		if (name_is(name, x->entry[i]->name))
 			return x->entry[i];

@@ -128,6 +128,8 @@ enum {
 	PROTO_OPTION_SIZE = 16,			/* an option's header */
 	PROTO_OPTION_MAX = 64 * 1024,		/* option data that is taken as a whole */
 	PROTO_OPTION_REPLY_ROOM = 32 * 1024,	/* room for the answer to one option */
+	PROTO_LIST_ROOM = PROTO_OPTION_REPLY_ROOM - 20,	/* for all exports in the answer to LIST */
+	PROTO_LIST_ENTRY = 24,			/* what each takes besides name and description */
 	PROTO_REQUEST_SIZE = 28,
 	PROTO_REPLY_ROOM = 128,			/* room for any reply's header */
 	PROTO_EXTENT_SIZE = 8,			/* one extent of NBD_REPLY_TYPE_BLOCK_STATUS */
@@ -142,9 +144,9 @@ struct proto_export {
 };
 
 struct proto_exports {
-	const struct proto_export *const *entry;	/* the first is the default export */
+	const struct proto_export *const *entry;	/* at least one; no name is there twice */
 	size_t count;
-	bool any_name;		/* a name that is not in the table means the default */
+	bool any_name;		/* a name that is not in the table means the first */
 };
 
 /* What one connection has negotiated; all zero is the state before the client's flags. */

@@ -41,6 +41,7 @@ struct snapshot {
 	int fd;
 	char *name;			/* without a suffix */
 	char *temporary;		/* NULL if the file has no name */
+	char *path;			/* its name, when it has one */
 	void (*ended)(void);
 	uint64_t started;		/* now_ms() */
 
@@ -244,24 +245,32 @@ static int link_as(const struct snapshot *s, const char *name)
 static int publish(struct snapshot *s)
 {
 	size_t room = strlen(s->name) + 16;
-	char *name = malloc(room);
-	int err = name ? -EEXIST : -ENOMEM;
+	int err = -EEXIST;
 
+	s->path = malloc(room);
+	if (!s->path)
+		return -ENOMEM;
 	for (int i = 0; err == -EEXIST && i < NAME_TRIES; i++) {
-		snprintf(name, room, i ? "%s.%d" : "%s", s->name, i);
-		err = link_as(s, name);
+		snprintf(s->path, room, i ? "%s.%d" : "%s", s->name, i);
+		err = link_as(s, s->path);
 	}
 	if (!err) {
-		err = sync_directory_of(name);
+		err = sync_directory_of(s->path);
 		if (err)
-			unlink(name);	/* or it would be there and, after a power cut, not */
+			unlink(s->path);	/* or it would be there and, after a power cut, not */
 	}
 	if (!err)
-		log_line("snapshot %s: complete: %llu MiB %s in %.1f s", name,
+		log_line("snapshot %s: complete: %llu MiB %s in %.1f s", s->path,
 			 (unsigned long long)(s->cloned ? s->size : atomic_load(&s->bytes)) >> 20,
 			 s->cloned ? "cloned" : "copied", (double)(now_ms() - s->started) / 1000);
-	free(name);
 	return err;
+}
+
+static const char *explain(int err)
+{
+	if (err == -ENODEV)
+		return "it is a device, and there is no room beside it";
+	return err == -ECANCELED ? "the server stops" : strerror(-err);
 }
 
 /* Durable first, then visible. */
@@ -275,9 +284,10 @@ static void complete(struct snapshot *s)
 		err = atomic_load(&s->error);	/* a client's copy may have failed at last */
 	if (!err)
 		err = publish(s);
-	if (err)
-		log_line("snapshot %s: failed: %s", s->name,
-			 err == -ECANCELED ? "the server stops" : strerror(-err));
+	if (err) {
+		fail(s, err);
+		log_line("snapshot %s: failed: %s", s->name, explain(atomic_load(&s->error)));
+	}
 }
 
 static void *snapshot_main(void *arg)
@@ -320,7 +330,8 @@ static int open_file(struct snapshot *s)
 	return ftruncate(s->fd, (off_t)s->size) < 0 ? -errno : 0;
 }
 
-struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(void))
+struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(void),
+			      const char **why)
 {
 	struct snapshot *s = calloc(1, sizeof(*s));
 	size_t room = strlen(image) + 64;
@@ -343,9 +354,8 @@ struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(v
 	if (!err)
 		return s;
 fail:
-	log_line("snapshot of %s: failed: %s", image,
-		 err == -ENODEV ? "it is a device, and there is no room beside it" :
-				  strerror(-err));
+	*why = explain(err);
+	log_line("snapshot of %s: failed: %s", image, *why);
 	snapshot_free(s);
 	return NULL;
 }
@@ -377,6 +387,14 @@ bool snapshot_is_over(const struct snapshot *s)
 	return atomic_load(&s->over);
 }
 
+const char *snapshot_path(const struct snapshot *s, const char **why)
+{
+	int err = atomic_load(&s->error);
+
+	*why = err ? explain(err) : NULL;
+	return err ? NULL : s->path;
+}
+
 void snapshot_abandon(struct snapshot *s)
 {
 	fail(s, -ECANCELED);
@@ -397,6 +415,7 @@ void snapshot_free(struct snapshot *s)
 	bitmap_close(s->copied);
 	ranges_destroy(&s->copying);
 	free(s->temporary);
+	free(s->path);
 	free(s->name);
 	free(s);
 }

@@ -5,14 +5,11 @@
  * ends them.  It sleeps in ppoll(), and only there do signals come in.
  */
 #define _GNU_SOURCE
-#include "backend.h"
-#include "cow.h"
-#include "disk.h"
+#include "exports.h"
 #include "listen.h"
 #include "loop.h"
 #include "options.h"
 #include "proxy.h"
-#include "snapshot.h"
 #include "util.h"
 #include "worker.h"
 
@@ -32,7 +29,8 @@
 
 enum {
 	CONNECTIONS_MAX = 4096,
-	SPARE_FDS = 64,			/* for everything that is not a connection */
+	SPARE_FDS = 64,			/* for everything that is not a connection ... */
+	EXPORT_FDS = 3,			/* ... nor belongs to a further export */
 	ACCEPT_BATCH = 64,
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 	STOP_MS = 4500,
@@ -44,19 +42,11 @@ enum {
 /* Everything that the server consists of.  The main thread's. */
 struct server {
 	struct options options;
-	struct backend *backend;
-	struct disk *disk;		/* a target's: what snapshots are taken of */
-	struct snapshot *snapshot;	/* that is being made, or NULL */
-	bool snapshot_taken;		/* its instant is past; else it waits for the gate */
-	bool snapshot_wanted;		/* another one, when that is done */
-	struct export export;
-	const struct proto_export *table[1];
-	struct proto_exports exports;
 	struct listeners listeners;
 	int passed;			/* sockets that were opened for us */
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
-	char *log_path, *pid_path, *image_path;	/* from the root: a daemon leaves its place */
+	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
 	size_t connections_max;
 	uint64_t accept_again;		/* now_ms() when a pause of accepting ends, 0 for none */
 	uint64_t refusal_logged;	/* now_ms() */
@@ -213,83 +203,21 @@ static void set_limit(const struct rlimit *r)
 }
 
 /* As many descriptors as we may have; how many connections that makes. */
-static size_t raise_limits(void)
+static size_t raise_limits(unsigned exports)
 {
+	rlim_t spare = SPARE_FDS + EXPORT_FDS * exports, wanted = CONNECTIONS_MAX + spare;
 	struct rlimit r;
 
 	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
 		return 256;
-	if (r.rlim_cur < r.rlim_max && r.rlim_cur < CONNECTIONS_MAX + SPARE_FDS) {
-		r.rlim_cur = r.rlim_max < CONNECTIONS_MAX + SPARE_FDS ?
-				     r.rlim_max :
-				     CONNECTIONS_MAX + SPARE_FDS;
+	if (r.rlim_cur < r.rlim_max && r.rlim_cur < wanted) {
+		r.rlim_cur = r.rlim_max < wanted ? r.rlim_max : wanted;
 		set_limit(&r);
 		getrlimit(RLIMIT_NOFILE, &r);
 	}
-	if (r.rlim_cur >= CONNECTIONS_MAX + SPARE_FDS)
+	if (r.rlim_cur >= wanted)
 		return CONNECTIONS_MAX;
-	return r.rlim_cur > 2 * SPARE_FDS ? r.rlim_cur - SPARE_FDS : r.rlim_cur / 2;
-}
-
-/* What clients may see of the image's path; a file name may have bytes that NBD does not allow. */
-static const char *describe_image(const char *path)
-{
-	const char *name = base_name(path);
-
-	return proto_is_string(name) ? name : "";
-}
-
-static struct backend *open_target(struct server *s)
-{
-	const struct options *o = &s->options;
-
-	if (o->create && !disk_create(o->image, o->create_size))
-		return NULL;
-	s->image_path = absolute_path(o->image);
-	s->disk = disk_open(o->image, o->readonly, " (--readonly may help)");
-	return s->disk ? disk_backend(s->disk) : NULL;
-}
-
-static struct backend *open_cow_target(const struct options *o)
-{
-	const struct cow_options cow = { o->image, o->cow_dir, o->cow_file, o->readonly };
-
-	return cow_open(&cow);
-}
-
-static struct backend *open_proxy(struct server *s)
-{
-	s->image_path = absolute_path(s->options.image);	/* for when it is a target */
-	return proxy_open(&s->options, wake_main);
-}
-
-static struct backend *open_backend(struct server *s)
-{
-	switch (s->options.mode) {
-	case MODE_COW_TARGET:
-		return open_cow_target(&s->options);
-	case MODE_PROXY:
-		return open_proxy(s);
-	default:
-		return open_target(s);
-	}
-}
-
-static bool open_export(struct server *s)
-{
-	const struct options *o = &s->options;
-
-	s->backend = open_backend(s);
-	if (!s->backend)
-		return false;
-	export_init(&s->export, s->backend, "", describe_image(o->image), wake_main,
-		    loops_wake);
-	s->export.load.room = tell_room;
-	s->table[0] = &s->export.proto;
-	s->exports.entry = s->table;
-	s->exports.count = 1;
-	s->exports.any_name = true;
-	return true;
+	return (size_t)(r.rlim_cur > 2 * spare ? r.rlim_cur - spare : r.rlim_cur / 2);
 }
 
 /* Whether fd is a connection; logs what it is if not. */
@@ -395,9 +323,11 @@ static bool start_loops(struct server *s)
 
 static bool start(struct server *s)
 {
-	s->connections_max = raise_limits();
-	if (!setup_log(s) || !setup_signals() || !open_export(s) || !open_sockets(s) ||
-	    !proxy_listen(&s->export) || !start_loops(s) || !write_pidfile(s))
+	static const struct exports_hooks hooks = { wake_main, tell_room };
+
+	s->connections_max = raise_limits(s->options.exports);
+	if (!setup_log(s) || !setup_signals() || !exports_open(&s->options, &hooks) ||
+	    !open_sockets(s) || !proxy_listen(exports_first()) || !start_loops(s) || !write_pidfile(s))
 		return false;
 	for (size_t i = 0; i < s->listeners.count; i++)
 		log_line("listening on %s", s->listeners.all[i].address);
@@ -408,9 +338,9 @@ static bool start(struct server *s)
 /* Connections */
 
 /* Hand a client to a loop, or close it. */
-static void add_client(struct server *s, int fd, enum greeting greeting, const char *peer)
+static void add_client(int fd, enum greeting greeting, const char *peer)
 {
-	struct conn *c = conn_new(fd, greeting, &s->exports, peer);
+	struct conn *c = conn_new(fd, greeting, exports_table(), peer);
 	int err;
 
 	if (!c) {
@@ -473,7 +403,7 @@ static bool accept_client(struct server *s, const struct listener *l)
 	if (loops_load() >= s->connections_max)
 		refuse_client(s, fd, peer);
 	else
-		add_client(s, fd, s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE, peer);
+		add_client(fd, s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE, peer);
 	return true;
 }
 
@@ -499,41 +429,6 @@ static int pause_left(struct server *s)
 	return -1;
 }
 
-/* Snapshots */
-
-/* The instant that the snapshot shows: nobody reads or writes. */
-static void take_snapshot(struct server *s)
-{
-	if (!gate_close(&s->export.gate))
-		return;		/* called again when it is empty */
-	snapshot_take(s->snapshot);
-	s->snapshot_taken = true;
-	gate_open(&s->export.gate);
-	snapshot_start(s->snapshot);
-}
-
-static void end_snapshot(struct server *s)
-{
-	if (!gate_close(&s->export.gate))
-		return;
-	snapshot_free(s->snapshot);
-	s->snapshot = NULL;
-	gate_open(&s->export.gate);
-}
-
-/* One at a time; a signal during one is remembered. */
-static void tend_snapshots(struct server *s)
-{
-	if (s->snapshot && s->snapshot_taken && snapshot_is_over(s->snapshot))
-		end_snapshot(s);
-	if (s->snapshot_wanted && !s->snapshot) {
-		s->snapshot_wanted = s->snapshot_taken = false;
-		s->snapshot = snapshot_new(s->disk, s->image_path, wake_main);
-	}
-	if (s->snapshot && !s->snapshot_taken)
-		take_snapshot(s);
-}
-
 /* The pipe had something: something ended, or a signal came. */
 static void take_wakeups(struct server *s)
 {
@@ -545,9 +440,7 @@ static void take_wakeups(struct server *s)
 	}
 	if (usr1_signals) {
 		usr1_signals = 0;
-		if (s->disk && s->image_path)
-			s->snapshot_wanted = true;
-		else
+		if (!exports_snapshot())
 			log_line("SIGUSR1 ignored: snapshots are taken in target mode");
 	}
 	if (usr2_signals) {
@@ -557,8 +450,8 @@ static void take_wakeups(struct server *s)
 	if (atomic_exchange(&room_again, false))
 		loops_wake();
 	if (proxy_tend())
-		s->disk = proxy_disk();
-	tend_snapshots(s);
+		exports_have_disk(proxy_disk());
+	exports_tend();
 }
 
 /* The shorter of two times, of which -1 is none. */
@@ -607,29 +500,21 @@ static void add_single_client(struct server *s)
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
 	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
-	add_client(s, s->single_fd, greeting, peer);
+	add_client(s->single_fd, greeting, peer);
 }
 
 /* End */
 
-static bool has_work(const struct server *s)
-{
-	return loops_load() > 0 ||
-	       (s->snapshot && s->snapshot_taken && !snapshot_is_over(s->snapshot));
-}
-
-/* Let all connections finish, and give up a snapshot.  False if that takes too long. */
-static bool stop_all(struct server *s)
+/* Let all connections finish, and give up snapshots.  False if that takes too long. */
+static bool stop_all(void)
 {
 	uint64_t begun = now_ms(), now;
 	struct pollfd pfd = { .fd = wake_pipe[0], .events = POLLIN };
 
-	if (s->snapshot)
-		snapshot_abandon(s->snapshot);
 	proxy_stop();
-	gate_open(&s->export.gate);	/* nobody waits for it any more */
+	exports_stop();
 	loops_stop();
-	while (has_work(s)) {
+	while (loops_load() > 0 || exports_are_busy()) {
 		uint64_t until = begun;
 
 		now = now_ms();
@@ -651,7 +536,6 @@ static void clean_up(struct server *s)
 		unlink(s->pid_path);
 	free(s->pid_path);
 	free(s->log_path);
-	free(s->image_path);
 	options_free(&s->options);
 }
 
@@ -663,7 +547,7 @@ static void run(struct server *s)
 	if (stop_signals)
 		log_line("stopping");
 	listen_close(&s->listeners);
-	if (!stop_all(s)) {
+	if (!stop_all()) {
 		log_line("stopped, but %zu connections wait for the disk", loops_load());
 		if (s->pid_path)
 			unlink(s->pid_path);
@@ -673,7 +557,6 @@ static void run(struct server *s)
 	proxy_end();
 	worker_stop();		/* one may be at its last words to a loop */
 	loops_free();
-	snapshot_free(s->snapshot);
 }
 
 /* A socket or an image that got one of these numbers would take what is meant for a terminal. */
@@ -708,8 +591,7 @@ int main(int argc, char **argv)
 		proxy_unlisten();
 		worker_stop();		/* a commit may be due */
 	}
-	if (s.backend)
-		s.backend->ops->close(s.backend);
+	exports_close();
 	clean_up(&s);
 	return status;
 }

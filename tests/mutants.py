@@ -87,6 +87,32 @@ mutant("names end at 256 bytes", "names of 0 to 4097 bytes",
 mutant("names may have one byte too many", "names of 0 to 4097 bytes",
        "proto.c", "if (name->len > PROTO_STRING_MAX)", "if (name->len > PROTO_STRING_MAX + 1)",
        tests="test_hazards.py::test_export_names_of_many_sizes")
+mutant("names are compared as far as the client's goes", "names of 0 to 4097 bytes, in the table",
+       "proto.c", "return name->len == strlen(s) && memcmp", "return memcmp",
+       tests="test_exports.py::test_names_of_many_sizes")
+mutant("every name means the first export", "a client reaches an export that it did not name",
+       "proto.c", "return x->any_name ? x->entry[0] : NULL;", "return x->entry[0];",
+       tests="test_exports.py::test_name_that_is_not_there_is_refused")
+mutant("all exports have the size of the first",
+       "a client reaches an export that it did not name: its range",
+       "proto.c", "out_be64(o->out, e->size);\n\t\tout_be16",
+       "out_be64(o->out, o->exports->entry[0]->size);\n\t\tout_be16",
+       tests="test_exports.py::test_ranges_are_those_of_the_export")
+mutant("EXPORT_NAME gets the first export",
+       "a client reaches an export that it did not name: a thousand clients",
+       "proto.c", "e = find_export(o->exports, &name);\n\tif (!e)\n\t\treturn PROTO_CLOSE;",
+       "e = find_export(o->exports, &name);\n\tif (!e)\n\t\treturn PROTO_CLOSE;\n"
+       "\te = o->exports->entry[0];",
+       tests="test_exports.py::test_a_thousand_clients_of_several_exports")
+mutant("the exports are not counted before the start", "more exports than LIST can tell",
+       "exports.c", "if (o->exports > 0 && !can_be_listed(o))", "if (false)",
+       tests="test_exports.py::test_list_is_full_to_the_last_byte_or_refused")
+mutant("a byte too many is counted", "more exports than LIST can tell: the last byte",
+       "exports.c", "if (bytes <= PROTO_LIST_ROOM)", "if (bytes < PROTO_LIST_ROOM)",
+       tests="test_exports.py::test_list_is_full_to_the_last_byte_or_refused")
+mutant("images are told apart by their paths", "two exports write to one image",
+       "disk.c", "sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino;", "false;",
+       tests="test_exports.py::test_image_that_is_exported_twice_is_refused")
 mutant("INFO ends the handshake", "INFO after INFO",
        "proto.c", "return o->opt == NBD_OPT_GO ?", "return o->opt ?",
        tests="test_hazards.py::test_info_after_info_for_other_names")

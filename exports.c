@@ -1,0 +1,283 @@
+/*
+ * exports.c - what is served: see exports.h.
+ *
+ * Each export has snapshots of its own, one at a time, each in these steps:
+ *
+ *	wanted		by a signal, for instance, which may come during the one before
+ *	waiting		prepared; the gate is closed, and those inside finish
+ *	taken		its instant is past: the gate is open again, and a thread copies
+ *	over		the gate is closed once more, to take it off the disk
+ */
+#include "exports.h"
+
+#include "cow.h"
+#include "loop.h"
+#include "proxy.h"
+#include "snapshot.h"
+#include "util.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct served {
+	struct export export;
+	struct backend *backend;	/* as it was opened: a proxy's is exchanged later */
+	char *path;			/* of the image, from the root: a daemon leaves its place */
+	struct disk *disk;		/* what snapshots are taken of; NULL: there are none */
+	struct snapshot *snapshot;	/* that is being made, or NULL */
+	bool taken;			/* its instant is past; else it waits for the gate */
+	bool wanted;			/* another one, when that is over */
+};
+
+static struct {
+	const struct exports_hooks *hooks;
+	struct served *all;
+	size_t count;
+	const struct proto_export **entry;
+	struct proto_exports proto;
+	void (*snapshot_ended)(struct export *e, const char *path, const char *error);
+} table;
+
+/* Opening */
+
+/* What clients may see of the image's path; a file name may have bytes that NBD does not allow. */
+static const char *describe_image(const char *path)
+{
+	const char *name = base_name(path);
+
+	return proto_is_string(name) ? name : "";
+}
+
+/* Two disks on one image would know nothing of each other's flushes and snapshots. */
+static bool is_alone(const struct disk *d, const char *image)
+{
+	for (size_t i = 0; i < table.count; i++) {
+		const struct served *other = &table.all[i];
+
+		if (!disk_is_same(d, other->disk))
+			continue;
+		log_failure("cannot export image %s twice, also as %s: both could be written to "
+			    "(--readonly may help)", image, other->path);
+		return false;
+	}
+	return true;
+}
+
+static struct backend *open_target(const struct options *o, struct served *e, const char *image)
+{
+	if (o->create && !disk_create(image, o->create_size))
+		return NULL;
+	e->disk = disk_open(image, o->readonly, " (--readonly may help)");
+	if (!e->disk)
+		return NULL;
+	if (o->readonly || is_alone(e->disk, image))
+		return disk_backend(e->disk);
+	disk_close(e->disk);
+	return NULL;
+}
+
+static struct backend *open_cow_target(const struct options *o, const char *image)
+{
+	const struct cow_options cow = { image, o->cow_dir, o->cow_file, o->readonly };
+
+	return cow_open(&cow);
+}
+
+static struct backend *open_backend(const struct options *o, struct served *e, const char *image)
+{
+	switch (o->mode) {
+	case MODE_COW_TARGET:
+		return open_cow_target(o, image);
+	case MODE_PROXY:
+		return proxy_open(o, table.hooks->wake);
+	default:
+		return open_target(o, e, image);
+	}
+}
+
+/* Add an export to the table, which has room for it. */
+static bool add(const struct options *o, const char *name, const char *image)
+{
+	struct served *e = &table.all[table.count];
+
+	e->path = absolute_path(image);
+	if (!e->path) {
+		log_failure("cannot start: out of memory");
+		return false;
+	}
+	e->backend = open_backend(o, e, image);
+	if (!e->backend) {
+		free(e->path);
+		return false;
+	}
+	export_init(&e->export, e->backend, name, describe_image(image), table.hooks->wake,
+		    loops_wake);
+	e->export.load.room = table.hooks->room;
+	table.entry[table.count++] = &e->export.proto;
+	return true;
+}
+
+/* LIST tells of all exports or of none. */
+static bool can_be_listed(const struct options *o)
+{
+	size_t bytes = o->image ? PROTO_LIST_ENTRY + strlen(describe_image(o->image)) : 0;
+
+	for (unsigned i = 0; i < o->exports; i++)
+		bytes += PROTO_LIST_ENTRY + strlen(o->export[i].name) +
+			 strlen(describe_image(o->export[i].path));
+	if (bytes <= PROTO_LIST_ROOM)
+		return true;
+	log_failure("--export: the names of all exports and their files take %zu bytes, and there "
+		    "is room for %d in an answer to LIST", bytes, PROTO_LIST_ROOM);
+	return false;
+}
+
+bool exports_open(const struct options *o, const struct exports_hooks *hooks)
+{
+	size_t count = o->exports + (o->image != NULL);
+	bool ok;
+
+	if (o->exports > 0 && !can_be_listed(o))
+		return false;
+	table.hooks = hooks;
+	table.all = calloc(count, sizeof(*table.all));
+	table.entry = calloc(count, sizeof(*table.entry));
+	if (!table.all || !table.entry) {
+		log_failure("cannot start: out of memory");
+		return false;
+	}
+	ok = !o->image || add(o, "", o->image);
+	for (unsigned i = 0; ok && i < o->exports; i++)
+		ok = add(o, o->export[i].name, o->export[i].path);
+	table.proto = (struct proto_exports){ table.entry, table.count, o->exports == 0 };
+	return ok;
+}
+
+const struct proto_exports *exports_table(void)
+{
+	return &table.proto;
+}
+
+struct export *exports_first(void)
+{
+	return &table.all[0].export;
+}
+
+void exports_have_disk(struct disk *d)
+{
+	table.all[0].disk = d;
+}
+
+/* Snapshots */
+
+bool exports_snapshot(void)
+{
+	bool any = false;
+
+	for (size_t i = 0; i < table.count; i++) {
+		table.all[i].wanted = table.all[i].disk;
+		any |= table.all[i].wanted;
+	}
+	return any;
+}
+
+void exports_on_snapshot(void (*ended)(struct export *e, const char *path, const char *error))
+{
+	table.snapshot_ended = ended;
+}
+
+static void tell_ended(struct served *e, const char *path, const char *error)
+{
+	if (table.snapshot_ended)
+		table.snapshot_ended(&e->export, path, error);
+}
+
+static void begin_snapshot(struct served *e)
+{
+	const char *error;
+
+	e->wanted = e->taken = false;
+	e->snapshot = snapshot_new(e->disk, e->path, table.hooks->wake, &error);
+	if (!e->snapshot)
+		tell_ended(e, NULL, error);
+}
+
+/* The instant that the snapshot shows: nobody reads or writes. */
+static void take_snapshot(struct served *e)
+{
+	if (!gate_close(&e->export.gate))
+		return;		/* called again when it is empty */
+	snapshot_take(e->snapshot);
+	e->taken = true;
+	gate_open(&e->export.gate);
+	snapshot_start(e->snapshot);
+}
+
+static void end_snapshot(struct served *e)
+{
+	const char *error, *path;
+
+	if (!gate_close(&e->export.gate))
+		return;
+	path = snapshot_path(e->snapshot, &error);
+	tell_ended(e, path, error);
+	snapshot_free(e->snapshot);
+	e->snapshot = NULL;
+	gate_open(&e->export.gate);
+}
+
+/* Whether a snapshot's thread is at work. */
+static bool is_copying(const struct served *e)
+{
+	return e->snapshot && e->taken && !snapshot_is_over(e->snapshot);
+}
+
+static void tend_snapshot(struct served *e)
+{
+	if (e->snapshot && e->taken && snapshot_is_over(e->snapshot))
+		end_snapshot(e);
+	if (e->wanted && !e->snapshot)
+		begin_snapshot(e);
+	if (e->snapshot && !e->taken)
+		take_snapshot(e);
+}
+
+void exports_tend(void)
+{
+	for (size_t i = 0; i < table.count; i++)
+		tend_snapshot(&table.all[i]);
+}
+
+/* End */
+
+void exports_stop(void)
+{
+	for (size_t i = 0; i < table.count; i++) {
+		struct served *e = &table.all[i];
+
+		if (e->snapshot)
+			snapshot_abandon(e->snapshot);
+		gate_open(&e->export.gate);	/* nobody waits for it any more */
+	}
+}
+
+bool exports_are_busy(void)
+{
+	for (size_t i = 0; i < table.count; i++)
+		if (is_copying(&table.all[i]))
+			return true;
+	return false;
+}
+
+void exports_close(void)
+{
+	for (size_t i = 0; i < table.count; i++) {
+		struct served *e = &table.all[i];
+
+		snapshot_free(e->snapshot);
+		e->backend->ops->close(e->backend);
+		free(e->path);
+	}
+	free(table.all);
+	free(table.entry);
+}

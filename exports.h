@@ -1,0 +1,57 @@
+/*
+ * exports.h - what is served: the table of exports, each with its image and its snapshots.
+ *
+ * There is one table.  Main thread only; nothing here blocks on a client.
+ */
+#ifndef XNBD_EXPORTS_H
+#define XNBD_EXPORTS_H
+
+#include <stdbool.h>
+
+#include "backend.h"
+#include "disk.h"
+#include "options.h"
+
+/* To be called by any thread. */
+struct exports_hooks {
+	void (*wake)(void);	/* exports_tend() has something to do */
+	void (*room)(void);	/* clients that had no room may go on */
+};
+
+/* Open what the options name.  False after logging why not; exports_close() is due then, too. */
+bool exports_open(const struct options *o, const struct exports_hooks *hooks);
+
+/* For the handshake. */
+const struct proto_exports *exports_table(void);
+
+/* The first of them, which is the only one of a proxy. */
+struct export *exports_first(void);
+
+/* The first has become one that serves this disk, of which there can be snapshots. */
+void exports_have_disk(struct disk *d);
+
+/*
+ * Make a snapshot of each image, or another one when that being made has ended.  False if there
+ * is no image of which there are any.
+ */
+bool exports_snapshot(void);
+
+/*
+ * Call ended for each snapshot that has ended, by exports_tend(): with its path, or with NULL and
+ * the reason.  Both are gone afterwards.
+ */
+void exports_on_snapshot(void (*ended)(struct export *e, const char *path, const char *error));
+
+/* Go on with snapshots. */
+void exports_tend(void);
+
+/* The server stops: give up snapshots, and let clients in who wait for one. */
+void exports_stop(void);
+
+/* Whether a snapshot is being made. */
+bool exports_are_busy(void);
+
+/* Close all.  Neither connections nor workers are left. */
+void exports_close(void);
+
+#endif
