@@ -328,6 +328,23 @@ static void put_read(struct conn *c, struct request *r)
 		put_run(c, r, pos, &e[i]);
 }
 
+/* READ from the page cache: true if all of it is there. */
+static bool read_located(struct conn *c, struct request *r)
+{
+	struct tx *tx = c->loop->tx;
+	struct file_part part[SEND_PARTS];
+	int n = r->backend->ops->locate(r->backend, r, part, SEND_PARTS);
+
+	if (n == 0)
+		return false;
+	tx_add(tx, proto_put_data(&c->session, &r->h, r->h.off, (uint32_t)r->h.len, true,
+				  tx_tail(tx)));
+	for (int i = 0; i < n; i++)
+		tx_refer_file(tx, &part[i]);
+	free_request(c, r);
+	return true;
+}
+
 static void put_block_status(struct conn *c, const struct request *r)
 {
 	struct tx *tx = c->loop->tx;
@@ -352,6 +369,8 @@ static void put_reply(struct conn *c, struct request *r)
 	} else if (r->h.cmd == NBD_CMD_BLOCK_STATUS) {
 		put_block_status(c, r);
 		free_request(c, r);
+	} else if (r->h.len >= SEND_MIN && read_located(c, r)) {
+		return;
 	} else {
 		put_read(c, r);
 		r->next = tx->held;
@@ -611,23 +630,6 @@ static struct request *new_request(struct conn *c, const struct proto_request *h
 		r->h = *h;
 	}
 	return r;
-}
-
-/* READ from the page cache: true if all of it is there. */
-static bool read_located(struct conn *c, struct request *r)
-{
-	struct tx *tx = c->loop->tx;
-	struct file_part part[SEND_PARTS];
-	int n = r->backend->ops->locate(r->backend, r, part, SEND_PARTS);
-
-	if (n == 0)
-		return false;
-	tx_add(tx, proto_put_data(&c->session, &r->h, r->h.off, (uint32_t)r->h.len, true,
-				  tx_tail(tx)));
-	for (int i = 0; i < n; i++)
-		tx_refer_file(tx, &part[i]);
-	free_request(c, r);
-	return true;
 }
 
 /* READ straight into the reply, behind its header: true if that was possible without blocking. */

@@ -30,8 +30,8 @@ struct fetch {
 	struct origin_request ask;	/* the first: arrived() relies on it */
 	struct fetcher *f;
 	struct fetch *next;		/* in its bucket */
+	struct fetch *newer;		/* of those that have arrived */
 	struct waiter *waiting;
-	struct job job;
 	bool borrowed;			/* the buffer is the first waiter's */
 };
 
@@ -52,11 +52,16 @@ struct miss {
 	struct part first;		/* mostly the only one */
 };
 
+static void store_arrived(struct job *job);
+
 void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
 {
 	memset(f, 0, sizeof(*f));
 	f->layer = layer;
 	f->origin = origin;
+	f->job.run = store_arrived;
+	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
+		f->last[i] = &f->arrived[i];
 	pthread_mutex_init(&f->lock, NULL);
 }
 
@@ -219,11 +224,55 @@ static int store(struct fetch *fetch, enum how how)
 	return fill(fetch->f, fetch->ask.buf, fetch->ask.len, fetch->ask.off, how);
 }
 
-static void store_job(struct job *job)
+/* What is to be stored next: that for which clients wait comes first.  Called with the lock. */
+static struct fetch *next_arrived(struct fetcher *f)
 {
-	struct fetch *fetch = (struct fetch *)((char *)job - offsetof(struct fetch, job));
+	struct fetch *fetch = NULL;
 
-	settle(fetch, store(fetch, WAIT));
+	for (unsigned i = 0; i < ORIGIN_PRIORITIES && !fetch; i++) {
+		fetch = f->arrived[i];
+		if (fetch)
+			f->arrived[i] = fetch->newer;
+		if (!f->arrived[i])
+			f->last[i] = &f->arrived[i];
+	}
+	return fetch;
+}
+
+/*
+ * One worker at a time stores: the file system lets one write to a file, and others that would
+ * only take the processor from those who bring the data.
+ */
+static void store_arrived(struct job *job)
+{
+	struct fetcher *f = (struct fetcher *)((char *)job - offsetof(struct fetcher, job));
+	struct fetch *fetch;
+
+	for (;;) {
+		pthread_mutex_lock(&f->lock);
+		fetch = next_arrived(f);
+		f->storing = fetch != NULL;
+		pthread_mutex_unlock(&f->lock);
+		if (!fetch)
+			return;
+		settle(fetch, store(fetch, WAIT));
+	}
+}
+
+static void store_later(struct fetch *fetch)
+{
+	struct fetcher *f = fetch->f;
+	unsigned priority = fetch->ask.priority;
+	bool start;
+
+	pthread_mutex_lock(&f->lock);
+	*f->last[priority] = fetch;
+	f->last[priority] = &fetch->newer;
+	start = !f->storing;
+	f->storing = true;
+	pthread_mutex_unlock(&f->lock);
+	if (start)
+		worker_submit(&f->job);
 }
 
 /* The origin's thread. */
@@ -237,7 +286,7 @@ static void arrived(struct origin_request *ask)
 	if (error != -EAGAIN)
 		settle(fetch, error);
 	else
-		worker_submit(&fetch->job);
+		store_later(fetch);
 }
 
 /* The request for blocks from off to end: what lies within the origin's blocks, and one region. */
@@ -249,7 +298,6 @@ static struct fetch *new_fetch(struct fetcher *f, uint64_t off, uint64_t end, ui
 	if (!fetch)
 		return NULL;
 	fetch->f = f;
-	fetch->job.run = store_job;
 	fetch->ask.done = arrived;
 	fetch->ask.priority = priority;
 	fetch->ask.off = off;

@@ -26,8 +26,12 @@ struct fetcher {
 	struct layer *layer;
 	struct origin *origin;
 	atomic_bool cannot_store;	/* has been logged */
-	pthread_mutex_t lock;		/* guards the fetches and who waits for them; a leaf */
+	pthread_mutex_t lock;		/* guards all that follows, and who waits; a leaf */
 	struct fetch *bucket[FETCH_BUCKETS];	/* by region */
+	struct fetch *arrived[ORIGIN_PRIORITIES];	/* to be stored, oldest first ... */
+	struct fetch **last[ORIGIN_PRIORITIES];		/* ... and where the next one goes */
+	bool storing;			/* job is with a worker */
+	struct job job;
 };
 
 /* Who waits for a range that is being fetched. */
