@@ -43,6 +43,7 @@ void export_init(struct export *e, struct backend *backend, const char *name,
 	atomic_init(&e->gate.closed, false);
 	e->gate.emptied = emptied;
 	e->gate.opened = opened;
+	e->lane.name = name;
 }
 
 /*

@@ -103,6 +103,7 @@ struct export {
 	struct load load;
 	struct backend *backend;	/* changes only while the gate is closed */
 	struct gate gate;
+	struct lane lane;		/* of its requests, when they wait for the disk */
 };
 
 void export_init(struct export *e, struct backend *backend, const char *name,

@@ -22,12 +22,14 @@ enum { COMMIT_MS = 1000 };
 /* One commit runs at a time, so that nobody else changes the error meanwhile. */
 int committer_run(struct committer *c)
 {
+	const char *name = c->job.lane ? c->job.lane->name : "";
+
 	if (c->error)
 		return c->error;
 	c->error = c->commit(c);
 	if (c->error)
-		log_line("%s is not durable: %s; every flush fails from now on", c->what,
-			 strerror(-c->error));
+		log_line("%s%s%s is not durable: %s; every flush fails from now on", name,
+			 *name ? ": " : "", c->what, strerror(-c->error));
 	return c->error;
 }
 
@@ -70,6 +72,8 @@ static void want(struct committer *c, struct request *r)
 	c->wanted = true;
 	start = !c->running;
 	c->running = true;
+	if (start && r)
+		c->job.lane = r->job.lane;	/* all who flush this are of one export */
 	pthread_mutex_unlock(&c->lock);
 	if (start)
 		worker_submit(&c->job);

@@ -623,6 +623,7 @@ static struct request *new_request(struct conn *c, const struct proto_request *h
 
 	if (r) {
 		r->conn = c;
+		r->job.lane = &c->export->lane;
 		r->backend = c->export->backend;
 		r->gate = &c->export->gate;
 		r->abandoned = &c->dead;

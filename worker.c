@@ -1,8 +1,11 @@
 /*
  * worker.c - a few threads for disk calls that would block: see worker.h.
  *
- * Threads are started when jobs wait and none is idle, up to a bound, and then stay: a disk that
- * blocked once will block again, and an idle thread costs a few kilobytes.
+ * Threads are started when jobs wait and none is idle, and then stay: a disk that blocked once
+ * will block again, and an idle thread costs a few kilobytes.  A job waits in its lane while
+ * enough of that lane are active, which bounds the threads as well.
+ *
+ * Somebody always waits for the time of the jobs for later, also when all other threads are stuck.
  */
 #define _GNU_SOURCE
 #include "worker.h"
@@ -13,28 +16,31 @@
 #include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 enum {
-	WORKER_MAX = 16,		/* enough to keep a disk's queue busy */
+	ACTIVE_MAX = 16,		/* of a lane: enough to keep a disk's queue busy */
 	WORKER_STACK = 128 * 1024,
 };
 
 static struct {
 	pthread_mutex_t lock;		/* guards all below */
 	pthread_cond_t wanted;		/* there is a job, or stop is set; of the clock of now_ms() */
-	struct job *first, **last;
-	unsigned waiting;		/* jobs in the list */
+	struct job *first, **last;	/* to be taken next; they are active */
+	unsigned waiting;		/* jobs in that list */
+	struct lane common;
 	struct job *later;		/* for later, those due first first */
 	bool timed;			/* an idle thread waits for the first of them */
-	unsigned idle;			/* threads in pthread_cond_wait() */
+	unsigned idle;			/* threads in pthread_cond_wait(), or about to begin */
 	unsigned count;
-	pthread_t thread[WORKER_MAX];
+	pthread_t *thread;		/* count of them */
 	bool stop;
 } pool = {
 	.lock = PTHREAD_MUTEX_INITIALIZER,
 	.last = &pool.first,
+	.common.name = "",
 };
 
 static struct job *take_job(void)
@@ -48,12 +54,55 @@ static struct job *take_job(void)
 	return job;
 }
 
-static void put_job(struct job *job)
+static void put_active(struct job *job)
 {
 	job->next = NULL;
 	*pool.last = job;
 	pool.last = &job->next;
 	pool.waiting++;
+}
+
+static void put_job(struct job *job)
+{
+	struct lane *lane = job->lane ? job->lane : &pool.common;
+
+	job->lane = lane;
+	if (lane->active < ACTIVE_MAX) {
+		lane->active++;
+		put_active(job);
+		return;
+	}
+	job->next = NULL;
+	if (lane->first)
+		lane->last->next = job;
+	else
+		lane->first = job;
+	lane->last = job;
+}
+
+/* A job of the lane is done: the next one takes its place. */
+static void leave_lane(struct lane *lane)
+{
+	struct job *job = lane->first;
+
+	if (!job) {
+		lane->active--;
+		return;
+	}
+	lane->first = job->next;
+	put_active(job);
+}
+
+/* Run the first job.  Called with the lock, which is let go meanwhile. */
+static void run_first(void)
+{
+	struct job *job = take_job();
+	struct lane *lane = job->lane;
+
+	pthread_mutex_unlock(&pool.lock);
+	job->run(job);			/* and it may be gone */
+	pthread_mutex_lock(&pool.lock);
+	leave_lane(lane);
 }
 
 /* Take the jobs for later that are due; all of them are when the pool stops. */
@@ -85,10 +134,24 @@ static void wait_idle(void)
 	pool.idle--;
 }
 
+static void start_thread(void);
+
+/* Who is about to run a job may have been the one that waited for the time. */
+static void watch_time(void)
+{
+	if (!pool.later || pool.timed)
+		return;
+	if (pool.idle == 0)
+		start_thread();
+	else
+		pthread_cond_signal(&pool.wanted);
+}
+
 static void *worker_main(void *unused)
 {
 	(void)unused;
 	pthread_mutex_lock(&pool.lock);
+	pool.idle--;
 	for (;;) {
 		put_due();
 		while (!pool.first && !pool.stop) {
@@ -97,14 +160,8 @@ static void *worker_main(void *unused)
 		}
 		if (!pool.first)
 			break;
-		/* It may have been the one that waited for the time. */
-		if (pool.later && !pool.timed)
-			pthread_cond_signal(&pool.wanted);
-		struct job *job = take_job();
-
-		pthread_mutex_unlock(&pool.lock);
-		job->run(job);
-		pthread_mutex_lock(&pool.lock);
+		watch_time();
+		run_first();
 	}
 	pthread_mutex_unlock(&pool.lock);
 	return NULL;
@@ -116,8 +173,14 @@ static void start_thread(void)
 	static bool prepared;
 	pthread_condattr_t clock;
 	pthread_attr_t attr;
-	int err;
+	pthread_t *thread;
+	int err = ENOMEM;
 
+	if (pool.stop)
+		return;		/* they are being joined */
+	thread = realloc(pool.thread, (pool.count + 1) * sizeof(*thread));
+	if (thread)
+		pool.thread = thread;
 	if (!prepared) {
 		pthread_condattr_init(&clock);
 		pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
@@ -127,12 +190,15 @@ static void start_thread(void)
 	}
 	pthread_attr_init(&attr);
 	pthread_attr_setstacksize(&attr, WORKER_STACK);
-	err = pthread_create(&pool.thread[pool.count], &attr, worker_main, NULL);
+	if (thread)
+		err = pthread_create(&thread[pool.count], &attr, worker_main, NULL);
 	pthread_attr_destroy(&attr);
-	if (!err)
+	if (!err) {
 		pool.count++;
-	else if (pool.count == 0)
+		pool.idle++;
+	} else if (pool.count == 0) {
 		log_line("cannot start a worker thread: %s", strerror(err));
+	}
 }
 
 void worker_submit(struct job *job)
@@ -141,15 +207,13 @@ void worker_submit(struct job *job)
 
 	pthread_mutex_lock(&pool.lock);
 	put_job(job);
-	if (pool.waiting > pool.idle && pool.count < WORKER_MAX && !pool.stop)
+	if (pool.waiting > pool.idle)
 		start_thread();
 	here = pool.count == 0;		/* no thread at all: then it must be done here */
-	if (here)
-		job = take_job();
+	while (here && pool.first)
+		run_first();
 	pthread_mutex_unlock(&pool.lock);
-	if (here)
-		job->run(job);
-	else
+	if (!here)
 		pthread_cond_signal(&pool.wanted);
 }
 
@@ -163,7 +227,7 @@ void worker_submit_later(struct job *job, unsigned ms)
 		p = &(*p)->next;
 	job->next = *p;
 	*p = job;
-	if (pool.count == 0)
+	if (pool.idle == 0)
 		start_thread();
 	if (pool.count > 0)
 		pthread_cond_broadcast(&pool.wanted);	/* the one that waits for the time, too */
@@ -179,5 +243,7 @@ void worker_stop(void)
 	pthread_mutex_unlock(&pool.lock);
 	for (unsigned i = 0; i < pool.count; i++)
 		pthread_join(pool.thread[i], NULL);
+	free(pool.thread);
+	pool.thread = NULL;
 	pool.count = 0;
 }

@@ -6,14 +6,28 @@
 
 #include <stdint.h>
 
+struct job;
+
+/*
+ * Jobs that may wait for the same disk.  Only so many of a lane are run at a time, so that a disk
+ * that does not answer leaves threads to the others.  All zero but for the name; the rest is the
+ * pool's.  It must last until worker_stop().
+ */
+struct lane {
+	const char *name;		/* of the export, for the log */
+	unsigned active;		/* jobs that a thread runs, or takes next */
+	struct job *first, *last;	/* those that have to wait for these */
+};
+
 /* Something to run.  It lies inside what it works on; the pool only links it. */
 struct job {
 	struct job *next;
+	struct lane *lane;		/* NULL: that of what belongs to no export */
 	void (*run)(struct job *);
 	uint64_t due;		/* now_ms() at which it may run, if it was submitted for later */
 };
 
-/* Run the job on a worker, soon, in order of submission.  Any thread; does not block. */
+/* Run the job on a worker, soon, in order of the lane.  Any thread; does not block. */
 void worker_submit(struct job *job);
 
 /* The same, when ms milliseconds have passed, or when the pool stops. */

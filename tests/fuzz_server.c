@@ -37,7 +37,12 @@ static void make_world(struct world *w, struct input *in)
 	unsigned bits = (unsigned)take(in, 1), size = (unsigned)take(in, 1);
 
 	memset(longest, 'n', PROTO_STRING_MAX);
+	/* The first has the empty name; it may not be there. */
 	w->exports = (struct proto_exports){ w->entry, 1 + (bits & 7), bits & 8 };
+	if (bits & 64 && w->exports.count > 1) {
+		w->exports.entry++;
+		w->exports.count--;
+	}
 	for (size_t i = 0; i < EXPORTS; i++) {
 		w->export[i] = (struct proto_export){
 			.name = names[i] ? names[i] : longest,
@@ -52,12 +57,13 @@ static void make_world(struct world *w, struct input *in)
 /* The export that a name means, found in another way than proto.c does. */
 static const struct proto_export *meant(const struct world *w, const uint8_t *name, size_t len)
 {
-	const struct proto_export *found = w->exports.any_name || len == 0 ? w->entry[0] : NULL;
+	const struct proto_export *const *entry = w->exports.entry;
+	const struct proto_export *found = w->exports.any_name ? entry[0] : NULL;
 
-	for (size_t i = w->exports.count; len > 0 && i > 0; i--)
-		if (strlen(w->entry[i - 1]->name) == len &&
-		    memcmp(w->entry[i - 1]->name, name, len) == 0)
-			found = w->entry[i - 1];
+	for (size_t i = w->exports.count; i > 0; i--)
+		if (strlen(entry[i - 1]->name) == len &&
+		    (len == 0 || memcmp(entry[i - 1]->name, name, len) == 0))
+			found = entry[i - 1];
 	return found;
 }
 
@@ -526,7 +532,8 @@ static void fuzz_handshake(const struct world *w, struct input *in, bool oldstyl
 {
 	static struct wire wire;
 	char *name = oldstyle ? calloc(1, 1) : take_text(in);
-	const struct proto_export *e = meant(w, (uint8_t *)name, strlen(name));
+	const struct proto_export *e = oldstyle ? w->exports.entry[0] :
+						  meant(w, (uint8_t *)name, strlen(name));
 	struct proto_session s = { 0 };
 	struct proto_client c;
 

@@ -215,6 +215,19 @@ mutant("FLUSH answers at once", "FLUSH as the first command",
 mutant("FLUSH is never answered", "FLUSH as the first command",
        "commit.c", "if (start)\n\t\tworker_submit(&c->job);", "(void)start;",
        tests="test_hazards.py::test_flush_as_the_first_command")
+mutant("all exports share their workers", "a disk that hangs holds up another export",
+       "conn.c", "r->job.lane = &c->export->lane;", "",
+       tests="test_exports.py::test_disk_that_hangs_holds_up_its_own_export_only")
+mutant("a snapshot waits for those of the exports before",
+       "a disk that hangs holds up another export: its snapshot",
+       "exports.c", "tend_snapshot(&table.all[i]);",
+       "{\n\t\ttend_snapshot(&table.all[i]);\n\t\tif (table.all[i].snapshot)\n\t\t\tbreak;\n\t}",
+       tests="test_exports.py::"
+             "test_snapshot_of_another_export_does_not_wait_for_a_disk_that_hangs")
+mutant("a stuck worker is awaited without end",
+       "SIGTERM with a disk that hangs, and another export",
+       "xnbd.c", "STOP_MS = 4500,", "STOP_MS = 45000,",
+       tests="test_exports.py::test_server_ends_in_time_though_a_disk_hangs")
 mutant("FLUSH is done by the thread of its connection", "a disk that hangs",
        "disk.c", "return b->readonly ? 0 : committer_flush(&to_disk(b)->committer, r);",
        "(void)r;\n\treturn b->readonly ? 0 : disk_sync(to_disk(b));",

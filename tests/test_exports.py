@@ -478,6 +478,97 @@ def test_daemon_finds_images_with_relative_paths(run_server, tmp_path):
         assert path.read_bytes() == content(name, MIB)
 
 
+# A disk that does not answer
+
+@pytest.fixture(scope="session")
+def stuck_library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stuck") / "stuck.so"
+    subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-O1", "-o", path,
+                    Path(__file__).with_name("stuck.c"), "-ldl"], check=True)
+    return path
+
+
+WAITING = 40                    # requests: more than a lane has threads
+ALLOCATION = "base:allocation"
+
+
+@pytest.fixture(params=[1, 4], ids=["one thread", "four threads"])
+def stuck(request, server, disk, stuck_library, tmp_path):
+    """A server; a client of export "a", whose disk does not answer, and its requests; what
+    the disk waits for; a client of export "b", which may share the thread."""
+    images = {name: disk(content=content(name, MIB), name=f"{name}.img") for name in "ab"}
+    flag = tmp_path / "while"
+    flag.touch()
+    asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
+    s = server(args=["--target", *ANY_PORT, "--threads", request.param, *exports(images)],
+               env={**os.environ, "LD_PRELOAD": str(stuck_library), "ASAN_OPTIONS": asan,
+                    "STUCK_IMAGE": str(images["a"]), "STUCK_WHILE": str(flag)})
+    a, b = (s.client(name=name, contexts=[ALLOCATION]) for name in "ab")
+    before = s.status("Threads")
+    cookies = [a.request(NBD_CMD_READ, i * 5000, 4096) for i in range(WAITING)]
+    until(lambda: s.status("Threads") >= before + 16, what="16 reads that wait")
+    yield s, a, cookies, flag, b
+    flag.unlink(missing_ok=True)
+
+
+def use(c, name, size):
+    """Each command, all of which go to the disk."""
+    expected = bytearray(content(name, size))
+    for i in range(30):
+        at = i * 30011
+        expected[at:at + 100] = bytes([i]) * 100
+        c.pwrite(bytes([i]) * 100, at, NBD_CMD_FLAG_FUA if i % 2 else 0)
+        assert c.pread(5000, at) == expected[at:at + 5000]
+    c.flush()
+    c.zero(10000, 2000)
+    expected[2000:12000] = bytes(10000)
+    c.trim(8192, 65536)
+    c.cache(4096, 0)
+    assert c.block_status(65536)
+    assert c.pread(65536) == expected[:65536]
+
+
+@hazard("a disk that hangs holds up another export")
+def test_disk_that_hangs_holds_up_its_own_export_only(stuck):
+    s, a, cookies, flag, b = stuck
+    use(b, "b", MIB)
+    with s.client(name="b") as other, s.client(name="a") as waiting:
+        other.flush()
+        cookie = waiting.request(NBD_CMD_FLUSH)
+        other.pread(5000)
+        assert not waiting.finished
+    assert not a.finished and len(a.pending) == WAITING
+    flag.unlink()
+    for i, cookie in enumerate(cookies):
+        assert a.collect(cookie).data == content("a", MIB)[i * 5000:i * 5000 + 4096]
+    use(a, "a", MIB)
+
+
+@hazard("a disk that hangs holds up another export: its snapshot")
+def test_snapshot_of_another_export_does_not_wait_for_a_disk_that_hangs(stuck):
+    s, a, cookies, flag, b = stuck
+    snapshots = Snapshots(s)
+    snapshots.signal()
+    until(lambda: snapshots.over() == 1, what="a snapshot")
+    (path, _), = snapshots.lines("complete")
+    assert "/b.img.snapshot." in path and Path(path).read_bytes() == content("b", MIB)
+    use(b, "b", MIB)
+    flag.unlink()
+    until(lambda: snapshots.over() == 2, what="the other snapshot")
+    for cookie in cookies:
+        assert not a.collect(cookie).error
+
+
+@hazard("SIGTERM with a disk that hangs, and another export")
+def test_server_ends_in_time_though_a_disk_hangs(stuck):
+    s, a, cookies, flag, b = stuck
+    use(b, "b", MIB)
+    b.close()
+    a.close()
+    s.stop()
+    assert "wait for the disk" in s.log()
+
+
 # Many
 
 @hazard("a client reaches an export that it did not name: a thousand clients")
