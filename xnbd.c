@@ -35,6 +35,7 @@ enum {
 	SPARE_FDS = 64,			/* for everything that is not a connection */
 	ACCEPT_BATCH = 64,
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
+	REFUSALS_MS = 1000,		/* between two lines about clients that are refused */
 	STOP_MS = 4500,
 	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
 	LOOPS_PER_CPU = 2,
@@ -59,7 +60,8 @@ struct server {
 	char *log_path, *pid_path, *image_path;	/* from the root: a daemon leaves its place */
 	size_t connections_max;
 	uint64_t accept_again;		/* now_ms() when a pause of accepting ends, 0 for none */
-	uint64_t refusal_logged;	/* now_ms() */
+	uint64_t refusal_logged;	/* now_ms(), 0 for never */
+	unsigned long refused;		/* since then, that the log was not told of */
 };
 
 /* Signals and loops wake the main thread with a byte in this pipe. */
@@ -212,22 +214,21 @@ static void set_limit(const struct rlimit *r)
 #endif
 }
 
-/* As many descriptors as we may have; how many connections that makes. */
-static size_t raise_limits(void)
+/* As many descriptors as that many connections need; how many connections there can be. */
+static size_t raise_limits(size_t wanted)
 {
+	rlim_t files = (rlim_t)wanted + SPARE_FDS;
 	struct rlimit r;
 
 	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
-		return 256;
-	if (r.rlim_cur < r.rlim_max && r.rlim_cur < CONNECTIONS_MAX + SPARE_FDS) {
-		r.rlim_cur = r.rlim_max < CONNECTIONS_MAX + SPARE_FDS ?
-				     r.rlim_max :
-				     CONNECTIONS_MAX + SPARE_FDS;
+		return wanted < 256 ? wanted : 256;
+	if (r.rlim_cur < r.rlim_max && r.rlim_cur < files) {
+		r.rlim_cur = r.rlim_max < files ? r.rlim_max : files;
 		set_limit(&r);
 		getrlimit(RLIMIT_NOFILE, &r);
 	}
-	if (r.rlim_cur >= CONNECTIONS_MAX + SPARE_FDS)
-		return CONNECTIONS_MAX;
+	if (r.rlim_cur >= files)
+		return wanted;
 	return r.rlim_cur > 2 * SPARE_FDS ? r.rlim_cur - SPARE_FDS : r.rlim_cur / 2;
 }
 
@@ -331,6 +332,18 @@ static bool take_inetd(struct server *s)
 	return true;
 }
 
+/* Whether there can be clients with addresses, where only some of these may connect. */
+static bool allow_is_of_use(const struct server *s)
+{
+	bool of_use = !s->options.allows || (s->single_fd >= 0 && !is_unix_socket(s->single_fd));
+
+	for (size_t i = 0; i < s->listeners.count; i++)
+		of_use |= !s->listeners.all[i].local;
+	if (!of_use)
+		log_failure("--allow is about TCP clients, and at a Unix socket there are none");
+	return of_use;
+}
+
 static bool open_sockets(struct server *s)
 {
 	const struct options *o = &s->options;
@@ -349,7 +362,7 @@ static bool open_sockets(struct server *s)
 	}
 	if (s->passed > 0)
 		return listen_passed(&s->listeners, s->passed);
-	if (o->unix_path && !listen_unix(&s->listeners, o->unix_path, 0))
+	if (o->unix_path && !listen_unix(&s->listeners, o->unix_path, (mode_t)o->unix_mode))
 		return false;
 	if (o->unix_path && !o->lport_given && !o->laddrs)
 		return true;
@@ -395,10 +408,15 @@ static bool start_loops(struct server *s)
 
 static bool start(struct server *s)
 {
-	s->connections_max = raise_limits();
-	if (!setup_log(s) || !setup_signals() || !open_export(s) || !open_sockets(s) ||
+	size_t wanted = s->options.max_connections;
+
+	s->connections_max = raise_limits(wanted ? wanted : CONNECTIONS_MAX);
+	if (!setup_log(s) || !setup_signals() || !open_export(s) || !open_sockets(s) || !allow_is_of_use(s) ||
 	    !proxy_listen(&s->export) || !start_loops(s) || !write_pidfile(s))
 		return false;
+	if (s->connections_max < wanted)
+		log_line("the limit of open files leaves room for %zu connections",
+			 s->connections_max);
 	for (size_t i = 0; i < s->listeners.count; i++)
 		log_line("listening on %s", s->listeners.all[i].address);
 	notify_supervisor("READY=1");
@@ -425,16 +443,56 @@ static void add_client(struct server *s, int fd, enum greeting greeting, const c
 	}
 }
 
-/* Close a client that is one too many; the log says so once a second at most. */
-static void refuse_client(struct server *s, int fd, const char *peer)
+/* A line about a client that is refused, once a second at most; the next one counts the others. */
+static void log_refusal(struct server *s, const char *peer, const char *reason)
 {
 	uint64_t now = now_ms();
 
-	close(fd);
-	if (s->refusal_logged && now - s->refusal_logged < 1000)
+	if (s->refusal_logged && now - s->refusal_logged < REFUSALS_MS) {
+		s->refused++;
 		return;
+	}
+	if (s->refused)
+		log_line("%s: refused: %s; %lu others were before", peer, reason, s->refused);
+	else
+		log_line("%s: refused: %s", peer, reason);
 	s->refusal_logged = now;
-	log_line("%s: refused: there are %zu connections already", peer, s->connections_max);
+	s->refused = 0;
+}
+
+/* Tell how many were refused, when no other one has come for a while. */
+static void tell_refused(struct server *s)
+{
+	if (s->refused)
+		log_line("%lu more clients were refused", s->refused);
+	s->refused = 0;
+}
+
+/* Milliseconds until that is to be told, -1 for never. */
+static int refused_left(struct server *s)
+{
+	uint64_t now = now_ms(), due = s->refusal_logged + 2 * REFUSALS_MS;
+
+	if (s->refused && due <= now)
+		tell_refused(s);
+	return s->refused ? (int)(due - now) : -1;
+}
+
+/* Whether a client may connect, whose address is NULL at a Unix socket; the log says why not. */
+static bool may_connect(struct server *s, const struct sockaddr *sa, const char *peer)
+{
+	char reason[64] = "no --allow has its address";
+
+	if (sa && s->options.allows &&
+	    !access_admits(s->options.allow, s->options.allows, sa)) {
+		log_refusal(s, peer, reason);
+		return false;
+	}
+	if (loops_load() < s->connections_max)
+		return true;
+	snprintf(reason, sizeof(reason), "there are %zu connections already", s->connections_max);
+	log_refusal(s, peer, reason);
+	return false;
 }
 
 static void pause_accepting(struct server *s)
@@ -470,10 +528,10 @@ static bool accept_client(struct server *s, const struct listener *l)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(&address.sa, len, peer);
-	if (loops_load() >= s->connections_max)
-		refuse_client(s, fd, peer);
-	else
+	if (may_connect(s, l->local ? NULL : &address.sa, peer))
 		add_client(s, fd, s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE, peer);
+	else
+		close(fd);
 	return true;
 }
 
@@ -578,7 +636,7 @@ static void serve(struct server *s)
 	for (size_t i = 0; i < listeners; i++)
 		pfd[i + 1].events = POLLIN;
 	while (!stop_signals && !(single && loops_load() == 0)) {
-		int timeout = earlier(pause_left(s), proxy_timeout());
+		int timeout = earlier(earlier(pause_left(s), proxy_timeout()), refused_left(s));
 
 		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = s->accept_again ? -1 : s->listeners.all[i].fd;
@@ -604,9 +662,13 @@ static void add_single_client(struct server *s)
 
 	if (s->options.inetd)
 		greeting = s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE;
+	address.sa.sa_family = AF_UNSPEC;	/* of a client that has left, who is not let in then */
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
-	add_client(s, s->single_fd, greeting, peer);
+	if (may_connect(s, &address.sa, peer))
+		add_client(s, s->single_fd, greeting, peer);
+	else
+		close(s->single_fd);
 }
 
 /* End */
@@ -659,6 +721,7 @@ static void run(struct server *s)
 	if (s->single_fd >= 0)
 		add_single_client(s);
 	serve(s);
+	tell_refused(s);
 	if (stop_signals)
 		log_line("stopping");
 	listen_close(&s->listeners);

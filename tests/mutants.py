@@ -56,8 +56,20 @@ mutant("each option gets the handshake's deadline anew",
        "\t\tset_deadline(c, HANDSHAKE_MS);",
        tests="test_hazards.py::test_handshake_has_a_deadline_of_10_seconds")
 mutant("connections have no cap", "idle connections that never finish the handshake: a cap",
-       "xnbd.c", "if (loops_load() >= s->connections_max)", "if (false)",
+       "xnbd.c", "if (loops_load() < s->connections_max)", "if (true)",
        tests="test_hazards.py::test_connections_have_a_cap")
+mutant("addresses are compared as bytes of text", "address rule matched as a text prefix",
+       "access.c", "same_bits(rule[i].address, address, rule[i].bits) &&",
+       "is_prefix(rule[i].address, address) &&",
+       "access.c", "bool access_admits(",
+       "static bool is_prefix(const uint8_t *a, const uint8_t *b)\n{\n"
+       "\tchar one[INET6_ADDRSTRLEN], other[INET6_ADDRSTRLEN];\n\n"
+       "\tshow(a, one);\n\tshow(b, other);\n"
+       "\treturn strncmp(one, other, strlen(one)) == 0;\n}\n\nbool access_admits(",
+       tests="test_access.py::test_address_does_not_admit_those_that_begin_like_it")
+mutant("prefixes are of whole bytes", "address rule matched as a text prefix",
+       "access.c", "(rest == 0 || (a[bytes] ^ b[bytes]) >> (8 - rest) == 0)", "rest < 8",
+       tests="test_access.py::test_prefix_is_exact_to_the_bit")
 mutant("a dead connection keeps its descriptor", "handshake cut off",
        "conn.c", "close(c->fd);\n\tc->fd = -1;", "c->fd = -1;",
        tests="test_hazards.py::test_session_cut_off_at_every_byte")
