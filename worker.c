@@ -31,7 +31,7 @@ static struct {
 	unsigned idle;			/* threads in pthread_cond_wait() */
 	unsigned count;
 	pthread_t thread[WORKER_MAX];
-	bool stop;
+	bool begun, stop;
 } pool = {
 	.lock = PTHREAD_MUTEX_INITIALIZER,
 	.last = &pool.first,
@@ -135,13 +135,22 @@ static void start_thread(void)
 		log_line("cannot start a worker thread: %s", strerror(err));
 }
 
+void worker_begin(void)
+{
+	pthread_mutex_lock(&pool.lock);
+	pool.begun = true;
+	if (pool.later)
+		start_thread();
+	pthread_mutex_unlock(&pool.lock);
+}
+
 void worker_submit(struct job *job)
 {
 	bool here;
 
 	pthread_mutex_lock(&pool.lock);
 	put_job(job);
-	if (pool.waiting > pool.idle && pool.count < WORKER_MAX && !pool.stop)
+	if (pool.waiting > pool.idle && pool.count < WORKER_MAX && pool.begun && !pool.stop)
 		start_thread();
 	here = pool.count == 0;		/* no thread at all: then it must be done here */
 	if (here)
@@ -163,7 +172,7 @@ void worker_submit_later(struct job *job, unsigned ms)
 		p = &(*p)->next;
 	job->next = *p;
 	*p = job;
-	if (pool.count == 0)
+	if (pool.count == 0 && pool.begun)
 		start_thread();
 	if (pool.count > 0)
 		pthread_cond_broadcast(&pool.wanted);	/* the one that waits for the time, too */

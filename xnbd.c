@@ -411,9 +411,11 @@ static bool start(struct server *s)
 	size_t wanted = s->options.max_connections;
 
 	s->connections_max = raise_limits(wanted ? wanted : CONNECTIONS_MAX);
-	if (!setup_log(s) || !setup_signals() || !open_export(s) || !open_sockets(s) || !allow_is_of_use(s) ||
-	    !proxy_listen(&s->export) || !start_loops(s) || !write_pidfile(s))
+	if (!setup_log(s) || !setup_signals() || !open_export(s) || !open_sockets(s) ||
+	    !allow_is_of_use(s) || !proxy_listen(&s->export) || !start_loops(s) ||
+	    !write_pidfile(s) || !proxy_start())
 		return false;
+	worker_begin();
 	if (s->connections_max < wanted)
 		log_line("the limit of open files leaves room for %zu connections",
 			 s->connections_max);
