@@ -317,8 +317,10 @@ static void remove_socket(const struct listener *l)
 {
 	struct stat st;
 
-	if (lstat(l->unix_path, &st) == 0 && st.st_dev == l->dev && st.st_ino == l->ino)
-		unlink(l->unix_path);
+	if (lstat(l->unix_path, &st) < 0 || st.st_dev != l->dev || st.st_ino != l->ino)
+		return;
+	if (unlink(l->unix_path) < 0)
+		log_line("cannot remove unix:%s: %s", l->unix_path, strerror(errno));
 }
 
 void listen_close(struct listeners *l)

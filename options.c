@@ -97,6 +97,10 @@ static const struct known {
 	  "log to FILE; SIGHUP opens it again" },
 	{ "syslog", NULL, KIND_FLAG, MODE_ANY, FIELD(syslog), 0, 0, 0,
 	  "log to syslog (with --inetd or --daemonize the default)" },
+	{ "user", "NAME", KIND_STRING, MODE_ANY, FIELD(user), 0, 0, 0,
+	  "become NAME[:GROUP] before serving anybody" },
+	{ "no-sandbox", NULL, KIND_FLAG, MODE_ANY, FIELD(no_sandbox), 0, 0, 0,
+	  "keep access to all files and to the network" },
 	{ "help", NULL, KIND_HELP, MODE_ANY, 0, 0, 0, 0, "show this text" },
 	{ "version", NULL, KIND_VERSION, MODE_ANY, 0, 0, 0, 0, "show the version" },
 #undef FIELD

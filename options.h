@@ -58,6 +58,8 @@ struct options {
 	bool daemonize;
 	const char *pidfile;
 	const char *logpath;
+	const char *user;	/* NAME[:GROUP] */
+	bool no_sandbox;
 	bool syslog;
 };
 

@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "backend.h"
+#include "confine.h"
 #include "cow.h"
 #include "disk.h"
 #include "listen.h"
@@ -27,6 +28,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -57,6 +59,8 @@ struct server {
 	int passed;			/* sockets that were opened for us */
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
+	int null_fd;			/* likewise: /dev/null */
+	struct confine_user user;	/* --user: who to become */
 	char *log_path, *pid_path, *image_path;	/* from the root: a daemon leaves its place */
 	size_t connections_max;
 	uint64_t accept_again;		/* now_ms() when a pause of accepting ends, 0 for none */
@@ -162,23 +166,24 @@ static bool daemonize(struct server *s)
 	}
 	close(fds[0]);
 	s->ready_fd = fds[1];
+	s->null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+	if (s->null_fd < 0)
+		log_failure("cannot daemonize: /dev/null: %s", strerror(errno));
 	setsid();
-	return true;
+	return s->null_fd >= 0;
 }
 
 /* The daemon can be used: let the first process go, and let go of its terminal and directory. */
 static bool detach(struct server *s)
 {
-	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
-
-	if (null < 0 || chdir("/") < 0) {
+	if (chdir("/") < 0) {
 		log_failure("cannot daemonize: %s", strerror(errno));
 		return false;
 	}
 	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
-		dup2(null, fd);
-	if (null > STDERR_FILENO)
-		close(null);
+		dup2(s->null_fd, fd);
+	if (s->null_fd > STDERR_FILENO)
+		close(s->null_fd);
 	while (write(s->ready_fd, "", 1) < 0 && errno == EINTR)
 		;
 	close(s->ready_fd);
@@ -391,6 +396,80 @@ static bool write_pidfile(struct server *s)
 	return s->pid_path != NULL;
 }
 
+static void remove_pidfile(const struct server *s)
+{
+	if (s->pid_path && unlink(s->pid_path) < 0 && errno != ENOENT)
+		log_line("cannot remove pidfile %s: %s", s->pid_path, strerror(errno));
+}
+
+/* Sockets are made by root, who may make them anywhere, and belong to who serves them. */
+static bool become_user(struct server *s)
+{
+	const char *control = s->options.control;
+
+	for (size_t i = 0; i < s->listeners.count; i++)
+		if (s->listeners.all[i].unix_path &&
+		    !confine_give_socket(s->listeners.all[i].unix_path, &s->user))
+			return false;
+	return (!control || confine_give_socket(control, &s->user)) && confine_become(&s->user);
+}
+
+/* SIGHUP opens the log file again; if it is a terminal or the like, under any name. */
+static void keep_log(struct confine *c, const char *path)
+{
+	struct stat st;
+
+	if (path && lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
+		confine_keep(c, path, CONFINE_APPEND);
+	else
+		confine_keep_beside(c, path, CONFINE_APPEND);
+}
+
+/* What a proxy needs to look up the name of an origin, later. */
+static void keep_resolver(struct confine *c)
+{
+	static const char *const place[] = {
+		"/etc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager",
+#ifdef __GLIBC__
+		"/usr", "/lib", "/lib64",	/* it may load libraries for that */
+#endif
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(place); i++)
+		confine_keep(c, place[i], CONFINE_READ);
+}
+
+/* What will be done with files after the start, and nothing else, stays possible. */
+static bool confine(struct server *s)
+{
+	const struct options *o = &s->options;
+	const char *supervisor = getenv("NOTIFY_SOCKET");
+	struct disk *disk = o->mode == MODE_PROXY ? proxy_disk() : s->disk;
+	struct confine c;
+
+	confine_begin(&c, (o->mode == MODE_PROXY ? 0 : CONFINE_NO_CONNECT) |
+				  (supervisor && *supervisor == '@' ? 0 : CONFINE_NO_ABSTRACT));
+	if (disk && disk_is_file(disk))
+		confine_keep_beside(&c, s->image_path, CONFINE_FILES);	/* snapshots */
+	for (size_t i = 0; i < s->listeners.count; i++)
+		confine_keep_beside(&c, s->listeners.all[i].unix_path, CONFINE_REMOVE_FILE);
+	confine_keep_beside(&c, o->control, CONFINE_REMOVE_FILE);
+	confine_keep_beside(&c, s->pid_path, CONFINE_REMOVE_FILE);
+	keep_log(&c, s->log_path);
+	if (o->mode == MODE_PROXY)
+		keep_resolver(&c);
+	return confine_enter(&c);
+}
+
+/* Before there are threads, and before there are clients. */
+static bool give_up_rights(struct server *s)
+{
+	if (s->options.user && !become_user(s))
+		return false;
+	confine_no_new_privileges();
+	return s->options.no_sandbox || confine(s);
+}
+
 static bool start_loops(struct server *s)
 {
 	unsigned max = (unsigned)s->options.threads;
@@ -411,9 +490,11 @@ static bool start(struct server *s)
 	size_t wanted = s->options.max_connections;
 
 	s->connections_max = raise_limits(wanted ? wanted : CONNECTIONS_MAX);
+	if (s->options.user && !confine_find_user(s->options.user, &s->user))
+		return false;
 	if (!setup_log(s) || !setup_signals() || !open_export(s) || !open_sockets(s) ||
 	    !allow_is_of_use(s) || !proxy_listen(&s->export) || !start_loops(s) ||
-	    !write_pidfile(s) || !proxy_start())
+	    !write_pidfile(s) || !give_up_rights(s) || !proxy_start())
 		return false;
 	worker_begin();
 	if (s->connections_max < wanted)
@@ -710,8 +791,7 @@ static bool stop_all(struct server *s)
 static void clean_up(struct server *s)
 {
 	listen_close(&s->listeners);
-	if (s->pid_path)
-		unlink(s->pid_path);
+	remove_pidfile(s);
 	free(s->pid_path);
 	free(s->log_path);
 	free(s->image_path);
@@ -729,8 +809,7 @@ static void run(struct server *s)
 	listen_close(&s->listeners);
 	if (!stop_all(s)) {
 		log_line("stopped, but %zu connections wait for the disk", loops_load());
-		if (s->pid_path)
-			unlink(s->pid_path);
+		remove_pidfile(s);
 		_exit(EXIT_SUCCESS);
 	}
 	loops_join();

@@ -326,6 +326,36 @@ mutant("a line that cannot be logged is tried again", "a full disk under the log
        "util.c", "while (write(fd, line, len) < 0 && errno == EINTR)",
        "while (write(fd, line, len) < 0)",
        tests="test_faults.py::test_log_that_cannot_be_written_costs_nothing")
+mutant("nothing is confined", "a server that was taken over reaches other files",
+       "xnbd.c", "return s->options.no_sandbox || confine(s);", "return true;",
+       tests="test_confine.py::test_target_reaches_its_directory_only")
+mutant("the directory of a device is kept", "a server that was taken over reaches other files",
+       "xnbd.c", "if (disk && disk_is_file(disk))", "if (disk)",
+       tests="test_confine.py::test_device_does_not_open_the_directory_of_devices")
+mutant("programs may be executed", "a server that was taken over reaches other files",
+       "confine.c", "c->rights = (1u << known_rights[i]) - 1;",
+       "c->rights = ((1u << known_rights[i]) - 1) & ~1u;",
+       tests="test_confine.py::test_target_reaches_its_directory_only")
+mutant("a target may connect", "a server that was taken over reaches other files",
+       "confine.c", "forbidden & CONFINE_NO_CONNECT ? NET_CONNECT : 0", "0 & forbidden",
+       tests="test_confine.py::test_target_reaches_its_directory_only")
+mutant("a worker is there before", "rights that one thread keeps",
+       "worker.c", "if (pool.count == 0 && pool.begun)", "if (pool.count == 0)",
+       tests="test_confine.py::test_files_of_a_killed_server_do_not_start_a_thread_too_early")
+mutant("the origin's thread is there before", "rights that one thread keeps",
+       "xnbd.c", "!write_pidfile(s) || !give_up_rights(s) || !proxy_start())",
+       "!write_pidfile(s) || !proxy_start() || !give_up_rights(s))",
+       tests="test_confine.py::test_proxy_can_look_up_names_and_connect "
+             "test_confine.py::test_all_threads_of_a_proxy_are_the_user")
+mutant("only the effective user changes", "root comes back",
+       "confine.c", "return syscall(SYS_setresuid32, uid, uid, uid) == 0;",
+       "return uid == 0 ? false : syscall(SYS_setresuid32, -1, uid, -1) == 0;",
+       "confine.c", "getuid() != user->uid || ", "",
+       tests="test_confine.py::test_server_becomes_the_user_for_ever")
+mutant("the groups of root stay", "root comes back",
+       "confine.c", "return syscall(SYS_setgroups32, 1, &gid) == 0 &&\n\t       syscall",
+       "return syscall",
+       tests="test_confine.py::test_server_becomes_the_user_for_ever")
 mutant("a stale socket stops the next start", "a stale Unix socket stops the next start",
        "listen.c", "if (unlink(sun->sun_path) < 0)\n\t\treturn -errno;", "return -EADDRINUSE;",
        tests="test_service.py::test_stale_unix_socket_is_replaced")

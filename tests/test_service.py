@@ -29,7 +29,7 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = MIB + 77
 OPTIONS = {"target", "lport", "laddr", "unix", "unix-mode", "allow", "max-connections", "inetd",
-           "connected-fd", "oldstyle", "readonly", "create", "threads", "daemonize", "pidfile", "logpath", "syslog", "help", "version"}
+           "connected-fd", "oldstyle", "readonly", "create", "threads", "daemonize", "pidfile", "logpath", "syslog", "user", "no-sandbox", "help", "version"}
 ANY_PORT = ["--laddr", "127.0.0.1", "--lport", "0"]
 
 
@@ -123,7 +123,7 @@ USAGE_ERRORS += [(["--target", option, value], option) for option, values in {
     "--connected-fd": ["", "-1", "x", "0x3", "2147483648"],
     "--create": ["", "K", "1Q", "1KB", "-1", "1.5G", "1 G", "16777216T",
                  "99999999999999999999"],
-    "--unix": [""], "--logpath": [""], "--pidfile": [""],
+    "--unix": [""], "--logpath": [""], "--pidfile": [""], "--user": [""],
 }.items() for value in values]
 CONTRADICTIONS = [
     "--inetd --daemonize", "--inetd --connected-fd=3", "--inetd --lport=0",
