@@ -428,15 +428,17 @@ static void keep_log(struct confine *c, const char *path)
 /* What a proxy needs to look up the name of an origin, later. */
 static void keep_resolver(struct confine *c)
 {
-	static const char *const place[] = {
-		"/etc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager",
-#ifdef __GLIBC__
-		"/usr", "/lib", "/lib64",	/* it may load libraries for that */
-#endif
-	};
+	char path[512] = "/etc/", *target = path + 5;
 
-	for (size_t i = 0; i < ARRAY_SIZE(place); i++)
-		confine_keep(c, place[i], CONFINE_READ);
+	/* A link to a file that others replace now and then: it is the directory that lasts. */
+	if (readlink("/etc/resolv.conf", target, sizeof(path) - 6) > 0)
+		confine_keep_beside(c, *target == '/' ? target : path, CONFINE_READ);
+	confine_keep(c, "/etc", CONFINE_READ);
+#ifdef __GLIBC__
+	confine_keep(c, "/usr", CONFINE_READ);		/* it may load libraries for that */
+	confine_keep(c, "/lib", CONFINE_READ);
+	confine_keep(c, "/lib64", CONFINE_READ);
+#endif
 }
 
 /* What will be done with files after the start, and nothing else, stays possible. */

@@ -26,7 +26,8 @@ from conftest import is_portable, need, skip
 from nbd import *
 from test_control import bgctl, done
 from test_proxy import proxy, original
-from test_service import ANY_PORT, block_device, foster, daemon, refused
+from test_service import (ANY_PORT, CLONE_NEWNS, MS_BIND, MS_PRIVATE, MS_REC, alone, block_device,
+                          daemon, foster, mount, refused, unshare)
 
 SIZE = 65536
 INTRUDER_SIGNAL = signal.SIGRTMAX - 3
@@ -84,16 +85,25 @@ def library(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    """One that needs no file but itself: those of libraries cannot be read either."""
+    path = tmp_path_factory.mktemp("program") / "program"
+    subprocess.run([need("cc", "gcc"), "-static", "-x", "c", "-o", path, "-"],
+                   input=b"int main(void) { return 0; }", check=True)
+    return path
+
+
 class Intruder:
     """What somebody can do in a server that was started with env=self.environment."""
 
-    def __init__(self, library, directory, port, abstract):
+    def __init__(self, library, program, directory, port, abstract):
         self.outside, self.inside = directory / "outside", directory / "inside"
         self.report = directory / "report"
         for path in (self.outside, self.inside):
             path.mkdir()
         (self.outside / "file").write_text("secret")
-        shutil.copy("/bin/true", self.inside / "program")
+        shutil.copy(program, self.inside / "program")
         asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
         self.environment = {
             **os.environ, "LD_PRELOAD": str(library), "ASAN_OPTIONS": asan,
@@ -116,12 +126,13 @@ class Intruder:
 
 
 @pytest.fixture
-def intruder(library, tmp_path_factory):
+def intruder(library, program, tmp_path_factory):
     name = f"xnbd-test-{os.getpid()}"
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as abstract:
         abstract.bind("\0" + name)
         abstract.listen(64)
-        yield Intruder(library, tmp_path_factory.mktemp("intruder"), tcp.getsockname()[1], name)
+        yield Intruder(library, program, tmp_path_factory.mktemp("intruder"), tcp.getsockname()[1],
+                       name)
 
 
 EVERYTHING = ["read outside", "write outside", "list outside", "create outside", "remove outside",
@@ -231,6 +242,22 @@ def test_proxy_can_look_up_names_and_connect(proxy, image, intruder):
     p.cache_all()
     assert len(threads(p)) > 2
     check_all_threads(intruder, p, but(*SNAPSHOTS, "read the users", "connect"))
+
+
+@pytest.mark.parametrize("way", [str, lambda path: os.path.relpath(path, "/etc")],
+                         ids=["absolute", "relative"])
+def test_proxy_can_read_what_resolv_conf_is_a_link_to(proxy, image, intruder, tmp_path, way):
+    """In an /etc of its own."""
+    need_sandbox()
+    etc = tmp_path / "etc"
+    etc.mkdir()
+    (etc / "passwd").touch()
+    (etc / "resolv.conf").symlink_to(way(intruder.outside / "file"))
+    p = proxy(image, place=intruder.inside, env=intruder.environment, preexec_fn=alone(
+        lambda: unshare(CLONE_NEWNS) and mount("none", "/", MS_REC | MS_PRIVATE)
+        and mount(etc, "/etc", MS_BIND)))
+    check_all_threads(intruder, p, but(*SNAPSHOTS, "read the users", "connect", "read outside",
+                                       "list outside"))
 
 
 def test_daemon_is_confined(daemon, image, intruder, tmp_path):
