@@ -70,8 +70,12 @@ def threads(s):
 
 
 def of_threads(s, field):
-    """What /proc says of that field: the values of all threads, without doubles."""
-    texts = [Path(f"/proc/{s.proc.pid}/task/{tid}/status").read_text() for tid in threads(s)]
+    """What /proc says of that field: the values of all threads, without doubles.  A
+    sanitizer's own thread is there before ours, and stays what it was."""
+    own = sorted(threads(s))
+    if SANITIZED:
+        del own[1:2]
+    texts = [Path(f"/proc/{s.proc.pid}/task/{tid}/status").read_text() for tid in own]
     return {re.search(rf"(?m)^{field}:\s*(.*?)\s*$", text)[1] for text in texts}
 
 
