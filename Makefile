@@ -40,7 +40,7 @@ endif
 # Atomic 64-bit numbers on processors that have none: an archive, of which is taken what is used.
 LIBATOMIC = $(filter /%,$(shell $(CC) -print-file-name=libatomic.a))
 
-SERVER_OBJS = xnbd.o options.o exports.o listen.o conn.o loop.o tx.o proto.o backend.o disk.o \
+SERVER_OBJS = xnbd.o options.o exports.o access.o confine.o listen.o conn.o loop.o tx.o proto.o backend.o disk.o \
 	snapshot.o cow.o layer.o bitmap.o range.o commit.o worker.o buffer.o util.o \
 	proxy.o ctl.o cache.o fetch.o ahead.o copy.o origin.o link.o dial.o proto_client.o
 BGCTL_OBJS = bgctl.o util.o
@@ -88,7 +88,7 @@ tsan:
 # own, which tests/test_faults.py may complain of.
 coverage:
 	rm -rf build/coverage
-	$(MAKE) BUILD=build/coverage all CFLAGS='-O1 -g --coverage -fprofile-update=atomic'
+	$(MAKE) BUILD=build/coverage all CFLAGS='-O1 -g --coverage -fprofile-update=atomic -DXNBD_COVERAGE'
 	-$(MAKE) BUILD=build/coverage -o build/coverage/xnbd-server -o build/coverage/xnbd-bgctl check
 	gcov -b -n -r -o build/coverage build/coverage/*.gcda | \
 		sed -n "/^File '[a-z_]*\.[ch]'/{N;N;N;s/\n/  /gp}"

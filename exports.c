@@ -170,6 +170,14 @@ void exports_have_disk(struct disk *d)
 
 /* Snapshots */
 
+const char *exports_snapshots_beside(size_t i)
+{
+	const struct served *e = &table.all[i];
+	const struct disk *d = e->disk ? e->disk : proxy_disk();
+
+	return d && disk_is_file(d) ? e->path : NULL;
+}
+
 bool exports_snapshot(void)
 {
 	bool any = false;

@@ -31,6 +31,12 @@ struct export *exports_first(void);
 void exports_have_disk(struct disk *d);
 
 /*
+ * The path of the image of an export of which there may be snapshots now, or when a proxy has
+ * become a target; NULL if there will be none.
+ */
+const char *exports_snapshots_beside(size_t i);
+
+/*
  * Make a snapshot of each image, or another one when that being made has ended.  False if there
  * is no image of which there are any.
  */

@@ -187,15 +187,28 @@ static bool is_alive(const struct sockaddr_un *sun)
 	return alive;
 }
 
-/* Bind, in place of a stale socket if there is one.  0 or -errno. */
-static int bind_unix(int fd, const struct sockaddr_un *sun)
+/*
+ * Bind to a path; the socket's file has the mode from its beginning.  The umask is that of all
+ * threads, but nobody creates files meanwhile.
+ */
+static int bind_mode(int fd, const struct sockaddr_un *sun, mode_t mode)
 {
+	mode_t old = mode ? umask(~mode & 0777) : 0;
+	int err = bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0 ? errno : 0;
+
+	if (mode)
+		umask(old);
+	return err;
+}
+
+/* Bind, in place of a stale socket if there is one.  0 or -errno. */
+static int bind_unix(int fd, const struct sockaddr_un *sun, mode_t mode)
+{
+	int err = bind_mode(fd, sun, mode);
 	struct stat st;
 
-	if (bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) == 0)
-		return 0;
-	if (errno != EADDRINUSE)
-		return -errno;
+	if (err != EADDRINUSE)
+		return -err;
 	if (lstat(sun->sun_path, &st) < 0)
 		return -errno;
 	if (!S_ISSOCK(st.st_mode))
@@ -204,7 +217,7 @@ static int bind_unix(int fd, const struct sockaddr_un *sun)
 		return -EADDRINUSE;
 	if (unlink(sun->sun_path) < 0)
 		return -errno;
-	return bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0 ? -errno : 0;
+	return -bind_mode(fd, sun, mode);
 }
 
 /* 0 or -errno; fd is closed on failure. */
@@ -215,10 +228,8 @@ static int start_unix(struct listeners *l, int fd, const struct sockaddr_un *sun
 	bool bound;
 	int err;
 
-	err = path ? bind_unix(fd, sun) : -ENOMEM;
+	err = path ? bind_unix(fd, sun, mode) : -ENOMEM;
 	bound = err == 0;
-	if (!err && mode && chmod(path, mode) < 0)
-		err = -errno;
 	if (!err && (listen(fd, BACKLOG) < 0 || lstat(path, &st) < 0))
 		err = -errno;
 	if (err) {
@@ -248,8 +259,6 @@ bool listen_unix(struct listeners *l, const char *path, mode_t mode)
 	}
 	strcpy(sun.sun_path, path);
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (fd >= 0 && mode)
-		fchmod(fd, mode);	/* Linux: the file that bind() makes has it */
 	err = fd < 0 ? -errno : start_unix(l, fd, &sun, mode);
 	if (err)
 		log_failure("cannot listen on unix:%s: %s", path,
@@ -308,8 +317,10 @@ static void remove_socket(const struct listener *l)
 {
 	struct stat st;
 
-	if (lstat(l->unix_path, &st) == 0 && st.st_dev == l->dev && st.st_ino == l->ino)
-		unlink(l->unix_path);
+	if (lstat(l->unix_path, &st) < 0 || st.st_dev != l->dev || st.st_ino != l->ino)
+		return;
+	if (unlink(l->unix_path) < 0)
+		log_line("cannot remove unix:%s: %s", l->unix_path, strerror(errno));
 }
 
 void listen_close(struct listeners *l)

@@ -27,8 +27,10 @@ enum kind {
 	KIND_NUMBER,	/* unsigned long, from min to max */
 	KIND_FD,	/* long */
 	KIND_SIZE,	/* uint64_t, bytes */
+	KIND_OCTAL,	/* unsigned long, a mode of a file */
 	KIND_LADDR,
 	KIND_EXPORT,
+	KIND_ALLOW,
 	KIND_HELP,
 	KIND_VERSION,
 };
@@ -54,6 +56,12 @@ static const struct known {
 	  "address or name to listen on, may be repeated (all)" },
 	{ "unix", "PATH", KIND_STRING, MODE_ANY, FIELD(unix_path), 0, 0, 0,
 	  "Unix socket to listen on; without --lport and --laddr, there alone" },
+	{ "unix-mode", "MODE", KIND_OCTAL, MODE_ANY, FIELD(unix_mode), 0, 0, 0,
+	  "mode of that socket, such as 0660 (what the umask leaves)" },
+	{ "allow", "ADDRESS", KIND_ALLOW, MODE_ANY, 0, 0, 0, 0,
+	  "TCP clients that may connect: ADDRESS[/PREFIX], may be repeated (all)" },
+	{ "max-connections", "N", KIND_NUMBER, MODE_ANY, FIELD(max_connections), 0, 1, 65536,
+	  "clients at a time, at most (4096)" },
 	{ "inetd", NULL, KIND_FLAG, MODE_ANY, FIELD(inetd), 0, 0, 0,
 	  "serve the one client on standard input" },
 	{ "connected-fd", "N", KIND_FD, MODE_ANY, FIELD(connected_fd), 0, 0, INT_MAX,
@@ -92,6 +100,10 @@ static const struct known {
 	  "log to FILE; SIGHUP opens it again" },
 	{ "syslog", NULL, KIND_FLAG, MODE_ANY, FIELD(syslog), 0, 0, 0,
 	  "log to syslog (with --inetd or --daemonize the default)" },
+	{ "user", "NAME", KIND_STRING, MODE_ANY, FIELD(user), 0, 0, 0,
+	  "become NAME[:GROUP] before serving anybody" },
+	{ "no-sandbox", NULL, KIND_FLAG, MODE_ANY, FIELD(no_sandbox), 0, 0, 0,
+	  "keep access to all files and to the network" },
 	{ "help", NULL, KIND_HELP, MODE_ANY, 0, 0, 0, 0, "show this text" },
 	{ "version", NULL, KIND_VERSION, MODE_ANY, 0, 0, 0, 0, "show the version" },
 #undef FIELD
@@ -171,6 +183,25 @@ static void add_export(struct options *o, const char *value)
 	o->exports++;
 }
 
+static void add_allow(struct options *o, const char *value)
+{
+	const char *wrong;
+
+	o->allow = not_null(realloc(o->allow, (o->allows + 1) * sizeof(*o->allow)));
+	wrong = access_parse(&o->allow[o->allows++], value);
+	if (wrong)
+		usage_error("option '--allow': '%s' %s", value, wrong);
+}
+
+/* The mode of a file, in octal: its permissions, of which there must be some. */
+static void set_octal(const struct known *k, const char *value, unsigned long *mode)
+{
+	*mode = strtoul(value, NULL, 8);
+	if (strspn(value, "01234567") != strlen(value) || *mode == 0 || *mode > 0777)
+		usage_error("option '--%s': '%s' is not a mode from 1 to 0777, in octal", k->name,
+			    value);
+}
+
 static void set_mode(struct options *o, const struct known *k)
 {
 	if (o->mode != MODE_NONE)
@@ -217,6 +248,12 @@ static void set_option(struct options *o, const struct known *k, const char *val
 		if (!parse_size(value, (uint64_t *)field))
 			usage_error("option '--%s': '%s' is not a size such as 512M or 10G",
 				    k->name, value);
+		break;
+	case KIND_OCTAL:
+		set_octal(k, value, (unsigned long *)field);
+		break;
+	case KIND_ALLOW:
+		add_allow(o, value);
 		break;
 	case KIND_LADDR:
 		add_laddr(o, value);
@@ -300,6 +337,10 @@ static void check_together(const struct options *o)
 		usage_error("--cow-dir and --cow-file exclude each other");
 	if (o->create && o->readonly)
 		usage_error("--create and --readonly exclude each other");
+	if (o->unix_mode && !o->unix_path)
+		usage_error("--unix-mode needs --unix");
+	if (o->allows && o->unix_path && !o->lport_given && !o->laddrs)
+		usage_error("--allow is about TCP clients, and with --unix alone there are none");
 	if (!o->inetd && o->connected_fd < 0)
 		return;
 	if (o->lport_given || o->laddrs || o->unix_path)
@@ -307,8 +348,9 @@ static void check_together(const struct options *o)
 			    single);
 	if (o->daemonize)
 		usage_error("%s and --daemonize exclude each other", single);
-	if (o->threads)
-		usage_error("%s serves one client, --threads does not belong to it", single);
+	if (o->threads || o->max_connections)
+		usage_error("%s serves one client, --threads and --max-connections do not belong "
+			    "to it", single);
 }
 
 /* What stands behind the options, in order, and where it goes. */
@@ -393,4 +435,5 @@ void options_free(struct options *o)
 		free(o->export[i].name);
 	free(o->export);
 	free(o->laddr);
+	free(o->allow);
 }

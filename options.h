@@ -7,6 +7,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "access.h"
+
 enum mode {
 	MODE_NONE = 0,
 	MODE_TARGET = 1 << 0,
@@ -45,6 +47,10 @@ struct options {
 	const char **laddr;	/* laddrs of them */
 	unsigned laddrs;
 	const char *unix_path;
+	unsigned long unix_mode;	/* 0 for what the umask says */
+	struct access_rule *allow;	/* allows of them; none: everybody may connect */
+	unsigned allows;
+	unsigned long max_connections;	/* 0 for the default */
 	bool inetd;
 	long connected_fd;	/* -1 for none */
 	bool oldstyle;
@@ -60,6 +66,8 @@ struct options {
 	bool daemonize;
 	const char *pidfile;
 	const char *logpath;
+	const char *user;	/* NAME[:GROUP] */
+	bool no_sandbox;
 	bool syslog;
 };
 

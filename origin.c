@@ -58,6 +58,7 @@ struct redirect {
 
 struct origin {
 	pthread_t thread;
+	bool started;			/* the thread; main thread */
 	struct origin_limits limits;
 	unsigned timeout_ms;
 
@@ -682,7 +683,7 @@ static bool connect_first(struct origin *o, char *reason)
 	return attach(o, o->line, fd, &offer);
 }
 
-static int start_thread(struct origin *o)
+bool origin_start(struct origin *o)
 {
 	pthread_attr_t attr;
 	int err;
@@ -691,7 +692,10 @@ static int start_thread(struct origin *o)
 	pthread_attr_setstacksize(&attr, ORIGIN_STACK);
 	err = pthread_create(&o->thread, &attr, origin_main, o);
 	pthread_attr_destroy(&attr);
-	return err;
+	o->started = err == 0;
+	if (err)
+		log_failure("cannot start a thread: %s", strerror(err));
+	return err == 0;
 }
 
 static struct origin *make_origin(const struct origin_options *options)
@@ -739,9 +743,7 @@ struct origin *origin_open(const struct origin_options *options)
 
 	if (!err && connect_first(o, reason)) {
 		o->opened = true;
-		err = -start_thread(o);
-		if (!err)
-			return o;
+		return o;
 	}
 	log_failure("cannot reach origin %s%s%s: %s",
 		    o && o->target ? o->target->address : options->host,
@@ -901,7 +903,7 @@ void origin_end(struct origin *o)
 	ended = o->ended;
 	o->cancelled = o->ended = true;
 	pthread_mutex_unlock(&o->lock);
-	if (ended)
+	if (ended || !o->started)
 		return;
 	wake(o);
 	pthread_join(o->thread, NULL);

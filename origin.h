@@ -76,6 +76,12 @@ struct origin_limits {
  */
 struct origin *origin_open(const struct origin_options *o);
 
+/*
+ * Start the thread: nothing is asked before that.  Main thread, once.  False after logging why
+ * not.
+ */
+bool origin_start(struct origin *o);
+
 const struct origin_limits *origin_limits(const struct origin *o);
 
 /* Whether the origin tells extents now; it may be another one after a reconnect.  Any thread. */

@@ -413,6 +413,11 @@ bool proxy_listen(struct export *e)
 	return true;
 }
 
+bool proxy_start(void)
+{
+	return !proxy.backend || origin_start(cache_origin(proxy.backend));
+}
+
 size_t proxy_poll(struct pollfd *pfd)
 {
 	return proxy.ctl ? ctl_poll(proxy.ctl, pfd) : 0;
@@ -431,7 +436,7 @@ void proxy_turn(const struct pollfd *pfd, size_t n)
 
 struct disk *proxy_disk(void)
 {
-	return cache_disk(proxy.backend);
+	return proxy.backend ? cache_disk(proxy.backend) : NULL;
 }
 
 void proxy_unlisten(void)

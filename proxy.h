@@ -23,6 +23,9 @@ struct backend *proxy_open(const struct options *o, void (*wake)(void));
 /* Listen on the control socket, for the export that the backend is in.  False after logging. */
 bool proxy_listen(struct export *e);
 
+/* Threads may be started: begin to ask the origin.  False after logging why not. */
+bool proxy_start(void);
+
 /* For poll(): as ctl_poll(), ctl_timeout() and ctl_turn().  Nothing if there is no proxy. */
 size_t proxy_poll(struct pollfd *pfd);
 int proxy_timeout(void);
@@ -36,7 +39,7 @@ void proxy_switch(void);
  * that of disk_backend(proxy_disk()) now.
  */
 bool proxy_tend(void);
-struct disk *proxy_disk(void);
+struct disk *proxy_disk(void);	/* from proxy_open() on */
 
 /* Close the control socket: no more commands. */
 void proxy_unlisten(void);

@@ -388,7 +388,7 @@ void drain_pipe(int fd)
 		;
 }
 
-static bool is_unix_socket(int fd)
+bool is_unix_socket(int fd)
 {
 	struct sockaddr_storage address;
 	socklen_t len = sizeof(address);

@@ -86,6 +86,9 @@ void poke_pipe(int fd, char byte);
 /* Throw away what is in the pipe. */
 void drain_pipe(int fd);
 
+/* Whether that is a socket of this machine alone. */
+bool is_unix_socket(int fd);
+
 /* Whether both descriptors are the same socket. */
 bool is_same_socket(int a, int b);
 

@@ -36,7 +36,7 @@ static struct {
 	unsigned idle;			/* threads in pthread_cond_wait(), or about to begin */
 	unsigned count;
 	pthread_t *thread;		/* count of them */
-	bool stop;
+	bool begun, stop;
 } pool = {
 	.lock = PTHREAD_MUTEX_INITIALIZER,
 	.last = &pool.first,
@@ -176,8 +176,8 @@ static void start_thread(void)
 	pthread_t *thread;
 	int err = ENOMEM;
 
-	if (pool.stop)
-		return;		/* they are being joined */
+	if (!pool.begun || pool.stop)	/* then they are being joined */
+		return;
 	thread = realloc(pool.thread, (pool.count + 1) * sizeof(*thread));
 	if (thread)
 		pool.thread = thread;
@@ -199,6 +199,15 @@ static void start_thread(void)
 	} else if (pool.count == 0) {
 		log_line("cannot start a worker thread: %s", strerror(err));
 	}
+}
+
+void worker_begin(void)
+{
+	pthread_mutex_lock(&pool.lock);
+	pool.begun = true;
+	if (pool.later)
+		start_thread();
+	pthread_mutex_unlock(&pool.lock);
 }
 
 void worker_submit(struct job *job)

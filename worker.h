@@ -27,6 +27,9 @@ struct job {
 	uint64_t due;		/* now_ms() at which it may run, if it was submitted for later */
 };
 
+/* Threads may be started from now on; jobs for later wait for that.  Main thread, once. */
+void worker_begin(void);
+
 /* Run the job on a worker, soon, in order of the lane.  Any thread; does not block. */
 void worker_submit(struct job *job);
 

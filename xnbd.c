@@ -5,6 +5,7 @@
  * ends them.  It sleeps in ppoll(), and only there do signals come in.
  */
 #define _GNU_SOURCE
+#include "confine.h"
 #include "exports.h"
 #include "listen.h"
 #include "loop.h"
@@ -24,6 +25,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -33,6 +35,7 @@ enum {
 	EXPORT_FDS = 3,			/* ... nor belongs to a further export */
 	ACCEPT_BATCH = 64,
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
+	REFUSALS_MS = 1000,		/* between two lines about clients that are refused */
 	STOP_MS = 4500,
 	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
 	LOOPS_PER_CPU = 2,
@@ -46,10 +49,13 @@ struct server {
 	int passed;			/* sockets that were opened for us */
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
+	int null_fd;			/* likewise: /dev/null */
+	struct confine_user user;	/* --user: who to become */
 	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
 	size_t connections_max;
 	uint64_t accept_again;		/* now_ms() when a pause of accepting ends, 0 for none */
-	uint64_t refusal_logged;	/* now_ms() */
+	uint64_t refusal_logged;	/* now_ms(), 0 for never */
+	unsigned long refused;		/* since then, that the log was not told of */
 };
 
 /* Signals and loops wake the main thread with a byte in this pipe. */
@@ -150,23 +156,24 @@ static bool daemonize(struct server *s)
 	}
 	close(fds[0]);
 	s->ready_fd = fds[1];
+	s->null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+	if (s->null_fd < 0)
+		log_failure("cannot daemonize: /dev/null: %s", strerror(errno));
 	setsid();
-	return true;
+	return s->null_fd >= 0;
 }
 
 /* The daemon can be used: let the first process go, and let go of its terminal and directory. */
 static bool detach(struct server *s)
 {
-	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
-
-	if (null < 0 || chdir("/") < 0) {
+	if (chdir("/") < 0) {
 		log_failure("cannot daemonize: %s", strerror(errno));
 		return false;
 	}
 	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
-		dup2(null, fd);
-	if (null > STDERR_FILENO)
-		close(null);
+		dup2(s->null_fd, fd);
+	if (s->null_fd > STDERR_FILENO)
+		close(s->null_fd);
 	while (write(s->ready_fd, "", 1) < 0 && errno == EINTR)
 		;
 	close(s->ready_fd);
@@ -202,21 +209,24 @@ static void set_limit(const struct rlimit *r)
 #endif
 }
 
-/* As many descriptors as we may have; how many connections that makes. */
-static size_t raise_limits(unsigned exports)
+/*
+ * As many descriptors as that many connections, and exports, need; how many connections there can
+ * be.
+ */
+static size_t raise_limits(size_t wanted, unsigned exports)
 {
-	rlim_t spare = SPARE_FDS + EXPORT_FDS * exports, wanted = CONNECTIONS_MAX + spare;
+	rlim_t spare = SPARE_FDS + EXPORT_FDS * exports, files = (rlim_t)wanted + spare;
 	struct rlimit r;
 
 	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
-		return 256;
-	if (r.rlim_cur < r.rlim_max && r.rlim_cur < wanted) {
-		r.rlim_cur = r.rlim_max < wanted ? r.rlim_max : wanted;
+		return wanted < 256 ? wanted : 256;
+	if (r.rlim_cur < r.rlim_max && r.rlim_cur < files) {
+		r.rlim_cur = r.rlim_max < files ? r.rlim_max : files;
 		set_limit(&r);
 		getrlimit(RLIMIT_NOFILE, &r);
 	}
-	if (r.rlim_cur >= wanted)
-		return CONNECTIONS_MAX;
+	if (r.rlim_cur >= files)
+		return wanted;
 	return (size_t)(r.rlim_cur > 2 * spare ? r.rlim_cur - spare : r.rlim_cur / 2);
 }
 
@@ -259,6 +269,18 @@ static bool take_inetd(struct server *s)
 	return true;
 }
 
+/* Whether there can be clients with addresses, where only some of these may connect. */
+static bool allow_is_of_use(const struct server *s)
+{
+	bool of_use = !s->options.allows || (s->single_fd >= 0 && !is_unix_socket(s->single_fd));
+
+	for (size_t i = 0; i < s->listeners.count; i++)
+		of_use |= !s->listeners.all[i].local;
+	if (!of_use)
+		log_failure("--allow is about TCP clients, and at a Unix socket there are none");
+	return of_use;
+}
+
 static bool open_sockets(struct server *s)
 {
 	const struct options *o = &s->options;
@@ -277,7 +299,7 @@ static bool open_sockets(struct server *s)
 	}
 	if (s->passed > 0)
 		return listen_passed(&s->listeners, s->passed);
-	if (o->unix_path && !listen_unix(&s->listeners, o->unix_path, 0))
+	if (o->unix_path && !listen_unix(&s->listeners, o->unix_path, (mode_t)o->unix_mode))
 		return false;
 	if (o->unix_path && !o->lport_given && !o->laddrs)
 		return true;
@@ -306,6 +328,81 @@ static bool write_pidfile(struct server *s)
 	return s->pid_path != NULL;
 }
 
+static void remove_pidfile(const struct server *s)
+{
+	if (s->pid_path && unlink(s->pid_path) < 0 && errno != ENOENT)
+		log_line("cannot remove pidfile %s: %s", s->pid_path, strerror(errno));
+}
+
+/* Sockets are made by root, who may make them anywhere, and belong to who serves them. */
+static bool become_user(struct server *s)
+{
+	const char *control = s->options.control;
+
+	for (size_t i = 0; i < s->listeners.count; i++)
+		if (s->listeners.all[i].unix_path &&
+		    !confine_give_socket(s->listeners.all[i].unix_path, &s->user))
+			return false;
+	return (!control || confine_give_socket(control, &s->user)) && confine_become(&s->user);
+}
+
+/* SIGHUP opens the log file again; if it is a terminal or the like, under any name. */
+static void keep_log(struct confine *c, const char *path)
+{
+	struct stat st;
+
+	if (path && lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
+		confine_keep(c, path, CONFINE_APPEND);
+	else
+		confine_keep_beside(c, path, CONFINE_APPEND);
+}
+
+/* What a proxy needs to look up the name of an origin, later. */
+static void keep_resolver(struct confine *c)
+{
+	char path[512] = "/etc/", *target = path + 5;
+
+	/* A link to a file that others replace now and then: it is the directory that lasts. */
+	if (readlink("/etc/resolv.conf", target, sizeof(path) - 6) > 0)
+		confine_keep_beside(c, *target == '/' ? target : path, CONFINE_READ);
+	confine_keep(c, "/etc", CONFINE_READ);
+#ifdef __GLIBC__
+	confine_keep(c, "/usr", CONFINE_READ);		/* it may load libraries for that */
+	confine_keep(c, "/lib", CONFINE_READ);
+	confine_keep(c, "/lib64", CONFINE_READ);
+#endif
+}
+
+/* What will be done with files after the start, and nothing else, stays possible. */
+static bool confine(struct server *s)
+{
+	const struct options *o = &s->options;
+	const char *supervisor = getenv("NOTIFY_SOCKET");
+	struct confine c;
+
+	confine_begin(&c, (o->mode == MODE_PROXY ? 0 : CONFINE_NO_CONNECT) |
+				  (supervisor && *supervisor == '@' ? 0 : CONFINE_NO_ABSTRACT));
+	for (size_t i = 0; i < exports_table()->count; i++)
+		confine_keep_beside(&c, exports_snapshots_beside(i), CONFINE_FILES);
+	for (size_t i = 0; i < s->listeners.count; i++)
+		confine_keep_beside(&c, s->listeners.all[i].unix_path, CONFINE_REMOVE_FILE);
+	confine_keep_beside(&c, o->control, CONFINE_REMOVE_FILE);
+	confine_keep_beside(&c, s->pid_path, CONFINE_REMOVE_FILE);
+	keep_log(&c, s->log_path);
+	if (o->mode == MODE_PROXY)
+		keep_resolver(&c);
+	return confine_enter(&c);
+}
+
+/* Before there are threads, and before there are clients. */
+static bool give_up_rights(struct server *s)
+{
+	if (s->options.user && !become_user(s))
+		return false;
+	confine_no_new_privileges();
+	return s->options.no_sandbox || confine(s);
+}
+
 static bool start_loops(struct server *s)
 {
 	unsigned max = (unsigned)s->options.threads;
@@ -324,11 +421,19 @@ static bool start_loops(struct server *s)
 static bool start(struct server *s)
 {
 	static const struct exports_hooks hooks = { wake_main, tell_room };
+	size_t wanted = s->options.max_connections;
 
-	s->connections_max = raise_limits(s->options.exports);
-	if (!setup_log(s) || !setup_signals() || !exports_open(&s->options, &hooks) ||
-	    !open_sockets(s) || !proxy_listen(exports_first()) || !start_loops(s) || !write_pidfile(s))
+	s->connections_max = raise_limits(wanted ? wanted : CONNECTIONS_MAX, s->options.exports);
+	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
+	if (!setup_log(s) || !setup_signals() || !exports_open(&s->options, &hooks) ||
+	    !open_sockets(s) || !allow_is_of_use(s) || !proxy_listen(exports_first()) ||
+	    !start_loops(s) || !write_pidfile(s) || !give_up_rights(s) || !proxy_start())
+		return false;
+	worker_begin();
+	if (s->connections_max < wanted)
+		log_line("the limit of open files leaves room for %zu connections",
+			 s->connections_max);
 	for (size_t i = 0; i < s->listeners.count; i++)
 		log_line("listening on %s", s->listeners.all[i].address);
 	notify_supervisor("READY=1");
@@ -355,16 +460,56 @@ static void add_client(int fd, enum greeting greeting, const char *peer)
 	}
 }
 
-/* Close a client that is one too many; the log says so once a second at most. */
-static void refuse_client(struct server *s, int fd, const char *peer)
+/* A line about a client that is refused, once a second at most; the next one counts the others. */
+static void log_refusal(struct server *s, const char *peer, const char *reason)
 {
 	uint64_t now = now_ms();
 
-	close(fd);
-	if (s->refusal_logged && now - s->refusal_logged < 1000)
+	if (s->refusal_logged && now - s->refusal_logged < REFUSALS_MS) {
+		s->refused++;
 		return;
+	}
+	if (s->refused)
+		log_line("%s: refused: %s; %lu others were before", peer, reason, s->refused);
+	else
+		log_line("%s: refused: %s", peer, reason);
 	s->refusal_logged = now;
-	log_line("%s: refused: there are %zu connections already", peer, s->connections_max);
+	s->refused = 0;
+}
+
+/* Tell how many were refused, when no other one has come for a while. */
+static void tell_refused(struct server *s)
+{
+	if (s->refused)
+		log_line("%lu more clients were refused", s->refused);
+	s->refused = 0;
+}
+
+/* Milliseconds until that is to be told, -1 for never. */
+static int refused_left(struct server *s)
+{
+	uint64_t now = now_ms(), due = s->refusal_logged + 2 * REFUSALS_MS;
+
+	if (s->refused && due <= now)
+		tell_refused(s);
+	return s->refused ? (int)(due - now) : -1;
+}
+
+/* Whether a client may connect, whose address is NULL at a Unix socket; the log says why not. */
+static bool may_connect(struct server *s, const struct sockaddr *sa, const char *peer)
+{
+	char reason[64] = "no --allow has its address";
+
+	if (sa && s->options.allows &&
+	    !access_admits(s->options.allow, s->options.allows, sa)) {
+		log_refusal(s, peer, reason);
+		return false;
+	}
+	if (loops_load() < s->connections_max)
+		return true;
+	snprintf(reason, sizeof(reason), "there are %zu connections already", s->connections_max);
+	log_refusal(s, peer, reason);
+	return false;
 }
 
 static void pause_accepting(struct server *s)
@@ -400,10 +545,10 @@ static bool accept_client(struct server *s, const struct listener *l)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(&address.sa, len, peer);
-	if (loops_load() >= s->connections_max)
-		refuse_client(s, fd, peer);
-	else
+	if (may_connect(s, l->local ? NULL : &address.sa, peer))
 		add_client(fd, s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE, peer);
+	else
+		close(fd);
 	return true;
 }
 
@@ -471,7 +616,7 @@ static void serve(struct server *s)
 	for (size_t i = 0; i < listeners; i++)
 		pfd[i + 1].events = POLLIN;
 	while (!stop_signals && !(single && loops_load() == 0)) {
-		int timeout = earlier(pause_left(s), proxy_timeout());
+		int timeout = earlier(earlier(pause_left(s), proxy_timeout()), refused_left(s));
 
 		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = s->accept_again ? -1 : s->listeners.all[i].fd;
@@ -497,10 +642,14 @@ static void add_single_client(struct server *s)
 
 	if (s->options.inetd)
 		greeting = s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE;
+	address.sa.sa_family = AF_UNSPEC;	/* of a client that has left, who is not let in then */
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
 	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
-	add_client(s->single_fd, greeting, peer);
+	if (may_connect(s, &address.sa, peer))
+		add_client(s->single_fd, greeting, peer);
+	else
+		close(s->single_fd);
 }
 
 /* End */
@@ -532,8 +681,7 @@ static bool stop_all(void)
 static void clean_up(struct server *s)
 {
 	listen_close(&s->listeners);
-	if (s->pid_path)
-		unlink(s->pid_path);
+	remove_pidfile(s);
 	free(s->pid_path);
 	free(s->log_path);
 	options_free(&s->options);
@@ -544,13 +692,13 @@ static void run(struct server *s)
 	if (s->single_fd >= 0)
 		add_single_client(s);
 	serve(s);
+	tell_refused(s);
 	if (stop_signals)
 		log_line("stopping");
 	listen_close(&s->listeners);
 	if (!stop_all()) {
 		log_line("stopped, but %zu connections wait for the disk", loops_load());
-		if (s->pid_path)
-			unlink(s->pid_path);
+		remove_pidfile(s);
 		_exit(EXIT_SUCCESS);
 	}
 	loops_join();

@@ -56,8 +56,20 @@ mutant("each option gets the handshake's deadline anew",
        "\t\tset_deadline(c, HANDSHAKE_MS);",
        tests="test_hazards.py::test_handshake_has_a_deadline_of_10_seconds")
 mutant("connections have no cap", "idle connections that never finish the handshake: a cap",
-       "xnbd.c", "if (loops_load() >= s->connections_max)", "if (false)",
+       "xnbd.c", "if (loops_load() < s->connections_max)", "if (true)",
        tests="test_hazards.py::test_connections_have_a_cap")
+mutant("addresses are compared as bytes of text", "address rule matched as a text prefix",
+       "access.c", "same_bits(rule[i].address, address, rule[i].bits) &&",
+       "is_prefix(rule[i].address, address) &&",
+       "access.c", "bool access_admits(",
+       "static bool is_prefix(const uint8_t *a, const uint8_t *b)\n{\n"
+       "\tchar one[INET6_ADDRSTRLEN], other[INET6_ADDRSTRLEN];\n\n"
+       "\tshow(a, one);\n\tshow(b, other);\n"
+       "\treturn strncmp(one, other, strlen(one)) == 0;\n}\n\nbool access_admits(",
+       tests="test_access.py::test_address_does_not_admit_those_that_begin_like_it")
+mutant("prefixes are of whole bytes", "address rule matched as a text prefix",
+       "access.c", "(rest == 0 || (a[bytes] ^ b[bytes]) >> (8 - rest) == 0)", "rest < 8",
+       tests="test_access.py::test_prefix_is_exact_to_the_bit")
 mutant("a dead connection keeps its descriptor", "handshake cut off",
        "conn.c", "close(c->fd);\n\tc->fd = -1;", "c->fd = -1;",
        tests="test_hazards.py::test_session_cut_off_at_every_byte")
@@ -358,6 +370,36 @@ mutant("a line that cannot be logged is tried again", "a full disk under the log
        "util.c", "while (write(fd, line, len) < 0 && errno == EINTR)",
        "while (write(fd, line, len) < 0)",
        tests="test_faults.py::test_log_that_cannot_be_written_costs_nothing")
+mutant("nothing is confined", "a server that was taken over reaches other files",
+       "xnbd.c", "return s->options.no_sandbox || confine(s);", "return true;",
+       tests="test_confine.py::test_target_reaches_its_directory_only")
+mutant("the directory of a device is kept", "a server that was taken over reaches other files",
+       "xnbd.c", "if (disk && disk_is_file(disk))", "if (disk)",
+       tests="test_confine.py::test_device_does_not_open_the_directory_of_devices")
+mutant("programs may be executed", "a server that was taken over reaches other files",
+       "confine.c", "c->rights = (1u << known_rights[i]) - 1;",
+       "c->rights = ((1u << known_rights[i]) - 1) & ~1u;",
+       tests="test_confine.py::test_target_reaches_its_directory_only")
+mutant("a target may connect", "a server that was taken over reaches other files",
+       "confine.c", "forbidden & CONFINE_NO_CONNECT ? NET_CONNECT : 0", "0 & forbidden",
+       tests="test_confine.py::test_target_reaches_its_directory_only")
+mutant("a worker is there before", "rights that one thread keeps",
+       "worker.c", "if (pool.count == 0 && pool.begun)", "if (pool.count == 0)",
+       tests="test_confine.py::test_files_of_a_killed_server_do_not_start_a_thread_too_early")
+mutant("the origin's thread is there before", "rights that one thread keeps",
+       "xnbd.c", "!write_pidfile(s) || !give_up_rights(s) || !proxy_start())",
+       "!write_pidfile(s) || !proxy_start() || !give_up_rights(s))",
+       tests="test_confine.py::test_proxy_can_look_up_names_and_connect "
+             "test_confine.py::test_all_threads_of_a_proxy_are_the_user")
+mutant("only the effective user changes", "root comes back",
+       "confine.c", "return syscall(SYS_setresuid32, uid, uid, uid) == 0;",
+       "return uid == 0 ? false : syscall(SYS_setresuid32, -1, uid, -1) == 0;",
+       "confine.c", "getuid() != user->uid || ", "",
+       tests="test_confine.py::test_server_becomes_the_user_for_ever")
+mutant("the groups of root stay", "root comes back",
+       "confine.c", "return syscall(SYS_setgroups32, 1, &gid) == 0 &&\n\t       syscall",
+       "return syscall",
+       tests="test_confine.py::test_server_becomes_the_user_for_ever")
 mutant("a stale socket stops the next start", "a stale Unix socket stops the next start",
        "listen.c", "if (unlink(sun->sun_path) < 0)\n\t\treturn -errno;", "return -EADDRINUSE;",
        tests="test_service.py::test_stale_unix_socket_is_replaced")

@@ -1,0 +1,31 @@
+/*
+ * access.h - which TCP clients may connect: the rules of --allow.
+ */
+#ifndef XNBD_ACCESS_H
+#define XNBD_ACCESS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/socket.h>
+
+/*
+ * An address, and how many of its bits a client's must have in common with it.  IPv4 addresses
+ * are kept as what IPv6 maps them to, ::ffff:0:0/96.
+ */
+struct access_rule {
+	uint8_t address[16];
+	uint32_t zone;		/* the interface of a link-local address, 0 for any */
+	unsigned bits;
+};
+
+/*
+ * Read ADDRESS[/PREFIX], where an IPv6 ADDRESS may have a %ZONE.  NULL, or what is wrong with it,
+ * in memory that lasts until the next call.
+ */
+const char *access_parse(struct access_rule *rule, const char *text);
+
+/* Whether one of the rules matches a client's address. */
+bool access_admits(const struct access_rule *rule, size_t count, const struct sockaddr *sa);
+
+#endif
