@@ -511,6 +511,10 @@ bool proto_is_request(const struct proto_session *s, const uint8_t *p)
 	return get_be32(p) == (s->extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC);
 }
 
+/*
+ * "Request message": with extended headers, what has a payload has PAYLOAD_LEN.  But for the
+ * WRITEs of qemu: 8.2 to 10.0 at least do not set it, and send the payload all the same.
+ */
 bool proto_get_request(const struct proto_session *s, const uint8_t *p, struct proto_request *r)
 {
 	r->flags = get_be16(p + 4);
@@ -518,7 +522,8 @@ bool proto_get_request(const struct proto_session *s, const uint8_t *p, struct p
 	r->cookie = get_be64(p + 8);
 	r->off = get_be64(p + 16);
 	r->len = s->extended ? get_be64(p + 24) : get_be32(p + 24);
-	r->payload = s->extended ? r->flags & NBD_CMD_FLAG_PAYLOAD_LEN : r->cmd == NBD_CMD_WRITE;
+	r->payload = r->cmd == NBD_CMD_WRITE ||
+		     (s->extended && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN);
 	return !(s->extended && r->payload && r->len > PROTO_MAX_PAYLOAD);
 }
 
@@ -538,8 +543,6 @@ static int check_flags(const struct proto_session *s, const struct proto_request
 			allowed |= NBD_CMD_FLAG_DF;
 		break;
 	case NBD_CMD_WRITE:
-		if (!r->payload)
-			return EINVAL;
 		if (s->extended)
 			allowed |= NBD_CMD_FLAG_PAYLOAD_LEN;
 		break;

@@ -318,7 +318,7 @@ static bool may_be(const struct proto_session *s, const struct proto_request *r,
 		       (r->cmd == NBD_CMD_FLUSH && (r->off || r->len)) ||
 		       (r->cmd == NBD_CMD_BLOCK_STATUS && (!s->allocation || !r->len)) ||
 		       (r->cmd == NBD_CMD_WRITE && r->len > PROTO_MAX_PAYLOAD) ||
-		       (s->extended && r->cmd == NBD_CMD_WRITE) != payload;
+		       (payload && r->cmd != NBD_CMD_WRITE);
 	bool forbidden = writes && s->export->flags & NBD_FLAG_READ_ONLY;
 	bool large = r->cmd == NBD_CMD_READ && r->len > PROTO_MAX_PAYLOAD;
 	bool beyond = is_beyond(s, r);
@@ -474,6 +474,7 @@ static bool request(const struct proto_session *s, struct input *in)
 		proto_put_request(&r, again);
 		assert(memcmp(p + 4, again + 4, 20) == 0);
 		assert(s->extended ? get_be64(p + 24) == r.len : get_be32(p + 24) == r.len);
+		assert(r.payload || r.cmd != NBD_CMD_WRITE);
 		assert(!r.payload || !s->extended || r.len <= PROTO_MAX_PAYLOAD);
 	}
 	free(p);

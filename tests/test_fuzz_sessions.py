@@ -76,8 +76,8 @@ def name_field(name):
 
 
 def request(command, offset=0, length=0, flags=0, cookie=0, payload=b"", extended=False):
-    if extended and command == NBD_CMD_WRITE:
-        flags |= NBD_CMD_FLAG_PAYLOAD_LEN
+    if extended and command == NBD_CMD_WRITE and cookie % 8:
+        flags |= NBD_CMD_FLAG_PAYLOAD_LEN       # or as qemu: without
     return [(4, NBD_EXTENDED_REQUEST_MAGIC if extended else NBD_REQUEST_MAGIC), (2, flags),
             (2, command), (8, cookie), (8, offset), (8 if extended else 4, length), payload]
 
@@ -93,8 +93,7 @@ def head(data, at, extended):
         return None
     magic, flags, *fields = struct.unpack_from(layout, data, at)
     found = Head(size, flags, *fields, 0)
-    if extended and flags & NBD_CMD_FLAG_PAYLOAD_LEN or not extended and (
-            found.command == NBD_CMD_WRITE):
+    if found.command == NBD_CMD_WRITE or extended and flags & NBD_CMD_FLAG_PAYLOAD_LEN:
         found = found._replace(payload=found.length)
     good = magic == (NBD_EXTENDED_REQUEST_MAGIC if extended else NBD_REQUEST_MAGIC)
     return found if good and not (extended and found.payload > PAYLOAD_MAX) else None
@@ -310,8 +309,6 @@ def deserved(flags, command, offset, length, client, readonly):
     allowed = FLAGS.get(command, 0)
     if client.extended and command == NBD_CMD_WRITE:
         allowed |= NBD_CMD_FLAG_PAYLOAD_LEN
-        if not flags & NBD_CMD_FLAG_PAYLOAD_LEN:
-            flaws.add(NBD_EINVAL)
     if command == NBD_CMD_READ and not client.structured:
         allowed &= ~NBD_CMD_FLAG_DF
     if (command not in FLAGS or flags & ~allowed
