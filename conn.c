@@ -54,9 +54,10 @@ enum {
 };
 
 _Static_assert(STEP_BYTES >= (int)PROTO_OPTION_REPLY_ROOM, "an answer to an option fits");
-_Static_assert(STEP_BYTES >= PROTO_REPLY_ROOM + (int)EXTENTS_MAX * PROTO_EXTENT_SIZE,
+_Static_assert(STEP_BYTES >= PROTO_REPLY_ROOM + (int)EXTENTS_MAX * PROTO_EXTENDED_EXTENT_SIZE,
 	       "so do extents");
-_Static_assert(LOOP_RX_CHUNK >= (int)BLOCK_SIZE + PROTO_REQUEST_SIZE, "a block can be kept");
+_Static_assert(LOOP_RX_CHUNK >= (int)BLOCK_SIZE + PROTO_EXTENDED_REQUEST_SIZE,
+	       "a block can be kept");
 
 /* What a READ finds in a hole, sent by reference: bss, and never written. */
 static uint8_t zeros[128 * 1024];
@@ -351,7 +352,7 @@ static void put_block_status(struct conn *c, const struct request *r)
 
 	tx_add(tx, proto_put_status(&c->session, &r->h, r->extents, tx_tail(tx)));
 	for (unsigned i = 0; i < r->extents; i++)
-		tx_add(tx, proto_put_extent(&r->extent[i], tx_tail(tx)));
+		tx_add(tx, proto_put_extent(&c->session, &r->extent[i], tx_tail(tx)));
 }
 
 /*
@@ -669,9 +670,10 @@ static void start_read(struct conn *c, struct request *r)
 		settle(c, r, -ENOMEM);
 }
 
-/* A WRITE, or one that was refused: its payload has to be taken in any case. */
-static void start_write(struct conn *c, struct request *r)
+/* A WRITE, or what was refused: its payload has to be taken in any case. */
+static void start_payload(struct conn *c, struct request *r)
 {
+	assert(r->error || r->h.cmd == NBD_CMD_WRITE);
 	if (r->h.len == 0) {
 		settle(c, r, commit_write(c, r));
 		return;
@@ -683,27 +685,29 @@ static void start_write(struct conn *c, struct request *r)
 
 static void start_request(struct conn *c, struct request *r)
 {
-	switch (r->h.cmd) {
-	case NBD_CMD_READ:
+	if (r->h.cmd == NBD_CMD_READ) {
 		start_read(c, r);
-		break;
-	case NBD_CMD_WRITE:
-		start_write(c, r);
-		break;
-	default:
-		settle(c, r, r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH ? 0 : request_try(r));
+		return;
 	}
+	settle(c, r, r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH ? 0 : request_try(r));
 }
 
 static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 {
+	size_t size = proto_request_size(&c->session);
 	struct proto_request h;
 	struct request *r;
 
 	if (n < PROTO_REQUEST_SIZE)
 		return 0;
-	if (!proto_get_request(p, &h)) {
+	if (!proto_is_request(&c->session, p)) {
 		conn_kill(c, "wrong magic of a request");
+		return n;
+	}
+	if (n < size)
+		return 0;
+	if (!proto_get_request(&c->session, p, &h)) {
+		conn_kill(c, "request with too much payload");
 		return n;
 	}
 	if (h.cmd == NBD_CMD_DISC) {
@@ -716,11 +720,13 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 		return n;
 	}
 	r->error = c->stopping ? ESHUTDOWN : proto_check_request(&c->session, &h);
-	if (r->error && h.cmd != NBD_CMD_WRITE)
+	if (h.payload)
+		start_payload(c, r);
+	else if (r->error)
 		put_reply(c, r);
 	else
 		start_request(c, r);
-	return PROTO_REQUEST_SIZE;
+	return size;
 }
 
 /* Let a worker store a piece, or all, of a payload: out of a copy. */

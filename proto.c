@@ -263,7 +263,7 @@ static enum proto_next opt_export_name(struct option *o)
 	struct name name = { o->in.p, o->in.left };
 	const struct proto_export *e;
 
-	if (check_name(&name) != 0)
+	if (o->s->extended || check_name(&name) != 0)
 		return PROTO_CLOSE;
 	e = find_export(o->exports, &name);
 	if (!e)
@@ -361,9 +361,15 @@ static enum proto_next opt_go(struct option *o)
 	return o->opt == NBD_OPT_GO ? enter_transmission(o->s, e, &name) : PROTO_HAGGLE;
 }
 
-static enum proto_next opt_structured_reply(struct option *o)
+/* "NBD_OPT_STRUCTURED_REPLY", "NBD_OPT_EXTENDED_HEADERS": there is no way back from the second. */
+static enum proto_next opt_headers(struct option *o)
 {
+	bool extended = o->opt == NBD_OPT_EXTENDED_HEADERS;
+
+	if (o->s->extended && !extended)
+		return reply(o, NBD_REP_ERR_EXT_HEADER_REQD);
 	o->s->structured = true;
+	o->s->extended = extended;
 	return reply(o, NBD_REP_ACK);
 }
 
@@ -430,10 +436,10 @@ static const struct option_kind {
 	{ NBD_OPT_STARTTLS, true, opt_unsupported },
 	{ NBD_OPT_INFO, false, opt_go },
 	{ NBD_OPT_GO, false, opt_go },
-	{ NBD_OPT_STRUCTURED_REPLY, true, opt_structured_reply },
+	{ NBD_OPT_STRUCTURED_REPLY, true, opt_headers },
 	{ NBD_OPT_LIST_META_CONTEXT, false, opt_meta_context },
 	{ NBD_OPT_SET_META_CONTEXT, false, opt_meta_context },
-	{ NBD_OPT_EXTENDED_HEADERS, true, opt_unsupported },
+	{ NBD_OPT_EXTENDED_HEADERS, true, opt_headers },
 };
 
 static const struct option_kind *find_option(uint32_t opt)
@@ -498,14 +504,25 @@ enum proto_next proto_option_shutdown(const struct proto_session *s, uint32_t op
 
 /* Transmission */
 
-bool proto_get_request(const uint8_t *p, struct proto_request *r)
+bool proto_is_request(const struct proto_session *s, const uint8_t *p)
+{
+	return get_be32(p) == (s->extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC);
+}
+
+/*
+ * "Request message": with extended headers, what has a payload has PAYLOAD_LEN.  But for the
+ * WRITEs of qemu: 8.2 to 10.0 at least do not set it, and send the payload all the same.
+ */
+bool proto_get_request(const struct proto_session *s, const uint8_t *p, struct proto_request *r)
 {
 	r->flags = get_be16(p + 4);
 	r->cmd = get_be16(p + 6);
 	r->cookie = get_be64(p + 8);
 	r->off = get_be64(p + 16);
-	r->len = get_be32(p + 24);
-	return get_be32(p) == NBD_REQUEST_MAGIC;
+	r->len = s->extended ? get_be64(p + 24) : get_be32(p + 24);
+	r->payload = r->cmd == NBD_CMD_WRITE ||
+		     (s->extended && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN);
+	return !(s->extended && r->payload && r->len > PROTO_MAX_PAYLOAD);
 }
 
 bool proto_cmd_writes(uint16_t cmd)
@@ -524,6 +541,9 @@ static int check_flags(const struct proto_session *s, const struct proto_request
 			allowed |= NBD_CMD_FLAG_DF;
 		break;
 	case NBD_CMD_WRITE:
+		if (s->extended)
+			allowed |= NBD_CMD_FLAG_PAYLOAD_LEN;
+		break;
 	case NBD_CMD_TRIM:
 	case NBD_CMD_CACHE:
 		break;
@@ -604,15 +624,21 @@ static size_t put_simple(const struct proto_request *r, int err, uint8_t *p)
 	return 16;
 }
 
-/* "Structured reply chunk message": the header, before len bytes of payload. */
-static uint8_t *put_chunk(const struct proto_request *r, uint16_t type, bool last, uint32_t len,
-			  uint8_t *p)
+/*
+ * "Structured reply chunk message", "Extended reply chunk message": the header, before len bytes
+ * of payload.
+ */
+static uint8_t *put_chunk(const struct proto_session *s, const struct proto_request *r,
+			  uint16_t type, bool last, uint32_t len, uint8_t *p)
 {
-	p = put_be32(p, NBD_STRUCTURED_REPLY_MAGIC);
+	p = put_be32(p, s->extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
 	p = put_be16(p, last ? NBD_REPLY_FLAG_DONE : 0);
 	p = put_be16(p, type);
 	p = put_be64(p, r->cookie);
-	return put_be32(p, len);
+	if (!s->extended)
+		return put_be32(p, len);
+	p = put_be64(p, r->off);
+	return put_be64(p, len);
 }
 
 size_t proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
@@ -620,11 +646,12 @@ size_t proto_put_reply(const struct proto_session *s, const struct proto_request
 {
 	uint8_t *start = p;
 
-	if (!s->structured || (r->cmd != NBD_CMD_READ && r->cmd != NBD_CMD_BLOCK_STATUS))
+	if (!s->structured ||
+	    (!s->extended && r->cmd != NBD_CMD_READ && r->cmd != NBD_CMD_BLOCK_STATUS))
 		return put_simple(r, err, p);
 	if (!err)
-		return (size_t)(put_chunk(r, NBD_REPLY_TYPE_NONE, true, 0, p) - start);
-	p = put_chunk(r, NBD_REPLY_TYPE_ERROR, true, 6, p);
+		return (size_t)(put_chunk(s, r, NBD_REPLY_TYPE_NONE, true, 0, p) - start);
+	p = put_chunk(s, r, NBD_REPLY_TYPE_ERROR, true, 6, p);
 	p = put_be32(p, proto_error(err));
 	p = put_be16(p, 0);
 	return (size_t)(p - start);
@@ -637,7 +664,7 @@ size_t proto_put_data(const struct proto_session *s, const struct proto_request 
 
 	if (!s->structured)
 		return put_simple(r, 0, p);
-	p = put_chunk(r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
+	p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
 	p = put_be64(p, off);
 	return (size_t)(p - start);
 }
@@ -648,7 +675,7 @@ size_t proto_put_hole(const struct proto_session *s, const struct proto_request 
 	uint8_t *start = p;
 
 	assert(s->structured);
-	p = put_chunk(r, NBD_REPLY_TYPE_OFFSET_HOLE, last, 12, p);
+	p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_HOLE, last, 12, p);
 	p = put_be64(p, off);
 	p = put_be32(p, len);
 	return (size_t)(p - start);
@@ -660,13 +687,25 @@ size_t proto_put_status(const struct proto_session *s, const struct proto_reques
 	uint8_t *start = p;
 
 	assert(s->allocation && n > 0);
-	p = put_chunk(r, NBD_REPLY_TYPE_BLOCK_STATUS, true, 4 + n * PROTO_EXTENT_SIZE, p);
+	if (s->extended)
+		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, true,
+			      8 + n * PROTO_EXTENDED_EXTENT_SIZE, p);
+	else
+		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS, true, 4 + n * PROTO_EXTENT_SIZE,
+			      p);
 	p = put_be32(p, ALLOCATION_ID);
+	if (s->extended)
+		p = put_be32(p, n);
 	return (size_t)(p - start);
 }
 
-size_t proto_put_extent(const struct extent *e, uint8_t *p)
+size_t proto_put_extent(const struct proto_session *s, const struct extent *e, uint8_t *p)
 {
+	if (s->extended) {
+		put_be64(put_be64(p, e->len), e->flags);
+		return PROTO_EXTENDED_EXTENT_SIZE;
+	}
+	assert(e->len <= UINT32_MAX);	/* not longer than its request */
 	put_be32(put_be32(p, (uint32_t)e->len), e->flags);
 	return PROTO_EXTENT_SIZE;
 }

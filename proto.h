@@ -21,6 +21,8 @@
 #define NBD_REQUEST_MAGIC UINT32_C(0x25609513)
 #define NBD_SIMPLE_REPLY_MAGIC UINT32_C(0x67446698)
 #define NBD_STRUCTURED_REPLY_MAGIC UINT32_C(0x668e33ef)
+#define NBD_EXTENDED_REQUEST_MAGIC UINT32_C(0x21e41c71)
+#define NBD_EXTENDED_REPLY_MAGIC UINT32_C(0x6e8a278c)
 
 enum {
 	/* handshake flags, and the client's answer to them */
@@ -80,6 +82,7 @@ enum {
 	NBD_CMD_FLAG_DF = 1 << 2,
 	NBD_CMD_FLAG_REQ_ONE = 1 << 3,
 	NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
+	NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5,
 
 	/* structured replies: the one flag, and the chunk types */
 	NBD_REPLY_FLAG_DONE = 1 << 0,
@@ -87,6 +90,7 @@ enum {
 	NBD_REPLY_TYPE_OFFSET_DATA = 1,
 	NBD_REPLY_TYPE_OFFSET_HOLE = 2,
 	NBD_REPLY_TYPE_BLOCK_STATUS = 5,
+	NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6,
 	NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
 
 	/* base:allocation */
@@ -115,6 +119,7 @@ enum {
 #define NBD_REP_ERR_SHUTDOWN NBD_REP_ERR(7)
 #define NBD_REP_ERR_BLOCK_SIZE_REQD NBD_REP_ERR(8)
 #define NBD_REP_ERR_TOO_BIG NBD_REP_ERR(9)
+#define NBD_REP_ERR_EXT_HEADER_REQD NBD_REP_ERR(10)
 
 /* Sizes in bytes. */
 enum {
@@ -130,9 +135,11 @@ enum {
 	PROTO_OPTION_REPLY_ROOM = 32 * 1024,	/* room for the answer to one option */
 	PROTO_LIST_ROOM = PROTO_OPTION_REPLY_ROOM - 20,	/* for all exports in the answer to LIST */
 	PROTO_LIST_ENTRY = 24,			/* what each takes besides name and description */
-	PROTO_REQUEST_SIZE = 28,
+	PROTO_REQUEST_SIZE = 28,		/* a request's header ... */
+	PROTO_EXTENDED_REQUEST_SIZE = 32,	/* ... and one with a length of 64 bits */
 	PROTO_REPLY_ROOM = 128,			/* room for any reply's header */
 	PROTO_EXTENT_SIZE = 8,			/* one extent of NBD_REPLY_TYPE_BLOCK_STATUS */
+	PROTO_EXTENDED_EXTENT_SIZE = 16,	/* ... and of NBD_REPLY_TYPE_BLOCK_STATUS_EXT */
 };
 
 /* What the handshake tells of an export. */
@@ -154,7 +161,8 @@ struct proto_session {
 	const struct proto_export *export;	/* NULL until transmission */
 	bool fixed;			/* fixed newstyle */
 	bool no_zeroes;
-	bool structured;
+	bool structured;		/* replies in chunks */
+	bool extended;			/* and all headers extended; only if structured */
 	bool allocation;		/* base:allocation was chosen ... */
 	uint64_t allocation_name;	/* ... for the export name with this hash */
 };
@@ -166,6 +174,7 @@ struct proto_request {
 	uint64_t len;
 	uint16_t cmd;
 	uint16_t flags;
+	bool payload;		/* len bytes of it follow the header */
 };
 
 /* One run of blocks of the same status: "NBD_REPLY_TYPE_BLOCK_STATUS". */
@@ -217,13 +226,25 @@ enum proto_next proto_option_too_big(struct proto_session *s, uint32_t opt,
 enum proto_next proto_option_shutdown(const struct proto_session *s, uint32_t opt,
 				      struct proto_out *out);
 
-/* Take a request's header.  False if the magic is wrong: drop the connection. */
-bool proto_get_request(const uint8_t *p, struct proto_request *r);
+/* The bytes of a request's header. */
+static inline size_t proto_request_size(const struct proto_session *s)
+{
+	return s->extended ? PROTO_EXTENDED_REQUEST_SIZE : PROTO_REQUEST_SIZE;
+}
+
+/*
+ * Whether a request's header begins as it must; PROTO_REQUEST_SIZE bytes of it are enough.  If
+ * not, drop the connection.
+ */
+bool proto_is_request(const struct proto_session *s, const uint8_t *p);
+
+/* Take a request's header.  False if it has more payload than may be: drop the connection. */
+bool proto_get_request(const struct proto_session *s, const uint8_t *p, struct proto_request *r);
 
 /*
  * The one gate for requests: 0 if r may be carried out on the session's export, else the errno
  * for its reply.  What passes has a known command with flags of its own, on a range inside the
- * export.
+ * export, and a payload if it is a WRITE, and only then.
  */
 int proto_check_request(const struct proto_session *s, const struct proto_request *r);
 
@@ -253,6 +274,6 @@ size_t proto_put_hole(const struct proto_session *s, const struct proto_request 
 /* What precedes n extents of a BLOCK_STATUS reply, which proto_put_extent() writes one by one. */
 size_t proto_put_status(const struct proto_session *s, const struct proto_request *r, unsigned n,
 			uint8_t *p);
-size_t proto_put_extent(const struct extent *e, uint8_t *p);
+size_t proto_put_extent(const struct proto_session *s, const struct extent *e, uint8_t *p);
 
 #endif

@@ -101,9 +101,11 @@ static ssize_t fake_recvmsg(const struct msghdr *msg)
 /* What a proxy may ask. */
 static void check_request(void)
 {
+	static const struct proto_session compact;
 	struct proto_request r;
 
-	assert(proto_get_request(sent, &r) && r.flags == 0);
+	assert(proto_is_request(&compact, sent) && proto_get_request(&compact, sent, &r));
+	assert(r.flags == 0);
 	assert(r.cmd == NBD_CMD_READ || r.cmd == NBD_CMD_BLOCK_STATUS || r.cmd == NBD_CMD_DISC);
 	assert(r.len <= LEN_MAX && (r.len > 0 || r.cmd == NBD_CMD_DISC));
 }

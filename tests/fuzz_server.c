@@ -175,7 +175,7 @@ static uint32_t check_replies(const struct proto_session *s, uint32_t opt,
 		if (type == NBD_REP_ACK || type >= NBD_REP_ERR(0)) {
 			assert(len == 0 && p == end);	/* nothing behind it */
 			assert(type == NBD_REP_ACK || *parts == 0);
-			assert(type == NBD_REP_ACK || type <= NBD_REP_ERR_TOO_BIG);
+			assert(type == NBD_REP_ACK || type <= NBD_REP_ERR_EXT_HEADER_REQD);
 			return type;
 		}
 		check_part(s, opt, e, type, p, len);
@@ -199,7 +199,7 @@ static void check_export_name(const struct proto_session *s, const struct proto_
 {
 	static const uint8_t zeroes[124];
 
-	if (!e) {
+	if (!e || s->extended) {
 		assert(next == PROTO_CLOSE && out->len == 0);
 		return;
 	}
@@ -218,7 +218,8 @@ static void check_answer(const struct world *w, const struct proto_session *befo
 
 	assert(!out->overflow && out->len <= out->cap);
 	assert(s->fixed == before->fixed && s->no_zeroes == before->no_zeroes);
-	assert(s->structured >= before->structured);
+	assert(s->structured >= before->structured && s->structured >= s->extended);
+	assert(s->extended == before->extended || opt == NBD_OPT_EXTENDED_HEADERS);
 	assert((s->export != NULL) == (next == PROTO_TRANSMIT));
 	if (opt == NBD_OPT_EXPORT_NAME) {
 		check_export_name(s, e, next, out);
@@ -239,6 +240,10 @@ static void check_answer(const struct world *w, const struct proto_session *befo
 		assert(s->allocation == (last == NBD_REP_ACK && parts == 1));
 	if (opt == 0 || opt > NBD_OPT_EXTENDED_HEADERS)
 		assert(last == NBD_REP_ERR_UNSUP);
+	if (last == NBD_REP_ERR_EXT_HEADER_REQD)
+		assert(opt == NBD_OPT_STRUCTURED_REPLY && before->extended);
+	if (opt == NBD_OPT_EXTENDED_HEADERS)
+		assert(s->extended == (before->extended || len == 0));
 }
 
 /* Answer one option, with its data in memory that ends where the data does. */
@@ -312,11 +317,14 @@ static bool may_be(const struct proto_session *s, const struct proto_request *r,
 	bool known = r->cmd < 8 && r->cmd != NBD_CMD_DISC;
 	bool grows = r->cmd == NBD_CMD_WRITE || r->cmd == NBD_CMD_WRITE_ZEROES;
 	bool writes = grows || r->cmd == NBD_CMD_TRIM;
-	bool invalid = !known || r->flags & ~(flags[r->cmd] | NBD_CMD_FLAG_FUA) ||
+	bool payload = s->extended && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
+	unsigned others = r->flags & ~(payload ? (unsigned)NBD_CMD_FLAG_PAYLOAD_LEN : 0);
+	bool invalid = !known || others & ~(flags[r->cmd] | NBD_CMD_FLAG_FUA) ||
 		       (r->cmd == NBD_CMD_READ && r->flags & NBD_CMD_FLAG_DF && !s->structured) ||
 		       (r->cmd == NBD_CMD_FLUSH && (r->off || r->len)) ||
 		       (r->cmd == NBD_CMD_BLOCK_STATUS && (!s->allocation || !r->len)) ||
-		       (r->cmd == NBD_CMD_WRITE && r->len > PROTO_MAX_PAYLOAD);
+		       (r->cmd == NBD_CMD_WRITE && r->len > PROTO_MAX_PAYLOAD) ||
+		       (payload && r->cmd != NBD_CMD_WRITE);
 	bool forbidden = writes && s->export->flags & NBD_FLAG_READ_ONLY;
 	bool large = r->cmd == NBD_CMD_READ && r->len > PROTO_MAX_PAYLOAD;
 	bool beyond = is_beyond(s, r);
@@ -337,12 +345,39 @@ static bool may_be(const struct proto_session *s, const struct proto_request *r,
 	}
 }
 
+/*
+ * Our own client has no extended headers: take what they have more, and see that it is right.
+ * Returns how many bytes are left of n at p.
+ */
+static size_t shorten(const struct proto_request *r, uint8_t *p, size_t n)
+{
+	bool status = get_be16(p + 6) == NBD_REPLY_TYPE_BLOCK_STATUS_EXT;
+	uint64_t len = get_be64(p + 24);
+	size_t cut = status ? 36 : 32;
+
+	assert(n >= cut && get_be32(p) == NBD_EXTENDED_REPLY_MAGIC && get_be64(p + 16) == r->off);
+	assert(len <= UINT32_MAX && get_be16(p + 6) != NBD_REPLY_TYPE_BLOCK_STATUS);
+	if (status) {
+		assert(n == 40 && len == 8 + (uint64_t)get_be32(p + 36) * PROTO_EXTENDED_EXTENT_SIZE);
+		put_be16(p + 6, NBD_REPLY_TYPE_BLOCK_STATUS);
+		len = 4 + (uint64_t)get_be32(p + 36) * PROTO_EXTENT_SIZE;
+		memmove(p + 36, p + 32, 4);
+	}
+	put_be32(p, NBD_STRUCTURED_REPLY_MAGIC);
+	put_be32(p + 16, (uint32_t)len);
+	memmove(p + 20, p + cut, n - cut);
+	return n - (cut - 20);
+}
+
 /* Decode what the server wrote at p, of n bytes, and see that it answers r. */
-static struct proto_reply decode(const struct proto_request *r, const uint8_t *p, size_t n)
+static struct proto_reply decode(const struct proto_session *s, const struct proto_request *r,
+				 uint8_t *p, size_t n)
 {
 	struct proto_reply reply;
 
 	assert(n <= PROTO_REPLY_ROOM);
+	if (s->extended)
+		n = shorten(r, p, n);
 	assert(!proto_get_reply(p, n, &reply) && reply.head == n);
 	assert(reply.cookie == r->cookie);
 	return reply;
@@ -351,8 +386,9 @@ static struct proto_reply decode(const struct proto_request *r, const uint8_t *p
 static void check_plain(const struct proto_session *s, const struct proto_request *r, int err)
 {
 	uint8_t room[PROTO_REPLY_ROOM];
-	struct proto_reply reply = decode(r, room, proto_put_reply(s, r, err, room));
-	bool chunk = s->structured && (r->cmd == NBD_CMD_READ || r->cmd == NBD_CMD_BLOCK_STATUS);
+	struct proto_reply reply = decode(s, r, room, proto_put_reply(s, r, err, room));
+	bool chunk = s->extended || (s->structured && (r->cmd == NBD_CMD_READ ||
+						       r->cmd == NBD_CMD_BLOCK_STATUS));
 
 	assert(reply.last && reply.payload == 0 && reply.error == proto_error(err));
 	assert((reply.kind == PROTO_REPLY_SIMPLE) == !chunk);
@@ -384,7 +420,7 @@ static void check_read(const struct proto_session *s, const struct proto_request
 
 		len = s->structured && i < RUNS_MAX ? take(in, 4) % (r->len - at) + 1 : r->len - at;
 		last = at + len == r->len;
-		reply = decode(r, room,
+		reply = decode(s, r, room,
 			       hole ? proto_put_hole(s, r, r->off + at, (uint32_t)len, last, room) :
 				      proto_put_data(s, r, r->off + at, (uint32_t)len, last, room));
 		assert(reply.last == last && !reply.error);
@@ -395,12 +431,24 @@ static void check_read(const struct proto_session *s, const struct proto_request
 	assert(!proto_answer_end(&a));
 }
 
+/* One extent as our own client reads it. */
+static void put_extent(const struct proto_session *s, const struct extent *e, uint8_t *p)
+{
+	size_t n = proto_put_extent(s, e, p);
+
+	assert(n == (s->extended ? PROTO_EXTENDED_EXTENT_SIZE : PROTO_EXTENT_SIZE));
+	if (s->extended) {
+		assert(get_be64(p) == e->len && get_be64(p + 8) == e->flags);
+		put_be32(put_be32(p, (uint32_t)e->len), e->flags);
+	}
+}
+
 static void check_status(const struct proto_session *s, const struct proto_request *r,
 			 struct input *in)
 {
 	uint8_t room[PROTO_REPLY_ROOM];
 	unsigned n = 1 + (unsigned)take(in, 1) % RUNS_MAX;
-	struct proto_reply reply = decode(r, room, proto_put_status(s, r, n, room));
+	struct proto_reply reply = decode(s, r, room, proto_put_status(s, r, n, room));
 	struct proto_answer a;
 	uint64_t told = 0;
 
@@ -411,7 +459,7 @@ static void check_status(const struct proto_session *s, const struct proto_reque
 		struct extent e = { 1 + take(in, 3), (uint32_t)take(in, 1) & 3 }, got;
 		uint64_t left = r->len - told;
 
-		assert(proto_put_extent(&e, room) == PROTO_EXTENT_SIZE);
+		put_extent(s, &e, room);
 		assert(!proto_answer_extent(&a, room, &got));
 		assert(got.flags == e.flags && got.len == (e.len < left ? e.len : left));
 		told += got.len;
@@ -422,21 +470,25 @@ static void check_status(const struct proto_session *s, const struct proto_reque
 /* The next request of a client.  False where there is none. */
 static bool request(const struct proto_session *s, struct input *in)
 {
-	size_t n = PROTO_REQUEST_SIZE;
+	size_t size = proto_request_size(s), n = size;
 	uint8_t *p = take_bytes(in, &n), again[PROTO_REQUEST_SIZE];
 	struct proto_request r;
-	bool good = n == PROTO_REQUEST_SIZE && proto_get_request(p, &r);
+	bool good = n == size && proto_is_request(s, p) && proto_get_request(s, p, &r);
 	int err;
 
 	if (good) {
 		proto_put_request(&r, again);
-		assert(memcmp(p, again, sizeof(again)) == 0);
+		assert(memcmp(p + 4, again + 4, 20) == 0);
+		assert(s->extended ? get_be64(p + 24) == r.len : get_be32(p + 24) == r.len);
+		assert(r.payload || r.cmd != NBD_CMD_WRITE);
+		assert(!r.payload || !s->extended || r.len <= PROTO_MAX_PAYLOAD);
 	}
 	free(p);
 	if (!good || r.cmd == NBD_CMD_DISC)
 		return false;
 	err = proto_check_request(s, &r);
 	assert(may_be(s, &r, err));
+	assert(err || r.payload == (r.cmd == NBD_CMD_WRITE));
 	if (err || (r.cmd != NBD_CMD_READ && r.cmd != NBD_CMD_BLOCK_STATUS) || r.len == 0)
 		check_plain(s, &r, err);
 	else if (r.cmd == NBD_CMD_READ)

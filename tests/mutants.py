@@ -136,7 +136,7 @@ mutant("an option needs no magic number", "transmission bytes among options",
        "proto.c", "return get_be64(p) == NBD_IHAVEOPT;", "return true;",
        tests="test_hazards.py::test_request_among_options_closes")
 mutant("a request needs no magic number", "GO twice",
-       "proto.c", "return get_be32(p) == NBD_REQUEST_MAGIC;", "return true;",
+       "conn.c", "if (!proto_is_request(&c->session, p)) {", "if (false) {",
        tests="test_hazards.py::test_second_go_is_no_request")
 mutant("an oldstyle client is awaited to greet", "oldstyle",
        "conn.c", "tx_add(tx, PROTO_OLDSTYLE_SIZE);\n\t\tbind_default(c);",
@@ -169,7 +169,7 @@ mutant("length 0 marks the whole cache", "zero-length request marks the whole di
        tests="test_proxy.py::test_requests_of_no_length_mark_nothing "
              "test_origin.py::test_requests_of_length_0_fetch_and_mark_nothing")
 mutant("a refused payload is not drained", "refused WRITE whose payload is not drained",
-       "conn.c", "if (r->error && h.cmd != NBD_CMD_WRITE)", "if (r->error)",
+       "conn.c", "if (h.payload)\n", "if (h.payload && !r->error)\n",
        tests="test_hazards.py::test_refused_payload_that_arrives_slowly_is_drained")
 mutant("a refused payload is stored", "refused WRITE whose payload is not drained",
        "conn.c", "\tif (r->error)\n\t\treturn;\n\tpiece = new_request(c, &h);",
@@ -196,8 +196,35 @@ mutant("unknown commands are done", "command types 0 to 65535",
        "\tdefault:\n\t\tbreak;\n\t}\n\treturn r->flags",
        tests="test_hazards.py::test_every_command_type_is_answered")
 mutant("an early READ error is a simple reply", "early READ error sent as a simple reply",
-       "proto.c", "if (!s->structured || (r->cmd", "if (err == EINVAL || !s->structured || (r->cmd",
+       "proto.c", "if (!s->structured ||\n", "if (err == EINVAL || !s->structured ||\n",
        tests="test_hazards.py::test_early_read_errors_are_chunks")
+mutant("a request always has 28 bytes", "request with a header of the wrong size",
+       "conn.c", "start_request(c, r);\n\treturn size;",
+       "start_request(c, r);\n\treturn PROTO_REQUEST_SIZE;",
+       tests="test_extended.py::test_requests_of_all_kinds_follow_each_other")
+mutant("only a WRITE has a payload", "unexpected payload that is not drained",
+       "proto.c", "(s->extended && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN);", "false;",
+       tests="test_extended.py::test_unexpected_payload_is_consumed")
+mutant("a WRITE has a payload by its flag only", "qemu writes without PAYLOAD_LEN",
+       "proto.c", "r->payload = r->cmd == NBD_CMD_WRITE ||",
+       "r->payload = (!s->extended && r->cmd == NBD_CMD_WRITE) ||",
+       tests="test_extended.py::test_write_without_the_flag_has_a_payload_all_the_same")
+mutant("any payload is awaited", "payload of 2^64 - 1 bytes",
+       "proto.c", "return !(s->extended && r->payload && r->len > PROTO_MAX_PAYLOAD);",
+       "return true;",
+       tests="test_extended.py::test_payload_above_the_maximum_closes")
+mutant("a long range is checked by addition", "length of 64 bits wraps",
+       "proto.c", "if (r->len > size || r->off > size - r->len)",
+       "if (r->len >> 32 ? r->off + r->len > size : r->len > size || r->off > size - r->len)",
+       tests="test_extended.py::test_hostile_lengths_change_nothing")
+mutant("a length is taken in 32 bits", "length of 64 bits is cut down to 32",
+       "proto.c", "r->len = s->extended ? get_be64(p + 24) :",
+       "r->len = s->extended ? (uint32_t)get_be64(p + 24) :",
+       tests="test_extended.py::test_zeroing_of_more_than_4_gib_clears_all_of_its_range")
+mutant("an extent is told in 32 bits", "extents are cut down to 32 bits",
+       "proto.c", "put_be64(put_be64(p, e->len), e->flags);",
+       "put_be64(put_be64(p, (uint32_t)e->len), e->flags);",
+       tests="test_extended.py::test_extent_of_more_than_4_gib_is_told_as_one")
 mutant("a READ of many extents is cut short", "READ longer than IOV_MAX pieces",
        "backend.c", "|| !has_hole(r) ||\n\t    described(r) < r->h.len)", "|| !has_hole(r))",
        tests="test_hazards.py::test_read_of_thousands_of_extents")

@@ -140,6 +140,7 @@ ERRORS = (NBD_EPERM, NBD_EIO, NBD_ENOMEM, NBD_EINVAL, NBD_ENOSPC,
 STRING_MAX = 4096           # proto.md, "Conventions"
 PAYLOAD_MAX = 32 << 20      # proto.md, "Size constraints"
 U64 = 1 << 64
+EXTENDED = "extended"       # more than structured replies, see Handshake.negotiate()
 
 OPTIONS = {number: name for name, number in list(globals().items())
            if name.startswith("NBD_OPT_")}
@@ -245,6 +246,12 @@ def request_header(command, offset=0, length=0, flags=0, cookie=0,
                    magic=NBD_REQUEST_MAGIC):
     """The 28 bytes of a request; proto.md, "Request message"."""
     return struct.pack(">IHHQQI", magic, flags, command, cookie, offset, length)
+
+
+def extended_header(command, offset=0, length=0, flags=0, cookie=0,
+                    magic=NBD_EXTENDED_REQUEST_MAGIC):
+    """The 32 bytes of one with extended headers."""
+    return struct.pack(">IHHQQQ", magic, flags, command, cookie, offset, length)
 
 
 class OptionReply:
@@ -447,7 +454,7 @@ class Handshake(Transport):
 
     def __init__(self, address, timeout=DEADLINE, rcvbuf=None):
         super().__init__(address, timeout, rcvbuf)
-        self.no_zeroes = self.structured = False
+        self.no_zeroes = self.structured = self.extended = False
         self.contexts = {}          # id: name, as selected
         self.size = self.flags = None
 
@@ -550,6 +557,10 @@ class Handshake(Transport):
         check(not self.ask(NBD_OPT_STRUCTURED_REPLY), "reply before the ACK")
         self.structured = True
 
+    def extended_headers(self):
+        check(not self.ask(NBD_OPT_EXTENDED_HEADERS), "reply before the ACK")
+        self.structured = self.extended = True
+
     def _meta_contexts(self, option, name, queries):
         replies = self.ask(option, meta_data(name, queries))
         check(all(r.type == NBD_REP_META_CONTEXT for r in replies), f"{replies}")
@@ -570,14 +581,16 @@ class Handshake(Transport):
 
     def negotiate(self, name="", structured=False, contexts=(), no_zeroes=True,
                   how="go", oldstyle=False):
-        """The whole handshake; how is "go" or "export_name"."""
+        """The whole handshake; how is "go" or "export_name"; structured may be EXTENDED."""
         if oldstyle:
             self.oldstyle_greeting()
             return self
         self.greeting()
         self.client_flags(NBD_FLAG_C_FIXED_NEWSTYLE
                           | (NBD_FLAG_C_NO_ZEROES if no_zeroes else 0))
-        if structured or contexts:
+        if structured == EXTENDED:
+            self.extended_headers()
+        elif structured or contexts:
             self.structured_reply()
         if contexts:
             self.set_meta_context(name, contexts)
@@ -604,11 +617,19 @@ class Client(Handshake):
             cookie = self.next_cookie
             self.next_cookie = (cookie + 1) % U64
         self.expect(cookie, Request(command, offset, length, flags))
-        header = request_header(command, offset, length, flags, cookie)
+        header = self.header(command, offset, length, flags, cookie)
         self.send(header + payload if len(payload) < 65536 else header)
         if len(payload) >= 65536:
             self.send(payload)
         return cookie
+
+    def header(self, command, offset=0, length=0, flags=0, cookie=0):
+        """A request's header, as was negotiated; a WRITE has PAYLOAD_LEN where it must."""
+        if not self.extended:
+            return request_header(command, offset, length, flags, cookie)
+        if command == NBD_CMD_WRITE:
+            flags |= NBD_CMD_FLAG_PAYLOAD_LEN
+        return extended_header(command, offset, length, flags, cookie)
 
     def expect(self, cookie, request):
         """Says that a reply with that cookie may come."""
@@ -688,6 +709,12 @@ class Client(Handshake):
     def _read_message(self):
         """Reads one simple reply or one chunk; returns its Reply."""
         magic, = self.unpack(">I")
+        if self.extended:
+            check(magic == NBD_EXTENDED_REPLY_MAGIC, f"reply magic {magic:#x}")
+            flags, kind, cookie, offset, length = self.unpack(">HHQQQ")
+            reply = self._reply(cookie)
+            check(offset == reply.request.offset, f"{reply}: of offset {offset}")
+            return self._chunk(flags, kind, cookie, length)
         if magic == NBD_SIMPLE_REPLY_MAGIC:
             return self._simple(*self.unpack(">IQ"))
         check(magic == NBD_STRUCTURED_REPLY_MAGIC, f"reply magic {magic:#x}")
@@ -728,7 +755,8 @@ class Client(Handshake):
         parsers = {NBD_REPLY_TYPE_NONE: self._chunk_none,
                    NBD_REPLY_TYPE_OFFSET_DATA: self._chunk_data,
                    NBD_REPLY_TYPE_OFFSET_HOLE: self._chunk_hole,
-                   NBD_REPLY_TYPE_BLOCK_STATUS: self._chunk_block_status,
+                   (NBD_REPLY_TYPE_BLOCK_STATUS_EXT if self.extended else
+                    NBD_REPLY_TYPE_BLOCK_STATUS): self._chunk_block_status,
                    NBD_REPLY_TYPE_ERROR: self._chunk_error,
                    NBD_REPLY_TYPE_ERROR_OFFSET: self._chunk_error}
         check(kind in parsers, f"{reply}: chunk type {kind}")
@@ -790,8 +818,12 @@ class Client(Handshake):
     def _chunk_block_status(self, reply, kind, length):
         request = reply.request
         check(request.command == NBD_CMD_BLOCK_STATUS, f"{reply}: extents")
-        check(length >= 12 and length % 8 == 4, f"{reply}: extents of {length} bytes")
-        context, *words = struct.unpack(f">{length // 4}I", self.recv(length))
+        head, size, word = (8, 16, "Q") if self.extended else (4, 8, "I")
+        count = (length - head) // size
+        check(count >= 1 and length == head + count * size, f"{reply}: extents of {length} bytes")
+        context, told = self.unpack(">II") if self.extended else (*self.unpack(">I"), 0)
+        check(told in (0, count), f"{reply}: {told} extents, not {count}")
+        words = self.unpack(f">{2 * count}{word}")
         check(context in self.contexts, f"{reply}: context {context} not selected")
         check(context not in reply.extents, f"{reply}: context {context} twice")
         extents = list(zip(words[::2], words[1::2]))

@@ -29,7 +29,7 @@ import conftest
 import test_model
 from conftest import SERVER, make_disk, need
 from nbd import *
-from test_model import ALLOCATION, Generator, Model, Write, random_seed, read_all, turn
+from test_model import Generator, Model, Write, dialect, random_seed, read_all, turn
 from test_snapshot import Snapshots
 
 MIB = 1 << 20
@@ -81,15 +81,15 @@ class Session(test_model.Session):
 
 
 class Crowd:
-    """The clients of a server, over TCP, one in two with structured replies."""
+    """The clients of a server, over TCP."""
 
     def __init__(self, server, model, seed, connections, in_flight):
         self.server, self.model = server, model
         self.sessions = [self.session(i, seed, in_flight) for i in range(connections)]
 
     def session(self, i, seed, in_flight):
-        client = self.server.client(contexts=[ALLOCATION] if i % 2 else [])
-        generator = Generator(self.model.size, i, client.structured, seed)
+        client = self.server.client(**dialect(i))
+        generator = Generator(self.model.size, i, client.structured, seed, client.extended)
         return Session(client, self.model, generator, in_flight)
 
     def turn(self):

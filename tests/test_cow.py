@@ -26,7 +26,7 @@ import pytest
 
 from conftest import make_disk, need, need_holes, need_module, need_punch, skip
 from nbd import *
-from test_model import (ALLOCATION, DISKS, SECONDS, Model, exercise, extents, random_seed,
+from test_model import (ALLOCATION, DISKS, SECONDS, Model, dialect, exercise, extents, random_seed,
                         written_parts)
 from test_service import bound_by_modes
 from test_snapshot import UNIT, Load, Numbered, file_system, leave, names
@@ -107,8 +107,8 @@ def overlay_bytes(server):
 # Random operations
 
 def connecting(server):
-    """For exercise(): one in two connections has structured replies."""
-    return lambda i: server.client(contexts=[ALLOCATION] if i % 2 else [])
+    """For exercise()."""
+    return lambda i: server.client(**dialect(i))
 
 
 def check_through(server, model):

@@ -58,16 +58,27 @@ def server_seeds():
     metas = [option(number, meta_data("disk", [ALLOCATION, "base:", "x:y"]))
              for number in (NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT)]
     structured = option(NBD_OPT_STRUCTURED_REPLY) + b"".join(metas)
+    commands = [(NBD_CMD_READ, 0, 4096, NBD_CMD_FLAG_DF), (NBD_CMD_READ, 512, 4000, 0),
+                (NBD_CMD_FLUSH, 0, 0, 0), (NBD_CMD_BLOCK_STATUS, 0, 4096, 8),
+                (NBD_CMD_WRITE, 100, 8, NBD_CMD_FLAG_FUA), (NBD_CMD_TRIM, 0, 512, 0),
+                (NBD_CMD_WRITE_ZEROES, 0, 4096, 2), (NBD_CMD_CACHE, 0, 1, 0)]
     requests = b"".join(request_header(command, offset, length, flags, cookie=command)
-                        + bytes(8)
-                        for command, offset, length, flags in [
-                            (NBD_CMD_READ, 0, 4096, NBD_CMD_FLAG_DF), (NBD_CMD_READ, 512, 4000, 0),
-                            (NBD_CMD_FLUSH, 0, 0, 0), (NBD_CMD_BLOCK_STATUS, 0, 4096, 8),
-                            (NBD_CMD_WRITE, 100, 8, NBD_CMD_FLAG_FUA), (NBD_CMD_TRIM, 0, 512, 0),
-                            (NBD_CMD_WRITE_ZEROES, 0, 4096, 2), (NBD_CMD_CACHE, 0, 1, 0)])
+                        + bytes(8) for command, offset, length, flags in commands)
+    extended = option(NBD_OPT_EXTENDED_HEADERS) + b"".join(metas)
+    extended_requests = b"".join(
+        extended_header(command, offset, length, flags, cookie=command) + bytes(8)
+        for command, offset, length, flags in [
+            *commands, (NBD_CMD_WRITE, 100, 8, NBD_CMD_FLAG_PAYLOAD_LEN),
+            (NBD_CMD_READ, 100, 8, NBD_CMD_FLAG_PAYLOAD_LEN), (NBD_CMD_TRIM, 0, 1 << 32, 0),
+            (NBD_CMD_BLOCK_STATUS, 0, 1 << 32, 0), (NBD_CMD_WRITE_ZEROES, 1, U64 - 1, 0),
+            (NBD_CMD_WRITE, 0, PAYLOAD_MAX + 1, NBD_CMD_FLAG_PAYLOAD_LEN)])
     for size in range(8):
         yield (bytes([4, 6 + 32 * (size % 2), size]) + hello + structured
                + option(NBD_OPT_GO, GO_DATA) + requests)
+        yield (bytes([4, 6 + 32 * (size % 2), size]) + hello + extended
+               + option(NBD_OPT_GO, GO_DATA) + extended_requests)
+    yield bytes([4, 15, 6]) + hello + extended + extended + structured + option(
+        NBD_OPT_EXPORT_NAME, b"disk")
     for number in range(12):
         yield bytes([4 + number % 4, 15, 3]) + hello + option(number, GO_DATA) + structured
         yield bytes([3, 15, 3]) + hello + option(number)
@@ -194,6 +205,7 @@ def dictionary(target, path):
     """The words that a target knows, for libFuzzer to put into its inputs."""
     words = {
         "server": [struct.pack(">Q", IHAVEOPT), struct.pack(">I", NBD_REQUEST_MAGIC),
+                   struct.pack(">I", NBD_EXTENDED_REQUEST_MAGIC),
                    *(struct.pack(">I", number) for number in range(1, 12)), b"base:",
                    ALLOCATION.encode(), b"disk", b"\0\0\0\4disk", *NO_STRINGS],
         "origin": [struct.pack(">Q", number) for number in

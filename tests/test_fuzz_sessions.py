@@ -75,9 +75,28 @@ def name_field(name):
     return [(4, len(octets(name))), octets(name)]
 
 
-def request(command, offset=0, length=0, flags=0, cookie=0, payload=b""):
-    return [(4, NBD_REQUEST_MAGIC), (2, flags), (2, command), (8, cookie), (8, offset),
-            (4, length), payload]
+def request(command, offset=0, length=0, flags=0, cookie=0, payload=b"", extended=False):
+    if extended and command == NBD_CMD_WRITE and cookie % 8:
+        flags |= NBD_CMD_FLAG_PAYLOAD_LEN       # or as qemu: without
+    return [(4, NBD_EXTENDED_REQUEST_MAGIC if extended else NBD_REQUEST_MAGIC), (2, flags),
+            (2, command), (8, cookie), (8, offset), (8 if extended else 4, length), payload]
+
+
+Head = collections.namedtuple("Head", "size flags command cookie offset length payload")
+
+
+def head(data, at, extended):
+    """The head of a request in there, and how much payload is behind it; None if there is none,
+    or none that a server goes on after."""
+    size, layout = (32, ">IHHQQQ") if extended else (28, ">IHHQQI")
+    if len(data) - at < size:
+        return None
+    magic, flags, *fields = struct.unpack_from(layout, data, at)
+    found = Head(size, flags, *fields, 0)
+    if found.command == NBD_CMD_WRITE or extended and flags & NBD_CMD_FLAG_PAYLOAD_LEN:
+        found = found._replace(payload=found.length)
+    good = magic == (NBD_EXTENDED_REQUEST_MAGIC if extended else NBD_REQUEST_MAGIC)
+    return found if good and not (extended and found.payload > PAYLOAD_MAX) else None
 
 
 class Writer:
@@ -85,6 +104,7 @@ class Writer:
 
     def __init__(self, dice):
         self.dice = dice
+        self.extended = False       # the session that is being made has such headers
 
     def chance(self, p):
         return self.dice.random() < p
@@ -113,8 +133,10 @@ class Writer:
         """Flags and options, up to transmission."""
         dice, name = self.dice, self.name()
         messages = [[(4, FIXED)]]
-        if self.chance(0.7):
-            messages.append(option(NBD_OPT_STRUCTURED_REPLY))
+        self.extended = self.chance(0.4)
+        if self.extended or self.chance(0.7):
+            messages.append(option(NBD_OPT_EXTENDED_HEADERS if self.extended else
+                                   NBD_OPT_STRUCTURED_REPLY))
             if self.chance(0.6):
                 messages.append(option(NBD_OPT_SET_META_CONTEXT, *name_field(name), (4, 1),
                                        *name_field(ALLOCATION)))
@@ -123,6 +145,8 @@ class Writer:
                                   NBD_OPT_STRUCTURED_REPLY, NBD_OPT_LIST_META_CONTEXT,
                                   NBD_OPT_SET_META_CONTEXT, NBD_OPT_EXTENDED_HEADERS])
             messages.append(self.some_option(number, name))
+            if messages[-1] == option(NBD_OPT_EXTENDED_HEADERS):
+                self.extended = True
         last = dice.choice([NBD_OPT_GO] * 6 + [NBD_OPT_EXPORT_NAME, NBD_OPT_ABORT])
         messages.append(self.some_option(last, name))
         return messages
@@ -138,6 +162,8 @@ class Writer:
             offset -= offset % 512
         if self.chance(0.95):
             length = min(length, SIZE - offset)
+        elif self.extended:
+            length = dice.choice([SIZE - offset + (1 << 32), 1 << 63, U64 - 1, U64 - max(offset, 1)])
         return offset, length
 
     def request(self, cookie):
@@ -146,13 +172,18 @@ class Writer:
                                  NBD_CMD_CACHE, NBD_CMD_WRITE_ZEROES, NBD_CMD_BLOCK_STATUS, 99],
                                 [16, 8, 1, 2, 2, 2, 4, 0.2])
         offset, length = (0, 0) if command == NBD_CMD_FLUSH else self.range()
+        if command == NBD_CMD_WRITE:
+            length = min(length, 300000)
         flags = 0
         if self.chance(0.2):
             flags = FLAGS.get(command, 0) & dice.randrange(32)
             if command in CHANGES and self.chance(0.9):
                 flags &= ~NBD_CMD_FLAG_FUA
-        return request(command, offset, length, flags, cookie,
-                       self.payload(offset, length) if command == NBD_CMD_WRITE else b"")
+        payload = self.payload(offset, length) if command == NBD_CMD_WRITE else b""
+        if self.extended and length <= 300000 and self.chance(0.02):
+            flags |= NBD_CMD_FLAG_PAYLOAD_LEN
+            payload = self.payload(offset, length)
+        return request(command, offset, length, flags, cookie, payload, self.extended)
 
     def payload(self, offset, length):
         """Often what is there already, so that nothing may change."""
@@ -167,7 +198,8 @@ class Writer:
         count = self.dice.choice([0, 1, 3, 8, 20])
         messages += [self.request(first + i) for i in range(count)]
         if self.chance(0.3):
-            messages.append(request(NBD_CMD_DISC, cookie=first + count))
+            messages.append(request(NBD_CMD_DISC, cookie=first + count,
+                                    extended=self.extended))
         return messages
 
     # Changed ones
@@ -214,7 +246,7 @@ class Writer:
         if kind == 3:
             return data[:at] + bytes(byte ^ 1 << dice.randrange(8) for byte in data[at:at + 1]) \
                 + data[at + 1:]
-        return data + dice.randbytes(dice.choice([1, 27, 28, 300]))
+        return data + dice.randbytes(dice.choice([1, 27, 28, 32, 300]))
 
     def session(self):
         """The bytes of one."""
@@ -251,22 +283,23 @@ def changed(data):
     """[(start, end)] of the disk that those bytes may have changed, if all were taken: where a
     message cannot begin with these bytes, nothing is taken any more.  What must be refused
     changes nothing, nor does a WRITE of what is there."""
-    at, found = 4, []
+    at, found, extended = 4, [], False
     while len(data) - at >= 16:
         if data.startswith(IHAVEOPT_BYTES, at):
-            at += 16 + int.from_bytes(data[at + 12:at + 16], "big")
+            number, length = struct.unpack_from(">II", data, at + 8)
+            extended = extended or (number == NBD_OPT_EXTENDED_HEADERS and not length)
+            at += 16 + length
             continue
-        if len(data) - at < 28:
+        r = head(data, at, extended)
+        if not r or r.command == NBD_CMD_DISC:
             break
-        magic, flags, command, _, offset, length = struct.unpack_from(">IHHQQI", data, at)
-        if magic != NBD_REQUEST_MAGIC or command == NBD_CMD_DISC:
-            break
-        payload = data[at + 28:at + 28 + length] if command == NBD_CMD_WRITE else None
-        at += 28 + (length if command == NBD_CMD_WRITE else 0)
-        if (command in CHANGES and length and offset + length <= SIZE
-                and not flags & ~FLAGS[command]
-                and payload != CONTENT[offset:offset + length][:len(payload or b"")]):
-            found.append((offset, offset + length))
+        payload = data[at + r.size:at + r.size + r.payload] if r.payload else None
+        at += r.size + r.payload
+        flags = r.flags & ~(NBD_CMD_FLAG_PAYLOAD_LEN if extended else 0)
+        if (r.command in CHANGES and r.length and r.offset + r.length <= SIZE
+                and not flags & ~FLAGS[r.command]
+                and payload != CONTENT[r.offset:r.offset + r.length][:len(payload or b"")]):
+            found.append((r.offset, r.offset + r.length))
     return found
 
 
@@ -274,6 +307,8 @@ def deserved(flags, command, offset, length, client, readonly):
     """The errors that a request may be answered with; 0 is none."""
     flaws = set()
     allowed = FLAGS.get(command, 0)
+    if client.extended and command == NBD_CMD_WRITE:
+        allowed |= NBD_CMD_FLAG_PAYLOAD_LEN
     if command == NBD_CMD_READ and not client.structured:
         allowed &= ~NBD_CMD_FLAG_DF
     if (command not in FLAGS or flags & ~allowed
@@ -480,8 +515,9 @@ class Session:
             assert not e.before
             return None
         assert len(content) <= KEPT_OPTION_MAX
-        if number == NBD_OPT_STRUCTURED_REPLY:
+        if number in (NBD_OPT_STRUCTURED_REPLY, NBD_OPT_EXTENDED_HEADERS):
             answers.structured = True
+            answers.extended = number == NBD_OPT_EXTENDED_HEADERS
         if number == NBD_OPT_SET_META_CONTEXT:
             answers.contexts = dict(reply.context for reply in replies)
             answers.chosen_for = name_of(content)
@@ -489,17 +525,15 @@ class Session:
 
     def _requests(self, answers, at, readonly, errors):
         data, sent, orderly = self.data, {}, False
-        while len(data) - at >= 28:
-            magic, flags, command, cookie, offset, length = struct.unpack_from(">IHHQQI", data, at)
-            if magic != NBD_REQUEST_MAGIC:
-                break
+        while r := head(data, at, answers.extended):
+            size, flags, command, cookie, offset, length, payload = r
             if command == NBD_CMD_DISC:
-                orderly = at + 28 == len(data)
+                orderly = at + size == len(data)
                 break
             if cookie in sent:          # answers cannot be told apart
                 answers.place = len(answers.received)
                 return False
-            at += 28 + (length if command == NBD_CMD_WRITE else 0)
+            at += size + payload
             if at > len(data):
                 break
             sent[cookie] = deserved(flags, command, offset, length, answers, readonly)

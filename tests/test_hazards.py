@@ -32,8 +32,8 @@ ALLOCATION = "base:allocation"
 MEMORY = 1024 * MIB if SANITIZED else 64 * MIB
 FIXED = NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES
 hazard = pytest.mark.hazard
-both_replies = pytest.mark.parametrize("structured", [False, True],
-                                       ids=["simple", "structured"])
+all_replies = pytest.mark.parametrize("structured", [False, True, EXTENDED],
+                                      ids=["simple", "structured", "extended"])
 
 
 @pytest.fixture
@@ -76,7 +76,18 @@ SESSION = b"".join([
 ])
 LEGACY = b"".join([struct.pack(">I", 0), option(NBD_OPT_EXPORT_NAME, b"ab"),
                    request_header(NBD_CMD_READ, 0, 512)])
-sessions = pytest.mark.parametrize("session", [SESSION, LEGACY], ids=["fixed", "legacy"])
+MODERN = b"".join([
+    struct.pack(">I", FIXED),
+    option(NBD_OPT_EXTENDED_HEADERS),
+    option(NBD_OPT_SET_META_CONTEXT, meta_data("ab", [ALLOCATION])),
+    option(NBD_OPT_GO, info_data("ab")),
+    extended_header(NBD_CMD_READ, 0, 512),
+    extended_header(NBD_CMD_WRITE, SIZE - 8, 8, NBD_CMD_FLAG_PAYLOAD_LEN) + b"payload.",
+    extended_header(NBD_CMD_TRIM, SIZE - 8, 8, NBD_CMD_FLAG_PAYLOAD_LEN) + b"payload.",
+    extended_header(NBD_CMD_BLOCK_STATUS, 0, 512),
+])
+sessions = pytest.mark.parametrize("session", [SESSION, LEGACY, MODERN],
+                                   ids=["fixed", "legacy", "extended"])
 
 
 @hazard("handshake cut off at every byte; reset instead of close")
@@ -403,19 +414,20 @@ def test_request_among_options_closes(target):
 
 
 @hazard("transmission bytes among options: behind the last one they are welcome")
-@both_replies
+@all_replies
 def test_whole_session_in_one_packet(target, structured):
-    first = option(NBD_OPT_STRUCTURED_REPLY) if structured else b""
+    number = NBD_OPT_EXTENDED_HEADERS if structured == EXTENDED else NBD_OPT_STRUCTURED_REPLY
+    first = option(number) if structured else b""
     with target.raw() as c:
         c.greeting()
+        c.structured, c.extended = bool(structured), structured == EXTENDED
         for i in range(64):
             c.expect(i, Request(NBD_CMD_READ, i * 1000, 1000, 0))
         c.send(struct.pack(">I", FIXED) + first + option(NBD_OPT_GO, info_data())
-               + b"".join(request_header(NBD_CMD_READ, i * 1000, 1000, cookie=i)
-                          for i in range(64)) + request_header(NBD_CMD_DISC))
+               + b"".join(c.header(NBD_CMD_READ, i * 1000, 1000, cookie=i)
+                          for i in range(64)) + c.header(NBD_CMD_DISC))
         if structured:
-            c.option_replies(NBD_OPT_STRUCTURED_REPLY)
-            c.structured = True
+            c.option_replies(number)
         c.option_replies(NBD_OPT_GO)
         for i, reply in c.collect_all().items():
             assert reply.data == pattern(i * 1000, 1000)
@@ -431,7 +443,7 @@ def sizes_around_buffers():
 
 
 @hazard("READ of exactly a buffer's size, and a little less or more")
-@both_replies
+@all_replies
 def test_reads_around_the_sizes_of_buffers(target, structured):
     with target.client(structured=structured) as c:
         for length in sizes_around_buffers():
@@ -513,7 +525,7 @@ def test_long_zeroing_clears_all_of_its_range(server, disk, tmp_path, command, f
 
 
 @hazard("READ longer than IOV_MAX pieces")
-@both_replies
+@all_replies
 def test_read_of_thousands_of_extents(server, disk, structured):
     """Data and holes take turns, 4 KiB each: 4096 pieces in 16 MiB."""
     image = disk(16 * MIB)
@@ -528,21 +540,21 @@ def test_read_of_thousands_of_extents(server, disk, structured):
 
 
 @hazard("READ longer than IOV_MAX pieces: as many replies at once")
-@both_replies
+@all_replies
 def test_burst_of_thousands_of_requests(target, structured):
     """One send, so that the server may want to answer all at once."""
     count = 5000
     with target.client(structured=structured) as c:
         for i in range(count):
             c.expect(i, Request(NBD_CMD_READ, i, 1 + i % 5, 0))
-        c.send(b"".join(request_header(NBD_CMD_READ, i, 1 + i % 5, cookie=i)
+        c.send(b"".join(c.header(NBD_CMD_READ, i, 1 + i % 5, cookie=i)
                         for i in range(count)))
         for i, reply in c.collect_all().items():
             assert reply.data == pattern(i, 1 + i % 5)
 
 
 @hazard("READ longer than IOV_MAX pieces: as many large replies at once")
-@both_replies
+@all_replies
 def test_burst_of_large_reads(target, structured):
     """Each is in a piece of memory of its own, besides its header."""
     length, count = 64 * 1024, 600
@@ -550,7 +562,7 @@ def test_burst_of_large_reads(target, structured):
         c.pread(SIZE)               # all of it is in memory
         for i in range(count):
             c.expect(i, Request(NBD_CMD_READ, i, length, 0))
-        c.send(b"".join(request_header(NBD_CMD_READ, i, length, cookie=i) for i in range(count)))
+        c.send(b"".join(c.header(NBD_CMD_READ, i, length, cookie=i) for i in range(count)))
         for i, reply in c.collect_all().items():
             assert reply.data == pattern(i, length)
 
@@ -568,7 +580,7 @@ def test_payloads_at_the_maximum(server, disk):
 # Commands
 
 @hazard("FLUSH as the first command")
-@both_replies
+@all_replies
 def test_flush_as_the_first_command(target, structured):
     with target.client(structured=structured) as c:
         c.flush()
@@ -623,15 +635,21 @@ def send_until_blocked(c, data, quiet=0.3):
 
 
 UNREAD = {
-    "READ of 1 MiB": request_header(NBD_CMD_READ, 0, MIB) * 20000,
-    "READ of 32 MiB": request_header(NBD_CMD_READ, 0, PAYLOAD_MAX) * 2000,
-    "READ of 4 KiB": request_header(NBD_CMD_READ, 0, 4096) * 100000,
-    "BLOCK_STATUS": request_header(NBD_CMD_BLOCK_STATUS, 0, PAYLOAD_MAX) * 50000,
-    "CACHE": request_header(NBD_CMD_CACHE, 0, 512) * 100000,
-    "WRITE of 1 byte": (request_header(NBD_CMD_WRITE, 0, 1) + b"x") * 100000,
-    "refused WRITE": (request_header(NBD_CMD_WRITE, U64 - 1, 64) + b"x" * 64) * 100000,
-    "unknown": request_header(1000, 0, 512) * 100000,
+    "READ of 1 MiB": (20000, NBD_CMD_READ, 0, MIB),
+    "READ of 32 MiB": (2000, NBD_CMD_READ, 0, PAYLOAD_MAX),
+    "READ of 4 KiB": (100000, NBD_CMD_READ, 0, 4096),
+    "BLOCK_STATUS": (50000, NBD_CMD_BLOCK_STATUS, 0, PAYLOAD_MAX),
+    "CACHE": (100000, NBD_CMD_CACHE, 0, 512),
+    "WRITE of 1 byte": (100000, NBD_CMD_WRITE, 0, 1),
+    "refused WRITE": (100000, NBD_CMD_WRITE, U64 - 1, 64),
+    "unknown": (100000, 1000, 0, 512),
 }
+
+
+def many(c, count, command, offset, length):
+    """So many requests of one kind, as a client sends them."""
+    payload = b"x" * length if command == NBD_CMD_WRITE else b""
+    return (c.header(command, offset, length) + payload) * count
 
 
 @pytest.fixture
@@ -647,14 +665,14 @@ def checked(disk):
 
 @hazard("client that does not read its replies")
 @pytest.mark.parametrize("requests", UNREAD.values(), ids=UNREAD.keys())
-@both_replies
+@all_replies
 def test_unread_replies_cost_bounded_memory(server, checked, requests, structured):
     s = server(checked)
     with s.client(rcvbuf=4096, structured=structured,
                   contexts=[ALLOCATION] if structured else []) as deaf:
         s.is_served()
         before = s.rss()
-        send_until_blocked(deaf, requests)
+        send_until_blocked(deaf, many(deaf, *requests))
         s.settle()
         s.is_served()
         assert s.status("VmHWM") * 1024 - before < MEMORY + PAYLOAD_MAX
@@ -667,7 +685,7 @@ def test_ten_deaf_clients_do_not_disturb_others(server, checked):
         before, open_before = s.rss(), s.sockets()
         deaf = [s.client(rcvbuf=4096) for _ in range(10)]
         for c in deaf:
-            send_until_blocked(c, UNREAD["READ of 1 MiB"])
+            send_until_blocked(c, many(c, *UNREAD["READ of 1 MiB"]))
         s.settle()
         for at in range(0, PAYLOAD_MAX, 32768):
             assert witness.pread(16384, at) == pattern(at, 16384)
@@ -726,12 +744,12 @@ def test_session_one_byte_at_a_time(target):
 @hazard("closes with 64 reads in flight")
 @pytest.mark.parametrize("length", [512, 65536, MIB])
 @pytest.mark.parametrize("end", ["close", "reset", "shutdown_write"])
-@both_replies
+@all_replies
 def test_closing_with_reads_in_flight(target, end, length, structured):
     before = target.sockets()
     for _ in range(10):
         c = target.client(structured=structured)
-        c.send(request_header(NBD_CMD_READ, 0, length) * 64)
+        c.send(c.header(NBD_CMD_READ, 0, length) * 64)
         getattr(c, end)()
         c.close()
     target.is_served()
@@ -857,7 +875,8 @@ def test_signal_storm_during_load(server, image, tmp_path):
 
 
 def deaf(server):
-    send_until_blocked(server.client(rcvbuf=4096), UNREAD["READ of 1 MiB"])
+    c = server.client(rcvbuf=4096)
+    send_until_blocked(c, many(c, *UNREAD["READ of 1 MiB"]))
 
 
 def half_a_payload(server):
@@ -939,7 +958,7 @@ def test_files_created_are_not_for_others_to_write(server, image, tmp_path):
 # The image goes bad
 
 @hazard("image truncated under a running server")
-@both_replies
+@all_replies
 @pytest.mark.parametrize("command", [NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_FLUSH, NBD_CMD_TRIM,
                                      NBD_CMD_CACHE, NBD_CMD_WRITE_ZEROES, NBD_CMD_BLOCK_STATUS],
                          ids=COMMANDS.get)
@@ -964,7 +983,7 @@ def test_truncated_image_costs_one_connection_at_most(server, image, command, st
 
 
 @hazard("image truncated while it is read")
-@both_replies
+@all_replies
 def test_image_truncated_while_reads_are_in_flight(server, disk, structured):
     """Data that is there, EIO, or a close; never the death of the server."""
     image = disk(content=pattern(0, SIZE))
@@ -992,7 +1011,7 @@ def make_whole(image):
 
 
 @hazard("an I/O error under a running server")
-@both_replies
+@all_replies
 def test_write_that_the_system_refuses_is_enospc(server, disk, structured):
     """A file size limit: EFBIG, and a signal that by default kills."""
     limit = MIB

@@ -417,8 +417,9 @@ PAST_THE_END = {NBD_CMD_READ: NBD_EINVAL, NBD_CMD_TRIM: NBD_EINVAL, NBD_CMD_CACH
 class Generator:
     """The operations of one connection: they depend on the seed alone."""
 
-    def __init__(self, size, number, structured, seed):
+    def __init__(self, size, number, structured, seed, extended=False):
         self.size, self.structured = size, structured
+        self.longest_zeroing = 5 * GIB if extended else LONGEST_ZEROING
         self.rng = random.Random(f"{seed}/{number}")
         self.zones = zones(size, number)
         self.commands = {c: w for c, w in WEIGHTS.items()
@@ -444,7 +445,7 @@ class Generator:
     def _zeroing(self, flags):
         """As long as is possible, which must not take long."""
         start = self.rng.randrange(self.size)
-        return Operation(NBD_CMD_WRITE_ZEROES, start, min(LONGEST_ZEROING, self.size - start),
+        return Operation(NBD_CMD_WRITE_ZEROES, start, min(self.longest_zeroing, self.size - start),
                          flags | NBD_CMD_FLAG_FAST_ZERO)
 
     def _choose(self):
@@ -498,7 +499,7 @@ class Session:
         op.begin(self.model)
         self.in_flight[cookie] = op
         self.client.expect(cookie, Request(op.command, op.start, op.length, op.flags))
-        self.out += request_header(op.command, op.start, op.length, op.flags, cookie)
+        self.out += self.client.header(op.command, op.start, op.length, op.flags, cookie)
         self.out += op.payload()
 
     def flush(self):
@@ -552,6 +553,12 @@ def read_all(session, model):
         model.end_read(read, session.client.pread(end - start, start))
 
 
+def dialect(i):
+    """What connection i negotiates: one in two has structured replies, of these one in two
+    extended headers as well."""
+    return {"structured": EXTENDED if i % 4 == 3 else i % 2, "contexts": [ALLOCATION] * (i % 2)}
+
+
 def exercise(connect, model, seed, seconds, connections=CONNECTIONS, in_flight=IN_FLIGHT):
     """Does random operations for that time and checks every reply.
 
@@ -562,7 +569,8 @@ def exercise(connect, model, seed, seconds, connections=CONNECTIONS, in_flight=I
     print(f"XNBD_SEED={seed}")
     clients = [connect(i) for i in range(connections)]
     assert all(c.size == model.size for c in clients)
-    sessions = [Session(c, model, Generator(model.size, i, c.structured, seed), in_flight)
+    sessions = [Session(c, model, Generator(model.size, i, c.structured, seed, c.extended),
+                        in_flight)
                 for i, c in enumerate(clients)]
     end = time.monotonic() + seconds
 
@@ -596,14 +604,14 @@ DISKS = {"ragged": 24 * MIB + 77, "small": 5001, "over 4 GiB": 4 * GIB + 3 * MIB
 @pytest.mark.parametrize("size", DISKS.values(), ids=DISKS.keys())
 def test_random_operations_agree_with_a_model(server, disk, tmp_path, size):
     """Half of the connections are over TCP and half over a Unix socket; of each
-    half one in two has structured replies."""
+    half there is each dialect."""
     content = pattern(0, min(size, 8 * MIB) // 2)
     image = disk(size, content)
     s = server(image, "--unix", tmp_path / "sock", "--laddr", "127.0.0.1", "--lport", "0")
     model = Model(size, content, TRIM_IS_A_HINT)
 
     def connect(i):
-        return s.client(s.addresses[i // 2 % 2], contexts=[ALLOCATION] if i % 2 else [])
+        return s.client(s.addresses[i // 4 % 2], **dialect(i))
 
     exercise(connect, model, random_seed(), SECONDS)
     s.stop()
@@ -615,7 +623,7 @@ def test_random_operations_on_a_tiny_disk(server, disk, size):
     image = disk(size)
     s = server(image)
     model = Model(size)
-    exercise(lambda i: s.client(contexts=[ALLOCATION] if i % 2 else []), model, random_seed(),
+    exercise(lambda i: s.client(**dialect(i)), model, random_seed(),
              min(SECONDS, 0.5))
     s.stop()
     model.check_image(image)

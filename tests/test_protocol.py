@@ -28,8 +28,8 @@ BAD_NAMES = {"nul": b"a\0b", "latin1": b"\xe9t\xe9", "overlong": b"\xc0\x80",
              "surrogate": b"\xed\xa0\x80", "too high": b"\xf4\x90\x80\x80",
              "cut": b"abc\xe2\x82", "lone continuation": b"\x80"}
 bad_names = pytest.mark.parametrize("name", BAD_NAMES.values(), ids=BAD_NAMES.keys())
-both_replies = pytest.mark.parametrize("structured", [False, True],
-                                     ids=["simple", "structured"])
+all_replies = pytest.mark.parametrize("structured", [False, True, EXTENDED],
+                                      ids=["simple", "structured", "extended"])
 
 
 @pytest.fixture
@@ -231,15 +231,6 @@ def test_structured_reply_with_data_negotiates_nothing(target):
     in_step(c)
 
 
-def test_extended_headers_are_unsupported(target):
-    """38. Recent libnbd asks for them first and must be able to go on."""
-    c = target.hello()
-    assert c.refused(NBD_OPT_EXTENDED_HEADERS) == NBD_REP_ERR_UNSUP
-    c.structured_reply()
-    c.go()
-    in_step(c)
-
-
 # 8. NBD_OPT_EXPORT_NAME; NBD_OPT_LIST
 
 def test_list_names_the_default_export(target):
@@ -327,11 +318,11 @@ def test_all_information_on_request(target, image, name, option):
 
 
 @pytest.mark.parametrize("infos", [[], [NBD_INFO_BLOCK_SIZE], [1, 2, 3]])
-@both_replies
+@all_replies
 def test_info_then_go_agree(target, structured, infos):
     c = target.hello()
     if structured:
-        c.structured_reply()
+        c.extended_headers() if structured == EXTENDED else c.structured_reply()
     assert c.info("x", infos).raw == c.go("x", infos).raw
     in_step(c)
 
@@ -555,7 +546,7 @@ def test_single_bytes_may_be_read_and_written(target):
         assert c.pread(3, 1) == pattern(1, 1)[:0] + b"\xee" + pattern(2, 2)
 
 
-@both_replies
+@all_replies
 def test_payloads_of_32_mib_are_served(server, disk, structured):
     with server(disk(40 * MIB)).client(structured=structured) as c:
         data = pattern(0, PAYLOAD_MAX)
@@ -565,7 +556,7 @@ def test_payloads_of_32_mib_are_served(server, disk, structured):
             data[8 * MIB - 12345:] + bytes(8 * MIB - 12345))
 
 
-@both_replies
+@all_replies
 def test_payload_of_32_mib_for_a_small_export_is_no_attack(target, structured):
     with target.client(structured=structured) as c:
         assert c.error_of(NBD_CMD_WRITE, 0, payload=bytes(PAYLOAD_MAX)) == NBD_ENOSPC
@@ -616,7 +607,7 @@ def test_offsets_beyond_4_tib(server, disk):
 
 # 16. Request types
 
-@both_replies
+@all_replies
 @pytest.mark.parametrize("offset", [0, 1, SIZE - 1])
 @pytest.mark.parametrize("command", [NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_CACHE,
                                      NBD_CMD_WRITE_ZEROES], ids=COMMANDS.get)
@@ -647,7 +638,7 @@ PAST_THE_END = [(SIZE, 1), (SIZE - 1, 2), (SIZE + 1, 1), (0, SIZE + 1), (1 << 32
                 (1 << 63, 1), ((1 << 63) - 1, 1), (U64 - 1, 1), (U64 - 4096, 8192)]
 
 
-@both_replies
+@all_replies
 @pytest.mark.parametrize("offset, length", PAST_THE_END)
 @pytest.mark.parametrize("command, error", [
     (NBD_CMD_READ, NBD_EINVAL), (NBD_CMD_TRIM, NBD_EINVAL), (NBD_CMD_CACHE, NBD_EINVAL),
@@ -672,7 +663,7 @@ def booby_trap(length):
     return (requests * (length // len(requests) + 1))[:length]
 
 
-@both_replies
+@all_replies
 @pytest.mark.parametrize("length", [1, 28, 4096, 65536, MIB + 5])
 @pytest.mark.parametrize("offset, flags, error", [
     (SIZE, 0, NBD_ENOSPC), (U64 - 1, 0, NBD_ENOSPC), (0, 1 << 15, NBD_EINVAL),
@@ -710,7 +701,7 @@ def test_readonly_is_told(readonly):
         assert c.flags == READONLY | NBD_FLAG_SEND_DF
 
 
-@both_replies
+@all_replies
 @pytest.mark.parametrize("offset, length", [(0, 512), (1, 1), (SIZE - 1, 1), (SIZE, 512),
                                             (U64 - 1, 1), (0, MIB)])
 @pytest.mark.parametrize("command", [NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES],
@@ -779,7 +770,7 @@ def test_refused_flags_change_nothing(target):
         assert contents(c) == pattern(0, SIZE)
 
 
-@both_replies
+@all_replies
 def test_unknown_commands_are_invalid(target, structured):
     """20. Also that nothing but WRITE has a payload."""
     with target.client(structured=structured) as c:
@@ -1004,14 +995,14 @@ def test_fast_zero_not_offered_is_refused(readonly):
 @pytest.mark.parametrize("offset, length, flags, error", [
     (SIZE, 1, 0, NBD_EINVAL), (U64 - 1, 2, 0, NBD_EINVAL), (0, 512, 1 << 15, NBD_EINVAL),
     (0, 512, NBD_CMD_FLAG_NO_HOLE, NBD_EINVAL), (0, PAYLOAD_MAX + 1, 0, NBD_EOVERFLOW)])
-@both_replies
+@all_replies
 def test_early_read_error_is_of_the_negotiated_kind(target, structured, offset, length, flags,
                                                     error):
     """26. Once negotiated, never a simple reply; without, never a chunk."""
     with target.client(structured=structured) as c:
         reply = c.call(NBD_CMD_READ, offset, length, flags)
         assert reply.error == error
-        assert reply.structured == structured
+        assert reply.structured == bool(structured)
         in_step(c)
 
 
@@ -1024,7 +1015,7 @@ def test_structured_replies_work_after_either_way_in(target, how):
 
 # 27. Request types (NBD_CMD_READ)
 
-@both_replies
+@all_replies
 @pytest.mark.parametrize("length", [512, 65536, MIB])
 def test_read_that_fails_does_not_begin_with_success(server, disk, structured, length):
     """27, and hazard "image truncated".  A simple reply that says success must
@@ -1068,7 +1059,7 @@ READS = [(0, 4 * MIB), (1, 4 * MIB - 2), (0, 1), (32767, 2), (32768, 65536), (32
          (40000, 100), (98303, 2), (4095, 70000), (5, 511), (4 * MIB - 1, 1), (65536, 2 * MIB)]
 
 
-@both_replies
+@all_replies
 def test_chunks_cover_the_request_exactly(swiss, structured):
     """28. nbd.py checks overlap, coverage, DONE and the size of hole chunks."""
     s, data = swiss
@@ -1085,7 +1076,7 @@ def evict(path):
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-@both_replies
+@all_replies
 @pytest.mark.parametrize("offset, length", READS)
 def test_reads_that_wait_for_the_disk_are_right(server, holey, structured, offset, length):
     """28. Other requests may overtake them."""
@@ -1117,10 +1108,10 @@ def test_hole_chunks_are_holes(server, disk):
 
 # 29. Request types (NBD_CMD_READ), the DF flag
 
-@both_replies
+@all_replies
 def test_df_is_offered_with_structured_replies_only(target, structured):
     with target.client(structured=structured) as c:
-        assert bool(c.flags & NBD_FLAG_SEND_DF) == structured
+        assert bool(c.flags & NBD_FLAG_SEND_DF) == bool(structured)
         error = c.error_of(NBD_CMD_READ, 0, 512, NBD_CMD_FLAG_DF)
         assert error == (0 if structured else NBD_EINVAL)
         in_step(c)
@@ -1143,7 +1134,7 @@ def test_df_read_of_32_mib_is_one_chunk(server, disk):
 
 # 30. Error values
 
-@both_replies
+@all_replies
 @pytest.mark.parametrize("offset", [0, SIZE, U64 - 1])
 @pytest.mark.parametrize("length", [PAYLOAD_MAX + 1, (1 << 31), (1 << 32) - 1])
 def test_read_above_the_maximum_overflows(target, offset, length, structured):
@@ -1165,7 +1156,7 @@ def replies_until_closed(c):
             return replies
 
 
-@both_replies
+@all_replies
 def test_shutdown_finishes_or_refuses_what_is_in_flight(target, structured):
     with target.client(structured=structured) as c:
         for i in range(64):
@@ -1183,7 +1174,7 @@ def test_shutdown_finishes_or_refuses_what_is_in_flight(target, structured):
         target.wait()
 
 
-@both_replies
+@all_replies
 def test_shutdown_refuses_what_comes_later(target, structured):
     """31. The unfinished payload keeps the connection open meanwhile."""
     with target.client(structured=structured) as c:
@@ -1193,7 +1184,7 @@ def test_shutdown_refuses_what_comes_later(target, structured):
         until(lambda: "stopping" in target.log(), what="notice of the signal")
         until(target.is_asleep, what="its effect")      # soon: it waits for 2.5 s only
         c.expect(1, Request(NBD_CMD_READ, 4096, 4096, 0))
-        c.send(b"x" * 500 + request_header(NBD_CMD_READ, 4096, 4096, cookie=1))     # together
+        c.send(b"x" * 500 + c.header(NBD_CMD_READ, 4096, 4096, cookie=1))     # together
         assert c.collect(write).error in (0, NBD_ESHUTDOWN)
         assert c.collect(1).error == NBD_ESHUTDOWN
         c.expect_closed()
@@ -1228,7 +1219,7 @@ def test_acknowledged_writes_survive_shutdown(server, disk):
 
 # 32. Transmission
 
-@both_replies
+@all_replies
 def test_disc_has_no_reply(target, structured):
     with target.client(structured=structured) as c:
         c.disc()
@@ -1241,7 +1232,7 @@ def test_disc_has_no_reply_whatever_its_fields(target, flags):
         c.expect_closed()
 
 
-@both_replies
+@all_replies
 def test_disc_finishes_what_is_outstanding(target, structured):
     with target.client(structured=structured) as c:
         for i in range(32):
@@ -1259,7 +1250,7 @@ def test_disc_finishes_what_is_outstanding(target, structured):
         assert c.pread(32, 200000) == b"x" * 32
 
 
-@both_replies
+@all_replies
 def test_cookies_are_opaque(target, structured):
     cookies = [0, 1, 0xff, NBD_REQUEST_MAGIC, 1 << 31, 1 << 32, 1 << 63, U64 - 1]
     with target.client(structured=structured) as c:
@@ -1279,7 +1270,7 @@ def test_two_requests_with_one_cookie_get_two_replies(target):
         in_step(c)
 
 
-@both_replies
+@all_replies
 def test_many_requests_in_flight_are_all_answered(target, structured):
     with target.client(structured=structured) as c:
         for i in range(1000):
@@ -1304,7 +1295,7 @@ def walk(c, end, flags=0):
     return extents
 
 
-@pytest.mark.parametrize("contexts, structured", [((), True), ((), False)])
+@pytest.mark.parametrize("contexts, structured", [((), True), ((), False), ((), EXTENDED)])
 def test_block_status_that_was_not_negotiated_is_invalid(target, contexts, structured):
     with target.client(structured=structured, contexts=contexts) as c:
         assert c.error_of(NBD_CMD_BLOCK_STATUS, 0, 512) == NBD_EINVAL

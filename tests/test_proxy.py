@@ -49,8 +49,8 @@ from test_hazards import (
     test_random_requests_get_one_reply_each, test_ranges_that_wrap_change_nothing,
     test_reads_around_the_sizes_of_buffers, test_refused_payload_that_arrives_slowly_is_drained,
     test_replies_are_complete_when_they_are_read_late)
-from test_model import (ALLOCATION, DISKS, SECONDS, Generator, Model, Session, exercise, extents,
-                        random_seed, turn)
+from test_model import (ALLOCATION, DISKS, SECONDS, Generator, Model, Session, dialect, exercise,
+                        extents, random_seed, turn)
 from test_protocol import (
     test_disc_finishes_what_is_outstanding, test_early_read_error_is_of_the_negotiated_kind,
     test_fast_zero_zeroes_or_changes_nothing, test_flags_of_each_command,
@@ -70,7 +70,8 @@ ADDRESS = ["--laddr", "127.0.0.1", "--lport", "0"]
 READ, TRIM, CACHE, FLUSH = NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_CACHE, NBD_CMD_FLUSH
 FUA, NO_HOLE, FAST = NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE, NBD_CMD_FLAG_FAST_ZERO
 hazard = pytest.mark.hazard
-both_replies = pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
+all_replies = pytest.mark.parametrize("structured", [False, True, EXTENDED],
+                                      ids=["simple", "structured", "extended"])
 
 
 # The control socket
@@ -343,7 +344,7 @@ class Meanwhile(threading.Thread):
 # What clients see
 
 @pytest.mark.parametrize("options", [[], ["--readonly"]], ids=["writable", "readonly"])
-@both_replies
+@all_replies
 def test_export_is_that_of_a_target(proxy, server, image, options, structured):
     t, p = server(image, *options), proxy(image, *options)
     with t.client(structured=structured) as a, p.client(structured=structured) as b:
@@ -381,7 +382,7 @@ COLD = [1, 511, 512, 513, 4095, 4096, 4097, 8191, 8192, 8193, 65535, 65536, 6553
         262144, 300001, MIB - 1, MIB + 1, 2 * MIB + 4097]
 
 
-@both_replies
+@all_replies
 @pytest.mark.parametrize("shift", [0, 1, 4095])
 def test_cold_reads_of_all_lengths_are_right(proxy, original, structured, shift):
     """Each of a part that nobody has read, the last first; and once more, warm."""
@@ -397,7 +398,7 @@ def test_cold_reads_of_all_lengths_are_right(proxy, original, structured, shift)
         assert c.pread(1234 + shift, c.size - 1234 - shift) == content[-1234 - shift:]
 
 
-@both_replies
+@all_replies
 def test_cold_reads_of_32_mib_are_right(proxy, original, structured):
     content = pattern(0, 33 * MIB + 77)
     with proxy(original(content=content)).client(structured=structured) as c:
@@ -416,7 +417,7 @@ def wide(original):
 
 @hazard("one dead origin stalls every client, cached blocks too")
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-@both_replies
+@all_replies
 def test_cached_blocks_need_no_origin_and_others_wait_for_it(proxy, wide, revive, how,
                                                              structured):
     p = proxy(wide)
@@ -562,7 +563,7 @@ def test_cache_command_fetches(proxy, wide):
 
 
 @hazard("zero-length request marks the whole disk")
-@both_replies
+@all_replies
 def test_requests_of_no_length_mark_nothing(proxy, image, structured):
     p = proxy(image)
     with p.client(structured=structured) as c:
@@ -577,7 +578,7 @@ def test_requests_of_no_length_mark_nothing(proxy, image, structured):
 
 @hazard("32 or more separate missing pieces in one request")
 @pytest.mark.parametrize("pieces", [31, 32, 33, 2048])
-@both_replies
+@all_replies
 def test_read_of_many_missing_pieces(proxy, original, structured, pieces):
     """Every second block is here; then another read asks for all others."""
     length = 2 * pieces * BLOCK
@@ -813,7 +814,7 @@ def test_late_data_of_the_origin_does_not_overwrite_what_is_newer(proxy, command
 
 
 @hazard("one EIO of the origin stalls every client, cached blocks too")
-@both_replies
+@all_replies
 def test_error_of_the_origin_is_eio_for_who_needs_that_block(proxy, structured):
     with Origin(CONTENT, errors=failing(MIB, MIB + BLOCK)) as o:
         p = proxy(o)
@@ -1644,8 +1645,8 @@ def test_clearing_never_touches_an_image_in_place_of_the_bitmap(proxy, run_serve
 # Random operations
 
 def connecting(p):
-    """For exercise(): one in two connections has structured replies."""
-    return lambda i: p.client(contexts=[ALLOCATION] if i % 2 else [])
+    """For exercise()."""
+    return lambda i: p.client(**dialect(i))
 
 
 def later(seconds, work):
