@@ -246,6 +246,7 @@ static int publish(struct snapshot *s)
 	size_t room = strlen(s->name) + 16;
 	char *name = malloc(room);
 	int err = name ? -EEXIST : -ENOMEM;
+	uint64_t tenths;
 
 	for (int i = 0; err == -EEXIST && i < NAME_TRIES; i++) {
 		snprintf(name, room, i ? "%s.%d" : "%s", s->name, i);
@@ -256,10 +257,12 @@ static int publish(struct snapshot *s)
 		if (err)
 			unlink(name);	/* or it would be there and, after a power cut, not */
 	}
+	tenths = (now_ms() - s->started + 50) / 100;
 	if (!err)
-		log_line("snapshot %s: complete: %llu MiB %s in %.1f s", name,
+		log_line("snapshot %s: complete: %llu MiB %s in %llu.%u s", name,
 			 (unsigned long long)(s->cloned ? s->size : atomic_load(&s->bytes)) >> 20,
-			 s->cloned ? "cloned" : "copied", (double)(now_ms() - s->started) / 1000);
+			 s->cloned ? "cloned" : "copied", (unsigned long long)tenths / 10,
+			 (unsigned)(tenths % 10));
 	free(name);
 	return err;
 }
