@@ -111,10 +111,12 @@ fuzz:
 		tests/run -k test_fuzz -rP
 
 # Tables for unwinding are left out, since nothing unwinds, and so is the padding between segments.
+# A failed assert() tells where it stands, but not its text.
 STATIC_CC = musl-gcc
 STATIC_BUILD = build/static
 STATIC_CFLAGS = -Oz -flto -flto-partition=one -fno-pie -ffunction-sections -fdata-sections \
-	-fno-asynchronous-unwind-tables -fno-unwind-tables
+	-fno-asynchronous-unwind-tables -fno-unwind-tables \
+	"-D__assert_fail(what,file,line,function)=assert_failed(file,line)"
 STATIC_LDFLAGS = -static -no-pie -s -Wl,--gc-sections -Wl,--build-id=none \
 	-Wl,-z,noseparate-code -Wl,-z,norelro -Wl,-z,common-page-size=512
 

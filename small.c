@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 /* printf() */
 
@@ -172,6 +173,16 @@ int vfprintf(FILE *restrict f, const char *restrict fmt, va_list arguments)
 	}
 	va_end(ap);
 	return ferror(f) ? -1 : n;
+}
+
+/* assert() comes here, see STATIC_CFLAGS in the Makefile. */
+
+_Noreturn void assert_failed(const char *file, int line);
+
+_Noreturn void assert_failed(const char *file, int line)
+{
+	dprintf(STDERR_FILENO, "Assertion at %s:%d failed\n", file, line);
+	abort();
 }
 
 /* strtoul() */

@@ -2,12 +2,14 @@
 with the C library's, and used by programs that are built so."""
 
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from conftest import need
+from conftest import CRASH, need
 from nbd import *
 
 HERE = Path(__file__).absolute().parent
@@ -38,6 +40,19 @@ def test_formats_are_those_that_it_knows():
             left = KNOWN.sub("", re.sub(r'" PRI[a-z]+64 "?', "llu", literal))
             assert "%" not in left.replace('%"', "") or path.name == "small.c", (path.name, literal)
     assert count > 300
+
+
+def test_failed_assertion_ends_the_program_and_tells_where(tmp_path):
+    musl, program = need("musl-gcc", "musl-tools"), tmp_path / "program"
+    define, = re.findall(r'"(-D__assert_fail.*)"', (TOP / "Makefile").read_text())
+    (tmp_path / "program.c").write_text("#include <assert.h>\nint main(int n, char **v)\n"
+                                        "{ (void)v;\nassert(n == 1); return 0; }\n")
+    subprocess.run([musl, define, "-static", "-o", program, tmp_path / "program.c", TOP / "small.c"], check=True)
+    assert subprocess.run([program]).returncode == 0
+    done = subprocess.run([program, "more"], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGABRT
+    assert re.fullmatch(r"Assertion at .*program.c:4 failed\n", done.stderr)
+    assert CRASH.search(done.stderr)
 
 
 @pytest.fixture(scope="module")
