@@ -115,10 +115,12 @@ fuzz:
 STATIC_CC = musl-gcc
 STATIC_BUILD = build/static
 STATIC_CFLAGS = -Oz -flto -flto-partition=one -fno-pie -ffunction-sections -fdata-sections \
+	-fno-tree-sra -fno-tree-fre -fno-tree-loop-im \
 	-fno-asynchronous-unwind-tables -fno-unwind-tables \
 	"-D__assert_fail(what,file,line,function)=assert_failed(file,line)"
 STATIC_LDFLAGS = -static -no-pie -s -Wl,--gc-sections -Wl,--build-id=none \
-	-Wl,-z,noseparate-code -Wl,-z,norelro -Wl,-z,common-page-size=512
+	-Wl,-z,noseparate-code -Wl,-z,norelro -Wl,-z,common-page-size=64 \
+	-Wl,--sort-section=alignment
 
 static:
 	$(MAKE) BUILD=$(STATIC_BUILD) CC=$(STATIC_CC) CFLAGS='$(STATIC_CFLAGS)' \

@@ -62,8 +62,8 @@ static void formats(void)
 		format("%d %u %x %c%%", n, (unsigned)n, (unsigned)n, 'a' + n % 20);
 		format("[%5d] [%-5d] [%05d] [%02d]", n, n, n, n);
 		format("[%8x] [%02u] [%-3u]", (unsigned)n, (unsigned)n, (unsigned)n);
-		format("%ld %lu %lx", n * 100000L, n * 100000UL, (unsigned long)n);
-		format("%lld %llu %llx", n * 10000000000LL, n * 10000000000ULL, n * 99999ULL);
+		format("%ld %lu %lx", (long)(n * 100000UL), n * 100000UL, (unsigned long)n);
+		format("%lld %llu %llx", n * 4000000000LL, n * 4000000000ULL, n * 99999ULL);
 		format("%zu %jd %hu", (size_t)n, (__INTMAX_TYPE__)n, (unsigned short)(n & 0x7fff));
 	}
 	format("%s|%10s|%-10s|%.2s|%.*s|%*s|", "abc", "abc", "abc", "abc", 1, "abc", 5, "abc");
