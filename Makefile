@@ -115,7 +115,7 @@ fuzz:
 STATIC_CC = musl-gcc
 STATIC_BUILD = build/static
 STATIC_CFLAGS = -Oz -flto -flto-partition=one -fno-pie -ffunction-sections -fdata-sections \
-	-fno-tree-sra -fno-tree-fre -fno-tree-loop-im \
+	-fno-tree-sra -fno-tree-fre -fno-tree-loop-im -fno-move-loop-invariants -fno-caller-saves \
 	-fno-asynchronous-unwind-tables -fno-unwind-tables \
 	"-D__assert_fail(what,file,line,function)=assert_failed(file,line)"
 STATIC_LDFLAGS = -static -no-pie -s -Wl,--gc-sections -Wl,--build-id=none \
