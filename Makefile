@@ -44,7 +44,10 @@ SERVER_OBJS = xnbd.o options.o exports.o access.o confine.o listen.o conn.o loop
 	snapshot.o cow.o layer.o bitmap.o range.o commit.o worker.o buffer.o util.o \
 	proxy.o ctl.o cache.o fetch.o ahead.o copy.o origin.o link.o dial.o proto_client.o
 BGCTL_OBJS = bgctl.o util.o
-OBJS = $(addprefix $(BUILD)/,$(SERVER_OBJS))
+
+# Where the C library is musl, small.o takes the place of parts of it: see small.c and "make static".
+SMALL =
+OBJS = $(addprefix $(BUILD)/,$(SERVER_OBJS) $(SMALL))
 PROGRAMS = $(BUILD)/xnbd-server $(BUILD)/xnbd-bgctl
 
 PYTHON = python3
@@ -59,12 +62,15 @@ all: $(PROGRAMS)
 $(BUILD)/xnbd-server: $(OBJS)
 	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $(OBJS) $(LIBATOMIC)
 
-$(BUILD)/xnbd-bgctl: $(addprefix $(BUILD)/,$(BGCTL_OBJS))
+$(BUILD)/xnbd-bgctl: $(addprefix $(BUILD)/,$(BGCTL_OBJS) $(SMALL))
 	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $^ $(LIBATOMIC)
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(BUILD)
 	$(CC) $(CPPFLAGS) $(XCFLAGS) $(CFLAGS) -c -o $@ $<
+
+# Calls of it come from the C library, which link-time optimization does not know.
+$(BUILD)/small.o: override CFLAGS += -fno-lto -fno-builtin
 
 -include $(OBJS:.o=.d) $(BUILD)/bgctl.d
 
@@ -105,15 +111,20 @@ fuzz:
 		tests/run -k test_fuzz -rP
 
 # Tables for unwinding are left out, since nothing unwinds, and so is the padding between segments.
+# A failed assert() tells where it stands, but not its text.
 STATIC_CC = musl-gcc
-STATIC_CFLAGS = -Oz -flto=auto -fno-pie -ffunction-sections -fdata-sections \
-	-fno-asynchronous-unwind-tables -fno-unwind-tables
+STATIC_BUILD = build/static
+STATIC_CFLAGS = -Oz -flto -flto-partition=one -fno-pie -ffunction-sections -fdata-sections \
+	-fno-tree-sra -fno-tree-fre -fno-tree-loop-im -fno-move-loop-invariants -fno-caller-saves \
+	-fno-asynchronous-unwind-tables -fno-unwind-tables \
+	"-D__assert_fail(what,file,line,function)=assert_failed(file,line)"
 STATIC_LDFLAGS = -static -no-pie -s -Wl,--gc-sections -Wl,--build-id=none \
-	-Wl,-z,noseparate-code -Wl,-z,norelro -Wl,-z,common-page-size=512
+	-Wl,-z,noseparate-code -Wl,-z,norelro -Wl,-z,common-page-size=64 \
+	-Wl,--sort-section=alignment
 
 static:
-	$(MAKE) BUILD=build/static CC=$(STATIC_CC) CFLAGS='$(STATIC_CFLAGS)' \
-		LDFLAGS='$(STATIC_LDFLAGS)' all
+	$(MAKE) BUILD=$(STATIC_BUILD) CC=$(STATIC_CC) CFLAGS='$(STATIC_CFLAGS)' \
+		LDFLAGS='$(STATIC_LDFLAGS)' SMALL=small.o all
 
 tests/load: tests/load.c
 	$(CC) $(CPPFLAGS) -std=c11 -Wall -Wextra -pthread -O2 -g $(LDFLAGS) -o $@ tests/load.c

@@ -549,8 +549,9 @@ static void describe(const struct progress *p, char *text, size_t size)
 {
 	uint64_t left = p->blocks > p->cached ? p->blocks - p->cached : 0;
 	uint64_t seconds = p->rate ? left / (p->rate / BLOCK_SIZE + 1) : 0;
-	int n = snprintf(text, size, "%u.%u%%  %.1f MiB/s  ", permille(p) / 10, permille(p) % 10,
-			 (double)p->rate / (1 << 20));
+	uint64_t tenths = (p->rate * 10 + (1 << 19)) >> 20;
+	int n = snprintf(text, size, "%u.%u%%  %" PRIu64 ".%u MiB/s  ", permille(p) / 10,
+			 permille(p) % 10, tenths / 10, (unsigned)(tenths % 10));
 
 	if (left && !p->rate)
 		snprintf(text + n, size - (size_t)n, "-:--:-- left");

@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { DEFAULT_PORT = 8520 };
 
@@ -125,28 +126,43 @@ static _Noreturn void usage_error(const char *fmt, ...)
 	exit(EXIT_USAGE);
 }
 
+static void say(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+/* On standard output, without what stdio takes for it. */
+static void say(const char *fmt, ...)
+{
+	va_list ap;
+	int n;
+
+	va_start(ap, fmt);
+	n = vdprintf(STDOUT_FILENO, fmt, ap);
+	va_end(ap);
+	if (n < 0)
+		exit(EXIT_FAILURE);
+}
+
 static _Noreturn void show_help(void)
 {
-	printf("usage: xnbd-server --target [options] [DISK_IMAGE]\n"
-	       "       xnbd-server --cow-target [options] [BASE_DISK_IMAGE]\n"
-	       "       xnbd-server --proxy [options] REMOTE_HOST REMOTE_PORT CACHE_IMAGE\n"
-	       "                   CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH\n"
-	       "Exports a disk image over the Network Block Device protocol.\n\n");
+	say("usage: xnbd-server --target [options] [DISK_IMAGE]\n"
+	    "       xnbd-server --cow-target [options] [BASE_DISK_IMAGE]\n"
+	    "       xnbd-server --proxy [options] REMOTE_HOST REMOTE_PORT CACHE_IMAGE\n"
+	    "                   CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH\n"
+	    "Exports a disk image over the Network Block Device protocol.\n\n");
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
 		const struct known *k = &known[i];
 		char name[64];
 
 		snprintf(name, sizeof(name), "--%s%s%s", k->name, k->arg ? " " : "",
 			 k->arg ? k->arg : "");
-		printf("  %-24s %s\n", name, k->help);
+		say("  %-24s %s\n", name, k->help);
 	}
-	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
+	exit(EXIT_SUCCESS);
 }
 
 static _Noreturn void show_version(void)
 {
-	printf("xnbd-server %s\n", XNBD_VERSION);
-	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
+	say("xnbd-server %s\n", XNBD_VERSION);
+	exit(EXIT_SUCCESS);
 }
 
 static void *not_null(void *memory)

@@ -246,6 +246,7 @@ static int publish(struct snapshot *s)
 {
 	size_t room = strlen(s->name) + 16;
 	int err = -EEXIST;
+	uint64_t tenths;
 
 	s->path = malloc(room);
 	if (!s->path)
@@ -259,10 +260,12 @@ static int publish(struct snapshot *s)
 		if (err)
 			unlink(s->path);	/* or it would be there and, after a power cut, not */
 	}
+	tenths = (now_ms() - s->started + 50) / 100;
 	if (!err)
-		log_line("snapshot %s: complete: %llu MiB %s in %.1f s", s->path,
+		log_line("snapshot %s: complete: %llu MiB %s in %llu.%u s", s->path,
 			 (unsigned long long)(s->cloned ? s->size : atomic_load(&s->bytes)) >> 20,
-			 s->cloned ? "cloned" : "copied", (double)(now_ms() - s->started) / 1000);
+			 s->cloned ? "cloned" : "copied", (unsigned long long)tenths / 10,
+			 (unsigned)(tenths % 10));
 	return err;
 }
 

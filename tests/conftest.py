@@ -26,7 +26,7 @@ TIME_LIMIT = 900 if SANITIZED else 240      # seconds for one test
 STOP_LIMIT = 5                              # seconds from SIGTERM to the end
 POLL = 0.002                                # seconds
 # What a sanitizer, or the C library's checks, print before they end a program.
-CRASH = re.compile(r"Sanitizer|runtime error|Assertion .* failed|stack smashing"
+CRASH = re.compile(r"Sanitizer|runtime error|Assertion .*failed|stack smashing"
                    r"|corrupted|double free|free\(\): invalid")
 
 

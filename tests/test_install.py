@@ -2,6 +2,7 @@
 examples of services do what they say."""
 
 import os
+import pwd
 import re
 import shlex
 import signal
@@ -195,6 +196,38 @@ def test_line_for_inetd_serves(examples, server, image):
         in_step(c.negotiate())
         c.disc()
     assert s.wait() == 0
+
+
+@pytest.fixture
+def inetd(tmp_path):
+    """inetd(line): the super-server, with that line in its file; ended with the test."""
+    program, started = need("inetd", "openbsd-inetd"), []
+
+    def start(line):
+        config = tmp_path / "inetd.conf"
+        config.write_text(line + "\n")
+        started.append(subprocess.Popen([program, "-i", config], stdin=subprocess.DEVNULL))
+
+    yield start
+    for one in started:
+        one.terminate()
+        one.wait(DEADLINE)
+
+
+def test_line_for_inetd_serves_under_inetd(examples, inetd, image, tmp_path):
+    """A real one, on a Unix socket in the place of the port, and as this user."""
+    line, = [entry for entry in (examples / "inetd.conf").read_text().splitlines()
+             if entry and entry[0] != "#"]
+    path = tmp_path / "inetd.sock"
+    words = [str(image) if w == "/var/lib/xnbd/disk.img" else w for w in line.split()]
+    words[0], words[2], words[4] = str(path), "unix", pwd.getpwuid(os.geteuid()).pw_name
+    inetd(" ".join(words))
+    until(path.is_socket, what="inetd's socket")
+    for _ in range(2):                  # one after the other, and each has a server
+        with Client(str(path)) as c:
+            in_step(c.negotiate())
+            assert c.error_of(NBD_CMD_WRITE, payload=b"x") == NBD_EPERM
+            c.disc()
 
 
 class InitScript:

@@ -11,6 +11,7 @@ README.md's section about moving a disk is a session on two hosts, and runs too.
 """
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -320,3 +321,24 @@ def test_readme_moves_a_disk(place):
     wait_for_daemons(place)
     assert (place / "A" / "disk.img").read_bytes() == content
     assert (place / "B" / "disk.img").read_bytes() == content
+
+
+def strings_of_the_programs():
+    """All that they may say: C strings, joined where the compiler joins them."""
+    text = "".join(path.read_text() for path in ROOT.glob("*.c"))
+    text = re.sub(r'"\s*(?:PRI[a-z]+64\s*)?"', "", text)
+    return [s.replace('\\"', '"') for s in re.findall(r'"((?:[^"\\\n]|\\.)*)"', text)]
+
+
+def test_messages_that_readme_explains_are_said():
+    """The text between what differs ("..."), by the programs or by the C library."""
+    part = (ROOT / "README.md").read_text().partition("## Troubleshooting\n")[2].partition("\n## ")[0]
+    of_libc = {os.strerror(e) for e in (errno.EADDRINUSE, errno.EACCES, errno.ECONNREFUSED, errno.EPERM)}
+    said, found = "\n".join(strings_of_the_programs()), []
+    for message in re.findall(r"(?m)^\| (?:a client says |writes fail with )?`(.*?)`", part):
+        message = re.sub("|".join(of_libc), "...", message)
+        found += [(piece, message) for piece in re.split(r"(?: is )?\.\.\.|^the image |\bunix:|\d+ s|: | (?=\()", message)
+                  if len(piece) > 3]
+    assert len(found) > 15
+    for piece, message in found:
+        assert piece.strip(" )(") in said, (piece, message)
