@@ -105,7 +105,7 @@ static _Noreturn void usage_error(const char *fmt, ...)
 	vsnprintf(line, sizeof(line), fmt, ap);
 	va_end(ap);
 	mask_control_characters(line);
-	log_line("%s (see --help)", line);
+	log_error("%s (see --help)", line);
 	exit(EXIT_USAGE);
 }
 
@@ -298,7 +298,7 @@ static _Noreturn void fail(const char *fmt, ...)
 	vsnprintf(line, sizeof(line), fmt, ap);
 	va_end(ap);
 	mask_control_characters(line);
-	log_line("%s", line);
+	log_error("%s", line);
 	exit(EXIT_FAILURE);
 }
 
@@ -628,7 +628,7 @@ static void show_failure(const struct server *s, const char *value)
 
 	parse_numbers(s, value, n, ARRAY_SIZE(n));
 	leave_bar();
-	log_line("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, n[1], n[0]);
+	log_error("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, n[1], n[0]);
 }
 
 static void follow_copy(struct server *s, bool show)
@@ -643,7 +643,7 @@ static void follow_copy(struct server *s, bool show)
 		else if (strcmp(name, "failed") == 0)
 			show_failure(s, value);
 		else if (strcmp(name, "failed-more") == 0)
-			log_line("and more, in %s further places", value);
+			log_error("and more, in %s further places", value);
 	}
 	leave_bar();
 }

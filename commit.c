@@ -26,7 +26,7 @@ int committer_run(struct committer *c)
 		return c->error;
 	c->error = c->commit(c);
 	if (c->error)
-		log_line("%s is not durable: %s; every flush fails from now on", c->what,
+		log_error("%s is not durable: %s; every flush fails from now on", c->what,
 			 strerror(-c->error));
 	return c->error;
 }

@@ -513,6 +513,10 @@ static void enter_transmission(struct conn *c)
 	if (!c->stopping)
 		c->deadline = 0;
 	log_line("%s: connected", c->peer);
+	log_at(LOG_DETAIL, "%s: export '%s' of %llu bytes, flags 0x%x%s%s", c->peer, e->name,
+	       (unsigned long long)e->size, e->flags,
+	       c->session.structured ? ", structured replies" : "",
+	       c->session.allocation ? ", base:allocation" : "");
 }
 
 static size_t step_client_flags(struct conn *c, const uint8_t *p, size_t n)

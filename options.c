@@ -89,6 +89,9 @@ static const struct known {
 	  "log to FILE; SIGHUP opens it again" },
 	{ "syslog", NULL, KIND_FLAG, MODE_ANY, FIELD(syslog), 0, 0, 0,
 	  "log to syslog (with --inetd or --daemonize the default)" },
+	{ "quiet", NULL, KIND_FLAG, MODE_ANY, FIELD(quiet), 0, 0, 0, "log errors only" },
+	{ "verbose", NULL, KIND_FLAG, MODE_ANY, FIELD(verbose), 0, 0, 0,
+	  "log what clients negotiate, and each request that is refused" },
 	{ "help", NULL, KIND_HELP, MODE_ANY, 0, 0, 0, 0, "show this text" },
 	{ "version", NULL, KIND_VERSION, MODE_ANY, 0, 0, 0, 0, "show the version" },
 #undef FIELD
@@ -261,6 +264,8 @@ static void check_together(const struct options *o)
 		usage_error("--inetd and --connected-fd exclude each other");
 	if (o->logpath && o->syslog)
 		usage_error("--logpath and --syslog exclude each other");
+	if (o->quiet && o->verbose)
+		usage_error("--quiet and --verbose exclude each other");
 	if (o->oldstyle && o->connected_fd >= 0)
 		usage_error("--oldstyle is of no use with --connected-fd: nothing is negotiated");
 	if (o->cow_dir && o->cow_file)

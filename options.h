@@ -53,6 +53,7 @@ struct options {
 	const char *pidfile;
 	const char *logpath;
 	bool syslog;
+	bool quiet, verbose;
 };
 
 enum { EXIT_USAGE = 2 };

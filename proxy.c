@@ -273,7 +273,7 @@ static const char *switch_over(bool force)
 static void report_switch(const char *error)
 {
 	if (error)
-		log_line("cannot switch to target mode: %s", error);
+		log_error("cannot switch to target mode: %s", error);
 	else if (proxy.zeroed)
 		log_line("switched to target mode; %llu blocks were missing and read as zeros now",
 			 (unsigned long long)proxy.zeroed);
@@ -349,12 +349,12 @@ void proxy_switch(void)
 	const char *error;
 
 	if (!proxy.backend) {
-		log_line("SIGUSR2 ignored: there is no proxy to switch");
+		log_error("SIGUSR2 ignored: there is no proxy to switch");
 		return;
 	}
 	error = switch_over(false);
 	if (error)
-		log_line("cannot switch to target mode: %s", error);
+		log_error("cannot switch to target mode: %s", error);
 }
 
 /* Life */

@@ -276,7 +276,7 @@ static void complete(struct snapshot *s)
 	if (!err)
 		err = publish(s);
 	if (err)
-		log_line("snapshot %s: failed: %s", s->name,
+		log_error("snapshot %s: failed: %s", s->name,
 			 err == -ECANCELED ? "the server stops" : strerror(-err));
 }
 
@@ -343,7 +343,7 @@ struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(v
 	if (!err)
 		return s;
 fail:
-	log_line("snapshot of %s: failed: %s", image,
+	log_error("snapshot of %s: failed: %s", image,
 		 err == -ENODEV ? "it is a device, and there is no room beside it" :
 				  strerror(-err));
 	snapshot_free(s);
@@ -366,7 +366,7 @@ void snapshot_start(struct snapshot *s)
 
 	s->has_thread = err == 0;
 	if (err) {
-		log_line("snapshot %s: failed: %s", s->name, strerror(err));
+		log_error("snapshot %s: failed: %s", s->name, strerror(err));
 		fail(s, -err);
 		atomic_store(&s->over, true);
 	}

@@ -132,7 +132,7 @@ static void start_thread(void)
 	if (!err)
 		pool.count++;
 	else if (pool.count == 0)
-		log_line("cannot start a worker thread: %s", strerror(err));
+		log_error("cannot start a worker thread: %s", strerror(err));
 }
 
 void worker_submit(struct job *job)

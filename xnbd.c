@@ -191,6 +191,7 @@ static bool setup_log(struct server *s)
 
 	if (o->connected_fd >= 0)
 		log_keep_off((int)o->connected_fd);
+	log_limit(o->quiet ? LOG_ASKED : o->verbose ? LOG_DETAIL : LOG_EVENT);
 	if (o->logpath) {
 		s->log_path = absolute_path(o->logpath);
 		err = s->log_path ? log_open(LOG_TO_FILE, s->log_path) : -ENOMEM;
@@ -414,7 +415,7 @@ static void add_client(struct server *s, int fd, enum greeting greeting, const c
 	int err;
 
 	if (!c) {
-		log_line("%s: refused: out of memory", peer);
+		log_error("%s: refused: out of memory", peer);
 		close(fd);
 		return;
 	}
@@ -434,12 +435,12 @@ static void refuse_client(struct server *s, int fd, const char *peer)
 	if (s->refusal_logged && now - s->refusal_logged < 1000)
 		return;
 	s->refusal_logged = now;
-	log_line("%s: refused: there are %zu connections already", peer, s->connections_max);
+	log_error("%s: refused: there are %zu connections already", peer, s->connections_max);
 }
 
 static void pause_accepting(struct server *s)
 {
-	log_line("cannot accept: %s; trying again when a connection ends", strerror(errno));
+	log_error("cannot accept: %s; trying again when a connection ends", strerror(errno));
 	s->accept_again = now_ms() + ACCEPT_PAUSE_MS;
 }
 
@@ -548,7 +549,7 @@ static void take_wakeups(struct server *s)
 		if (s->disk && s->image_path)
 			s->snapshot_wanted = true;
 		else
-			log_line("SIGUSR1 ignored: snapshots are taken in target mode");
+			log_error("SIGUSR1 ignored: snapshots are taken in target mode");
 	}
 	if (usr2_signals) {
 		usr2_signals = 0;
@@ -663,7 +664,7 @@ static void run(struct server *s)
 		log_line("stopping");
 	listen_close(&s->listeners);
 	if (!stop_all(s)) {
-		log_line("stopped, but %zu connections wait for the disk", loops_load());
+		log_error("stopped, but %zu connections wait for the disk", loops_load());
 		if (s->pid_path)
 			unlink(s->pid_path);
 		_exit(EXIT_SUCCESS);

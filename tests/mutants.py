@@ -260,8 +260,8 @@ mutant("a signal ends the service", "signal storm during load",
        "controls, timeout) < 0)\n\t\t\treturn;",
        tests="test_hazards.py::test_signal_storm_during_load")
 mutant("the log is closed and opened while others write", "signal storm during load",
-       "util.c", "fd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_line(",
-       "close(log_fd);\n\tfd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_line(",
+       "util.c", "fd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_error(",
+       "close(log_fd);\n\tfd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_error(",
        "util.c", "dup3(fd, log_fd, O_CLOEXEC);\n\tclose(fd);", "log_fd = fd;",
        tests="test_hazards.py::test_line_is_logged_while_the_log_file_is_opened_again")
 mutant("a deadline that is over is not noticed", "SIGTERM with a client that does not read",
