@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include "loop.h"
 
+#include "stats.h"
 #include "util.h"
 #include "xnbd.h"
 
@@ -244,6 +245,15 @@ static void take_mail(struct loop *l)
 	turn_dirty(l);
 }
 
+/* Say how many errors of a client the log was not told, if it is time to; else *first is when. */
+static void catch_up(struct conn *c, uint64_t *first)
+{
+	uint64_t due = stats_catch_up(c->stats, c->peer, now_ms());
+
+	if (due && due < *first)
+		*first = due;
+}
+
 /* Close what is overdue, forget what has ended.  Returns the time to the next deadline, or -1. */
 static int tend(struct loop *l)
 {
@@ -260,12 +270,17 @@ static int tend(struct loop *l)
 			else if (c->deadline < first)
 				first = c->deadline;
 		}
+		if (c->stats && c->stats->unsaid)
+			catch_up(c, &first);
 		if (conn_is_over(c))
 			remove_conn(l, i);
 		else
 			i++;
 	}
-	return first == UINT64_MAX ? -1 : (int)(first - now);
+	if (first == UINT64_MAX)
+		return -1;
+	now = now_ms();
+	return first > now ? (int)(first - now) : 0;
 }
 
 static void prepare_poll(struct loop *l)
