@@ -92,6 +92,8 @@ static const struct known {
 	{ "quiet", NULL, KIND_FLAG, MODE_ANY, FIELD(quiet), 0, 0, 0, "log errors only" },
 	{ "verbose", NULL, KIND_FLAG, MODE_ANY, FIELD(verbose), 0, 0, 0,
 	  "log what clients negotiate, and each request that is refused" },
+	{ "stats", "SECONDS", KIND_NUMBER, MODE_ANY, FIELD(stats), 0, 1, 86400,
+	  "log every so often what each client did" },
 	{ "help", NULL, KIND_HELP, MODE_ANY, 0, 0, 0, 0, "show this text" },
 	{ "version", NULL, KIND_VERSION, MODE_ANY, 0, 0, 0, 0, "show the version" },
 #undef FIELD

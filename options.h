@@ -54,6 +54,7 @@ struct options {
 	const char *logpath;
 	bool syslog;
 	bool quiet, verbose;
+	unsigned long stats;	/* seconds; 0 for never */
 };
 
 enum { EXIT_USAGE = 2 };

@@ -151,12 +151,18 @@ void tally_describe(const struct tally *t, char *line)
 
 /* Errors */
 
-static const char *name_of(unsigned cmd)
+enum { COMMAND_NAME = 24 };
+
+/* In name, of COMMAND_NAME bytes. */
+static const char *name_of(unsigned cmd, char *name)
 {
 	static const char names[][13] = { "READ", "WRITE", "DISC", "FLUSH", "TRIM", "CACHE",
 					  "WRITE_ZEROES", "BLOCK_STATUS" };
 
-	return cmd < ARRAY_SIZE(names) ? names[cmd] : "unknown command";
+	if (cmd < ARRAY_SIZE(names))
+		return names[cmd];
+	snprintf(name, COMMAND_NAME, "command %u", cmd);
+	return name;
 }
 
 /* Why proto_check_request() did not let it pass. */
@@ -176,7 +182,7 @@ static const char *refusal(const struct request *r)
 		return "it is too long";
 	if (r->h.len > size || r->h.off > size - r->h.len)
 		return "it passes the end";
-	return "that command, its flags or its range are not known here";
+	return "the command, its flags or its range are not known here";
 }
 
 /* What nobody can be blamed for, or the client alone. */
@@ -188,6 +194,7 @@ static bool is_detail(const struct request *r)
 void stats_complain(struct stats *s, const char *peer, const struct request *r)
 {
 	enum log_level level = is_detail(r) ? LOG_DETAIL : LOG_ERROR;
+	char name[COMMAND_NAME];
 	uint64_t now;
 
 	if (!log_shows(level))
@@ -199,8 +206,8 @@ void stats_complain(struct stats *s, const char *peer, const struct request *r)
 	}
 	stats_catch_up(s, peer, now);
 	s->say_again = now + SAY_AGAIN_MS;
-	log_at(level, "%s: %s (%u) of %llu bytes at %llu %s: %s", peer, name_of(r->h.cmd),
-	       r->h.cmd, (unsigned long long)r->h.len, (unsigned long long)r->h.off,
+	log_at(level, "%s: %s of %llu bytes at %llu %s: %s", peer, name_of(r->h.cmd, name),
+	       (unsigned long long)r->h.len, (unsigned long long)r->h.off,
 	       r->refused ? "refused" : "failed", r->refused ? refusal(r) : strerror(r->error));
 }
 

@@ -12,6 +12,7 @@
 #include "loop.h"
 #include "options.h"
 #include "proxy.h"
+#include "report.h"
 #include "snapshot.h"
 #include "util.h"
 #include "worker.h"
@@ -64,7 +65,7 @@ struct server {
 
 /* Signals and loops wake the main thread with a byte in this pipe. */
 static int wake_pipe[2] = { -1, -1 };
-static volatile sig_atomic_t stop_signals, hup_signals, usr1_signals, usr2_signals;
+static volatile sig_atomic_t stop_signals, hup_signals, usr1_signals, usr2_signals, info_signals;
 
 static void on_signal(int sig)
 {
@@ -78,10 +79,14 @@ static void on_signal(int sig)
 	case SIGUSR2:
 		usr2_signals = 1;
 		break;
-	default:
+	case SIGTERM:
+	case SIGINT:
 		if (stop_signals)
 			_exit(EXIT_FAILURE);
 		stop_signals = 1;
+		break;
+	default:
+		info_signals = 1;
 	}
 	poke_pipe(wake_pipe[1], 0);
 }
@@ -101,13 +106,31 @@ static void tell_room(void)
 	wake_main();
 }
 
-static const int handled[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 };
+/* The signals that we take, of which some systems have not all; returns how many. */
+static size_t list_signals(int *sig)
+{
+	size_t n = 0;
+
+	sig[n++] = SIGTERM;
+	sig[n++] = SIGINT;
+	sig[n++] = SIGHUP;
+	sig[n++] = SIGUSR1;
+	sig[n++] = SIGUSR2;
+#if defined(SIGRTMIN)
+	sig[n++] = SIGRTMIN;
+#endif
+#if defined(SIGINFO)
+	sig[n++] = SIGINFO;
+#endif
+	return n;
+}
 
 /* Block what is handled, here and in all threads to come; handlers run in ppoll() only. */
 static bool setup_signals(void)
 {
 	struct sigaction sa = { .sa_handler = on_signal };
-	int err = make_pipe(wake_pipe);
+	int err = make_pipe(wake_pipe), handled[8];
+	size_t n = list_signals(handled);
 	sigset_t set;
 
 	if (err) {
@@ -115,7 +138,7 @@ static bool setup_signals(void)
 		return false;
 	}
 	sigemptyset(&set);
-	for (size_t i = 0; i < ARRAY_SIZE(handled); i++) {
+	for (size_t i = 0; i < n; i++) {
 		sigaddset(&set, handled[i]);
 		sigaction(handled[i], &sa, NULL);
 	}
@@ -397,6 +420,7 @@ static bool start_loops(struct server *s)
 static bool start(struct server *s)
 {
 	s->connections_max = raise_limits();
+	report_init((unsigned)s->options.stats, wake_main);
 	if (!setup_log(s) || !setup_signals() || !open_export(s) || !open_sockets(s) ||
 	    !proxy_listen(&s->export) || !start_loops(s) || !write_pidfile(s))
 		return false;
@@ -555,6 +579,10 @@ static void take_wakeups(struct server *s)
 		usr2_signals = 0;
 		proxy_switch();
 	}
+	if (info_signals) {
+		info_signals = 0;
+		report_now();
+	}
 	if (atomic_exchange(&room_again, false))
 		loops_wake();
 	if (proxy_tend())
@@ -579,7 +607,7 @@ static void serve(struct server *s)
 	for (size_t i = 0; i < listeners; i++)
 		pfd[i + 1].events = POLLIN;
 	while (!stop_signals && !(single && loops_load() == 0)) {
-		int timeout = earlier(pause_left(s), proxy_timeout());
+		int timeout = earlier(earlier(pause_left(s), proxy_timeout()), report_timeout());
 
 		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = s->accept_again ? -1 : s->listeners.all[i].fd;
@@ -588,6 +616,7 @@ static void serve(struct server *s)
 			continue;
 		if (pfd[0].revents)
 			take_wakeups(s);
+		report_tend();
 		accept_clients(s, pfd + 1);
 		proxy_turn(pfd + 1 + listeners, controls);
 	}

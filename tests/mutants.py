@@ -314,6 +314,12 @@ mutant("a line that cannot be logged is tried again", "a full disk under the log
        "util.c", "while (write(fd, line, len) < 0 && errno == EINTR)",
        "while (write(fd, line, len) < 0)",
        tests="test_faults.py::test_log_that_cannot_be_written_costs_nothing")
+mutant("each error of a client is logged", "a client floods the log",
+       "stats.c", "if (now < s->say_again) {", "if (false) {",
+       tests="test_stats.py::test_errors_do_not_flood_the_log")
+mutant("statistics of nobody are told", "a timer that ticks for nobody",
+       "report.c", "if (!report.interval || loops_load() == 0) {", "if (!report.interval) {",
+       tests="test_stats.py::test_no_timer_ticks_for_nobody")
 mutant("a stale socket stops the next start", "a stale Unix socket stops the next start",
        "listen.c", "if (unlink(sun->sun_path) < 0)\n\t\treturn -errno;", "return -EADDRINUSE;",
        tests="test_service.py::test_stale_unix_socket_is_replaced")
