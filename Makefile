@@ -42,8 +42,8 @@ LIBATOMIC = $(filter /%,$(shell $(CC) -print-file-name=libatomic.a))
 
 SERVER_OBJS = xnbd.o options.o listen.o conn.o loop.o tx.o proto.o backend.o disk.o \
 	snapshot.o stats.o report.o cow.o layer.o bitmap.o range.o commit.o worker.o buffer.o util.o \
-	proxy.o ctl.o cache.o fetch.o ahead.o copy.o origin.o link.o dial.o proto_client.o
-BGCTL_OBJS = bgctl.o util.o
+	proxy.o control.o ctl.o cache.o fetch.o ahead.o copy.o origin.o link.o dial.o proto_client.o
+BGCTL_OBJS = bgctl.o watch.o util.o
 OBJS = $(addprefix $(BUILD)/,$(SERVER_OBJS))
 PROGRAMS = $(BUILD)/xnbd-server $(BUILD)/xnbd-bgctl
 
@@ -66,7 +66,7 @@ $(BUILD)/%.o: %.c
 	@mkdir -p $(BUILD)
 	$(CC) $(CPPFLAGS) $(XCFLAGS) $(CFLAGS) -c -o $@ $<
 
--include $(OBJS:.o=.d) $(BUILD)/bgctl.d
+-include $(OBJS:.o=.d) $(BUILD)/bgctl.d $(BUILD)/watch.d
 
 check: $(PROGRAMS)
 	XNBD_SERVER=$(abspath $(BUILD)/xnbd-server) tests/run $(CHECKFLAGS)

@@ -89,6 +89,8 @@ static const struct known {
 	  "log to FILE; SIGHUP opens it again" },
 	{ "syslog", NULL, KIND_FLAG, MODE_ANY, FIELD(syslog), 0, 0, 0,
 	  "log to syslog (with --inetd or --daemonize the default)" },
+	{ "ctl", "PATH", KIND_STRING, MODE_ANY, FIELD(control), 0, 0, 0,
+	  "control socket, for xnbd-bgctl; a proxy has one without" },
 	{ "quiet", NULL, KIND_FLAG, MODE_ANY, FIELD(quiet), 0, 0, 0, "log errors only" },
 	{ "verbose", NULL, KIND_FLAG, MODE_ANY, FIELD(verbose), 0, 0, 0,
 	  "log what clients negotiate, and each request that is refused" },
@@ -268,6 +270,8 @@ static void check_together(const struct options *o)
 		usage_error("--logpath and --syslog exclude each other");
 	if (o->quiet && o->verbose)
 		usage_error("--quiet and --verbose exclude each other");
+	if (o->control && o->mode == MODE_PROXY)
+		usage_error("--ctl is not for a proxy: its last argument is CONTROL_SOCKET_PATH");
 	if (o->oldstyle && o->connected_fd >= 0)
 		usage_error("--oldstyle is of no use with --connected-fd: nothing is negotiated");
 	if (o->cow_dir && o->cow_file)

@@ -41,6 +41,7 @@ struct snapshot {
 	int fd;
 	char *name;			/* without a suffix */
 	char *temporary;		/* NULL if the file has no name */
+	char *path;			/* NULL until it is complete */
 	void (*ended)(void);
 	uint64_t started;		/* now_ms() */
 
@@ -260,8 +261,16 @@ static int publish(struct snapshot *s)
 		log_line("snapshot %s: complete: %llu MiB %s in %.1f s", name,
 			 (unsigned long long)(s->cloned ? s->size : atomic_load(&s->bytes)) >> 20,
 			 s->cloned ? "cloned" : "copied", (double)(now_ms() - s->started) / 1000);
-	free(name);
+	if (err)
+		free(name);
+	else
+		s->path = name;
 	return err;
+}
+
+static const char *reason(int err)
+{
+	return err == -ECANCELED ? "the server stops" : strerror(-err);
 }
 
 /* Durable first, then visible. */
@@ -275,9 +284,10 @@ static void complete(struct snapshot *s)
 		err = atomic_load(&s->error);	/* a client's copy may have failed at last */
 	if (!err)
 		err = publish(s);
-	if (err)
-		log_error("snapshot %s: failed: %s", s->name,
-			 err == -ECANCELED ? "the server stops" : strerror(-err));
+	if (!err)
+		return;
+	fail(s, err);
+	log_error("snapshot %s: failed: %s", s->name, reason(atomic_load(&s->error)));
 }
 
 static void *snapshot_main(void *arg)
@@ -320,7 +330,8 @@ static int open_file(struct snapshot *s)
 	return ftruncate(s->fd, (off_t)s->size) < 0 ? -errno : 0;
 }
 
-struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(void))
+struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(void),
+			      const char **why)
 {
 	struct snapshot *s = calloc(1, sizeof(*s));
 	size_t room = strlen(image) + 64;
@@ -343,9 +354,8 @@ struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(v
 	if (!err)
 		return s;
 fail:
-	log_error("snapshot of %s: failed: %s", image,
-		 err == -ENODEV ? "it is a device, and there is no room beside it" :
-				  strerror(-err));
+	*why = err == -ENODEV ? "it is a device, and there is no room beside it" : reason(err);
+	log_error("snapshot of %s: failed: %s", image, *why);
 	snapshot_free(s);
 	return NULL;
 }
@@ -369,12 +379,20 @@ void snapshot_start(struct snapshot *s)
 		log_error("snapshot %s: failed: %s", s->name, strerror(err));
 		fail(s, -err);
 		atomic_store(&s->over, true);
+		s->ended();
 	}
 }
 
 bool snapshot_is_over(const struct snapshot *s)
 {
 	return atomic_load(&s->over);
+}
+
+const char *snapshot_path(const struct snapshot *s, const char **why)
+{
+	if (!s->path)
+		*why = reason(atomic_load(&s->error));
+	return s->path;
 }
 
 void snapshot_abandon(struct snapshot *s)
@@ -397,6 +415,7 @@ void snapshot_free(struct snapshot *s)
 	bitmap_close(s->copied);
 	ranges_destroy(&s->copying);
 	free(s->temporary);
+	free(s->path);
 	free(s->name);
 	free(s);
 }

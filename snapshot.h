@@ -17,9 +17,10 @@ struct snapshot;
 /*
  * Prepare a snapshot IMAGE.snapshot.<seconds> of the disk, whose image has that path from the
  * root.  ended is called by the snapshot's thread when it has ended.  NULL after logging why
- * not.
+ * not, which *why tells.
  */
-struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(void));
+struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(void),
+			      const char **why);
 
 /* The instant.  Nobody may be changing the disk: the gate is closed. */
 void snapshot_take(struct snapshot *s);
@@ -29,6 +30,9 @@ void snapshot_start(struct snapshot *s);
 
 /* Whether it has ended, well or not: then it can be freed at once. */
 bool snapshot_is_over(const struct snapshot *s);
+
+/* When it is over: its path; or NULL, and why there is none. */
+const char *snapshot_path(const struct snapshot *s, const char **why);
 
 /* Give up. */
 void snapshot_abandon(struct snapshot *s);

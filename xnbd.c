@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "backend.h"
+#include "control.h"
 #include "cow.h"
 #include "disk.h"
 #include "listen.h"
@@ -417,12 +418,24 @@ static bool start_loops(struct server *s)
 	return err == 0;
 }
 
+/* For the control socket, and a signal. */
+static const char *want_snapshot(void *arg)
+{
+	struct server *s = arg;
+
+	if (!s->disk || !s->image_path)
+		return "snapshots are taken in target mode";
+	s->snapshot_wanted = true;
+	wake_main();
+	return NULL;
+}
+
 static bool start(struct server *s)
 {
 	s->connections_max = raise_limits();
 	report_init((unsigned)s->options.stats, wake_main);
 	if (!setup_log(s) || !setup_signals() || !open_export(s) || !open_sockets(s) ||
-	    !proxy_listen(&s->export) || !start_loops(s) || !write_pidfile(s))
+	    !control_open(&s->options, &s->export, want_snapshot, s) || !start_loops(s) || !write_pidfile(s))
 		return false;
 	for (size_t i = 0; i < s->listeners.count; i++)
 		log_line("listening on %s", s->listeners.all[i].address);
@@ -533,14 +546,19 @@ static void take_snapshot(struct server *s)
 		return;		/* called again when it is empty */
 	snapshot_take(s->snapshot);
 	s->snapshot_taken = true;
+	control_snapshot_begun();
 	gate_open(&s->export.gate);
 	snapshot_start(s->snapshot);
 }
 
 static void end_snapshot(struct server *s)
 {
+	const char *path, *why = NULL;
+
 	if (!gate_close(&s->export.gate))
 		return;
+	path = snapshot_path(s->snapshot, &why);
+	control_snapshot_ended(path, why);
 	snapshot_free(s->snapshot);
 	s->snapshot = NULL;
 	gate_open(&s->export.gate);
@@ -549,11 +567,15 @@ static void end_snapshot(struct server *s)
 /* One at a time; a signal during one is remembered. */
 static void tend_snapshots(struct server *s)
 {
+	const char *why;
+
 	if (s->snapshot && s->snapshot_taken && snapshot_is_over(s->snapshot))
 		end_snapshot(s);
 	if (s->snapshot_wanted && !s->snapshot) {
 		s->snapshot_wanted = s->snapshot_taken = false;
-		s->snapshot = snapshot_new(s->disk, s->image_path, wake_main);
+		s->snapshot = snapshot_new(s->disk, s->image_path, wake_main, &why);
+		if (!s->snapshot)
+			control_snapshot_ended(NULL, why);
 	}
 	if (s->snapshot && !s->snapshot_taken)
 		take_snapshot(s);
@@ -562,6 +584,8 @@ static void tend_snapshots(struct server *s)
 /* The pipe had something: something ended, or a signal came. */
 static void take_wakeups(struct server *s)
 {
+	const char *why;
+
 	drain_pipe(wake_pipe[0]);
 	s->accept_again = 0;
 	if (hup_signals) {
@@ -570,10 +594,9 @@ static void take_wakeups(struct server *s)
 	}
 	if (usr1_signals) {
 		usr1_signals = 0;
-		if (s->disk && s->image_path)
-			s->snapshot_wanted = true;
-		else
-			log_error("SIGUSR1 ignored: snapshots are taken in target mode");
+		why = want_snapshot(s);
+		if (why)
+			log_error("SIGUSR1 ignored: %s", why);
 	}
 	if (usr2_signals) {
 		usr2_signals = 0;
@@ -607,18 +630,19 @@ static void serve(struct server *s)
 	for (size_t i = 0; i < listeners; i++)
 		pfd[i + 1].events = POLLIN;
 	while (!stop_signals && !(single && loops_load() == 0)) {
-		int timeout = earlier(earlier(pause_left(s), proxy_timeout()), report_timeout());
+		int timeout = earlier(earlier(pause_left(s), control_timeout()), report_timeout());
 
 		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = s->accept_again ? -1 : s->listeners.all[i].fd;
-		controls = proxy_poll(pfd + 1 + listeners);
+		controls = control_poll(pfd + 1 + listeners);
 		if (wait_for(pfd, 1 + listeners + controls, timeout) < 0)
 			continue;
 		if (pfd[0].revents)
 			take_wakeups(s);
-		report_tend();
+		while (report_tend())
+			control_gathered();
 		accept_clients(s, pfd + 1);
-		proxy_turn(pfd + 1 + listeners, controls);
+		control_turn(pfd + 1 + listeners, controls);
 	}
 }
 
@@ -655,6 +679,7 @@ static bool stop_all(struct server *s)
 
 	if (s->snapshot)
 		snapshot_abandon(s->snapshot);
+	control_close();
 	proxy_stop();
 	gate_open(&s->export.gate);	/* nobody waits for it any more */
 	loops_stop();
@@ -734,7 +759,7 @@ int main(int argc, char **argv)
 		run(&s);
 		status = EXIT_SUCCESS;
 	} else {
-		proxy_unlisten();
+		control_close();
 		worker_stop();		/* a commit may be due */
 	}
 	if (s.backend)

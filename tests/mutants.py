@@ -844,6 +844,20 @@ mutant("who is gone is not noticed", "bgctl killed at any point: server unaffect
        "xnbd.c", "signal(SIGPIPE, SIG_IGN);", "",
        tests="test_control.py::test_bgctl_killed_at_random_moments "
              "test_control.py::test_command_of_a_client_that_left_at_once_is_carried_out")
+mutant("a query waits for a thread that hangs", "a disk that hangs",
+       "ctl.c", "if (cl->state == STATE_QUERYING && now_us() >= cl->due)", "if (false)",
+       tests="test_stats.py::test_query_does_not_wait_for_a_thread_that_hangs")
+mutant("a query is answered with what was gathered before it",
+       "an answer that is older than its question",
+       "ctl.c", "cl->behind = c->gathering;", "cl->behind = false;",
+       tests="test_stats.py::test_query_counts_what_was_answered_before")
+mutant("a snapshot that was begun before is the one that was asked for",
+       "an answer that is older than its question",
+       "control.c", "*behind = control.snapshot_runs;", "*behind = false;",
+       tests="test_stats.py::test_snapshot_asked_for_during_another_is_made_afterwards")
+mutant("a view is as high as it is", "a view larger than its terminal",
+       "watch.c", "(row < rows || row == 1)", "true",
+       tests="test_stats.py::test_watch_fits_the_terminal")
 mutant("a terminal has at least one column", "width 0",
        "bgctl.c", "|| w.ws_col == 0)", ")",
        tests="test_control.py::test_bar_fits_the_terminal")

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = MIB + 77
 OPTIONS = {"target", "lport", "laddr", "unix", "inetd", "connected-fd", "oldstyle", "readonly",
            "create", "threads", "daemonize", "pidfile", "logpath", "syslog", "quiet",
-           "verbose", "stats", "help", "version"}
+           "verbose", "stats", "ctl", "help", "version"}
 ANY_PORT = ["--laddr", "127.0.0.1", "--lport", "0"]
 
 
