@@ -836,7 +836,7 @@ mutant("a line without end is waited for", "an oversized message",
        "ctl.c", "|| (!end && cl->len == sizeof(cl->input))) {", ") {",
        tests="test_control.py::test_line_without_end_costs_its_connection")
 mutant("a copy goes on when who wanted it is gone", "a foreground cache-all stops",
-       "ctl.c", "if (cl->state == STATE_COPYING)\n\t\tc->ops->release_copy();\n\tclose", "close",
+       "ctl.c", "if (cl->state == STATE_COPYING)\n\t\tc->ops->proxy->release_copy();\n\tclose", "close",
        tests="test_control.py::test_interrupted_cache_all_stops")
 mutant("who is gone is not noticed", "bgctl killed at any point: server unaffected",
        "ctl.c", "n = send(cl->fd, r->text, r->len, MSG_NOSIGNAL | MSG_DONTWAIT);",

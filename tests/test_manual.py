@@ -228,8 +228,8 @@ def test_moved_disk_has_what_was_written_during_the_move(place):
 # Options
 
 def told(page):
-    """{option: name of its value, or None} of the page's lists."""
-    items = re.findall(rf"(?m)^\.It Fl {OPTION}(?: Ar (\S+))?$", page.read_text())
+    """{option: name of its value, be it needed or not, or None} of the page's lists."""
+    items = re.findall(rf"(?m)^\.It Fl {OPTION}(?: Ns Op = Ns)?(?: Ar (\S+))?$", page.read_text())
     assert len(items) == len(dict(items)), "an option is told twice"
     return {option: value or None for option, value in items}
 
@@ -241,7 +241,7 @@ def help_of(program):
 
 def offered(program):
     """The same of --help."""
-    items = re.findall(rf"(?m)^  -{OPTION}(?: ([A-Z]+)(?= ))? +\S", help_of(program))
+    items = re.findall(rf"(?m)^  -{OPTION}(?: \[?([A-Z]+)\]?(?= ))? +\S", help_of(program))
     return {option: value.lower() or None for option, value in items}
 
 
