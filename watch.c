@@ -376,7 +376,8 @@ static void draw_frame(struct look *l, const struct look *before)
 		fail("out of memory");
 	print_head(out, l, before);
 	compare_clients(l, before);
-	qsort(l->client, l->count, sizeof(*l->client), by_requests);
+	if (l->count > 0)
+		qsort(l->client, l->count, sizeof(*l->client), by_requests);
 	print_clients(out, l, l->at - before->at);
 	if (fclose(out) != 0)
 		fail("out of memory");
