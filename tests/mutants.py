@@ -850,7 +850,8 @@ mutant("a query waits for a thread that hangs", "a disk that hangs",
 mutant("a query is answered with what was gathered before it",
        "an answer that is older than its question",
        "ctl.c", "cl->behind = c->gathering;", "cl->behind = false;",
-       tests="test_stats.py::test_query_counts_what_was_answered_before")
+       tests="test_stats.py::"
+             "test_query_that_comes_while_another_is_gathered_waits_for_the_next")
 mutant("a snapshot that was begun before is the one that was asked for",
        "an answer that is older than its question",
        "control.c", "*behind = control.snapshot_runs;", "*behind = false;",
