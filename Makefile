@@ -40,10 +40,11 @@ endif
 # Atomic 64-bit numbers on processors that have none: an archive, of which is taken what is used.
 LIBATOMIC = $(filter /%,$(shell $(CC) -print-file-name=libatomic.a))
 
-SERVER_OBJS = xnbd.o options.o exports.o access.o confine.o listen.o conn.o loop.o tx.o proto.o backend.o disk.o \
-	snapshot.o cow.o layer.o bitmap.o range.o commit.o worker.o buffer.o util.o \
-	proxy.o ctl.o cache.o fetch.o ahead.o copy.o origin.o link.o dial.o proto_client.o
-BGCTL_OBJS = bgctl.o util.o
+SERVER_OBJS = xnbd.o options.o exports.o access.o confine.o listen.o conn.o loop.o tx.o proto.o \
+	backend.o disk.o snapshot.o stats.o report.o cow.o layer.o bitmap.o range.o commit.o worker.o \
+	buffer.o util.o proxy.o control.o ctl.o cache.o fetch.o ahead.o copy.o origin.o link.o dial.o \
+	proto_client.o
+BGCTL_OBJS = bgctl.o watch.o util.o
 
 # Where the C library is musl, small.o takes the place of parts of it: see small.c and "make static".
 SMALL =
@@ -72,7 +73,7 @@ $(BUILD)/%.o: %.c
 # Calls of it come from the C library, which link-time optimization does not know.
 $(BUILD)/small.o: override CFLAGS += -fno-lto -fno-builtin
 
--include $(OBJS:.o=.d) $(BUILD)/bgctl.d
+-include $(OBJS:.o=.d) $(BUILD)/bgctl.d $(BUILD)/watch.d
 
 check: $(PROGRAMS)
 	XNBD_SERVER=$(abspath $(BUILD)/xnbd-server) tests/run $(CHECKFLAGS)

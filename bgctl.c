@@ -1,10 +1,12 @@
 /*
- * bgctl.c - main() of xnbd-bgctl: ask a proxy over its control socket.
+ * bgctl.c - main() of xnbd-bgctl: ask a server over its control socket.
  *
  * One command line is one line to the server, see xnbd-bgctl(1), CONTROL SOCKET; its answer is
  * shown as it comes, but that of --query, which is shown when it is complete.
  */
 #define _GNU_SOURCE
+#include "bgctl.h"
+
 #include "ctl.h"
 #include "util.h"
 #include "xnbd.h"
@@ -25,12 +27,8 @@
 
 enum {
 	EXIT_USAGE = 2,
-	ANSWER_MS = 30000,		/* for commands that do not take long */
 	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
-	LINE_MAX_BYTES = 16384,		/* of an answer; more than a server says */
-	LINES_MAX = 1024,		/* of --query; likewise */
-	WIDTH_DEFAULT = 80,
-	WIDTH_MAX = 512,
+	WATCH_SECONDS_MAX = 3600,
 };
 
 enum command {
@@ -40,7 +38,9 @@ enum command {
 	COMMAND_CACHE_ALL2 = 1 << 2,
 	COMMAND_SWITCH = 1 << 3,
 	COMMAND_RECONNECT = 1 << 4,
-	COMMAND_ANY = (1 << 5) - 1,
+	COMMAND_SNAPSHOT = 1 << 5,
+	COMMAND_WATCH = 1 << 6,
+	COMMAND_ANY = (1 << 7) - 1,
 };
 
 /* The command line.  Strings are those of argv; NULL if not given. */
@@ -48,6 +48,7 @@ struct options {
 	enum command command;
 	bool json, progress, force, shutdown, help, version;
 	const char *blocks;		/* per request */
+	const char *seconds;		/* between looks */
 	const char *export_name;
 	const char *socket, *host, *port;
 };
@@ -56,13 +57,16 @@ enum { FIRST_OPTION = 256 };	/* getopt's values for known[0] and so on: not a ch
 
 static const struct known {
 	const char *name;
-	const char *arg;		/* its name in the usage text, NULL for none */
+	const char *arg;		/* its name in the usage text, NULL for none; [X] is optional */
 	size_t field;			/* of struct options: a string if it has an arg, else a bool */
 	enum command is, of;		/* the command that it is, or those that it belongs to */
 	const char *help;
 } known[] = {
 #define FIELD(name) offsetof(struct options, name)
 	{ "query", NULL, 0, COMMAND_QUERY, 0, "show the state of the server" },
+	{ "watch", "[SECONDS]", FIELD(seconds), COMMAND_WATCH, 0,
+	  "show what clients do, again and again (1)" },
+	{ "snapshot", NULL, 0, COMMAND_SNAPSHOT, 0, "make a snapshot of a target's image" },
 	{ "cache-all", NULL, 0, COMMAND_CACHE_ALL, 0,
 	  "copy what is missing, and return when all is here" },
 	{ "cache-all2", NULL, 0, COMMAND_CACHE_ALL2, 0,
@@ -77,8 +81,8 @@ static const struct known {
 	  "ask the origin for N blocks of 4096 bytes at once, up to 8192" },
 	{ "force", NULL, FIELD(force), 0, COMMAND_SWITCH,
 	  "even if blocks are missing, which read as zeros then" },
-	{ "exportname", "NAME", FIELD(export_name), 0, COMMAND_RECONNECT,
-	  "the name of the export there (the present one)" },
+	{ "exportname", "NAME", FIELD(export_name), 0, COMMAND_RECONNECT | COMMAND_SNAPSHOT,
+	  "the export: there (the present one), or here (the only one)" },
 	{ "help", NULL, FIELD(help), 0, COMMAND_ANY, "show this text" },
 	{ "version", NULL, FIELD(version), 0, COMMAND_ANY, "show the version" },
 #undef FIELD
@@ -105,19 +109,21 @@ static _Noreturn void usage_error(const char *fmt, ...)
 	vsnprintf(line, sizeof(line), fmt, ap);
 	va_end(ap);
 	mask_control_characters(line);
-	log_line("%s (see --help)", line);
+	log_error("%s (see --help)", line);
 	exit(EXIT_USAGE);
 }
 
 static _Noreturn void show_help(void)
 {
 	printf("usage: xnbd-bgctl --query [--json] CONTROL_SOCKET\n"
+	       "       xnbd-bgctl --watch[=SECONDS] CONTROL_SOCKET\n"
+	       "       xnbd-bgctl --snapshot [--exportname NAME] CONTROL_SOCKET\n"
 	       "       xnbd-bgctl --cache-all [--progress] [--blocks-per-request N] "
 	       "CONTROL_SOCKET\n"
 	       "       xnbd-bgctl --cache-all2 [--blocks-per-request N] CONTROL_SOCKET\n"
 	       "       xnbd-bgctl --switch [--force] CONTROL_SOCKET\n"
 	       "       xnbd-bgctl --reconnect [--exportname NAME] CONTROL_SOCKET HOST PORT\n"
-	       "Controls the xnbd-server --proxy that CONTROL_SOCKET belongs to.\n\n");
+	       "Controls the xnbd-server that CONTROL_SOCKET belongs to.\n\n");
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
 		char name[64];
 
@@ -181,7 +187,9 @@ static unsigned parse_words(struct options *o, int argc, char **argv)
 
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
 		longopts[i].name = known[i].name;
-		longopts[i].has_arg = known[i].arg ? required_argument : no_argument;
+		longopts[i].has_arg = !known[i].arg	   ? no_argument :
+				      *known[i].arg == '[' ? optional_argument :
+							     required_argument;
 		longopts[i].val = FIRST_OPTION + (int)i;
 	}
 	opterr = 0;
@@ -199,14 +207,16 @@ static void check_options(const struct options *o, unsigned seen)
 	unsigned long n;
 
 	if (o->command == COMMAND_NONE)
-		usage_error("no command: --query, --cache-all, --cache-all2, --switch or "
-			    "--reconnect is needed");
+		usage_error("no command: --query, --watch, --snapshot, --cache-all, --cache-all2, "
+			    "--switch or --reconnect is needed");
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++)
 		if (seen & 1U << i && known[i].of && !(known[i].of & o->command))
 			usage_error("option '--%s' does not belong to this command", known[i].name);
 	if (o->blocks && !parse_number(o->blocks, 1, 8192, &n))
 		usage_error("option '--blocks-per-request': '%s' is not a number from 1 to 8192",
 			    o->blocks);
+	if (o->export_name && strpbrk(o->export_name, "\r\n"))
+		usage_error("option '--exportname': the name must have no line break");
 	if (o->shutdown)
 		log_line("--shutdown is deprecated, its name is --switch now");
 }
@@ -247,15 +257,22 @@ static void take_remote(struct options *o, int argc, char **argv)
 	check_word("PORT", o->port);
 	if (argc > 2)
 		usage_error("CONTROL_SOCKET HOST PORT are expected, '%s' is too much", argv[2]);
-	if (o->export_name && strpbrk(o->export_name, "\r\n"))
-		usage_error("option '--exportname': the name must have no line break");
 }
 
 static void parse_options(struct options *o, int argc, char **argv)
 {
+	unsigned long n;
+
 	check_options(o, parse_words(o, argc, argv));
 	argc -= optind;
 	argv += optind;
+	if (o->command == COMMAND_WATCH && !o->seconds && argc == 2) {	/* --watch SECONDS */
+		o->seconds = *argv++;
+		argc--;
+	}
+	if (o->seconds && !parse_number(o->seconds, 1, WATCH_SECONDS_MAX, &n))
+		usage_error("option '--watch': '%s' is not a number from 1 to %d", o->seconds,
+			    WATCH_SECONDS_MAX);
 	if (argc < 1)
 		usage_error("CONTROL_SOCKET is missing");
 	o->socket = argv[0];
@@ -267,15 +284,6 @@ static void parse_options(struct options *o, int argc, char **argv)
 
 /* The connection */
 
-struct server {
-	const char *path;
-	char aim[300];			/* "host:port: ", what its errors are about; or "" */
-	int fd;
-	uint64_t deadline;		/* now_ms() when the answer must be here; 0 for never */
-	size_t used, len;		/* of buf: what was taken, what is there */
-	char buf[LINE_MAX_BYTES];
-};
-
 /* Whether the cursor is at the end of the progress bar. */
 static bool bar_is_shown;
 
@@ -286,9 +294,7 @@ static void leave_bar(void)
 	bar_is_shown = false;
 }
 
-static _Noreturn void fail(const char *fmt, ...) PRINTF_LIKE(1, 2);
-
-static _Noreturn void fail(const char *fmt, ...)
+_Noreturn void fail(const char *fmt, ...)
 {
 	char line[1000];
 	va_list ap;
@@ -298,7 +304,7 @@ static _Noreturn void fail(const char *fmt, ...)
 	vsnprintf(line, sizeof(line), fmt, ap);
 	va_end(ap);
 	mask_control_characters(line);
-	log_line("%s", line);
+	log_error("%s", line);
 	exit(EXIT_FAILURE);
 }
 
@@ -307,7 +313,7 @@ static _Noreturn void fail_garbage(const struct server *s, const char *text)
 	fail("%s: the server sends '%.100s', which is not an answer", s->path, text);
 }
 
-static void connect_to(struct server *s, const char *path)
+void connect_to(struct server *s, const char *path)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
 
@@ -317,15 +323,18 @@ static void connect_to(struct server *s, const char *path)
 		     strlen(path), sizeof(sun.sun_path) - 1);
 	strcpy(sun.sun_path, path);
 	s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (s->fd < 0 || connect(s->fd, (struct sockaddr *)&sun, sizeof(sun)) < 0)
-		fail("cannot connect to %s: %s", path,
-		     errno == ECONNREFUSED ? "no server listens there" :
-		     errno == EAGAIN       ? "the server does not answer" :
-					     strerror(errno));
+	if (s->fd >= 0 && connect(s->fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
+		return;
+	if (s->known && (errno == ECONNREFUSED || errno == ENOENT))
+		fail("%s: the server has ended", path);
+	fail("cannot connect to %s: %s", path,
+	     errno == ECONNREFUSED ? "no server listens there" :
+	     errno == EAGAIN       ? "the server does not answer" :
+				     strerror(errno));
 }
 
 /* A fresh connection takes a short line; one that does not has a reason to tell, or has ended. */
-static void send_line(struct server *s, const char *line, size_t len)
+void send_line(struct server *s, const char *line, size_t len)
 {
 	ssize_t n = send(s->fd, line, len, MSG_NOSIGNAL);
 
@@ -383,8 +392,7 @@ static char *next_line(struct server *s)
 	return line;
 }
 
-/* The next line of an answer: its name, *value; NULL when that was "ok".  "error" ends us. */
-static const char *next_value(struct server *s, const char **value)
+const char *next_value(struct server *s, const char **value)
 {
 	char *line = next_line(s), *colon = strstr(line, ": ");
 	size_t len;
@@ -423,7 +431,8 @@ static void parse_numbers(const struct server *s, const char *value, uint64_t *n
 static bool is_text(const char *name)
 {
 	static const char *const texts[] = { "image", "bitmap", "origin-export", "origin-reason",
-					     "copy-error" };
+					     "copy-error", "snapshot-last", "snapshot-error",
+					     "delays-us", "address", "name" };
 
 	for (size_t i = 0; i < ARRAY_SIZE(texts); i++)
 		if (strcmp(name, texts[i]) == 0)
@@ -431,8 +440,7 @@ static bool is_text(const char *name)
 	return false;
 }
 
-/* 0, 17 or 99.5, but not 017, which JSON does not have. */
-static bool is_number(const char *s)
+bool is_number(const char *s)
 {
 	static const char digits[] = "0123456789";
 	size_t len = strspn(s, digits), more;
@@ -490,23 +498,136 @@ static void print_json_value(FILE *out, const char *name, const char *value)
 		print_json_string(out, value);
 }
 
-static void print_values(struct server *s, bool json, FILE *out)
+char *split_name(char *text, const char *first)
 {
+	char *pairs = NULL;
+
+	for (char *at = text; (at = strstr(at, first)); at++)
+		pairs = at;
+	if (!pairs)
+		return text + strlen(text);
+	*pairs = '\0';
+	return pairs + 1;
+}
+
+bool next_pair(char **text, const char **name, const char **number)
+{
+	char *blank = strchr(*text, ' '), *end;
+
+	if (!blank)
+		return false;
+	*blank = '\0';
+	end = blank + 1 + strcspn(blank + 1, " ");
+	*name = *text;
+	*number = blank + 1;
+	*text = *end ? end + 1 : end;
+	*end = '\0';
+	return is_number(*number);
+}
+
+/* Lines that there may be several of, each a name and pairs of numbers: an array of objects. */
+struct array {
+	const char *line;		/* the name of the line, and of the array */
+	const char *key;		/* of the name in each object */
+	const char *first;		/* the first pair begins with this */
+	unsigned count;
+	FILE *out;
+	char *text;
+	size_t len;
+};
+
+static void add_to_array(struct array *a, char *text)
+{
+	char *pairs = split_name(text, a->first);
+	const char *name, *number;
+
+	fputs(a->count++ ? ",\n    { " : "\n    { ", a->out);
+	print_json_value(a->out, a->key, text);
+	while (next_pair(&pairs, &name, &number)) {
+		fputs(", ", a->out);
+		print_json_value(a->out, name, number);
+	}
+	fputs(" }", a->out);
+}
+
+static FILE *open_text(char **text, size_t *len)
+{
+	FILE *out = open_memstream(text, len);
+
+	if (!out)
+		fail("out of memory");
+	return out;
+}
+
+static void close_text(FILE *out)
+{
+	if (fclose(out) != 0)
+		fail("out of memory");
+}
+
+static void end_array(struct array *a, FILE *out, const char *separator)
+{
+	close_text(a->out);
+	fprintf(out, "%s\"%s\": [%s%s]", separator, a->line, a->text, a->count ? "\n  " : "");
+	free(a->text);
+}
+
+static void drop_array(struct array *a)
+{
+	close_text(a->out);
+	free(a->text);
+}
+
+static struct array *find_array(struct array *arrays, const char *line)
+{
+	for (struct array *a = arrays; a->line; a++)
+		if (strcmp(a->line, line) == 0)
+			return a;
+	return NULL;
+}
+
+/* The lines of an answer, each for itself but those that become arrays. */
+static void print_json(struct server *s, FILE *out)
+{
+	struct array arrays[] = { { "client", "address", " reads ", 0, NULL, NULL, 0 },
+				  { "export", "name", " size ", 0, NULL, NULL, 0 },
+				  { NULL, NULL, NULL, 0, NULL, NULL, 0 } };
 	const char *name, *value;
+	bool clients = false;
 	unsigned lines = 0;
 
+	for (struct array *a = arrays; a->line; a++)
+		a->out = open_text(&a->text, &a->len);
 	while ((name = next_value(s, &value))) {
-		if (lines++ == LINES_MAX)
+		struct array *a = find_array(arrays, name);
+
+		if (lines + arrays[0].count + arrays[1].count == ANSWER_LINES_MAX)
 			fail("%s: the server's answer is too long", s->path);
-		if (json) {
-			fputs(lines == 1 ? "{\n  " : ",\n  ", out);
-			print_json_value(out, name, value);
-		} else {
-			fprintf(out, "%s: %s\n", name, value);
+		if (a) {
+			add_to_array(a, (char *)(uintptr_t)value);
+			continue;
 		}
+		clients |= strcmp(name, "clients") == 0;
+		fputs(lines++ ? ",\n  " : "{\n  ", out);
+		print_json_value(out, name, value);
 	}
-	if (json)
-		fputs(lines == 0 ? "{}\n" : "\n}\n", out);
+	for (struct array *a = arrays; a->line; a++)
+		if (a->count || (a == arrays && clients))
+			end_array(a, out, lines++ ? ",\n  " : "{\n  ");
+		else
+			drop_array(a);
+	fputs(lines ? "\n}\n" : "{}\n", out);
+}
+
+static void print_lines(struct server *s, FILE *out)
+{
+	const char *name, *value;
+
+	for (unsigned lines = 0; (name = next_value(s, &value)); lines++) {
+		if (lines == ANSWER_LINES_MAX)
+			fail("%s: the server's answer is too long", s->path);
+		fprintf(out, "%s: %s\n", name, value);
+	}
 }
 
 /* All of the answer or nothing. */
@@ -514,13 +635,13 @@ static void show_query(struct server *s, bool json)
 {
 	char *text = NULL;
 	size_t len = 0;
-	FILE *out = open_memstream(&text, &len);
+	FILE *out = open_text(&text, &len);
 
-	if (!out)
-		fail("out of memory");
-	print_values(s, json, out);
-	if (fclose(out) != 0)
-		fail("out of memory");
+	if (json)
+		print_json(s, out);
+	else
+		print_lines(s, out);
+	close_text(out);
 	if (fwrite(text, 1, len, stdout) < len || fflush(stdout) != 0)
 		fail("cannot write to standard output: %s", strerror(errno));
 	free(text);
@@ -560,20 +681,27 @@ static void describe(const struct progress *p, char *text, size_t size)
 			 (unsigned)(seconds / 60 % 60), (unsigned)(seconds % 60));
 }
 
-static size_t terminal_width(void)
+size_t terminal_width(int fd)
 {
 	struct winsize w;
 
-	if (ioctl(STDERR_FILENO, TIOCGWINSZ, &w) < 0 || w.ws_col == 0)
+	if (ioctl(fd, TIOCGWINSZ, &w) < 0 || w.ws_col == 0)
 		return WIDTH_DEFAULT;
 	return w.ws_col < WIDTH_MAX ? w.ws_col : WIDTH_MAX;
+}
+
+size_t terminal_height(int fd)
+{
+	struct winsize w;
+
+	return ioctl(fd, TIOCGWINSZ, &w) < 0 || w.ws_row == 0 ? HEIGHT_DEFAULT : w.ws_row;
 }
 
 /* All columns but the last, which some terminals leave at once; without room for a bar, text. */
 static void draw_bar(const struct progress *p)
 {
 	enum { BAR_MIN = 6 };
-	size_t room = terminal_width() - 1, text_len, bar;
+	size_t room = terminal_width(STDERR_FILENO) - 1, text_len, bar;
 	char text[128], line[WIDTH_MAX];
 
 	describe(p, text, sizeof(text));
@@ -629,7 +757,7 @@ static void show_failure(const struct server *s, const char *value)
 
 	parse_numbers(s, value, n, ARRAY_SIZE(n));
 	leave_bar();
-	log_line("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, n[1], n[0]);
+	log_error("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, n[1], n[0]);
 }
 
 static void follow_copy(struct server *s, bool show)
@@ -644,7 +772,7 @@ static void follow_copy(struct server *s, bool show)
 		else if (strcmp(name, "failed") == 0)
 			show_failure(s, value);
 		else if (strcmp(name, "failed-more") == 0)
-			log_line("and more, in %s further places", value);
+			log_error("and more, in %s further places", value);
 	}
 	leave_bar();
 }
@@ -655,9 +783,12 @@ static void wait_for_end(struct server *s)
 {
 	const char *name, *value;
 
-	while ((name = next_value(s, &value)))
+	while ((name = next_value(s, &value))) {
 		if (strcmp(name, "zeroed") == 0)
 			log_line("%s blocks were missing, and read as zeros now", value);
+		if (strcmp(name, "snapshot") == 0 && (puts(value) < 0 || fflush(stdout) != 0))
+			fail("cannot write to standard output: %s", strerror(errno));
+	}
 }
 
 /* The line to the server; returns like snprintf(). */
@@ -674,6 +805,9 @@ static int make_line(const struct options *o, char *line, size_t size)
 	case COMMAND_RECONNECT:
 		return snprintf(line, size, "reconnect %s %s%s%s\n", o->host, o->port,
 				o->export_name ? " " : "", o->export_name ? o->export_name : "");
+	case COMMAND_SNAPSHOT:
+		return snprintf(line, size, "snapshot%s%s\n", o->export_name ? " " : "",
+				o->export_name ? o->export_name : "");
 	default:
 		return snprintf(line, size, "query\n");
 	}
@@ -700,6 +834,9 @@ int main(int argc, char **argv)
 
 	log_name("xnbd-bgctl");
 	parse_options(&o, argc, argv);
+	server.path = o.socket;
+	if (o.command == COMMAND_WATCH)
+		watch(&server, o.seconds ? (unsigned)strtoul(o.seconds, NULL, 10) : 1);
 	len = make_line(&o, line, sizeof(line));
 	if (len >= (int)sizeof(line))
 		usage_error("HOST, PORT and NAME are too long");

@@ -28,8 +28,8 @@ int committer_run(struct committer *c)
 		return c->error;
 	c->error = c->commit(c);
 	if (c->error)
-		log_line("%s%s%s is not durable: %s; every flush fails from now on", name,
-			 *name ? ": " : "", c->what, strerror(-c->error));
+		log_error("%s%s%s is not durable: %s; every flush fails from now on", name,
+			  *name ? ": " : "", c->what, strerror(-c->error));
 	return c->error;
 }
 

@@ -21,6 +21,7 @@
 #include "backend.h"
 #include "buffer.h"
 #include "loop.h"
+#include "stats.h"
 #include "util.h"
 #include "xnbd.h"
 
@@ -139,11 +140,27 @@ static void abandon_current(struct conn *c)
 		free_request(c, r);
 }
 
+/* With what it did, if it did something. */
+static void log_end(struct conn *c, const char *why)
+{
+	char did[STATS_LINE] = "";
+	bool busy = false;
+
+	if (c->stats) {
+		stats_end_turn(c->stats);
+		stats_catch_up(c->stats, c->peer, UINT64_MAX);
+		busy = tally_requests(&c->stats->all) > 0;
+	}
+	if (busy)
+		tally_describe(&c->stats->all, did);
+	log_line("%s: disconnected: %s%s%s", c->peer, why, busy ? "; " : "", did);
+}
+
 void conn_kill(struct conn *c, const char *why)
 {
 	if (c->state == CONN_DEAD)
 		return;
-	log_line("%s: disconnected: %s", c->peer, why);
+	log_end(c, why);
 	atomic_store(&c->dead, true);	/* before the client can know, and come back */
 	close(c->fd);
 	c->fd = -1;
@@ -172,6 +189,7 @@ void conn_free(struct conn *c)
 	if (!c)
 		return;
 	assert(conn_is_over(c) && c->buffered == 0);
+	stats_free(c->stats);
 	free(c);
 }
 
@@ -342,6 +360,7 @@ static bool read_located(struct conn *c, struct request *r)
 				  tx_tail(tx)));
 	for (int i = 0; i < n; i++)
 		tx_refer_file(tx, &part[i]);
+	stats_count_read(c->stats, r->h.len);
 	free_request(c, r);
 	return true;
 }
@@ -363,6 +382,9 @@ static void put_reply(struct conn *c, struct request *r)
 {
 	struct tx *tx = c->loop->tx;
 
+	stats_count(c->stats, r);
+	if (r->error)
+		stats_complain(c->stats, c->peer, r);
 	if (r->error || (r->h.cmd != NBD_CMD_READ && r->h.cmd != NBD_CMD_BLOCK_STATUS) ||
 	    r->h.len == 0) {
 		tx_add(tx, proto_put_reply(&c->session, &r->h, r->error, tx_tail(tx)));
@@ -391,6 +413,8 @@ static void put_ready_replies(struct conn *c)
 {
 	struct request *r;
 
+	if (c->ready)
+		stats_time(c->stats);
 	while ((r = c->ready) && make_room(c, STEP_BYTES, ENCODE_IOVS)) {
 		c->ready = r->next;
 		if (!c->ready)
@@ -528,11 +552,22 @@ static void enter_transmission(struct conn *c)
 {
 	const struct proto_export *e = c->session.export;
 
+	c->stats = calloc(1, sizeof(*c->stats));
+	if (!c->stats) {
+		conn_kill(c, "out of memory");
+		return;
+	}
 	c->export = (struct export *)((char *)(uintptr_t)e - offsetof(struct export, proto));
 	c->state = CONN_REQUEST;
 	if (!c->stopping)
 		c->deadline = 0;
 	log_line("%s: connected%s%s", c->peer, *e->name ? " to " : "", e->name);
+	log_at(LOG_DETAIL, "%s: export '%s' of %llu bytes, flags 0x%x%s%s", c->peer, e->name,
+	       (unsigned long long)e->size, e->flags,
+	       c->session.extended   ? ", extended headers" :
+	       c->session.structured ? ", structured replies" :
+				       "",
+	       c->session.allocation ? ", base:allocation" : "");
 }
 
 static size_t step_client_flags(struct conn *c, const uint8_t *p, size_t n)
@@ -630,6 +665,7 @@ static struct request *new_request(struct conn *c, const struct proto_request *h
 		r->abandoned = &c->dead;
 		r->done = loop_complete;
 		r->h = *h;
+		r->begun = stats_time(c->stats);
 	}
 	return r;
 }
@@ -649,6 +685,7 @@ static bool read_copied(struct conn *c, struct request *r)
 	assert(ret != PENDING);
 	if (ret == 0) {
 		tx_add(tx, head + r->h.len);
+		stats_count_read(c->stats, r->h.len);
 		free_request(c, r);
 	} else {
 		settle(c, r, ret);
@@ -720,6 +757,7 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 		return n;
 	}
 	r->error = c->stopping ? ESHUTDOWN : proto_check_request(&c->session, &h);
+	r->refused = r->error != 0;
 	if (h.payload)
 		start_payload(c, r);
 	else if (r->error)
@@ -1010,6 +1048,8 @@ void conn_turn(struct conn *c, bool readable)
 			flush(c);
 		readable = false;
 	} while (c->blocked && takes_input(c));
+	if (c->stats && c->stats->now)
+		stats_end_turn(c->stats);
 	if (c->stopping)
 		stop_when_quiet(c);
 	if (c->state == CONN_FINISHING && is_idle(c))

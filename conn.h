@@ -17,6 +17,7 @@
 
 struct loop;
 struct request;
+struct stats;
 
 /* How a connection begins. */
 enum greeting {
@@ -45,6 +46,7 @@ struct conn {
 	const struct proto_exports *exports;
 	struct proto_session session;
 	struct export *export;		/* NULL until transmission */
+	struct stats *stats;		/* likewise */
 	uint64_t deadline;		/* now_ms() at which it is closed, 0 for none */
 
 	uint8_t *kept;			/* received and not taken yet */

@@ -23,6 +23,7 @@
 enum {
 	IDLE_US = 60000000,		/* without a command: then the connection is closed */
 	PROGRESS_US = 1000000,
+	GATHER_US = 1000000,		/* then a query is answered with what is there */
 	ACCEPT_PAUSE_US = 1000000,	/* when the system has no more descriptors */
 	BLOCKS_PER_REQUEST_MAX = 8192,
 	LINE_END = 2,			/* "\r\n" */
@@ -39,6 +40,8 @@ enum state {
 	STATE_COPYING,
 	STATE_SWITCHING,
 	STATE_RECONNECTING,
+	STATE_QUERYING,
+	STATE_SNAPSHOT,
 	STATE_CLOSING,			/* when the answer has been sent */
 };
 
@@ -47,7 +50,9 @@ struct client {
 	enum state state;
 	bool ended;			/* there is no more input to come */
 	bool broken;			/* nothing can be received or sent any more */
-	uint64_t due;			/* now_us(): STATE_COPYING: for progress; else to be closed */
+	bool behind;			/* waits for the end after the next one */
+	const void *snapshot_of;	/* STATE_SNAPSHOT: which export */
+	uint64_t due;			/* now_us(): for progress, or an answer; else to be closed */
 	struct ctl_reply out;
 	size_t len;			/* of the input that was not carried out yet */
 	char input[CTL_LINE_MAX + LINE_END];
@@ -58,6 +63,7 @@ struct ctl {
 	struct listeners listeners;
 	uint64_t accept_again;		/* now_us() when a pause of accepting ends, 0 for none */
 	bool switching, reconnecting;	/* even if who asked for it has left */
+	bool gathering;			/* likewise */
 	bool background;		/* somebody wanted a copy, and need not wait for it */
 	struct client *client[CTL_CONNECTIONS];		/* NULL: a free place */
 };
@@ -115,6 +121,11 @@ void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
 	va_end(ap);
 }
 
+void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n)
+{
+	ctl_say(reply, name, "%" PRIu64, n);
+}
+
 static void say_ok(struct ctl_reply *r)
 {
 	if (r->failed || !make_room(r, 3))
@@ -159,11 +170,32 @@ static void flush(struct client *cl)
 
 /* Commands.  Each gets what follows its name, NULL if that is nothing. */
 
+static void answer_query(struct ctl *c, struct client *cl)
+{
+	c->ops->query(&cl->out);
+	answer(cl, NULL);
+}
+
+/* What is being gathered already may lack what was done since. */
 static void run_query(struct ctl *c, struct client *cl, char *arguments)
 {
 	(void)arguments;
-	c->ops->query(&cl->out);
-	answer(cl, NULL);
+	cl->state = STATE_QUERYING;
+	cl->due = now_us() + GATHER_US;
+	cl->behind = c->gathering;
+	if (!c->gathering)
+		c->ops->gather();
+	c->gathering = true;
+}
+
+static void run_snapshot(struct ctl *c, struct client *cl, char *arguments)
+{
+	const char *error = c->ops->snapshot(arguments, &cl->snapshot_of, &cl->behind);
+
+	if (error)
+		answer(cl, error);
+	else
+		cl->state = STATE_SNAPSHOT;
 }
 
 static void say_failures(struct client *cl, const struct ctl_copy *copy)
@@ -194,7 +226,7 @@ static void tell_copy(struct ctl *c, struct client *cl)
 {
 	struct ctl_copy copy;
 
-	c->ops->copy(&copy);
+	c->ops->proxy->copy(&copy);
 	if (!cl->out.len)
 		ctl_say(&cl->out, "progress", "%" PRIu64 " %" PRIu64 " %" PRIu64, copy.cached,
 			copy.blocks, copy.rate);
@@ -202,7 +234,7 @@ static void tell_copy(struct ctl *c, struct client *cl)
 	if (copy.running)
 		return;
 	answer_copy(cl, &copy);
-	c->ops->release_copy();
+	c->ops->proxy->release_copy();
 }
 
 /* False after answering what is wrong. */
@@ -224,7 +256,7 @@ static void run_cache_all(struct ctl *c, struct client *cl, char *arguments)
 
 	if (!parse_blocks(cl, arguments, &blocks))
 		return;
-	c->ops->start_copy(blocks);
+	c->ops->proxy->start_copy(blocks);
 	cl->state = STATE_COPYING;
 	tell_copy(c, cl);
 }
@@ -232,7 +264,7 @@ static void run_cache_all(struct ctl *c, struct client *cl, char *arguments)
 static void give_up_background(struct ctl *c)
 {
 	if (c->background)
-		c->ops->release_copy();
+		c->ops->proxy->release_copy();
 	c->background = false;
 }
 
@@ -243,7 +275,7 @@ static void run_cache_all2(struct ctl *c, struct client *cl, char *arguments)
 
 	if (!parse_blocks(cl, arguments, &blocks))
 		return;
-	c->ops->start_copy(blocks);
+	c->ops->proxy->start_copy(blocks);
 	give_up_background(c);
 	c->background = true;
 	answer(cl, NULL);
@@ -268,7 +300,7 @@ static void run_switch(struct ctl *c, struct client *cl, char *arguments)
 	if (c->switching)
 		return;		/* one end for all who ask meanwhile */
 	c->switching = true;
-	error = c->ops->switch_over(arguments != NULL);
+	error = c->ops->proxy->switch_over(arguments != NULL);
 	if (error)
 		ctl_switched(c, error, 0);
 }
@@ -300,7 +332,7 @@ static void run_reconnect(struct ctl *c, struct client *cl, char *arguments)
 		port = NULL;
 	cl->state = STATE_RECONNECTING;
 	c->reconnecting = true;
-	error = c->ops->reconnect(host, port, arguments);
+	error = c->ops->proxy->reconnect(host, port, arguments);
 	if (error)
 		ctl_reconnected(c, error);
 }
@@ -310,23 +342,26 @@ static void run_help(struct ctl *c, struct client *cl, char *arguments);
 static const struct command {
 	const char *name;
 	const char *arguments;		/* "" for none */
+	bool proxy;			/* for that only */
 	void (*run)(struct ctl *, struct client *, char *arguments);
 } commands[] = {
-	{ "help", "", run_help },
-	{ "query", "", run_query },
-	{ "cache-all", " [BLOCKS_PER_REQUEST]", run_cache_all },
-	{ "cache-all2", " [BLOCKS_PER_REQUEST]", run_cache_all2 },
-	{ "stop-copy", "", run_stop_copy },
-	{ "switch", " [force]", run_switch },
-	{ "reconnect", " HOST PORT [EXPORT_NAME]", run_reconnect },
+	{ "help", "", false, run_help },
+	{ "query", "", false, run_query },
+	{ "snapshot", " [EXPORT_NAME]", false, run_snapshot },
+	{ "cache-all", " [BLOCKS_PER_REQUEST]", true, run_cache_all },
+	{ "cache-all2", " [BLOCKS_PER_REQUEST]", true, run_cache_all2 },
+	{ "stop-copy", "", true, run_stop_copy },
+	{ "switch", " [force]", true, run_switch },
+	{ "reconnect", " HOST PORT [EXPORT_NAME]", true, run_reconnect },
 };
 
 static void run_help(struct ctl *c, struct client *cl, char *arguments)
 {
-	(void)c;
 	(void)arguments;
 	for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
-		ctl_say(&cl->out, "command", "%s%s", commands[i].name, commands[i].arguments);
+		if (c->ops->proxy || !commands[i].proxy)
+			ctl_say(&cl->out, "command", "%s%s", commands[i].name,
+				commands[i].arguments);
 	answer(cl, NULL);
 }
 
@@ -347,6 +382,8 @@ static void run_line(struct ctl *c, struct client *cl, char *line)
 		answer(cl, "unknown command, try help");
 	else if (arguments && !*command->arguments)
 		answer(cl, "that command is a single word");
+	else if (command->proxy && !c->ops->proxy)
+		answer(cl, "that command is for a proxy, and this server is none");
 	else
 		command->run(c, cl, arguments);
 }
@@ -417,8 +454,7 @@ static void receive(struct client *cl)
 
 static bool is_busy(const struct client *cl)
 {
-	return cl->state == STATE_COPYING || cl->state == STATE_SWITCHING ||
-	       cl->state == STATE_RECONNECTING;
+	return cl->state != STATE_IDLE && cl->state != STATE_CLOSING;
 }
 
 static void drop(struct ctl *c, size_t place)
@@ -426,7 +462,7 @@ static void drop(struct ctl *c, size_t place)
 	struct client *cl = c->client[place];
 
 	if (cl->state == STATE_COPYING)
-		c->ops->release_copy();
+		c->ops->proxy->release_copy();
 	close(cl->fd);
 	free(cl->out.text);
 	free(cl);
@@ -451,6 +487,8 @@ static void turn(struct ctl *c, size_t place, short revents)
 		receive(cl);
 	if (cl->state == STATE_COPYING && now_us() >= cl->due)
 		tell_copy(c, cl);
+	if (cl->state == STATE_QUERYING && now_us() >= cl->due)
+		answer_query(c, cl);
 	flush(cl);
 	run_lines(c, cl);
 	if (is_over(cl, revents))
@@ -473,6 +511,19 @@ static int find_place(struct ctl *c)
 	if (longest >= 0)
 		drop(c, (size_t)longest);
 	return longest;
+}
+
+/* Whether there is no place now, but soon: a query does not take long. */
+static bool is_place_near(const struct ctl *c)
+{
+	bool near = false;
+
+	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
+		if (!c->client[i] || !is_busy(c->client[i]))
+			return false;
+		near |= c->client[i]->state == STATE_QUERYING;
+	}
+	return near;
 }
 
 static void refuse(int fd)
@@ -500,7 +551,7 @@ static void add_client(struct ctl *c, int fd)
 /* A few at a time, so that those who are here get their turn. */
 static void accept_clients(struct ctl *c)
 {
-	for (int i = 0; i < CTL_CONNECTIONS; i++) {
+	for (int i = 0; i < CTL_CONNECTIONS && !is_place_near(c); i++) {
 		int fd = accept4(c->listeners.all[0].fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 		if (fd >= 0) {
@@ -557,7 +608,7 @@ static short wanted_events(const struct client *cl)
 size_t ctl_poll(struct ctl *c, struct pollfd *pfd)
 {
 	pfd[0] = (struct pollfd){ .fd = c->listeners.all[0].fd, .events = POLLIN };
-	if (c->accept_again)
+	if (c->accept_again || is_place_near(c))
 		pfd[0].fd = -1;
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
 		const struct client *cl = c->client[i];
@@ -587,7 +638,8 @@ int ctl_timeout(const struct ctl *c)
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
 		const struct client *cl = c->client[i];
 
-		if (cl && (!is_busy(cl) || cl->state == STATE_COPYING))
+		if (cl && (!is_busy(cl) || cl->state == STATE_COPYING ||
+			   cl->state == STATE_QUERYING))
 			make_earlier(&timeout, cl->out.failed ? 0 : cl->due, now);
 	}
 	return timeout;
@@ -631,11 +683,49 @@ void ctl_reconnected(struct ctl *c, const char *error)
 			answer(c->client[i], error);
 }
 
+/* Whether cl is in that state and its turn has come, of which there is one for each end. */
+static bool is_due(struct client *cl, enum state state)
+{
+	bool due = cl && cl->state == state && !cl->behind;
+
+	if (cl && cl->state == state)
+		cl->behind = false;
+	return due;
+}
+
+void ctl_gathered(struct ctl *c)
+{
+	c->gathering = false;
+	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
+		struct client *cl = c->client[i];
+
+		if (is_due(cl, STATE_QUERYING))
+			answer_query(c, cl);
+		else if (cl && cl->state == STATE_QUERYING)
+			c->gathering = true;
+	}
+	if (c->gathering)
+		c->ops->gather();
+}
+
+void ctl_snapshot_ended(struct ctl *c, const void *of, const char *path, const char *error)
+{
+	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
+		struct client *cl = c->client[i];
+
+		if (!cl || cl->snapshot_of != of || !is_due(cl, STATE_SNAPSHOT))
+			continue;
+		if (path)
+			ctl_say(&cl->out, "snapshot", "%s", path);
+		answer(cl, path ? NULL : error);
+	}
+}
+
 void ctl_copied(struct ctl *c)
 {
 	struct ctl_copy copy;
 
-	c->ops->copy(&copy);
+	c->ops->proxy->copy(&copy);
 	if (copy.running)
 		return;
 	give_up_background(c);

@@ -26,6 +26,8 @@ struct ctl_reply;
 void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
 	__attribute__((format(printf, 3, 4)));
 
+void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n);
+
 /* How a copy is going. */
 struct ctl_copy {
 	bool running;
@@ -44,8 +46,25 @@ struct ctl_copy {
  * one line that says why not.
  */
 struct ctl_ops {
+	/* Tell the state, with what has been gathered. */
 	void (*query)(struct ctl_reply *reply);
 
+	/* Begin to gather what is asked for; ctl_gathered() is called when that is complete. */
+	void (*gather)(void);
+
+	/*
+	 * Make a snapshot of the export of that name, NULL if none was given.  *of is set to
+	 * something that stands for it; ctl_snapshot_ended() is called with that when it has
+	 * happened or failed.  *behind says that it is the second such call from now: one is being
+	 * made already.
+	 */
+	const char *(*snapshot)(const char *name, const void **of, bool *behind);
+
+	const struct ctl_proxy_ops *proxy;	/* NULL: there is none */
+};
+
+/* The same, of a proxy. */
+struct ctl_proxy_ops {
 	/* Become a target.  ctl_switched() is called when it has happened or failed. */
 	const char *(*switch_over)(bool force);
 
@@ -82,6 +101,12 @@ void ctl_turn(struct ctl *c, const struct pollfd *pfd, size_t n);
  */
 void ctl_switched(struct ctl *c, const char *error, uint64_t zeroed);
 void ctl_reconnected(struct ctl *c, const char *error);
+
+/* What clients did has been gathered. */
+void ctl_gathered(struct ctl *c);
+
+/* A snapshot of that has ended: its path, or NULL and why there is none. */
+void ctl_snapshot_ended(struct ctl *c, const void *of, const char *path, const char *error);
 
 /* A copy may have ended. */
 void ctl_copied(struct ctl *c);

@@ -35,7 +35,7 @@ static struct {
 	size_t count;
 	const struct proto_export **entry;
 	struct proto_exports proto;
-	void (*snapshot_ended)(struct export *e, const char *path, const char *error);
+	void (*snapshot_ended)(const struct export *e, const char *path, const char *error);
 } table;
 
 /* Opening */
@@ -189,7 +189,35 @@ bool exports_snapshot(void)
 	return any;
 }
 
-void exports_on_snapshot(void (*ended)(struct export *e, const char *path, const char *error))
+void exports_state(size_t i, struct exports_state *state)
+{
+	const struct served *e = &table.all[i];
+
+	*state = (struct exports_state){ &e->export, e->path, e->snapshot != NULL };
+}
+
+const char *exports_snapshot_of(const char *name, const struct export **e, bool *behind)
+{
+	struct served *of = NULL;
+
+	if (!name && table.count > 1)
+		return "there are several exports, and a snapshot needs the name of one";
+	for (size_t i = 0; i < table.count; i++)
+		if (!name || strcmp(name, table.all[i].export.proto.name) == 0)
+			of = &table.all[i];
+	if (!of)
+		return "there is no export of that name";
+	if (!of->disk)
+		return "snapshots are taken in target mode";
+	*e = &of->export;
+	*behind = of->snapshot && of->taken;
+	of->wanted = true;
+	table.hooks->wake();
+	return NULL;
+}
+
+void exports_on_snapshot(void (*ended)(const struct export *e, const char *path,
+				       const char *error))
 {
 	table.snapshot_ended = ended;
 }

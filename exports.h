@@ -36,6 +36,22 @@ void exports_have_disk(struct disk *d);
  */
 const char *exports_snapshots_beside(size_t i);
 
+/* What is told of an export. */
+struct exports_state {
+	const struct export *export;
+	const char *path;	/* of the image, from the root */
+	bool snapshot;		/* one is being made */
+};
+
+void exports_state(size_t i, struct exports_state *state);
+
+/*
+ * Make a snapshot of the export of that name; NULL means the only one.  Returns NULL, or why not.
+ * *e is set to the export, *behind says that a snapshot of it is being made, and another one will
+ * be when that has ended.
+ */
+const char *exports_snapshot_of(const char *name, const struct export **e, bool *behind);
+
 /*
  * Make a snapshot of each image, or another one when that being made has ended.  False if there
  * is no image of which there are any.
@@ -46,7 +62,8 @@ bool exports_snapshot(void);
  * Call ended for each snapshot that has ended, by exports_tend(): with its path, or with NULL and
  * the reason.  Both are gone afterwards.
  */
-void exports_on_snapshot(void (*ended)(struct export *e, const char *path, const char *error));
+void exports_on_snapshot(void (*ended)(const struct export *e, const char *path,
+				       const char *error));
 
 /* Go on with snapshots. */
 void exports_tend(void);

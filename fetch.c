@@ -170,7 +170,7 @@ static int fill(struct fetcher *f, const uint8_t *buf, uint64_t len, uint64_t of
 static void log_store(struct fetcher *f, int error)
 {
 	if (error && !atomic_exchange(&f->cannot_store, true))
-		log_line("cannot cache what is read from the origin: %s; going on without",
+		log_error("cannot cache what is read from the origin: %s; going on without",
 			 strerror(-error));
 	if (!error && atomic_load(&f->cannot_store) && atomic_exchange(&f->cannot_store, false))
 		log_line("what is read from the origin is cached again");

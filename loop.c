@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include "loop.h"
 
+#include "stats.h"
 #include "util.h"
 #include "xnbd.h"
 
@@ -44,6 +45,12 @@ static struct {
 	unsigned spinners_max;
 	void (*ended)(void);
 } loops;	/* changed by the main thread before it hands out what depends on it */
+
+static struct {
+	stats_see *see;
+	void (*ended)(void);
+	atomic_uint missing;
+} survey;	/* changed by the main thread when no loop is at it */
 
 static atomic_uint spinners;
 static atomic_size_t loops_total;
@@ -123,6 +130,8 @@ static bool make_place(struct loop *l)
 
 static void remove_conn(struct loop *l, size_t i)
 {
+	if (l->conn[i]->stats)
+		stats_leave(&l->gone, l->conn[i]->stats);
 	conn_free(l->conn[i]);
 	l->conn[i] = l->conn[--l->count];
 	atomic_fetch_sub(&l->load, 1);
@@ -210,6 +219,25 @@ static void stop_all(struct loop *l)
 		conn_stop(l->conn[i]);
 }
 
+/* Done by one more. */
+static void survey_leave(void)
+{
+	if (atomic_fetch_sub(&survey.missing, 1) == 1)
+		survey.ended();
+}
+
+static void tell_survey(struct loop *l)
+{
+	for (size_t i = 0; i < l->count; i++) {
+		struct conn *c = l->conn[i];
+
+		if (c->stats)
+			survey.see(c->state == CONN_DEAD ? NULL : c->peer, c->stats, c->in_flight);
+	}
+	survey.see(NULL, &l->gone, 0);
+	survey_leave();
+}
+
 static void turn_dirty(struct loop *l)
 {
 	struct conn *c;
@@ -225,7 +253,7 @@ static void take_mail(struct loop *l)
 {
 	struct conn *arriving;
 	struct request *completed;
-	bool stop;
+	bool stop, surveyed;
 
 	if (!atomic_exchange(&l->mail, false))
 		return;
@@ -235,6 +263,8 @@ static void take_mail(struct loop *l)
 	completed = l->completed;
 	l->completed = NULL;
 	stop = l->stop;
+	surveyed = l->surveyed;
+	l->surveyed = false;
 	pthread_mutex_unlock(&l->lock);
 	if (stop && !l->stopping)
 		stop_all(l);
@@ -242,6 +272,17 @@ static void take_mail(struct loop *l)
 	take_completed(l, completed);
 	admit_turned_away(l);
 	turn_dirty(l);
+	if (surveyed)
+		tell_survey(l);
+}
+
+/* Say how many errors of a client the log was not told, if it is time to; else *first is when. */
+static void catch_up(struct conn *c, uint64_t *first)
+{
+	uint64_t due = stats_catch_up(c->stats, c->peer, now_ms());
+
+	if (due && due < *first)
+		*first = due;
 }
 
 /* Close what is overdue, forget what has ended.  Returns the time to the next deadline, or -1. */
@@ -260,12 +301,17 @@ static int tend(struct loop *l)
 			else if (c->deadline < first)
 				first = c->deadline;
 		}
+		if (c->stats && c->stats->unsaid)
+			catch_up(c, &first);
 		if (conn_is_over(c))
 			remove_conn(l, i);
 		else
 			i++;
 	}
-	return first == UINT64_MAX ? -1 : (int)(first - now);
+	if (first == UINT64_MAX)
+		return -1;
+	now = now_ms();
+	return first > now ? (int)(first - now) : 0;
 }
 
 static void prepare_poll(struct loop *l)
@@ -483,6 +529,27 @@ int loops_add(struct conn *c)
 size_t loops_load(void)
 {
 	return atomic_load(&loops_total);
+}
+
+void loops_survey(stats_see *see, void (*ended)(void))
+{
+	survey.see = see;
+	survey.ended = ended;
+	atomic_store(&survey.missing, loops.count + 1);
+	for (unsigned i = 0; i < loops.count; i++) {
+		struct loop *l = &loops.loop[i];
+
+		pthread_mutex_lock(&l->lock);
+		l->surveyed = true;
+		pthread_mutex_unlock(&l->lock);
+		wake(l);
+	}
+	survey_leave();
+}
+
+unsigned loops_missing(void)
+{
+	return atomic_load(&survey.missing);
 }
 
 void loops_stop(void)

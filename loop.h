@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "conn.h"
+#include "stats.h"
 
 struct pollfd;
 struct request;
@@ -30,11 +31,12 @@ struct loop {
 	pthread_t thread;
 
 	/* What others leave for it. */
-	pthread_mutex_t lock;		/* guards the three; a leaf */
+	pthread_mutex_t lock;		/* guards these; a leaf */
 	struct conn *arriving;
 	struct request *completed;	/* newest first */
 	bool stop;
-	atomic_bool mail;		/* one of the three is new */
+	bool surveyed;			/* loops_survey() */
+	atomic_bool mail;		/* one of them is new */
 	atomic_bool sleeping;		/* in poll(), or about to be: needs a byte in the pipe */
 	int wake[2];
 
@@ -48,6 +50,7 @@ struct loop {
 	struct tx *tx;			/* the current turn's; empty between turns */
 	uint8_t *rx;			/* LOOP_RX_BYTES, for the current turn */
 	bool stopping;
+	struct stats gone;		/* of clients that have left */
 	unsigned spin_misses, spin_skip;	/* see spin() */
 
 	atomic_size_t load;		/* connections, those arriving included; read by others */
@@ -70,6 +73,15 @@ size_t loops_load(void);
 
 /* Let connections that a gate turned away, or that had no room, try again.  Main thread. */
 void loops_wake(void);
+
+/*
+ * Have each loop call see() for its clients and for those that have left, on its thread, and the
+ * last of them ended().  One at a time.  Main thread.
+ */
+void loops_survey(stats_see *see, void (*ended)(void));
+
+/* How many loops have not done so yet. */
+unsigned loops_missing(void);
 
 /* Ask all connections to finish.  Does not wait. */
 void loops_stop(void);

@@ -105,6 +105,13 @@ static const struct known {
 	  "become NAME[:GROUP] before serving anybody" },
 	{ "no-sandbox", NULL, KIND_FLAG, MODE_ANY, FIELD(no_sandbox), 0, 0, 0,
 	  "keep access to all files and to the network" },
+	{ "ctl", "PATH", KIND_STRING, MODE_ANY, FIELD(control), 0, 0, 0,
+	  "control socket, for xnbd-bgctl; a proxy has one without" },
+	{ "quiet", NULL, KIND_FLAG, MODE_ANY, FIELD(quiet), 0, 0, 0, "log errors only" },
+	{ "verbose", NULL, KIND_FLAG, MODE_ANY, FIELD(verbose), 0, 0, 0,
+	  "log what clients negotiate, and each request that is refused" },
+	{ "stats", "SECONDS", KIND_NUMBER, MODE_ANY, FIELD(stats), 0, 1, 86400,
+	  "log every so often what each client did" },
 	{ "help", NULL, KIND_HELP, MODE_ANY, 0, 0, 0, 0, "show this text" },
 	{ "version", NULL, KIND_VERSION, MODE_ANY, 0, 0, 0, 0, "show the version" },
 #undef FIELD
@@ -344,6 +351,10 @@ static void check_together(const struct options *o)
 		usage_error("--inetd and --connected-fd exclude each other");
 	if (o->logpath && o->syslog)
 		usage_error("--logpath and --syslog exclude each other");
+	if (o->quiet && o->verbose)
+		usage_error("--quiet and --verbose exclude each other");
+	if (o->control && o->mode == MODE_PROXY)
+		usage_error("--ctl is not for a proxy: its last argument is CONTROL_SOCKET_PATH");
 	if (o->oldstyle && o->connected_fd >= 0)
 		usage_error("--oldstyle is of no use with --connected-fd: nothing is negotiated");
 	if (o->exports > 0 && (o->oldstyle || o->connected_fd >= 0))

@@ -34,7 +34,7 @@ struct options {
 	const char *host;		/* or "unix:PATH" */
 	const char *port;		/* NULL for a Unix socket */
 	const char *bitmap;
-	const char *control;
+	const char *control;		/* in other modes NULL for none */
 	const char *export_name;
 	bool clear_bitmap;
 	unsigned long max_queue_size;	/* requests; 0 for the default */
@@ -69,6 +69,8 @@ struct options {
 	const char *user;	/* NAME[:GROUP] */
 	bool no_sandbox;
 	bool syslog;
+	bool quiet, verbose;
+	unsigned long stats;	/* seconds; 0 for never */
 };
 
 enum { EXIT_USAGE = 2 };

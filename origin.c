@@ -232,7 +232,7 @@ static void complain(struct origin *o, const char *what, const char *reason)
 {
 	if (strcmp(reason, o->reason) == 0)
 		return;
-	log_line("origin %s: %s: %s", o->target->address, what, reason);
+	log_error("origin %s: %s: %s", o->target->address, what, reason);
 	set_reason(o, reason);
 }
 

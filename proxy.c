@@ -14,7 +14,6 @@
 #include "cache.h"
 #include "ctl.h"
 #include "disk.h"
-#include "loop.h"
 #include "origin.h"
 #include "util.h"
 #include "worker.h"
@@ -28,7 +27,7 @@ enum step { NO_SWITCH, ZEROING, COMMITTING, DRAINING, SEALING, SWITCHED };
 
 static struct {
 	const struct options *options;
-	char *image, *bitmap;		/* paths from the root */
+	char *bitmap;			/* its path from the root */
 	void (*wake)(void);
 	struct backend *backend;	/* the cache; NULL: there is no proxy */
 	struct export *export;
@@ -47,11 +46,6 @@ static struct {
 } proxy;
 
 /* Query */
-
-static void say_number(struct ctl_reply *reply, const char *name, uint64_t n)
-{
-	ctl_say(reply, name, "%llu", (unsigned long long)n);
-}
 
 /* Tenths of a percent, rounded down: never 1000 while a block is missing. */
 static unsigned per_mille(uint64_t held, uint64_t blocks)
@@ -72,7 +66,7 @@ static void query_origin(struct ctl_reply *reply)
 		ctl_say(reply, "origin-link", s.up ? "up" : "down");
 	if (!s.up && proxy.step != SWITCHED)
 		ctl_say(reply, "origin-reason", "%s", s.reason);
-	say_number(reply, "origin-links", s.links);
+	ctl_say_number(reply, "origin-links", s.links);
 }
 
 static void query_blocks(struct ctl_reply *reply)
@@ -82,26 +76,20 @@ static void query_blocks(struct ctl_reply *reply)
 
 	cache_status(proxy.backend, &s);
 	share = per_mille(s.held, s.blocks);
-	say_number(reply, "block-size", BLOCK_SIZE);
-	say_number(reply, "blocks", s.blocks);
-	say_number(reply, "cached-blocks", s.held);
+	ctl_say_number(reply, "block-size", BLOCK_SIZE);
+	ctl_say_number(reply, "blocks", s.blocks);
+	ctl_say_number(reply, "cached-blocks", s.held);
 	ctl_say(reply, "cached-percent", "%u.%u", share / 10, share % 10);
-	say_number(reply, "written-blocks", s.written);
+	ctl_say_number(reply, "written-blocks", s.written);
 }
 
-static void query_load(struct ctl_reply *reply)
+static void query_requests(struct ctl_reply *reply)
 {
-	struct load *load = &proxy.export->load;
 	struct origin_status s;
 
 	origin_status(cache_origin(proxy.backend), &s);
-	say_number(reply, "fetched-bytes", s.fetched);
-	say_number(reply, "origin-requests", s.waiting);
-	say_number(reply, "pending-requests", atomic_load(&load->requests));
-	say_number(reply, "pending-requests-limit", load->requests_max);
-	say_number(reply, "buffer-bytes", atomic_load(&load->bytes));
-	say_number(reply, "buffer-bytes-limit", load->bytes_max);
-	say_number(reply, "clients", loops_load());
+	ctl_say_number(reply, "fetched-bytes", s.fetched);
+	ctl_say_number(reply, "origin-requests", s.waiting);
 }
 
 /* Why a copy ended early, in buf; NULL if it did not. */
@@ -128,22 +116,20 @@ static void query_copy(struct ctl_reply *reply)
 
 	copy_status(cache_copy(proxy.backend), &s);
 	ctl_say(reply, "copy", "%s", name[s.state]);
-	say_number(reply, "copy-rate", s.rate);
-	say_number(reply, "copy-failed-blocks", s.failed_blocks);
+	ctl_say_number(reply, "copy-rate", s.rate);
+	ctl_say_number(reply, "copy-failed-blocks", s.failed_blocks);
 	if (s.state == COPY_FAILED)
 		ctl_say(reply, "copy-error", "%s", copy_error(&s, error, sizeof(error)));
 }
 
-static void query(struct ctl_reply *reply)
+void proxy_query(struct ctl_reply *reply)
 {
-	ctl_say(reply, "mode", proxy.step == SWITCHED ? "target" : "proxy");
-	ctl_say(reply, "image", "%s", proxy.image);
+	if (!proxy.backend)
+		return;
 	ctl_say(reply, "bitmap", "%s", proxy.bitmap);
-	say_number(reply, "size", proxy.backend->size);
-	ctl_say(reply, "readonly", proxy.backend->readonly ? "yes" : "no");
 	query_origin(reply);
 	query_blocks(reply);
-	query_load(reply);
+	query_requests(reply);
 	query_copy(reply);
 }
 
@@ -273,7 +259,7 @@ static const char *switch_over(bool force)
 static void report_switch(const char *error)
 {
 	if (error)
-		log_line("cannot switch to target mode: %s", error);
+		log_error("cannot switch to target mode: %s", error);
 	else if (proxy.zeroed)
 		log_line("switched to target mode; %llu blocks were missing and read as zeros now",
 			 (unsigned long long)proxy.zeroed);
@@ -349,12 +335,12 @@ void proxy_switch(void)
 	const char *error;
 
 	if (!proxy.backend) {
-		log_line("SIGUSR2 ignored: there is no proxy to switch");
+		log_error("SIGUSR2 ignored: there is no proxy to switch");
 		return;
 	}
 	error = switch_over(false);
 	if (error)
-		log_line("cannot switch to target mode: %s", error);
+		log_error("cannot switch to target mode: %s", error);
 }
 
 /* Life */
@@ -374,9 +360,8 @@ struct backend *proxy_open(const struct options *o, void (*wake)(void))
 
 	proxy.options = o;
 	proxy.wake = wake;
-	proxy.image = absolute_path(o->image);
 	proxy.bitmap = absolute_path(o->bitmap);
-	if (!proxy.image || !proxy.bitmap) {
+	if (!proxy.bitmap) {
 		log_failure("cannot start: out of memory");
 		return NULL;
 	}
@@ -385,32 +370,39 @@ struct backend *proxy_open(const struct options *o, void (*wake)(void))
 	return proxy.backend;
 }
 
-bool proxy_listen(struct export *e)
+bool proxy_is_one(void)
 {
-	static const struct ctl_ops ops = {
-		.query = query,
+	return proxy.backend && proxy.step != SWITCHED;
+}
+
+const struct ctl_proxy_ops *proxy_ops(void)
+{
+	static const struct ctl_proxy_ops ops = {
 		.switch_over = switch_over,
 		.reconnect = reconnect,
 		.start_copy = start_copy,
 		.release_copy = release_copy,
 		.copy = tell_copy,
 	};
+
+	return proxy.backend ? &ops : NULL;
+}
+
+void proxy_serve(struct export *e, struct ctl *ctl)
+{
 	struct origin_status origin;
 
 	if (!proxy.backend)
-		return true;
+		return;
 	proxy.export = e;
+	proxy.ctl = ctl;
 	e->load.requests_max = proxy.options->max_queue_size;
 	e->load.bytes_max = proxy.options->max_buf_size < SIZE_MAX ?
 				    (size_t)proxy.options->max_buf_size :
 				    SIZE_MAX;
-	proxy.ctl = ctl_open(proxy.options->control, &ops);
-	if (!proxy.ctl)
-		return false;
 	origin_status(cache_origin(proxy.backend), &origin);
 	log_line("origin %s: connected, %llu bytes", origin.address,
 		 (unsigned long long)proxy.backend->size);
-	return true;
 }
 
 bool proxy_start(void)
@@ -418,36 +410,14 @@ bool proxy_start(void)
 	return !proxy.backend || origin_start(cache_origin(proxy.backend));
 }
 
-size_t proxy_poll(struct pollfd *pfd)
-{
-	return proxy.ctl ? ctl_poll(proxy.ctl, pfd) : 0;
-}
-
-int proxy_timeout(void)
-{
-	return proxy.ctl ? ctl_timeout(proxy.ctl) : -1;
-}
-
-void proxy_turn(const struct pollfd *pfd, size_t n)
-{
-	if (proxy.ctl)
-		ctl_turn(proxy.ctl, pfd, n);
-}
-
 struct disk *proxy_disk(void)
 {
 	return proxy.backend ? cache_disk(proxy.backend) : NULL;
 }
 
-void proxy_unlisten(void)
-{
-	ctl_close(proxy.ctl);
-	proxy.ctl = NULL;
-}
-
 void proxy_stop(void)
 {
-	proxy_unlisten();
+	proxy.ctl = NULL;
 	if (!proxy.backend)
 		return;
 	copy_stop(cache_copy(proxy.backend));
@@ -466,7 +436,6 @@ void proxy_end(void)
 {
 	if (proxy.backend)
 		origin_end(cache_origin(proxy.backend));
-	free(proxy.image);
 	free(proxy.bitmap);
-	proxy.image = proxy.bitmap = NULL;
+	proxy.bitmap = NULL;
 }

@@ -1,14 +1,12 @@
 /*
- * proxy.h - the life of a proxy: its control socket, and how it becomes a target.
+ * proxy.h - the life of a proxy: what it is asked for, and how it becomes a target.
  *
  * There is one.  Main thread only; nothing here blocks once it is open.
  */
 #ifndef XNBD_PROXY_H
 #define XNBD_PROXY_H
 
-#include <poll.h>
 #include <stdbool.h>
-#include <stddef.h>
 
 #include "backend.h"
 #include "ctl.h"
@@ -20,16 +18,20 @@
  */
 struct backend *proxy_open(const struct options *o, void (*wake)(void));
 
-/* Listen on the control socket, for the export that the backend is in.  False after logging. */
-bool proxy_listen(struct export *e);
+/* Serve the export that the backend is in, and tell ctl what comes of its commands. */
+void proxy_serve(struct export *e, struct ctl *ctl);
 
 /* Threads may be started: begin to ask the origin.  False after logging why not. */
 bool proxy_start(void);
 
-/* For poll(): as ctl_poll(), ctl_timeout() and ctl_turn().  Nothing if there is no proxy. */
-size_t proxy_poll(struct pollfd *pfd);
-int proxy_timeout(void);
-void proxy_turn(const struct pollfd *pfd, size_t n);
+/* What the control socket asks of it.  NULL if there is no proxy. */
+const struct ctl_proxy_ops *proxy_ops(void);
+
+/* Whether there is one that has not become a target. */
+bool proxy_is_one(void);
+
+/* Tell its state, if there is one. */
+void proxy_query(struct ctl_reply *reply);
 
 /* Become a target, if all blocks are here; the log says what comes of it. */
 void proxy_switch(void);
@@ -40,9 +42,6 @@ void proxy_switch(void);
  */
 bool proxy_tend(void);
 struct disk *proxy_disk(void);	/* from proxy_open() on */
-
-/* Close the control socket: no more commands. */
-void proxy_unlisten(void);
 
 /* The server stops: no more commands or copying, and begin to make durable what is here. */
 void proxy_stop(void);

@@ -287,10 +287,10 @@ static void complete(struct snapshot *s)
 		err = atomic_load(&s->error);	/* a client's copy may have failed at last */
 	if (!err)
 		err = publish(s);
-	if (err) {
-		fail(s, err);
-		log_line("snapshot %s: failed: %s", s->name, explain(atomic_load(&s->error)));
-	}
+	if (!err)
+		return;
+	fail(s, err);
+	log_error("snapshot %s: failed: %s", s->name, explain(atomic_load(&s->error)));
 }
 
 static void *snapshot_main(void *arg)
@@ -358,7 +358,7 @@ struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(v
 		return s;
 fail:
 	*why = explain(err);
-	log_line("snapshot of %s: failed: %s", image, *why);
+	log_error("snapshot of %s: failed: %s", image, *why);
 	snapshot_free(s);
 	return NULL;
 }
@@ -379,9 +379,10 @@ void snapshot_start(struct snapshot *s)
 
 	s->has_thread = err == 0;
 	if (err) {
-		log_line("snapshot %s: failed: %s", s->name, strerror(err));
+		log_error("snapshot %s: failed: %s", s->name, strerror(err));
 		fail(s, -err);
 		atomic_store(&s->over, true);
+		s->ended();
 	}
 }
 

@@ -26,10 +26,21 @@ static const char *log_path;
 static int log_fd = STDERR_FILENO;
 static int syslog_fd = -1;
 static int client_fd = STDIN_FILENO;
+static enum log_level log_most = LOG_EVENT;
 
 void log_name(const char *program)
 {
 	log_program = program;
+}
+
+void log_limit(enum log_level most)
+{
+	log_most = most;
+}
+
+bool log_shows(enum log_level level)
+{
+	return level <= log_most;
 }
 
 static int open_log_file(const char *path)
@@ -65,7 +76,7 @@ void log_reopen(void)
 		return;
 	fd = open_log_file(log_path);
 	if (fd < 0) {
-		log_line("cannot reopen log file %s: %s", log_path, strerror(-fd));
+		log_error("cannot reopen log file %s: %s", log_path, strerror(-fd));
 		return;
 	}
 	dup3(fd, log_fd, O_CLOEXEC);
@@ -116,19 +127,23 @@ static void write_to_file(const char *fmt, va_list ap)
  * syslog(3) waits when the daemon does not read, and would hold up whoever logs; a line that
  * finds no room is dropped here.  The daemon adds the time.
  */
-static void write_to_syslog(const char *fmt, va_list ap)
+static void write_to_syslog(enum log_level level, const char *fmt, va_list ap)
 {
-	enum { DAEMON_INFO = 3 << 3 | 6 };	/* RFC 3164, "PRI Part" */
+	/* RFC 3164, "PRI Part": error, informational, debug */
+	static const unsigned char severity[] = { [LOG_ERROR] = 3, [LOG_ASKED] = 6,
+						  [LOG_EVENT] = 6, [LOG_DETAIL] = 7 };
+	enum { DAEMON = 3 << 3 };
 	struct sockaddr_un daemon = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
 	char prefix[64], line[LINE_MAX_BYTES];
 	size_t len;
 
-	snprintf(prefix, sizeof(prefix), "<%d>%s[%d]", DAEMON_INFO, log_program, (int)getpid());
+	snprintf(prefix, sizeof(prefix), "<%d>%s[%d]", DAEMON | severity[level],
+		 log_program, (int)getpid());
 	len = make_line(line, prefix, fmt, ap) - 1;
 	sendto(syslog_fd, line, len, MSG_NOSIGNAL, (struct sockaddr *)&daemon, sizeof(daemon));
 }
 
-static void log_va(const char *fmt, va_list ap)
+static void log_va(enum log_level level, const char *fmt, va_list ap)
 {
 	switch (log_to) {
 	case LOG_TO_STDERR:
@@ -138,17 +153,19 @@ static void log_va(const char *fmt, va_list ap)
 		write_to_file(fmt, ap);
 		break;
 	case LOG_TO_SYSLOG:
-		write_to_syslog(fmt, ap);
+		write_to_syslog(level, fmt, ap);
 		break;
 	}
 }
 
-void log_line(const char *fmt, ...)
+void log_at(enum log_level level, const char *fmt, ...)
 {
 	va_list ap;
 
+	if (!log_shows(level))
+		return;
 	va_start(ap, fmt);
-	log_va(fmt, ap);
+	log_va(level, fmt, ap);
 	va_end(ap);
 }
 
@@ -184,7 +201,7 @@ void log_failure(const char *fmt, ...)
 	}
 	if (log_to != LOG_TO_STDERR) {
 		va_start(ap, fmt);
-		log_va(fmt, ap);
+		log_va(LOG_ERROR, fmt, ap);
 		va_end(ap);
 	}
 }
@@ -433,7 +450,7 @@ void notify_supervisor(const char *state)
 		return;
 	if (sendto(fd, state, strlen(state), 0, (const struct sockaddr *)&sun,
 		   (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len)) < 0)
-		log_line("cannot notify %s: %s", name, strerror(errno));
+		log_error("cannot notify %s: %s", name, strerror(errno));
 	close(fd);
 }
 

@@ -37,8 +37,23 @@ bool log_would_disturb(void);
 /* Open the log file again under its name, for log rotation.  Main thread. */
 void log_reopen(void);
 
+/* What a line is about. */
+enum log_level {
+	LOG_ERROR,	/* something did not work */
+	LOG_ASKED,	/* what somebody has asked for */
+	LOG_EVENT,	/* something happened */
+	LOG_DETAIL,
+};
+
+/* Leave out lines above that level; LOG_EVENT is the default.  Call before threads start. */
+void log_limit(enum log_level most);
+bool log_shows(enum log_level level);
+
 /* One line, whole, whatever other threads log at the same time. */
-void log_line(const char *fmt, ...) PRINTF_LIKE(1, 2);
+void log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
+
+#define log_line(...) log_at(LOG_EVENT, __VA_ARGS__)
+#define log_error(...) log_at(LOG_ERROR, __VA_ARGS__)
 
 /*
  * One line about a failed start: always to stderr, and to the log as well where that is another

@@ -197,7 +197,7 @@ static void start_thread(void)
 		pool.count++;
 		pool.idle++;
 	} else if (pool.count == 0) {
-		log_line("cannot start a worker thread: %s", strerror(err));
+		log_error("cannot start a worker thread: %s", strerror(err));
 	}
 }
 

@@ -6,11 +6,13 @@
  */
 #define _GNU_SOURCE
 #include "confine.h"
+#include "control.h"
 #include "exports.h"
 #include "listen.h"
 #include "loop.h"
 #include "options.h"
 #include "proxy.h"
+#include "report.h"
 #include "util.h"
 #include "worker.h"
 
@@ -60,7 +62,7 @@ struct server {
 
 /* Signals and loops wake the main thread with a byte in this pipe. */
 static int wake_pipe[2] = { -1, -1 };
-static volatile sig_atomic_t stop_signals, hup_signals, usr1_signals, usr2_signals;
+static volatile sig_atomic_t stop_signals, hup_signals, usr1_signals, usr2_signals, info_signals;
 
 static void on_signal(int sig)
 {
@@ -74,10 +76,14 @@ static void on_signal(int sig)
 	case SIGUSR2:
 		usr2_signals = 1;
 		break;
-	default:
+	case SIGTERM:
+	case SIGINT:
 		if (stop_signals)
 			_exit(EXIT_FAILURE);
 		stop_signals = 1;
+		break;
+	default:
+		info_signals = 1;
 	}
 	poke_pipe(wake_pipe[1], 0);
 }
@@ -97,13 +103,31 @@ static void tell_room(void)
 	wake_main();
 }
 
-static const int handled[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 };
+/* The signals that we take, of which some systems have not all; returns how many. */
+static size_t list_signals(int *sig)
+{
+	size_t n = 0;
+
+	sig[n++] = SIGTERM;
+	sig[n++] = SIGINT;
+	sig[n++] = SIGHUP;
+	sig[n++] = SIGUSR1;
+	sig[n++] = SIGUSR2;
+#if defined(SIGRTMIN)
+	sig[n++] = SIGRTMIN;
+#endif
+#if defined(SIGINFO)
+	sig[n++] = SIGINFO;
+#endif
+	return n;
+}
 
 /* Block what is handled, here and in all threads to come; handlers run in ppoll() only. */
 static bool setup_signals(void)
 {
 	struct sigaction sa = { .sa_handler = on_signal };
-	int err = make_pipe(wake_pipe);
+	int err = make_pipe(wake_pipe), handled[8];
+	size_t n = list_signals(handled);
 	sigset_t set;
 
 	if (err) {
@@ -111,7 +135,7 @@ static bool setup_signals(void)
 		return false;
 	}
 	sigemptyset(&set);
-	for (size_t i = 0; i < ARRAY_SIZE(handled); i++) {
+	for (size_t i = 0; i < n; i++) {
 		sigaddset(&set, handled[i]);
 		sigaction(handled[i], &sa, NULL);
 	}
@@ -188,6 +212,7 @@ static bool setup_log(struct server *s)
 
 	if (o->connected_fd >= 0)
 		log_keep_off((int)o->connected_fd);
+	log_limit(o->quiet ? LOG_ASKED : o->verbose ? LOG_DETAIL : LOG_EVENT);
 	if (o->logpath) {
 		s->log_path = absolute_path(o->logpath);
 		err = s->log_path ? log_open(LOG_TO_FILE, s->log_path) : -ENOMEM;
@@ -424,11 +449,12 @@ static bool start(struct server *s)
 	size_t wanted = s->options.max_connections;
 
 	s->connections_max = raise_limits(wanted ? wanted : CONNECTIONS_MAX, s->options.exports);
+	report_init((unsigned)s->options.stats, wake_main);
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
 	if (!setup_log(s) || !setup_signals() || !exports_open(&s->options, &hooks) ||
-	    !open_sockets(s) || !allow_is_of_use(s) || !proxy_listen(exports_first()) ||
-	    !start_loops(s) || !write_pidfile(s) || !give_up_rights(s) || !proxy_start())
+	    !open_sockets(s) || !allow_is_of_use(s) || !control_open(&s->options) || !start_loops(s) ||
+	    !write_pidfile(s) || !give_up_rights(s) || !proxy_start())
 		return false;
 	worker_begin();
 	if (s->connections_max < wanted)
@@ -449,7 +475,7 @@ static void add_client(int fd, enum greeting greeting, const char *peer)
 	int err;
 
 	if (!c) {
-		log_line("%s: refused: out of memory", peer);
+		log_error("%s: refused: out of memory", peer);
 		close(fd);
 		return;
 	}
@@ -470,9 +496,9 @@ static void log_refusal(struct server *s, const char *peer, const char *reason)
 		return;
 	}
 	if (s->refused)
-		log_line("%s: refused: %s; %lu others were before", peer, reason, s->refused);
+		log_error("%s: refused: %s; %lu others were before", peer, reason, s->refused);
 	else
-		log_line("%s: refused: %s", peer, reason);
+		log_error("%s: refused: %s", peer, reason);
 	s->refusal_logged = now;
 	s->refused = 0;
 }
@@ -481,7 +507,7 @@ static void log_refusal(struct server *s, const char *peer, const char *reason)
 static void tell_refused(struct server *s)
 {
 	if (s->refused)
-		log_line("%lu more clients were refused", s->refused);
+		log_error("%lu more clients were refused", s->refused);
 	s->refused = 0;
 }
 
@@ -514,7 +540,7 @@ static bool may_connect(struct server *s, const struct sockaddr *sa, const char 
 
 static void pause_accepting(struct server *s)
 {
-	log_line("cannot accept: %s; trying again when a connection ends", strerror(errno));
+	log_error("cannot accept: %s; trying again when a connection ends", strerror(errno));
 	s->accept_again = now_ms() + ACCEPT_PAUSE_MS;
 }
 
@@ -586,11 +612,15 @@ static void take_wakeups(struct server *s)
 	if (usr1_signals) {
 		usr1_signals = 0;
 		if (!exports_snapshot())
-			log_line("SIGUSR1 ignored: snapshots are taken in target mode");
+			log_error("SIGUSR1 ignored: snapshots are taken in target mode");
 	}
 	if (usr2_signals) {
 		usr2_signals = 0;
 		proxy_switch();
+	}
+	if (info_signals) {
+		info_signals = 0;
+		report_now();
 	}
 	if (atomic_exchange(&room_again, false))
 		loops_wake();
@@ -616,17 +646,20 @@ static void serve(struct server *s)
 	for (size_t i = 0; i < listeners; i++)
 		pfd[i + 1].events = POLLIN;
 	while (!stop_signals && !(single && loops_load() == 0)) {
-		int timeout = earlier(earlier(pause_left(s), proxy_timeout()), refused_left(s));
+		int timeout = earlier(earlier(pause_left(s), control_timeout()),
+				      earlier(refused_left(s), report_timeout()));
 
 		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = s->accept_again ? -1 : s->listeners.all[i].fd;
-		controls = proxy_poll(pfd + 1 + listeners);
+		controls = control_poll(pfd + 1 + listeners);
 		if (wait_for(pfd, 1 + listeners + controls, timeout) < 0)
 			continue;
 		if (pfd[0].revents)
 			take_wakeups(s);
+		while (report_tend())
+			control_gathered();
 		accept_clients(s, pfd + 1);
-		proxy_turn(pfd + 1 + listeners, controls);
+		control_turn(pfd + 1 + listeners, controls);
 	}
 }
 
@@ -660,6 +693,7 @@ static bool stop_all(void)
 	uint64_t begun = now_ms(), now;
 	struct pollfd pfd = { .fd = wake_pipe[0], .events = POLLIN };
 
+	control_close();
 	proxy_stop();
 	exports_stop();
 	loops_stop();
@@ -697,7 +731,7 @@ static void run(struct server *s)
 		log_line("stopping");
 	listen_close(&s->listeners);
 	if (!stop_all()) {
-		log_line("stopped, but %zu connections wait for the disk", loops_load());
+		log_error("stopped, but %zu connections wait for the disk", loops_load());
 		remove_pidfile(s);
 		_exit(EXIT_SUCCESS);
 	}
@@ -736,7 +770,7 @@ int main(int argc, char **argv)
 		run(&s);
 		status = EXIT_SUCCESS;
 	} else {
-		proxy_unlisten();
+		control_close();
 		worker_stop();		/* a commit may be due */
 	}
 	exports_close();

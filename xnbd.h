@@ -42,6 +42,8 @@ struct request {
 	void (*done)(struct request *);	/* any thread may call it, see request_done() */
 	struct proto_request h;		/* off and len lie inside the export */
 	int error;			/* an errno, 0 for none */
+	bool refused;			/* error is the client's own */
+	uint64_t begun;			/* stats_time() of the turn in which it came */
 
 	uint8_t *buf;			/* READ: where to put data; WRITE: the payload */
 	bool owns_buf;			/* buf is freed with the request */

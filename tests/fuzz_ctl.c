@@ -1,5 +1,5 @@
 /*
- * fuzz_ctl.c - fuzzes the control socket: ctl.c, between clients and a proxy that are both
+ * fuzz_ctl.c - fuzzes the control socket: ctl.c, between clients and a server that are both
  * pretended.
  *
  * An input is a list of events: somebody connects, sends, reads, leaves; a copy or a switch ends;
@@ -74,7 +74,9 @@ static bool no_memory, no_descriptors;
 
 /* The proxy. */
 static unsigned copies;			/* started and not released */
-static bool copy_runs, copy_failed, switching, reconnecting;
+static bool copy_runs, copy_failed, switching, reconnecting, gathering;
+static unsigned snapshots;		/* to be made; the first may be under way */
+static bool snapshot_runs;
 static uint64_t cached, total;
 
 /* Sockets */
@@ -188,6 +190,22 @@ static void query(struct ctl_reply *reply)
 		ctl_say(reply, "name", "%*u", (int)cached, i);
 }
 
+static void gather(void)
+{
+	assert(!gathering);
+	gathering = true;
+}
+
+/* One that was wanted begins at the end of the one before. */
+static const char *snapshot(bool *behind)
+{
+	if (cached % 8 == 7)
+		return "it is a device";
+	*behind = snapshot_runs;
+	snapshots = snapshot_runs ? 2 : 1;
+	return NULL;
+}
+
 static const char *switch_over(bool force)
 {
 	assert(!switching);
@@ -237,7 +255,10 @@ static void tell(struct ctl_copy *copy)
 	};
 }
 
-static const struct ctl_ops ops = { query, switch_over, reconnect, start_copy, release_copy, tell };
+static const struct ctl_proxy_ops proxy_ops = { switch_over, reconnect, start_copy, release_copy,
+						tell };
+static const struct ctl_ops ops = { query, gather, snapshot, &proxy_ops };
+static const struct ctl_ops no_proxy = { query, gather, snapshot, NULL };
 
 /* Peers */
 
@@ -329,7 +350,8 @@ static void end_copy(struct ctl *c, unsigned how)
 	if (!copy_failed)
 		cached = total;
 	copy_runs = false;
-	ctl_copied(c);
+	if (c->ops->proxy)
+		ctl_copied(c);
 }
 
 static void end_switch(struct ctl *c, unsigned how)
@@ -346,6 +368,25 @@ static void end_reconnect(struct ctl *c, unsigned how)
 		return;
 	reconnecting = false;
 	ctl_reconnected(c, how & 1 ? "another size" : NULL);
+}
+
+static void end_gather(struct ctl *c)
+{
+	if (!gathering)
+		return;
+	gathering = false;
+	ctl_gathered(c);
+}
+
+static void tend_snapshot(struct ctl *c, unsigned how)
+{
+	if (snapshots > 0 && !snapshot_runs && (how & 1)) {
+		snapshot_runs = true;
+	} else if (snapshots > 0) {
+		snapshots--;
+		snapshot_runs = false;
+		ctl_snapshot_ended(c, how & 2 ? "/a\nb" : NULL, "the disk is full");
+	}
 }
 
 /* One round of poll() and what follows it.  False if there was nothing to do. */
@@ -374,6 +415,7 @@ static void settle(struct ctl *c)
 	while (take_turn(c))
 		assert(++turns < TURNS_MAX);
 	assert(c->switching == switching && c->reconnecting == reconnecting);
+	assert(c->gathering == gathering);
 	for (unsigned i = 0; i < peers; i++)
 		read_answers(&peer[i]);
 }
@@ -383,7 +425,7 @@ static void event(struct ctl *c, struct input *in)
 	unsigned what = (unsigned)take(in, 1), which = (unsigned)take(in, 1);
 	struct peer *p = peers ? &peer[which % peers] : NULL;
 
-	switch (p ? what % 16 : 0) {
+	switch (p ? what % 18 : 0) {
 	case 0:
 		connect_peer(in);
 		break;
@@ -422,6 +464,12 @@ static void event(struct ctl *c, struct input *in)
 	case 12:
 		send_line(p, (unsigned)take(in, 1));
 		break;
+	case 16:
+		end_gather(c);
+		break;
+	case 17:
+		tend_snapshot(c, which);
+		break;
 	default:
 		send_some(p, in);
 	}
@@ -438,8 +486,10 @@ static void finish(struct ctl *c)
 			end_copy(c, 0);
 		end_switch(c, 0);
 		end_reconnect(c, 0);
+		end_gather(c);
+		tend_snapshot(c, 0);
 		settle(c);
-		if (!copy_runs && !switching && !reconnecting)
+		if (!copy_runs && !switching && !reconnecting && !gathering && !snapshots)
 			return;
 	}
 	assert(!"it comes to an end");
@@ -467,7 +517,8 @@ static void begin(void)
 	now = 1;
 	no_memory = no_descriptors = false;
 	copies = 0;
-	copy_runs = copy_failed = switching = reconnecting = false;
+	copy_runs = copy_failed = switching = reconnecting = gathering = snapshot_runs = false;
+	snapshots = 0;
 	cached = 0;
 	total = 100;
 }
@@ -495,7 +546,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 	struct ctl *c;
 
 	begin();
-	c = ctl_open("", &ops);
+	c = ctl_open("", n % 8 == 7 ? &no_proxy : &ops);
 	assert(c);
 	server = c;
 	while (in.left > 0) {

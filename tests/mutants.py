@@ -344,8 +344,8 @@ mutant("a signal ends the service", "signal storm during load",
        "controls, timeout) < 0)\n\t\t\treturn;",
        tests="test_hazards.py::test_signal_storm_during_load")
 mutant("the log is closed and opened while others write", "signal storm during load",
-       "util.c", "fd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_line(",
-       "close(log_fd);\n\tfd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_line(",
+       "util.c", "fd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_error(",
+       "close(log_fd);\n\tfd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_error(",
        "util.c", "dup3(fd, log_fd, O_CLOEXEC);\n\tclose(fd);", "log_fd = fd;",
        tests="test_hazards.py::test_line_is_logged_while_the_log_file_is_opened_again")
 mutant("a deadline that is over is not noticed", "SIGTERM with a client that does not read",
@@ -427,6 +427,12 @@ mutant("the groups of root stay", "root comes back",
        "confine.c", "return syscall(SYS_setgroups32, 1, &gid) == 0 &&\n\t       syscall",
        "return syscall",
        tests="test_confine.py::test_server_becomes_the_user_for_ever")
+mutant("each error of a client is logged", "a client floods the log",
+       "stats.c", "if (now < s->say_again) {", "if (false) {",
+       tests="test_stats.py::test_errors_do_not_flood_the_log")
+mutant("statistics of nobody are told", "a timer that ticks for nobody",
+       "report.c", "if (!report.interval || loops_load() == 0) {", "if (!report.interval) {",
+       tests="test_stats.py::test_no_timer_ticks_for_nobody")
 mutant("a stale socket stops the next start", "a stale Unix socket stops the next start",
        "listen.c", "if (unlink(sun->sun_path) < 0)\n\t\treturn -errno;", "return -EADDRINUSE;",
        tests="test_service.py::test_stale_unix_socket_is_replaced")
@@ -943,7 +949,7 @@ mutant("a line without end is waited for", "an oversized message",
        "ctl.c", "|| (!end && cl->len == sizeof(cl->input))) {", ") {",
        tests="test_control.py::test_line_without_end_costs_its_connection")
 mutant("a copy goes on when who wanted it is gone", "a foreground cache-all stops",
-       "ctl.c", "if (cl->state == STATE_COPYING)\n\t\tc->ops->release_copy();\n\tclose", "close",
+       "ctl.c", "if (cl->state == STATE_COPYING)\n\t\tc->ops->proxy->release_copy();\n\tclose", "close",
        tests="test_control.py::test_interrupted_cache_all_stops")
 mutant("who is gone is not noticed", "bgctl killed at any point: server unaffected",
        "ctl.c", "n = send(cl->fd, r->text, r->len, MSG_NOSIGNAL | MSG_DONTWAIT);",
@@ -951,6 +957,21 @@ mutant("who is gone is not noticed", "bgctl killed at any point: server unaffect
        "xnbd.c", "signal(SIGPIPE, SIG_IGN);", "",
        tests="test_control.py::test_bgctl_killed_at_random_moments "
              "test_control.py::test_command_of_a_client_that_left_at_once_is_carried_out")
+mutant("a query waits for a thread that hangs", "a disk that hangs",
+       "ctl.c", "if (cl->state == STATE_QUERYING && now_us() >= cl->due)", "if (false)",
+       tests="test_stats.py::test_query_does_not_wait_for_a_thread_that_hangs")
+mutant("a query is answered with what was gathered before it",
+       "an answer that is older than its question",
+       "ctl.c", "cl->behind = c->gathering;", "cl->behind = false;",
+       tests="test_stats.py::"
+             "test_query_that_comes_while_another_is_gathered_waits_for_the_next")
+mutant("a snapshot that was begun before is the one that was asked for",
+       "an answer that is older than its question",
+       "control.c", "*behind = control.snapshot_runs;", "*behind = false;",
+       tests="test_stats.py::test_snapshot_asked_for_during_another_is_made_afterwards")
+mutant("a view is as high as it is", "a view larger than its terminal",
+       "watch.c", "(row < rows || row == 1)", "true",
+       tests="test_stats.py::test_watch_fits_the_terminal")
 mutant("a terminal has at least one column", "width 0",
        "bgctl.c", "|| w.ws_col == 0)", ")",
        tests="test_control.py::test_bar_fits_the_terminal")

@@ -37,17 +37,22 @@ CONTENT = pattern(0, SIZE)
 LINE_MAX, CONNECTIONS = 8192, 16
 hazard = pytest.mark.hazard
 
-OPTIONS = {"query", "cache-all", "cache-all2", "switch", "shutdown", "reconnect", "json", "progress",
+OPTIONS = {"query", "watch", "snapshot", "cache-all", "cache-all2", "switch", "shutdown", "reconnect", "json", "progress",
            "blocks-per-request", "force", "exportname", "help", "version"}
-COMMANDS = ["help", "query", "cache-all", "cache-all2", "stop-copy", "switch", "reconnect"]
-STATE = ["mode", "image", "bitmap", "size", "readonly", "origin", "origin-export", "origin-link",
-         "origin-reason", "origin-links", "block-size", "blocks", "cached-blocks",
-         "cached-percent", "written-blocks", "fetched-bytes", "origin-requests",
-         "pending-requests", "pending-requests-limit", "buffer-bytes", "buffer-bytes-limit",
-         "clients", "copy", "copy-rate", "copy-failed-blocks", "copy-error"]
-SOMETIMES = {"origin-reason", "copy-error"}
+COMMANDS = ["help", "query", "snapshot", "cache-all", "cache-all2", "stop-copy", "switch", "reconnect"]
+OF_A_PROXY = ["bitmap", "origin", "origin-export", "origin-link", "origin-reason", "origin-links",
+              "block-size", "blocks", "cached-blocks", "cached-percent", "written-blocks",
+              "fetched-bytes", "origin-requests", "copy", "copy-rate", "copy-failed-blocks",
+              "copy-error"]
+COUNTERS = ["reads", "writes", "flushes", "others", "read-bytes", "written-bytes", "errors",
+            "max-us", "p50-us", "p99-us"]
+STATE = ["mode", "image", "size", "readonly", "uptime", "clients", "pending-requests",
+         "pending-requests-limit", "buffer-bytes", "buffer-bytes-limit", *OF_A_PROXY, "snapshot",
+         "snapshot-last", "snapshot-error", *COUNTERS, "delays-us", "threads-missing", "client"]
+SOMETIMES = {"origin-reason", "copy-error", "snapshot-last", "snapshot-error", "threads-missing"}
 TEXTS = {"mode", "image", "bitmap", "readonly", "origin", "origin-export", "origin-link",
-         "origin-reason", "copy", "copy-error"}
+         "origin-reason", "copy", "copy-error", "snapshot", "snapshot-last", "snapshot-error",
+         "delays-us"}
 
 
 # xnbd-bgctl
@@ -267,6 +272,10 @@ USAGE_ERRORS = [
     (["--switch", "--blocks-per-request", "1", "ctl"], "--blocks-per-request"),
     (["--switch", "--exportname", "x", "ctl"], "--exportname"),
     (["--cache-all", "ctl", "--blocks-per-request"], "--blocks-per-request"),
+    (["--watch"], "CONTROL_SOCKET"), (["--watch=0", "ctl"], "--watch"), (["--watch=", "ctl"], "--watch"),
+    (["--watch=3601", "ctl"], "3601"), (["--watch", "x", "ctl"], "'x'"),
+    (["--watch=1", "2", "ctl"], "ctl"), (["--watch", "--json", "ctl"], "--json"),
+    (["--snapshot", "--force", "ctl"], "--force"), (["--snapshot", "ctl", "extra"], "extra"),
     (["--reconnect"], "CONTROL_SOCKET"),
     (["--reconnect", "ctl"], "HOST"),
     (["--reconnect", "ctl", "host"], "PORT"),
@@ -295,6 +304,7 @@ def test_wrong_command_line_is_refused(arguments, named):
     (["--cache-all", "--blocks=7"], "cache-all 7"), (["--cache-all", "--bl", "7"], "cache-all 7"),
     (["--cache-all2", "--blocks-per-request", "8192"], "cache-all2 8192"),
     (["--switch"], "switch"), (["--force", "--switch"], "switch force"),
+    (["--snapshot"], "snapshot"), (["--sn"], "snapshot"),
     (["--sw", "--f"], "switch force")], ids=lambda a: " ".join(a) if isinstance(a, list) else "")
 @pytest.mark.parametrize("last", [True, False], ids=["before", "behind"])
 def test_options_become_a_line(pretend, arguments, line, last):
@@ -329,9 +339,20 @@ def test_old_name_of_switch_is_deprecated(pretend):
     assert server.lines == ["switch\n"]
 
 
+@pytest.mark.parametrize("arguments", [["--watch=7"], ["--w=7"], ["--watch", "7"], ["--wa", "7"]],
+                         ids=" ".join)
+def test_watch_takes_seconds(pretend, arguments):
+    """In both ways, before the socket."""
+    server = pretend(b"ok\n")
+    process = start_bgctl(*arguments, server.path)
+    until(lambda: server.lines, what="the first look")
+    process.send_signal(signal.SIGINT)
+    assert end_of(process).returncode == 0 and server.lines == ["query\n"]
+
+
 # Servers that do not answer well
 
-EACH = ["--query", "--cache-all", "--cache-all2", "--switch", "--reconnect"]
+EACH = ["--query", "--cache-all", "--cache-all2", "--switch", "--reconnect", "--snapshot", "--watch"]
 
 
 def arguments_of(command, control):
@@ -630,8 +651,18 @@ def test_deadlines(meanwhile):
 def check_state(values):
     """What holds at any time, of a state as JSON."""
     names = [name for name in STATE if name in values or name not in SOMETIMES]
+    if "bitmap" not in values:
+        names = [name for name in names if name not in OF_A_PROXY]
     assert list(values) == names
     assert all(isinstance(value, str) == (name in TEXTS) for name, value in values.items())
+    assert all(list(one) == ["address", *COUNTERS, "in-flight"] for one in values["client"])
+    assert len(values["client"]) <= values["clients"]
+    delays = [list(map(int, step.split(":"))) for step in values["delays-us"].split()]
+    assert delays == sorted(delays)
+    assert sum(n for _, n in delays) <= sum(values[kind] for kind in COUNTERS[:4])
+    assert values["snapshot"] in ("idle", "running")
+    if "bitmap" not in values:
+        return values
     cached, blocks = values["cached-blocks"], values["blocks"]
     assert blocks == -(-values["size"] // BLOCK) and 0 <= cached <= blocks
     assert values["cached-percent"] == (1000 * cached // blocks if blocks else 1000) / 10
@@ -667,8 +698,12 @@ def test_query_lines_and_json_are_the_same(proxy, connect):
     left_alone(proxy)
     lines = done(bgctl("--query", proxy.control), out=None).stdout
     shown = dict(line.split(": ", 1) for line in lines.splitlines())
-    assert shown == connect(proxy.control).values()
-    assert {name: str(value) for name, value in state(proxy.control).items()} == shown
+    asked, told = connect(proxy.control).values(), state(proxy.control)
+    assert told.pop("client") == []
+    told = {name: str(value) for name, value in told.items()}
+    for one in shown, asked, told:
+        assert int(one.pop("uptime")) < 1000
+    assert shown == asked == told
 
 
 def test_query_follows_what_clients_do(proxy):
@@ -1596,7 +1631,7 @@ def page_section(title):
 
 def test_manual_tells_all_lines_of_the_state():
     told = re.search(r"(?s)\.Ss The state\n(.*?)\n\.Sh ", PAGE.read_text()).group(1)
-    names = re.findall(r"[a-z-]+", " ".join(re.findall(r"(?m)^\.It Cm (.*)$", told)))
+    names = re.findall(r"[a-z0-9-]+", " ".join(re.findall(r"(?m)^\.It Cm (.*)$", told)))
     assert names == STATE
 
 

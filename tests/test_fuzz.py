@@ -167,6 +167,8 @@ def ctl_seeds():
     yield arrive + send(b"cache-all2\ncache-all 1") + bytes([5, 1, 8, 9]) + send(b"\n")
     yield arrive + send(b"switch force\nquery\n") + bytes([2, 3, 6, 3, 1, 0])
     yield arrive + send(b"reconnect h 1 an export\n") + bytes([7, 1, 4, 0])
+    yield arrive * 2 + send(b"query\n") + bytes([13, 1, 6]) + b"query\n" + bytes([16, 0] * 2)
+    yield arrive + send(b"snapshot\nsnapshot\n") + bytes([17, 1, 17, 2, 17, 1, 17, 0])
     yield arrive * 18 + bytes([11, 0, 24, 11, 0, 9, 9, 1, 9, 0])
 
 
@@ -213,8 +215,8 @@ def dictionary(target, path):
         + [struct.pack(">I", number) for number in (
             NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC, NBD_REP_ERR_UNSUP, NBD_OPT_GO)]
         + [ALLOCATION.encode()],
-        "ctl": [b"help\n", b"query\n", b"cache-all", b"cache-all2", b"stop-copy\n", b"switch",
-                b" force\n", b"reconnect ", b"unix:", b"\r\n", b" "],
+        "ctl": [b"help\n", b"query\n", b"cache-all", b"cache-all2", b"stop-copy\n", b"snapshot\n",
+                b"switch", b" force\n", b"reconnect ", b"unix:", b"\r\n", b" "],
         "link": [struct.pack(">I", NBD_STRUCTURED_REPLY_MAGIC)], "bitmap": [b"xnbdbmap"],
     }[target]
     path.write_text("".join('"%s"\n' % "".join(f"\\x{byte:02x}" for byte in word)

@@ -229,9 +229,9 @@ def test_moved_disk_has_what_was_written_during_the_move(place):
 # Options
 
 def told(page):
-    """{option: name of its value, or None} of the page's lists."""
+    """{option: name of its value, be it needed or not, or None} of the page's lists."""
     text = page.read_text().replace(" Ns = Ns Ar ", "=")
-    items = re.findall(rf"(?m)^\.It Fl {OPTION}(?: Ar (\S+))?$", text)
+    items = re.findall(rf"(?m)^\.It Fl {OPTION}(?: Ns Op = Ns)?(?: Ar (\S+))?$", text)
     assert len(items) == len(dict(items)), "an option is told twice"
     return {option: value or None for option, value in items}
 
@@ -243,7 +243,7 @@ def help_of(program):
 
 def offered(program):
     """The same of --help."""
-    items = re.findall(rf"(?m)^  -{OPTION}(?: ([A-Z=]+)(?= ))? +\S", help_of(program))
+    items = re.findall(rf"(?m)^  -{OPTION}(?: \[?([A-Z=]+)\]?(?= ))? +\S", help_of(program))
     return {option: value.lower() or None for option, value in items}
 
 

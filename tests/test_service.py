@@ -29,7 +29,9 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = MIB + 77
 OPTIONS = {"target", "lport", "laddr", "unix", "unix-mode", "allow", "max-connections", "inetd",
-           "connected-fd", "oldstyle", "readonly", "create", "threads", "daemonize", "pidfile", "logpath", "syslog", "user", "no-sandbox", "help", "version"}
+           "connected-fd", "oldstyle", "readonly", "create", "threads", "daemonize", "pidfile",
+           "logpath", "syslog", "user", "no-sandbox", "quiet", "verbose", "stats", "ctl", "help",
+           "version"}
 ANY_PORT = ["--laddr", "127.0.0.1", "--lport", "0"]
 
 
@@ -118,6 +120,7 @@ USAGE_ERRORS = [
 # They follow "--target" and stand before an image that exists.
 USAGE_ERRORS += [(["--target", option, value], option) for option, values in {
     "--lport": ["", "x", "80x", "-1", "65536", "0x50", "1.5", " 1", "99999999999999999999"],
+    "--stats": ["", "0", "-1", "x", "1.5", "86401"],
     "--threads": ["", "0", "-1", "two", "4294967297"],
     "--max-connections": ["", "0", "-1", "many", "65537"],
     "--connected-fd": ["", "-1", "x", "0x3", "2147483648"],
@@ -131,7 +134,7 @@ CONTRADICTIONS = [
     "--inetd --max-connections=2", "--connected-fd=3 --max-connections=2",
     "--connected-fd=3 --daemonize", "--connected-fd=3 --lport=0", "--connected-fd=3 --unix=sock",
     "--connected-fd=3 --laddr=::1", "--connected-fd=3 --oldstyle", "--connected-fd=3 --threads=2",
-    "--logpath=log --syslog", "--create=1M --readonly",
+    "--quiet --verbose", "--logpath=log --syslog", "--create=1M --readonly",
 ]
 
 

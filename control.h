@@ -1,0 +1,30 @@
+/*
+ * control.h - what the control socket tells and does in every mode.
+ *
+ * There is one at most.  Main thread only; nothing here blocks.
+ */
+#ifndef XNBD_CONTROL_H
+#define XNBD_CONTROL_H
+
+#include <poll.h>
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "ctl.h"
+#include "options.h"
+
+/* Listen, if the options name a socket; what is to be served is open.  False after logging why not. */
+bool control_open(const struct options *o);
+
+/* No more commands. */
+void control_close(void);
+
+/* For poll(): as ctl_poll(), ctl_timeout() and ctl_turn(). */
+size_t control_poll(struct pollfd *pfd);
+int control_timeout(void);
+void control_turn(const struct pollfd *pfd, size_t n);
+
+/* report_gather() is complete. */
+void control_gathered(void);
+
+#endif
