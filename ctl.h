@@ -33,7 +33,7 @@ struct ctl_copy {
 	bool running;
 	uint64_t cached, blocks;	/* of the disk */
 	uint64_t rate;			/* bytes per second that are copied */
-	const char *error;		/* not running: why the last one ended early; NULL if it did not */
+	const char *error;		/* not running: why it ended early; NULL if it did not */
 	unsigned failures;		/* parts that the origin could not deliver ... */
 	const struct ctl_range {
 		uint64_t off, len;	/* bytes */
@@ -68,7 +68,10 @@ struct ctl_proxy_ops {
 	/* Become a target.  ctl_switched() is called when it has happened or failed. */
 	const char *(*switch_over)(bool force);
 
-	/* Go over to another origin.  ctl_reconnected() is called as above.  port is NULL for unix:PATH. */
+	/*
+	 * Go over to another origin.  ctl_reconnected() is called as above.  port is NULL for
+	 * unix:PATH.
+	 */
 	const char *(*reconnect)(const char *host, const char *port, const char *export_name);
 
 	/*

@@ -40,9 +40,10 @@ struct waiter {
 	uint64_t off, len;
 
 	/*
-	 * Called by a worker or the origin's thread; must not block.  With buf, the range's bytes as the origin has them; error tells
-	 * then why they could not be stored, or is 0.  Without: error is the origin's, or
-	 * -EAGAIN: more than the range was asked for, and less may succeed.
+	 * Called by a worker or the origin's thread; must not block.  With buf, the range's bytes
+	 * as the origin has them; error tells then why they could not be stored, or is 0.  Without:
+	 * error is the origin's, or -EAGAIN: more than the range was asked for, and less may
+	 * succeed.
 	 */
 	void (*done)(struct waiter *w, const uint8_t *buf, int error);
 };

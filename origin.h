@@ -34,9 +34,9 @@ struct origin_request {
 	uint64_t off, len;	/* bytes: multiples of min_block but at the end, 1 to max_block */
 
 	/*
-	 * Which data to deliver to buf, of len bytes; where buf is NULL it is from
-	 * buffer_get() when the answer arrives, and is the asker's to give back.  Or, if extent is set, room for extents
-	 * of them: len may then be up to PROTO_STATUS_MAX, and the answer describes the
+	 * Which data to deliver to buf, of len bytes; where buf is NULL it is from buffer_get()
+	 * when the answer arrives, and is the asker's to give back.  Or, if extent is set, room for
+	 * extents of them: len may then be up to PROTO_STATUS_MAX, and the answer describes the
 	 * beginning of the range, at least one extent, and at most all of it.
 	 */
 	uint8_t *buf;
@@ -104,8 +104,9 @@ void origin_cancel(struct origin *o);
 
 /*
  * Go over to another origin, once a link to it has been made and its size is the same; the old
- * link is used until then.  Without export_name the name stays as it is.  done is called by the origin's thread, or by this call, with NULL, or
- * with why not, in memory that lasts for that call.  One at a time.  Does not block.
+ * link is used until then.  Without export_name the name stays as it is.  done is called by the
+ * origin's thread, or by this call, with NULL, or with why not, in memory that lasts for that call.
+ * One at a time.  Does not block.
  */
 void origin_redirect(struct origin *o, const char *host, const char *port,
 		     const char *export_name, void (*done)(void *arg, const char *error),
