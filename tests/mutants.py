@@ -401,7 +401,7 @@ mutant("nothing is confined", "a server that was taken over reaches other files"
        "xnbd.c", "return s->options.no_sandbox || confine(s);", "return true;",
        tests="test_confine.py::test_target_reaches_its_directory_only")
 mutant("the directory of a device is kept", "a server that was taken over reaches other files",
-       "xnbd.c", "if (disk && disk_is_file(disk))", "if (disk)",
+       "exports.c", "return d && disk_is_file(d) ? e->path : NULL;", "return d ? e->path : NULL;",
        tests="test_confine.py::test_device_does_not_open_the_directory_of_devices")
 mutant("programs may be executed", "a server that was taken over reaches other files",
        "confine.c", "c->rights = (1u << known_rights[i]) - 1;",
@@ -411,7 +411,7 @@ mutant("a target may connect", "a server that was taken over reaches other files
        "confine.c", "forbidden & CONFINE_NO_CONNECT ? NET_CONNECT : 0", "0 & forbidden",
        tests="test_confine.py::test_target_reaches_its_directory_only")
 mutant("a worker is there before", "rights that one thread keeps",
-       "worker.c", "if (pool.count == 0 && pool.begun)", "if (pool.count == 0)",
+       "worker.c", "if (!pool.begun || pool.stop)", "if (pool.stop)",
        tests="test_confine.py::test_files_of_a_killed_server_do_not_start_a_thread_too_early")
 mutant("the origin's thread is there before", "rights that one thread keeps",
        "xnbd.c", "!write_pidfile(s) || !give_up_rights(s) || !proxy_start())",
@@ -967,7 +967,7 @@ mutant("a query is answered with what was gathered before it",
              "test_query_that_comes_while_another_is_gathered_waits_for_the_next")
 mutant("a snapshot that was begun before is the one that was asked for",
        "an answer that is older than its question",
-       "control.c", "*behind = control.snapshot_runs;", "*behind = false;",
+       "exports.c", "*behind = of->snapshot && of->taken;", "*behind = false;",
        tests="test_stats.py::test_snapshot_asked_for_during_another_is_made_afterwards")
 mutant("a view is as high as it is", "a view larger than its terminal",
        "watch.c", "(row < rows || row == 1)", "true",

@@ -14,6 +14,7 @@ import pytest
 
 from conftest import SERVER, make_disk, need, raise_descriptor_limit
 from nbd import *
+from test_control import bgctl, done, refused_in_one_line, state
 from test_snapshot import Load, Numbered, Snapshots, leave, names
 
 MIB = 1 << 20
@@ -620,3 +621,51 @@ def test_nbd_client_lists_all(several):
     done = subprocess.run([need("nbd-client", "nbd-client"), "-l", "127.0.0.1", str(several.port)],
                           stdout=subprocess.PIPE, text=True)
     assert all(name in done.stdout for name in SIZES), done
+
+
+# The control socket
+
+@pytest.fixture
+def controlled(server, images, named, tmp_path):
+    s = server(images[""], *exports(named), "--ctl", tmp_path / "ctl")
+    s.control = tmp_path / "ctl"
+    return s
+
+
+def test_query_tells_each_export(controlled):
+    values = state(controlled.control)
+    assert values["export"] == [{"name": name, "size": size, "snapshot": 0}
+                                for name, size in SIZES.items()]
+    assert "image" not in values and "size" not in values
+    lines = done(bgctl("--query", controlled.control), out=None).stdout.splitlines()
+    assert [f"export: {name} size {size} snapshot 0" for name, size in SIZES.items()] == \
+        [line for line in lines if line.startswith("export: ")]
+
+
+def test_query_of_one_export_that_has_a_name_tells_its_image(server, images, tmp_path):
+    server(args=["--target", *ANY_PORT, *exports({"a": images["a"]}), "--ctl", tmp_path / "ctl"])
+    values = state(tmp_path / "ctl")
+    assert values["image"] == str(images["a"]) and values["size"] == SIZES["a"]
+    assert "export" not in values
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_snapshot_command_makes_one_of_the_export_that_it_names(controlled, images, name):
+    path = done(bgctl("--snapshot", "--exportname", name, controlled.control), out=None).stdout
+    path = Path(path.rstrip("\n"))
+    assert path.name.startswith(images[name].name + ".snapshot.")
+    assert path.read_bytes() == content(name, SIZES[name])
+    assert [p for p in path.parent.iterdir() if ".snapshot." in p.name] == [path]
+
+
+def test_snapshot_command_needs_the_name_of_one_of_several(controlled):
+    refused_in_one_line(bgctl("--snapshot", controlled.control), 1, "several exports")
+    refused_in_one_line(bgctl("--snapshot", "--exportname", "x", controlled.control), 1,
+                        "no export of that name")
+
+
+def test_snapshot_command_of_the_only_export_needs_no_name(server, images, tmp_path):
+    server(args=["--target", *ANY_PORT, *exports({"a": images["a"]}), "--ctl", tmp_path / "ctl"])
+    for words in [], ["--exportname", "a"]:
+        path = done(bgctl("--snapshot", *words, tmp_path / "ctl"), out=None).stdout.rstrip("\n")
+        assert Path(path).read_bytes() == content("a", SIZES["a"])
