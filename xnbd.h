@@ -12,9 +12,9 @@
 #include "worker.h"
 
 #if defined(XNBD_PORTABLE)
-#define XNBD_VERSION "0.1.0-portable"
+#define XNBD_VERSION "1.0.0-portable"
 #else
-#define XNBD_VERSION "0.1.0"
+#define XNBD_VERSION "1.0.0"
 #endif
 
 enum {

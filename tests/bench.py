@@ -7,7 +7,8 @@ median of the rounds; "spread" is (highest - lowest) / median, and says how much
 CPU is user + system time of the server's processes, read from /proc before and after a run; "client" is the
 load generator's (tests/load), "others" is what the rest of the machine took, in CPUs. "vs peer" is the rate
 divided by that of the best peer on the same line. "limit" is a server that touches no disk: it answers all that
-has come by one send, out of one buffer, which is what sockets cost at least.
+has come by one send, out of one buffer, which is what sockets cost at least. "store" is the same, with one pwrite() of
+what each request brings, and knows nothing of blocks, bits or errors: what a server costs that keeps what is written.
 
 The proxies' origin is nbdkit for all of them: a peer's program, so that nobody plays at home, and one that can
 answer late (its delay filter sleeps in a thread for each request: with 512 threads a connection, the delay does not
@@ -111,7 +112,12 @@ NULL = {
     "tcp": "{port}",
     **dict.fromkeys(("target", "cow"), LOAD + " --null {listen} --size {size} --block-size {bs}"),
 }
-BESIDE = {"origin": ORIGIN, "relay": RELAY, "limit": NULL}
+STORE = {
+    "tcp": "{port}",
+    "target": NULL["target"] + " --store {image}",
+    "cow": NULL["cow"] + " --store {scratch}/store",
+}
+BESIDE = {"origin": ORIGIN, "relay": RELAY, "limit": NULL, "store": STORE}
 MODE_OPTION = {"target": "--target", "cow": "--cow-target", "proxy": "--proxy"}
 
 # One row, one workload. goal: the least ratio to the best peer; versus: (peer, the least ratio to that one); own:
@@ -123,20 +129,22 @@ DEFAULTS = {"mode": "target", "net": "tcp", "place": "cached", "images": 1, "con
             "size": 0, "pattern": "random", "read": 100, "flush": 0, "passes": 0, "goal": None, "own": None,
             "versus": (("limit", None),), "p99": None, "p50_own": None, "prep": (), "origin": None, "delay": 0,
             "copy": False, "during": False, "peers": True}
+WRITES = (("limit", None), ("store", None))
 PROXY = {"mode": "proxy", "place": "memory", "origin": "plain", "versus": ()}
 COPY = dict(PROXY, origin="delay", copy=True, bs=262144, images=4, goal=1.0)
 WHOLE = {"pattern": "sequential", "bs": 262144, "depth": 16, "passes": 1}
 ROWS = [dict(DEFAULTS, **row) for row in (
     {"name": "read-1", "text": "4 KiB random reads, 1 in flight", "depth": 1, "goal": 1.3},
     {"name": "read-64", "text": "4 KiB random reads, 64 in flight", "goal": 2.2},
-    {"name": "write-64", "text": "4 KiB random writes, 64 in flight", "read": 0, "place": "memory", "goal": 2.2},
+    {"name": "write-64", "text": "4 KiB random writes, 64 in flight", "read": 0, "place": "memory",
+     "versus": WRITES, "goal": 2.2},
     {"name": "read-4x32", "text": "4 KiB random reads, 4 connections x 32", "conns": 4, "depth": 32, "goal": 4.0},
     {"name": "write-4x32", "text": "4 KiB random writes, 4 connections x 32", "conns": 4, "depth": 32, "read": 0,
-     "place": "memory", "goal": 3.0},
+     "place": "memory", "versus": WRITES, "goal": 3.0},
     {"name": "seq-read", "text": "256 KiB sequential reads, 16 in flight", "pattern": "sequential", "bs": 262144,
      "depth": 16, "goal": 1.6},
     {"name": "seq-write", "text": "256 KiB sequential writes, 16 in flight", "pattern": "sequential", "bs": 262144,
-     "depth": 16, "read": 0, "place": "memory", "goal": 1.3},
+     "depth": 16, "read": 0, "place": "memory", "versus": WRITES, "goal": 1.3},
     {"name": "mixed", "text": "4 KiB random, 70 % reads, FLUSH every 100, 64 in flight", "read": 70, "flush": 100,
      "place": "memory", "goal": 1.5},
     {"name": "cold-read", "text": "4 KiB random reads, 32 in flight, not in the page cache", "depth": 32,
@@ -148,7 +156,7 @@ ROWS = [dict(DEFAULTS, **row) for row in (
     {"name": "cow-first", "text": "copy-on-write: first 4 KiB writes to blocks, 64 in flight", "mode": "cow",
      "read": 0, "place": "memory", "pattern": "once", "own": ("write-64", 0.5)},
     {"name": "cow-second", "text": "copy-on-write: further 4 KiB random writes, 64 in flight", "mode": "cow",
-     "read": 0, "place": "memory", "size": 64 << 20, "prep": ({"pattern": "once"},), "goal": 10.0,
+     "read": 0, "place": "memory", "size": 64 << 20, "prep": ({"pattern": "once"},), "versus": WRITES, "goal": 10.0,
      "own": ("write-64", 0.85)},
     dict(PROXY, name="proxy-read", text="proxy, all present: 4 KiB random reads, 64 in flight", place="cached",
          prep=(WHOLE,), own=("read-64", 0.9)),

@@ -821,6 +821,7 @@ static int relay(void)
 /* ---- a server without a disk: the least that any server has to do ---- */
 
 static int null_spinners;		/* at once, at most */
+static int null_store = -1;		/* where payloads go, if anywhere */
 
 /* Newstyle, and one export: who asks for anything else is told that there is none. */
 static int null_handshake(struct conn *c)
@@ -895,7 +896,18 @@ static int null_reply(struct conn *c)
 	return c->nidle == DEPTH_MAX ? null_send(c) : 0;
 }
 
-/* Takes all requests that have come, and drops what they want to write. */
+/* n bytes of a payload are here. */
+static void null_payload(struct conn *c, size_t n)
+{
+	off_t at = (off_t)(get_be(c->request + 16, 8) + get_be(c->request + 24, 4) - c->payload_left);
+
+	if (n && null_store >= 0 && pwrite(null_store, c->rbuf + c->pos, n, at) != (ssize_t)n)
+		die("%s: %s", opt.store, strerror(errno));
+	c->payload_left -= n;
+	c->pos += n;
+}
+
+/* Takes all requests that have come. */
 static int null_take(struct conn *c)
 {
 	size_t n;
@@ -903,9 +915,7 @@ static int null_take(struct conn *c)
 
 	for (c->pos = 0; !r;) {
 		n = c->end - c->pos;
-		n = n < c->payload_left ? n : c->payload_left;
-		c->payload_left -= n;
-		c->pos += n;
+		null_payload(c, n < c->payload_left ? n : c->payload_left);
 		if (c->owed && !c->payload_left)
 			r = null_reply(c);
 		else if (!c->owed && c->end - c->pos >= REQUEST_SIZE)
@@ -966,6 +976,8 @@ static int null(void)
 	struct conn *c;
 
 	null_spinners = (int)sysconf(_SC_NPROCESSORS_ONLN) - 1;
+	if (opt.store && (null_store = open(opt.store, O_WRONLY | O_CREAT | O_CLOEXEC, 0600)) < 0)
+		die("%s: %s", opt.store, strerror(errno));
 	while ((fd = accept(listener, NULL, NULL)) >= 0) {
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 		c = need(1, sizeof(*c));
@@ -983,7 +995,7 @@ static const char usage[] =
 	"usage: load [options] HOST:PORT | unix:PATH\n"
 	"       load --make-image PATH --size SIZE [--seed N]\n"
 	"       load --relay PORT --store PATH HOST:PORT | unix:PATH\n"
-	"       load --null PORT --size SIZE [--block-size SIZE]\n"
+	"       load --null PORT --size SIZE [--block-size SIZE] [--store PATH]\n"
 	"  --connections N (1)      --depth N (1)          requests in flight on each\n"
 	"  --block-size SIZE (4K)   --size SIZE            work on the first SIZE of the disk\n"
 	"  --pattern random|sequential|once                once: each block once, scattered\n"
@@ -992,7 +1004,8 @@ static const char usage[] =
 	"  --export NAME            --seed N (1)           --structured: structured replies\n"
 	"  --verify   check what is read; the disk was made by --make-image with this seed\n"
 	"  --relay    pass a connection on, and keep a copy of what comes back, no more\n"
-	"  --null     answer without a disk: READs up to the block size, the same data to all\n"
+	"  --null     answer without a disk: READs up to the block size, the same data to all;\n"
+	"             with --store what is written goes there, by one pwrite() a piece\n"
 	"Prints one line of JSON. Exit status: 0, 1 errors, 2 could not start.\n";
 
 static uint64_t number(const char *name, const char *s)
