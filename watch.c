@@ -245,15 +245,23 @@ static void percentile(const struct look *l, const struct look *before, char *te
 		snprintf(text, size, "%" PRIu64 " us", l->top[i]);
 }
 
-/* A second's share, with one decimal, of n in ms milliseconds. */
-static double per_second(uint64_t n, uint64_t ms)
+/* A second's share of n in ms milliseconds, rounded. */
+static uint64_t per_second(uint64_t n, uint64_t ms)
 {
-	return (double)n * 1000 / (double)(ms ? ms : 1);
+	if (ms == 0)
+		ms = 1;
+	return n < UINT64_MAX / 2000 ? (n * 1000 + ms / 2) / ms : n / ms * 1000;
 }
 
-static double mib_per_second(uint64_t n, uint64_t ms)
+enum { MIB_TEXT = 24 };
+
+/* Bytes as MiB with one decimal, in text of MIB_TEXT bytes. */
+static const char *mib(uint64_t bytes, char *text)
 {
-	return per_second(n, ms) / (1 << 20);
+	uint64_t tenths = bytes / 1024 * 10 / 1024 + (bytes / 1024 * 10 % 1024 >= 512);
+
+	snprintf(text, MIB_TEXT, "%" PRIu64 ".%u", tenths / 10, (unsigned)(tenths % 10));
+	return text;
 }
 
 /* Lines */
@@ -262,12 +270,12 @@ static void print_rates(FILE *out, const struct look *l, const struct look *befo
 {
 	struct counters d = since(&l->all, &before->all);
 	uint64_t ms = l->at - before->at;
-	char p99[32];
+	char p99[32], read[MIB_TEXT], written[MIB_TEXT];
 
 	percentile(l, before, p99, sizeof(p99));
-	fprintf(out, "%.0f requests/s, %.1f MiB/s read, %.1f MiB/s written, p99 %s",
-		per_second(requests(&d), ms), mib_per_second(d.read_bytes, ms),
-		mib_per_second(d.written_bytes, ms), p99);
+	fprintf(out, "%" PRIu64 " requests/s, %s MiB/s read, %s MiB/s written, p99 %s",
+		per_second(requests(&d), ms), mib(per_second(d.read_bytes, ms), read),
+		mib(per_second(d.written_bytes, ms), written), p99);
 }
 
 static void print_line(const struct look *l, const struct look *before)
@@ -295,9 +303,15 @@ static void print_size(FILE *out, uint64_t bytes)
 
 static void print_head(FILE *out, const struct look *l, const struct look *before)
 {
-	fprintf(out, "%s  %s  ", l->mode, l->image);
-	print_size(out, l->size);
-	fprintf(out, "  up %" PRIu64 ":%02u:%02u\n", l->uptime / 3600,
+	char copied[MIB_TEXT];
+
+	fprintf(out, "%s  ", l->mode);
+	if (*l->image) {	/* of several exports there is none to be named */
+		fprintf(out, "%s  ", l->image);
+		print_size(out, l->size);
+		fputs("  ", out);
+	}
+	fprintf(out, "up %" PRIu64 ":%02u:%02u\n", l->uptime / 3600,
 		(unsigned)(l->uptime / 60 % 60), (unsigned)(l->uptime % 60));
 	print_rates(out, l, before);
 	fprintf(out, "\n%" PRIu64 " clients, %" PRIu64 " requests in flight, %" PRIu64 " errors",
@@ -306,8 +320,8 @@ static void print_head(FILE *out, const struct look *l, const struct look *befor
 		fprintf(out, ", snapshot %s", l->snapshot);
 	fputc('\n', out);
 	if (*l->cached)
-		fprintf(out, "%s %% cached, copy %s, %.1f MiB/s, origin %s %s\n", l->cached, l->copy,
-			(double)l->copy_rate / (1 << 20), l->origin, l->link);
+		fprintf(out, "%s %% cached, copy %s, %s MiB/s, origin %s %s\n", l->cached, l->copy,
+			mib(l->copy_rate, copied), l->origin, l->link);
 }
 
 static void print_clients(FILE *out, const struct look *l, uint64_t ms)
@@ -316,12 +330,13 @@ static void print_clients(FILE *out, const struct look *l, uint64_t ms)
 		"WRITE MIB/S", "IN FLIGHT", "P99 US", "ERRORS");
 	for (size_t i = 0; i < l->count; i++) {
 		const struct seen *c = &l->client[i];
+		char read[MIB_TEXT], written[MIB_TEXT];
 
-		fprintf(out, "%-24s %10.0f %10.1f %11.1f %9" PRIu64 " %9" PRIu64 " %7" PRIu64 "\n",
+		fprintf(out, "%-24s %10" PRIu64 " %10s %11s %9" PRIu64 " %9" PRIu64 " %7" PRIu64 "\n",
 			c->address, per_second(requests(&c->since), ms),
-			mib_per_second(c->since.read_bytes, ms),
-			mib_per_second(c->since.written_bytes, ms), c->now.in_flight, c->now.p99,
-			c->now.errors);
+			mib(per_second(c->since.read_bytes, ms), read),
+			mib(per_second(c->since.written_bytes, ms), written), c->now.in_flight,
+			c->now.p99, c->now.errors);
 	}
 }
 

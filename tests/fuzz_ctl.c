@@ -197,10 +197,11 @@ static void gather(void)
 }
 
 /* One that was wanted begins at the end of the one before. */
-static const char *snapshot(bool *behind)
+static const char *snapshot(const char *name, const void **of, bool *behind)
 {
-	if (cached % 8 == 7)
+	if (cached % 8 == 7 || (name && strlen(name) % 8 == 7))
 		return "it is a device";
+	*of = &snapshots;
 	*behind = snapshot_runs;
 	snapshots = snapshot_runs ? 2 : 1;
 	return NULL;
@@ -385,7 +386,8 @@ static void tend_snapshot(struct ctl *c, unsigned how)
 	} else if (snapshots > 0) {
 		snapshots--;
 		snapshot_runs = false;
-		ctl_snapshot_ended(c, how & 2 ? "/a\nb" : NULL, "the disk is full");
+		ctl_snapshot_ended(c, &gathering, NULL, "of another export, which nobody wanted");
+		ctl_snapshot_ended(c, &snapshots, how & 2 ? "/a\nb" : NULL, "the disk is full");
 	}
 }
 

@@ -296,7 +296,7 @@ class Replay(Client):
     def __init__(self, data, structured=False, contexts=(), size=None):
         self.data, self.at = bytes(data), 0
         self.start = 0              # where the last message begins
-        self.no_zeroes, self.structured = True, structured
+        self.no_zeroes, self.structured, self.extended = True, structured, False
         self.contexts, self.size, self.flags = dict(contexts), size, None
         self.owed = []              # [Reply] that may come
         self.sock = None
