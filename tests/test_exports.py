@@ -355,7 +355,7 @@ def test_bases_stay_as_they_are(server, images, named):
     clients = {name: s.client(name=name) for name in SIZES}
     for name, c in clients.items():
         c.pwrite(f"this is {name}".encode() * 1000, 3000)
-        c.trim(MIB // 4, MIB // 2)
+        c.zero(MIB // 4, MIB // 2)
     for name, c in clients.items():
         text = f"this is {name}".encode() * 1000
         assert c.pread(len(text), 3000) == text and not any(c.pread(MIB // 4, MIB // 2))
