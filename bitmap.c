@@ -68,6 +68,7 @@ struct bitmap {
 	uint8_t *pages;			/* room for COMMIT_PAGES */
 	uint64_t page_number[COMMIT_PAGES];
 	struct bitmap_identity id;
+	uint8_t boot_id[BOOT_ID_SIZE];	/* read when it was opened: later there may be no access */
 };
 
 static void put_le(uint8_t *p, uint64_t v, int bytes)
@@ -264,7 +265,7 @@ static int write_header(struct bitmap *b, bool clean)
 	put_le(p + 16, BLOCK_SIZE, 8);
 	put_le(p + 24, b->id.disk_size, 8);
 	put_le(p + 32, b->id.fingerprint, 8);
-	read_boot_id(p + 40);
+	memcpy(p + 40, b->boot_id, BOOT_ID_SIZE);
 	put_le(p + 56, clean, 4);
 	put_le(p + 64, checksum(p), 8);
 	err = write_at(b->fd, p, sizeof(p), 0);
@@ -378,14 +379,12 @@ static int settle_live_map(struct bitmap *b)
 {
 	static const uint8_t unknown[BOOT_ID_SIZE];
 	uint64_t map = HEADER_SIZE + b->map_bytes;
-	uint8_t now[BOOT_ID_SIZE];
 	int err = sync_file(b);
 
 	if (err)
 		return err;
-	read_boot_id(now);
-	if (memcmp(now, unknown, BOOT_ID_SIZE) != 0 &&
-	    memcmp(now, b->file + 40, BOOT_ID_SIZE) == 0) {
+	if (memcmp(b->boot_id, unknown, BOOT_ID_SIZE) != 0 &&
+	    memcmp(b->boot_id, b->file + 40, BOOT_ID_SIZE) == 0) {
 		find_dirty(b, map);
 		find_dirty(b, HEADER_SIZE);
 	} else {
@@ -544,6 +543,7 @@ struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, b
 		goto out_of_memory;
 	b->fd = -1;
 	b->id = *id;
+	read_boot_id(b->boot_id);
 	b->blocks = bitmap_blocks(id->disk_size);
 	b->map_bytes = map_bytes_of(b->blocks ? b->blocks : 1);
 	b->file_bytes = HEADER_SIZE + 2 * b->map_bytes;

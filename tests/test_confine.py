@@ -18,6 +18,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+import uuid
 from pathlib import Path
 
 import pytest
@@ -347,6 +348,18 @@ def test_all_that_comes_later_works(server, image, tmp_path):
     s.stop()
     assert not files["sock"].exists() and not files["pid"].exists()
     nothing_failed(s)
+
+
+def test_bitmap_that_was_closed_in_order_knows_its_boot(server, image, tmp_path):
+    """Nothing of /proc can be read then."""
+    s = server(image, args=["--cow-target", *ANY_PORT, "--cow-file", tmp_path / "overlay", image])
+    with s.client() as c:
+        c.pwrite(b"x" * 4096, 0)
+        c.disc()
+    s.stop()
+    header = Path(f"{tmp_path}/overlay.map").read_bytes()[:64]
+    boot = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+    assert header[56:60] == b"\1\0\0\0" and header[40:56] == boot
 
 
 def test_proxy_goes_over_to_an_origin_by_name_and_becomes_a_target(server, proxy, image):
