@@ -29,16 +29,34 @@ await() {
 }
 
 connected() {
-	[ -e "/sys/block/${1##*/}/pid" ] && [ "$(blockdev --getsize64 "$1")" != 0 ]
+	[ -e "/sys/block/${1##*/}/pid" ]
 }
 
 disconnected() {
-	! [ -e "/sys/block/${1##*/}/pid" ]
+	! connected "$1"
+}
+
+has_size() {
+	[ "$(blockdev --getsize64 "$1")" != 0 ]
 }
 
 # attach DEVICE CLIENT [OPTIONS...]: connects to the server at $HOST and $PORT
 # with nbd-client, or with busybox's applet of that name.
 attach() {
+	for try in 1 2 3 4 5 6 7 8; do
+		connect "$@" || return 1
+		if await 2 all_receive; then
+			await 10 has_size "$1" && await 10 settled "$1"
+			return
+		fi
+		echo "try $try: the kernel has no thread for each connection"
+		detach "$1" "$2" || return 1
+		mark_kernel_log		# what it complained of was not the server's fault
+	done
+	return 1
+}
+
+connect() {
 	dev=$1 client=$2
 	shift 2
 	case $client in
@@ -49,7 +67,14 @@ attach() {
 		return 1
 	}
 	await 10 connected "$dev"
-	await 10 settled "$dev"
+}
+
+# The kernel receives from each connection in a worker of its own, which does not
+# end before the connection does.  Where it takes more than some 10 ms to make the
+# workers, as it may on an emulated processor, the queue's rescuer takes all that
+# waits, one after the other: then nobody receives from any but the first.
+all_receive() {
+	[ "$(grep -l recv_work /proc/[0-9]*/stack 2>/dev/null | wc -l)" -ge "$(connections)" ]
 }
 
 # The clients leave a process behind that opens the device once, up to a second
