@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import pytest
-from _pytest.runner import runtestprotocol
 
 import nbd
 from nbd import DEADLINE, SANITIZED, until
@@ -92,8 +91,6 @@ def pytest_configure(config):
         "markers", "hazard(what): how servers of this kind have failed before")
     config.addinivalue_line(
         "markers", "meanwhile(work=f): runs f(directory, stack) from the first test on")
-    config.addinivalue_line(
-        "markers", "again(times): what else is used may fail by itself, and then it is tried again")
 
 
 # What takes long because it waits
@@ -122,24 +119,6 @@ class Meanwhile(threading.Thread):
 def pytest_collection_modifyitems(items):
     """What runs meanwhile is asked last how it went."""
     items.sort(key=lambda item: item.get_closest_marker("meanwhile") is not None)
-
-
-def pytest_runtest_protocol(item, nextitem):
-    """A test with the mark "again" fails if it does so each time; what is shown is the last time."""
-    mark = item.get_closest_marker("again")
-    if not mark:
-        return None
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for left in reversed(range(mark.args[0])):
-        reports = runtestprotocol(item, log=False, nextitem=item if left else nextitem)
-        if left and any(report.failed for report in reports):
-            print(f"\n{item.nodeid} failed, and is tried again", file=sys.stderr)
-            continue
-        break
-    for report in reports:
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -44,9 +44,6 @@ MACHINES = ["guest"]
 if Path("/dev/nbd0").exists() or os.environ.get("XNBD_NO_SKIP") != "1":
     MACHINES.append("local")
 
-# User networking may stop by itself, see test_migration.py.
-pytestmark = pytest.mark.again(3)
-
 
 @pytest.fixture(scope="module", params=MACHINES)
 def machine(request, tmp_path_factory):
