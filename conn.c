@@ -360,7 +360,6 @@ static bool read_located(struct conn *c, struct request *r)
 				  tx_tail(tx)));
 	for (int i = 0; i < n; i++)
 		tx_refer_file(tx, &part[i]);
-	stats_count_read(c->stats, r->h.len);
 	free_request(c, r);
 	return true;
 }
@@ -695,11 +694,17 @@ static bool read_copied(struct conn *c, struct request *r)
 
 static void start_read(struct conn *c, struct request *r)
 {
-	if (r->h.len == 0) {
+	uint64_t len = r->h.len;
+
+	if (len == 0) {
 		settle(c, r, 0);
 		return;
 	}
-	if (r->h.len >= SEND_MIN ? read_located(c, r) : read_copied(c, r))
+	if (len >= SEND_MIN && read_located(c, r)) {
+		stats_count_read(c->stats, len);
+		return;
+	}
+	if (len < SEND_MIN && read_copied(c, r))
 		return;
 	if (own_buffer(c, r))
 		queue(c, r);

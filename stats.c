@@ -45,7 +45,7 @@ static void count_delay(struct stats *s, uint64_t us, uint64_t n)
 
 void stats_late(struct stats *s, const struct request *r)
 {
-	count_delay(s, s->now - r->begun, 1);
+	count_delay(s, stats_time(s) - r->begun, 1);
 }
 
 void stats_end_turn(struct stats *s)
