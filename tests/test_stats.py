@@ -115,9 +115,9 @@ def test_payload_that_comes_slowly_counts_from_its_beginning(server, image, firs
     assert (values["writes"], values["written"]) == (1, "8192 B")
 
 
-def test_read_that_waited_is_counted_once(server, image, tmp_path):
+def test_read_that_waited_is_counted_once(server, disk, tmp_path):
     """Large ones, which are sent out of the file when they are there, among them."""
-    origin = server(image)
+    origin = server(disk(content=b"x" * SIZE))
     s = server(args=["--proxy", "--laddr", "127.0.0.1", "--lport", "0", "127.0.0.1", origin.port,
                      tmp_path / "cache", tmp_path / "bitmap", tmp_path / "control"])
     c = s.client()
