@@ -388,6 +388,12 @@ def server(tmp_path):
     end_all(started)
 
 
+@pytest.fixture
+def target(server, image):
+    """A writable server of the image that the tests of a file have as a fixture."""
+    return server(image)
+
+
 def end_all(servers):
     """Stops every server, and only then complains about the first bad end.
     Clients leave first: a server that stops waits a little for those who stay."""

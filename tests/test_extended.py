@@ -37,11 +37,6 @@ def image(disk):
 
 
 @pytest.fixture
-def target(server, image):
-    return server(image)
-
-
-@pytest.fixture
 def c(target):
     return target.client(structured=EXTENDED, contexts=[ALLOCATION])
 

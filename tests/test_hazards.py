@@ -41,11 +41,6 @@ def image(disk):
     return disk(content=pattern(0, SIZE))
 
 
-@pytest.fixture
-def target(server, image):
-    return server(image)
-
-
 def option(number, data=b""):
     return option_header(number, len(data)) + data
 

@@ -38,12 +38,6 @@ def image(disk):
 
 
 @pytest.fixture
-def target(server, image):
-    """A writable server whose disk holds pattern()."""
-    return server(image)
-
-
-@pytest.fixture
 def readonly(server, image):
     return server(image, "--readonly")
 
