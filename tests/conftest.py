@@ -90,7 +90,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "hazard(what): how servers of this kind have failed before")
     config.addinivalue_line(
-        "markers", "meanwhile(work=f): runs f(directory, stack) from the first test on")
+        "markers", "meanwhile(work=f): runs f(directory, stack) from the file's first test on")
 
 
 # What takes long because it waits
@@ -115,18 +115,23 @@ class Meanwhile(threading.Thread):
             raise self.error
 
 
+def is_meanwhile(item):
+    return item.get_closest_marker("meanwhile") is not None
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """What runs meanwhile is asked last how it went."""
-    items.sort(key=lambda item: item.get_closest_marker("meanwhile") is not None)
+    """What runs meanwhile is asked last, of the tests of its file, how it went."""
+    files = list(dict.fromkeys(item.path for item in items))
+    items.sort(key=lambda item: (files.index(item.path), is_meanwhile(item)))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def all_meanwhile(request, tmp_path_factory):
-    """{work: Meanwhile} of all tests with that mark."""
-    marks = [item.get_closest_marker("meanwhile") for item in request.session.items]
+    """{work: Meanwhile} of the file's tests with that mark."""
+    works = [item.get_closest_marker("meanwhile").kwargs["work"] for item in request.session.items
+             if item.path == request.path and is_meanwhile(item)]
     with contextlib.ExitStack() as stack:
-        works = [mark.kwargs["work"] for mark in marks if mark]
         yield {work: Meanwhile(work, tmp_path_factory.mktemp("meanwhile"), stack)
                for work in works}
 
