@@ -246,8 +246,10 @@ class Server:
         return f"nbd://{host}:{first[1]}"
 
     def wait_ready(self):
-        """Until it says where it listens, and a connection is accepted."""
-        until(lambda: self.addresses or self.proc.poll() is not None,
+        """Until it says where it listens, all places, and a connection is accepted."""
+        places = [word for word in map(str, self.proc.args)
+                  if re.fullmatch("--(laddr|unix)(=.*)?", word)]
+        until(lambda: len(self.addresses) >= max(1, len(places)) or self.proc.poll() is not None,
               what="listening")
         if not self.addresses:
             raise AssertionError(f"server ended, status {self.proc.returncode}: "
