@@ -24,7 +24,7 @@
 #include <string.h>
 
 enum {
-	REQUEST_BYTES = 1024 * 1024,	/* the default */
+	REQUEST_BYTES = 256 * 1024,	/* the default */
 	MAP_EXTENTS = 1024,
 	MAP_BYTES = 1024 * 1024 * 1024,	/* asked about at once */
 	STEP = 64 * 1024 * 1024,	/* looked at, or zeroed while others wait, at once */

@@ -23,7 +23,7 @@
 
 enum {
 	ZERO_PIECE = 64 * 1024,		/* zeros are looked for in pieces of this */
-	SMALL = 32 * 1024,		/* is stored by the origin's thread, if that does not block */
+	SMALL = 256 * 1024,		/* is stored by the origin's thread, if that does not block */
 };
 
 struct fetch {
