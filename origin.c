@@ -29,7 +29,8 @@
 enum {
 	ORIGIN_STACK = 128 * 1024,
 	UNSTORED_MAX = 16 * 1024 * 1024,	/* delivered, and not put away */
-	ROUNDS = 16,		/* of receiving from one link, then it is the others' turn */
+	ROUNDS = 16,		/* of receiving from one link, or so many bytes of data: */
+	ROUND_BYTES = 256 * 1024,	/* then it is the others' turn */
 	BACKOFF_MIN = 100,	/* ms */
 	BACKOFF_MAX = 5000,
 	GRACE_MS = 1000,	/* after which an attempt that does not end is given up */
@@ -498,13 +499,15 @@ static const char *receive(struct origin *o, struct line *line)
 {
 	const char *wrong = NULL;
 	bool more = true;
+	uint64_t sum = 0;
 
-	for (unsigned i = 0; i < ROUNDS && more && !wrong && !is_full(o); i++) {
+	for (unsigned i = 0; i < ROUNDS && sum < ROUND_BYTES && more && !wrong && !is_full(o); i++) {
 		struct origin_request *finished;
 		uint64_t bytes;
 
 		wrong = link_receive(line->link, clock_ms(o), &finished, &more, &bytes);
 		count_bytes(o, bytes);
+		sum += bytes;
 		if (finished)
 			line->backoff = BACKOFF_MIN;	/* it is of use */
 		finish_all(o, finished);
