@@ -412,10 +412,10 @@ def test_write_without_the_flag_has_a_payload_all_the_same(c, offset, length):
     takes it."""
     data = pattern(offset, length, seed=3)
     write = send(c, NBD_CMD_WRITE, offset, length, NBD_CMD_FLAG_FUA, data)
-    read = c.request(NBD_CMD_READ, 0, SIZE)
-    assert c.collect(write).error == 0
+    flush = c.request(NBD_CMD_FLUSH)
+    assert c.collect(write).error == c.collect(flush).error == 0
     expected = pattern(0, SIZE)
-    assert c.collect(read).data == expected[:offset] + data + expected[offset + length:]
+    assert c.pread(SIZE) == expected[:offset] + data + expected[offset + length:]
 
 
 @hazard("qemu writes without PAYLOAD_LEN: one that is refused is drained")
