@@ -30,7 +30,7 @@ enum {
 	STEP = 64 * 1024 * 1024,	/* looked at, or zeroed while others wait, at once */
 
 	WINDOW_MIN = 2,			/* requests under way */
-	WINDOW_START = 16,
+	WINDOW_START = 64,
 	WINDOW_MAX = 1024,
 	QUEUE_US = 2000,		/* of delay that is allowed besides twice the least one */
 	SHARE = 16,			/* of the window is asked for at once */
