@@ -697,6 +697,7 @@ def test_query_of_a_fresh_proxy(proxy, origin):
 
 def test_query_lines_and_json_are_the_same(proxy, connect):
     left_alone(proxy)
+    until(lambda: state(proxy.control)["origin-links"] == 2, what="both links")
     lines = done(bgctl("--query", proxy.control), out=None).stdout
     shown = dict(line.split(": ", 1) for line in lines.splitlines())
     asked, told = connect(proxy.control).values(), state(proxy.control)
