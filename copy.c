@@ -33,7 +33,7 @@ enum {
 	WINDOW_START = 64,
 	WINDOW_MAX = 1024,
 	QUEUE_US = 2000,		/* of delay that is allowed besides twice the least one */
-	SHARE = 16,			/* of the window is asked for at once */
+	SHARE = 16,			/* parts of the window, of which one is asked for at once */
 
 	RATE_MS = 1000,			/* the rate is that of this time, about */
 };

@@ -55,7 +55,6 @@ def need_module(module, package):
 
 
 @functools.cache
-@functools.cache
 def is_portable():
     """Whether the server is built without all that only Linux has."""
     return "portable" in subprocess.run([SERVER, "--version"], stdout=subprocess.PIPE,

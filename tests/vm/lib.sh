@@ -43,6 +43,7 @@ has_size() {
 # attach DEVICE CLIENT [OPTIONS...]: connects to the server at $HOST and $PORT
 # with nbd-client, or with busybox's applet of that name.
 attach() {
+	earlier=$(kernel_complaints | head -c 900)
 	for try in 1 2 3 4 5 6 7 8; do
 		connect "$@" || return 1
 		if await 2 all_receive; then
@@ -51,7 +52,9 @@ attach() {
 		fi
 		echo "try $try: the kernel has no thread for each connection"
 		detach "$1" "$2" || return 1
-		mark_kernel_log		# what it complained of was not the server's fault
+		# What it complained of now was not the server's fault.
+		mark_kernel_log
+		[ -z "$earlier" ] || echo "$earlier" >/dev/kmsg
 	done
 	return 1
 }
