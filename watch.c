@@ -426,14 +426,16 @@ static void on_signal(int sig)
 	raise(sig);
 }
 
-static void begin(bool terminal)
+static void catch_signals(void)
 {
 	static const int ends[] = { SIGINT, SIGTERM, SIGHUP };
 
 	for (size_t i = 0; i < ARRAY_SIZE(ends); i++)
 		signal(ends[i], on_signal);
-	if (!terminal)
-		return;
+}
+
+static void clear_screen(void)
+{
 	say(cursor_off, strlen(cursor_off));
 	atexit(show_cursor);
 }
@@ -453,8 +455,10 @@ void watch(struct server *s, unsigned seconds)
 	unsigned ms = seconds * 1000;
 	uint64_t next;
 
+	catch_signals();		/* a server that is slow to answer is left as well */
 	look_at(s, &looks[0]);
-	begin(terminal);
+	if (terminal)
+		clear_screen();		/* not before: why it cannot be looked at stands there */
 	next = now_ms() + (terminal ? FIRST_MS : ms);
 	for (unsigned i = 1;; i ^= 1) {
 		sleep_until(next);

@@ -351,6 +351,15 @@ def test_watch_takes_seconds(pretend, arguments):
     assert end_of(process).returncode == 0 and server.lines == ["query\n"]
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)])
+def test_watch_can_be_left_before_the_first_answer(pretend, number, status):
+    server = pretend(lambda sock: sock.recv(1))     # until bgctl has gone
+    process = start_bgctl("--watch", server.path)
+    until(lambda: server.lines, what="the first look")
+    process.send_signal(number)
+    assert end_of(process).returncode == status
+
+
 # Servers that do not answer well
 
 EACH = ["--query", "--cache-all", "--cache-all2", "--switch", "--reconnect", "--snapshot", "--watch"]
