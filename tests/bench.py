@@ -1,14 +1,15 @@
 #!/usr/bin/python3
 """Measures xnbd-server beside other NBD servers; `make bench` runs it.
 
-Every round runs every workload on every server, one after the other (A B C D, A B C D, ...), each time on a
-freshly started server, so that what the machine does meanwhile hits all of them alike. What is shown is the
-median of the rounds; "spread" is (highest - lowest) / median, and says how much a difference is worth. Server
-CPU is user + system time of the server's processes, read from /proc before and after a run; "client" is the
-load generator's (tests/load), "others" is what the rest of the machine took, in CPUs. "vs peer" is the rate
-divided by that of the best peer on the same line. "limit" is a server that touches no disk: it answers all that
-has come by one send, out of one buffer, which is what sockets cost at least. "store" is the same, with one pwrite() of
-what each request brings, and knows nothing of blocks, bits or errors: what a server costs that keeps what is written.
+Every round runs every workload on every server, one after the other (A B C D, D C B A, ...), each time on a
+freshly started server, so that what the machine does meanwhile, and what one leaves to the next, hits all of
+them alike. What is shown is the median of the rounds; "spread" is (highest - lowest) / median, and says how
+much a difference is worth. Server CPU is user + system time of the server's processes, read from /proc before
+and after a run; "client" is the load generator's (tests/load), "others" is what the rest of the machine took,
+in CPUs. "vs peer" is the rate divided by that of the best peer on the same line. "limit" is a server that
+touches no disk: it answers all that has come by one send, out of one buffer, which is what sockets cost at
+least. "store" is the same, with one pwrite() of what each request brings, and knows nothing of blocks, bits or
+errors: what a server costs that keeps what is written.
 
 The proxies' origin is nbdkit for all of them: a peer's program, so that nobody plays at home, and one that can
 answer late (its delay filter sleeps in a thread for each request: with 512 threads a connection, the delay does not
@@ -559,7 +560,8 @@ def run_all(opts, rows, servers, images, runs):
         round_, row = turn // len(rows), rows[turn % len(rows)]
         tools = [load] + [fio] * (opts.fio and row["pattern"] != "once" and not row["prep"] and not row["origin"])
         takers = contenders(row, servers)
-        for name, tool in [(n, t) for t in tools for n in takers]:
+        order = list(takers)[::-1 if round_ % 2 else 1]
+        for name, tool in [(n, t) for t in tools for n in order]:
             run = {"round": round_, "workload": row["name"], "server": name}
             try:
                 run.update(measure(name, takers[name], row, images, opts, tool))
