@@ -3,7 +3,7 @@
  *
  *	miss_add()   a block is not held: join the fetch that brings it, or begin one
  *	arrived()    the origin has answered
- *	store()      put it into the image and set the bits; a worker does, unless it is small
+ *	store()      put it into the image and set the bits; a worker does, if that takes its time
  *	settle()     tell all who wait
  *
  * Who looks whether a block is held, and then for its fetch, does so under the lock.  A fetch is
@@ -23,7 +23,7 @@
 
 enum {
 	ZERO_PIECE = 64 * 1024,		/* zeros are looked for in pieces of this */
-	SMALL = 256 * 1024,		/* is stored by the origin's thread, if that does not block */
+	STORE_HERE = 256 * 1024,	/* at most, by the origin's thread, if that does not block */
 };
 
 struct fetch {
@@ -91,6 +91,8 @@ static void insert(struct fetch *fetch)
 
 	fetch->next = *p;
 	*p = fetch;
+	if (fetch->ask.priority == ORIGIN_DEMAND)
+		atomic_fetch_add(&fetch->f->demanded, 1);
 }
 
 static void take_out(struct fetch *fetch)
@@ -100,6 +102,8 @@ static void take_out(struct fetch *fetch)
 	while (*p != fetch)
 		p = &(*p)->next;
 	*p = fetch->next;
+	if (fetch->ask.priority == ORIGIN_DEMAND)
+		atomic_fetch_sub(&fetch->f->demanded, 1);
 }
 
 static uint64_t end_of(const struct fetch *fetch)
@@ -275,6 +279,18 @@ static void store_later(struct fetch *fetch)
 		worker_submit(&f->job);
 }
 
+/*
+ * Whether the origin's thread is to store it, in whose processor's cache it is.  What a client
+ * waits for would come later by the time that the background copy's data takes.
+ */
+static bool is_stored_here(const struct fetch *fetch)
+{
+	const struct origin_request *ask = &fetch->ask;
+
+	return ask->len <= STORE_HERE &&
+	       (ask->priority != ORIGIN_COPY || atomic_load(&fetch->f->demanded) == 0);
+}
+
 /* The origin's thread. */
 static void arrived(struct origin_request *ask)
 {
@@ -282,7 +298,7 @@ static void arrived(struct origin_request *ask)
 	int error = ask->error;
 
 	if (!error)
-		error = ask->len <= SMALL ? store(fetch, TRY) : -EAGAIN;
+		error = is_stored_here(fetch) ? store(fetch, TRY) : -EAGAIN;
 	if (error != -EAGAIN)
 		settle(fetch, error);
 	else

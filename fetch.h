@@ -26,6 +26,7 @@ struct fetcher {
 	struct layer *layer;
 	struct origin *origin;
 	atomic_bool cannot_store;	/* has been logged */
+	atomic_uint demanded;		/* fetches that clients wait for */
 	pthread_mutex_t lock;		/* guards all that follows, and who waits; a leaf */
 	struct fetch *bucket[FETCH_BUCKETS];	/* by region */
 	struct fetch *arrived[ORIGIN_PRIORITIES];	/* to be stored, oldest first ... */

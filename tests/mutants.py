@@ -858,6 +858,9 @@ mutant("the copy goes before clients", "the copy starves clients",
        "for (unsigned i = ORIGIN_PRIORITIES; i-- > 0;)\n\t\twhile (o->queue[i].first && (l",
        tests="test_origin.py::test_clients_go_before_the_copy "
              "test_origin.py::test_clients_go_first_when_the_origin_is_back")
+mutant("what the copy brings is stored before what a client waits for", "the copy starves clients",
+       "fetch.c", "atomic_load(&fetch->f->demanded) == 0", "true",
+       tests="test_faults.py::test_copy_that_waits_for_the_disk_does_not_keep_a_miss_waiting")
 mutant("random reads are read ahead", "the copy starves clients",
        "ahead.c", "SEQUENTIAL_READS = 3,", "SEQUENTIAL_READS = 1,",
        tests="test_origin.py::test_random_reads_are_not_read_ahead")

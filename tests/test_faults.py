@@ -37,6 +37,7 @@ import pytest
 
 from conftest import CRASH, Server, is_portable, make_disk, need, need_holes, skip
 from nbd import *
+from origin import Origin
 from test_snapshot import file_system
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -946,6 +947,30 @@ def test_write_of_a_client_that_was_disconnected_does_not_bury_a_newer_one(bench
         mode.server.stop()
     finally:
         origin.proc.send_signal(signal.SIGCONT)
+        mode.end()
+
+
+# The background copy
+
+@hazard("the copy starves clients")
+def test_copy_that_waits_for_the_disk_does_not_keep_a_miss_waiting(library, tmp_path):
+    """While a client waits for the origin, what the copy brings is stored by a worker."""
+    with Origin(CONTENT, unix=tmp_path / "origin") as origin:
+        mode = Proxy(tmp_path / "proxy", library, origin)
+        assert mode.start(), mode.server.log()
+        origin.hold(lambda r: r.length == BLOCK)
+        with mode.server.client() as c:
+            cookie = c.request(READ, 100 * BLOCK, BLOCK)
+            until(lambda: origin.held, what="a miss")
+            mode.control.arm("pwrite", HOLD)
+            mode.ask("cache-all2")
+            until(lambda: mode.control.injected == 1, what="a store that waits")
+            origin.release()
+            assert c.collect(cookie).data == CONTENT[100 * BLOCK:101 * BLOCK]
+            mode.control.release()
+        assert mode.ask("cache-all")
+        mode.server.stop()
+        assert mode.path("cache").read_bytes() == CONTENT
         mode.end()
 
 
