@@ -40,8 +40,7 @@ enum {
 	REFUSALS_MS = 1000,		/* between two lines about clients that are refused */
 	STOP_MS = 4500,
 	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
-	LOOPS_PER_CPU = 2,
-	LOOPS_MIN = 4,
+	LOOPS_MIN = 2,
 };
 
 /* Everything that the server consists of.  The main thread's. */
@@ -434,9 +433,7 @@ static bool start_loops(struct server *s)
 	int err;
 
 	if (max == 0)
-		max = LOOPS_PER_CPU * cpu_count();
-	if (!s->options.threads && max < LOOPS_MIN)
-		max = LOOPS_MIN;
+		max = cpu_count() > LOOPS_MIN ? cpu_count() : LOOPS_MIN;
 	err = loops_init(max, wake_main);
 	if (err)
 		log_failure("cannot start: %s", strerror(-err));
