@@ -412,8 +412,9 @@ void snapshot_free(struct snapshot *s)
 		pthread_join(s->thread, NULL);
 	if (s->attached)
 		disk_set_snapshot(s->disk, NULL);
-	if (s->temporary)
-		unlink(s->temporary);
+	if (s->temporary && s->fd >= 0 && unlink(s->temporary) < 0)
+		log_error("snapshot %s: cannot remove %s: %s", s->name, s->temporary,
+			  strerror(errno));
 	if (s->fd >= 0)
 		close(s->fd);
 	bitmap_close(s->copied);

@@ -552,7 +552,10 @@ int fsync(int fd)
 
 static const char *name_of(const char *path)
 {
-	return is_here(path) && path[directory_len] == '/' ? path + directory_len + 1 : NULL;
+	if (!is_here(path) || path[directory_len] != '/')
+		return NULL;
+	path += directory_len;
+	return path + strspn(path, "/");
 }
 
 /* A file that is new, if it has a name here, or empty again. */
