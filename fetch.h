@@ -26,7 +26,7 @@ struct fetcher {
 	struct layer *layer;
 	struct origin *origin;
 	atomic_bool cannot_store;	/* has been logged */
-	atomic_uint demanded;		/* fetches that clients wait for */
+	atomic_uint demanded;		/* fetches that were begun for clients, who wait */
 	pthread_mutex_t lock;		/* guards all that follows, and who waits; a leaf */
 	struct fetch *bucket[FETCH_BUCKETS];	/* by region */
 	struct fetch *arrived[ORIGIN_PRIORITIES];	/* to be stored, oldest first ... */

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Server
+from conftest import Server, is_portable
 from nbd import *
 from origin import Origin
 from saboteur import *
@@ -206,7 +206,7 @@ def read_options(story, heard):
 
 def read_answers(story, said, torn):
     """[Reply], in the order of the operations; those that did not come are not done.  torn:
-    the server may have said more."""
+    the relay may not have taken all that a portable build said, which sends it at once."""
     heard = Replay(said, size=story.size)
     replies = []
     try:
@@ -216,7 +216,8 @@ def read_answers(story, said, torn):
             heard.size = story.size
             heard.read_replies()
     except Closed:
-        assert torn or story.fate == "lost" or not heard.left, "the last message is not whole"
+        whole = not heard.left or torn and is_portable()
+        assert whole or story.fate == "lost", "the last message is not whole"
     assert replies or heard.left <= 20, f"{heard.left} bytes after the handshake"
     return replies or [Reply(op.cookie, op.request) for op in story.operations]
 

@@ -1004,6 +1004,18 @@ def test_server_that_cannot_start_leaves_no_pidfile(run_server, server, image, t
     assert not (tmp_path / "pid").exists()
 
 
+@pytest.mark.parametrize("options, loops", [([], max(2, os.cpu_count())), (["--threads", "3"], 3)],
+                         ids=["default", "three"])
+def test_clients_are_spread_over_as_many_threads(image, server, options, loops):
+    """By default one for each processor, and at least two."""
+    s = server(image, *options, *ANY_PORT)
+    before = s.status("Threads")
+    clients = [s.client() for _ in range(3 * loops)]
+    assert all(c.pread(16) for c in clients)
+    assert s.status("Threads") == before + loops or is_portable()   # whose workers read
+
+
+
 # Many connections, few threads, few descriptors
 
 def test_one_thread_serves_many_connections(server, image, path):
