@@ -2,12 +2,17 @@
  * backend.c - the way of a request to its backend and back: see backend.h.
  *
  *	request_try()    a loop: at once, if that is possible without blocking
- *	request_queue()  a worker: blocking
+ *	request_queue()  a worker: blocking; or the backend, which brings blocks first
  *	request_done()   the backend, later, for what was PENDING
+ *	request_again()  blocks are here: back to the loop, which tries again
  *
- * All three end the same way: a command with FUA that changed something is followed by a flush.
+ * All but the last end the same way: a command with FUA that changed something is followed by a
+ * flush.  A change takes its place in the image's order when it comes, and gives it up when it is
+ * stored, before that flush.
  */
 #include "backend.h"
+
+#include "buffer.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -83,18 +88,6 @@ void gate_open(struct gate *g)
 	g->opened();
 }
 
-/* BLOCK_STATUS: "NBD_REPLY_TYPE_BLOCK_STATUS" */
-static int describe(struct backend *b, struct request *r, enum how how)
-{
-	unsigned max = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
-
-	if (!r->extent)
-		r->extent = calloc(max, sizeof(*r->extent));
-	if (!r->extent)
-		return -ENOMEM;
-	return b->ops->extents(b, r, max, how);
-}
-
 /* The bytes that the extents of r describe. */
 static uint64_t described(const struct request *r)
 {
@@ -113,38 +106,150 @@ static bool has_hole(const struct request *r)
 	return false;
 }
 
+/* BLOCK_STATUS: "NBD_REPLY_TYPE_BLOCK_STATUS" */
+static int describe(struct backend *b, struct request *r)
+{
+	unsigned max = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
+	int ret = 0;
+
+	if (!r->extent)
+		r->extent = calloc(max, sizeof(*r->extent));
+	if (!r->extent)
+		return -ENOMEM;
+	r->extents = b->ops->extents(b, r->extent, max, r->h.len, r->h.off, &ret);
+	return ret;
+}
+
 /* Look for holes in a READ that goes to the disk anyway.  To find none is never an error. */
 static void find_holes(struct backend *b, struct request *r)
 {
+	int ret = 0;
+
+	r->extents = 0;
 	if (r->h.len < SPARSE_READ_MIN)
 		return;
-	r->extent = calloc(SPARSE_READ_EXTENTS, sizeof(*r->extent));
+	if (!r->extent)
+		r->extent = calloc(SPARSE_READ_EXTENTS, sizeof(*r->extent));
 	if (!r->extent)
 		return;
-	if (b->ops->extents(b, r, SPARSE_READ_EXTENTS, WAIT) != 0 || !has_hole(r) ||
-	    described(r) < r->h.len)
+	r->extents = b->ops->extents(b, r->extent, SPARSE_READ_EXTENTS, r->h.len, r->h.off, &ret);
+	if (!has_hole(r) || described(r) < r->h.len)
 		r->extents = 0;
 }
 
-/* READ on a worker: the data between the holes. */
+/* READ on a worker: the data between the holes, into memory that is taken now. */
 static int read_sparse(struct backend *b, struct request *r)
 {
-	struct proto_request h = r->h;
-	uint8_t *buf = r->buf;
+	uint64_t off = r->h.off;
+	uint8_t *buf;
 	int ret = 0;
 
+	if (!r->buf) {
+		r->buf = buffer_get(r->h.len);
+		r->buf_len = r->buf ? r->h.len : 0;
+	}
+	buf = r->buf;
+	if (!buf)
+		return -ENOMEM;
 	find_holes(b, r);
 	if (r->extents == 0)
-		return b->ops->read(b, r, WAIT);
+		return b->ops->read(b, buf, r->h.len, off, WAIT);
 	for (unsigned i = 0; i < r->extents && ret == 0; i++) {
-		r->h.len = r->extent[i].len;
-		if (!(r->extent[i].flags & NBD_STATE_ZERO))
-			ret = b->ops->read(b, r, WAIT);
-		r->h.off += r->h.len;
-		r->buf += r->h.len;
+		const struct extent *e = &r->extent[i];
+
+		if (!(e->flags & NBD_STATE_ZERO))
+			ret = b->ops->read(b, buf, e->len, off, WAIT);
+		off += e->len;
+		buf += e->len;
 	}
-	r->h = h;
-	r->buf = buf;
+	return ret;
+}
+
+bool request_is_abandoned(const struct request *r)
+{
+	return r->abandoned && atomic_load(r->abandoned);
+}
+
+/* CACHE in steps; what has been done is not looked at again when the rest has been brought. */
+static int cache_range(struct backend *b, struct request *r)
+{
+	int ret = 0;
+
+	while (r->at.len > 0 && ret == 0) {
+		uint64_t n = r->at.len < STEP_BYTES_MAX ? r->at.len : STEP_BYTES_MAX;
+
+		if (request_is_abandoned(r))
+			return -ECANCELED;
+		ret = b->ops->cache(b, &n, r->at.off);
+		r->at.off += n;
+		r->at.len -= n;
+	}
+	return ret;
+}
+
+/* Changes */
+
+static struct request *request_of(struct change *c)
+{
+	return (struct request *)((char *)c - offsetof(struct request, change));
+}
+
+/* Newer changes have replaced all of it: it need not wait for its blocks any more. */
+static void emptied(struct change *c)
+{
+	struct request *r = request_of(c);
+
+	if (r->backend->ops->take_back(r->backend, r))
+		request_again(r);
+}
+
+/* Carry out a part of a change. */
+static int apply(struct request *r, const struct span *s, enum how how)
+{
+	struct backend *b = r->backend;
+
+	if (r->h.cmd == NBD_CMD_WRITE)
+		return b->ops->write(b, r->buf + (s->off - r->h.off), s->len, s->off, how);
+	if (how == TRY)
+		return -EAGAIN;
+	if (r->h.cmd == NBD_CMD_TRIM)
+		return b->ops->trim(b, s->len, s->off);
+	return b->ops->zero(b, s->len, s->off, r->h.flags);
+}
+
+/* What is left of a change that is registered, step by step. */
+static int go_on_with_change(struct request *r, enum how how)
+{
+	bool stores = r->h.cmd != NBD_CMD_TRIM;
+	struct span s;
+	int ret;
+
+	while ((ret = order_begin(&r->change, STEP_BYTES_MAX, how == WAIT, &s)) == 1) {
+		ret = request_is_abandoned(r) ? -ECANCELED : apply(r, &s, how);
+		order_end(&r->change, ret == 0, ret == 0 && stores);
+		if (ret != 0)
+			break;
+	}
+	if (ret == ABSENT)
+		r->at = s;
+	else if (ret != -EAGAIN)
+		order_remove(&r->change);
+	return ret;
+}
+
+/* A change that has just come: at once, or it keeps its place in the order. */
+static int begin_change(struct request *r)
+{
+	struct order *o = r->backend->order;
+	const struct span all = { r->h.off, r->h.len };
+	int ret = order_enter(o, all.len, all.off) ? apply(r, &all, TRY) : -EAGAIN;
+
+	if (ret == -EAGAIN || ret == ABSENT) {
+		r->at = all;
+		r->change.emptied = emptied;
+		order_register(o, &r->change, all.len, all.off);
+	}
+	order_leave(o, ret == 0);
 	return ret;
 }
 
@@ -153,22 +258,31 @@ static int run(struct request *r, enum how how)
 	struct backend *b = r->backend;
 
 	assert(r->h.len <= b->size && r->h.off <= b->size - r->h.len);
+	if (atomic_load_explicit(&b->failed, memory_order_relaxed))
+		return -EIO;
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
-		return how == TRY ? b->ops->read(b, r, how) : read_sparse(b, r);
-	case NBD_CMD_WRITE:
-		return b->ops->write(b, r, how);
+		if (r->h.len > READ_PIECE)
+			return r->fetched || b->ops->holds(b, r->h.len, r->h.off) ? 0 : ABSENT;
+		return how == WAIT ? read_sparse(b, r) :
+				     b->ops->read(b, r->buf, r->h.len, r->h.off, TRY);
 	case NBD_CMD_FLUSH:
-		return b->ops->flush(b, r, how);
-	case NBD_CMD_TRIM:
-		return b->ops->trim(b, r, how);
+		return b->ops->flush(b, r);
 	case NBD_CMD_CACHE:
-		return b->ops->cache(b, r, how);
-	case NBD_CMD_WRITE_ZEROES:
-		return b->ops->zero(b, r, how);
+		return how == TRY ? -EAGAIN : cache_range(b, r);
+	case NBD_CMD_BLOCK_STATUS:
+		return how == TRY ? -EAGAIN : describe(b, r);
 	default:
-		assert(r->h.cmd == NBD_CMD_BLOCK_STATUS);
-		return describe(b, r, how);
+		assert(proto_cmd_writes(r->h.cmd));
+		return r->change.order ? go_on_with_change(r, how) : begin_change(r);
+	}
+}
+
+static void leave_gate(struct request *r)
+{
+	if (r->inside) {
+		r->inside = false;
+		gate_leave(r->gate);
 	}
 }
 
@@ -176,59 +290,76 @@ static int run(struct request *r, enum how how)
  * The flush that FUA asks for; the flag is taken off, so that it happens once.  It may take
  * long, and does not hold up who closes the gate.
  */
-static int commit(struct request *r, enum how how)
+static int commit(struct request *r)
 {
 	if (!(r->h.flags & NBD_CMD_FLAG_FUA) || !proto_cmd_writes(r->h.cmd))
 		return 0;
 	r->h.flags &= (uint16_t)~NBD_CMD_FLAG_FUA;
-	if (r->inside) {
-		r->inside = false;
-		gate_leave(r->gate);
-	}
-	return r->backend->ops->flush(r->backend, r, how);
+	leave_gate(r);
+	return r->backend->ops->flush(r->backend, r);
 }
 
 int request_try(struct request *r)
 {
 	int ret = run(r, TRY);
 
-	return ret == 0 ? commit(r, TRY) : ret;
+	r->absent = ret == ABSENT;
+	if (ret == 0)
+		return commit(r);
+	return r->absent ? -EAGAIN : ret;
 }
 
 int request_commit(struct request *r)
 {
-	return commit(r, TRY);
+	return commit(r);
 }
 
 void request_done(struct request *r, int error)
 {
+	order_remove(&r->change);
 	if (error == 0)
-		error = commit(r, WAIT);
+		error = commit(r);
 	if (error == PENDING)
 		return;
 	r->error = -error;
 	r->done(r);
 }
 
-/*
- * A change that waited for long, and whose client was disconnected meanwhile: it may have come back
- * and written something newer, which must stay.
- */
-static bool is_late(const struct request *r)
+void request_again(struct request *r)
 {
-	return r->abandoned && atomic_load(r->abandoned) && proto_cmd_writes(r->h.cmd);
+	r->again = true;
+	r->done(r);
+}
+
+static void submit(struct request *r);
+
+/* Bring what it lacks; it waits outside the gate. */
+static void fetch(struct request *r, enum how how)
+{
+	int ret;
+
+	leave_gate(r);
+	ret = r->backend->ops->fetch(r->backend, r, how);
+	if (ret == 0)
+		request_again(r);
+	else if (ret == -EAGAIN)
+		submit(r);	/* a READ, which changes nothing: it needs no place inside the gate */
+	else if (ret != PENDING)
+		request_done(r, ret);
 }
 
 static void run_job(struct job *job)
 {
 	struct request *r = (struct request *)((char *)job - offsetof(struct request, job));
-	int ret = is_late(r) ? -ECANCELED : run(r, WAIT);
+	int ret = request_is_abandoned(r) ? -ECANCELED : run(r, WAIT);
 
-	if (ret != PENDING)
+	if (ret == ABSENT)
+		fetch(r, WAIT);
+	else if (ret != PENDING)
 		request_done(r, ret);
 }
 
-void request_again(struct request *r)
+static void submit(struct request *r)
 {
 	r->job.run = run_job;
 	worker_submit(&r->job);
@@ -236,12 +367,38 @@ void request_again(struct request *r)
 
 void request_queue(struct request *r)
 {
-	if (r->h.cmd != NBD_CMD_READ || r->backend->ops->fetch(r->backend, r) != PENDING)
-		request_again(r);
+	if (r->absent) {
+		fetch(r, TRY);
+		return;
+	}
+	r->inside = true;
+	gate_hold(r->gate);
+	submit(r);
 }
 
-int backend_fetches_nothing(struct backend *b, struct request *r)
+bool request_take_back(struct request *r)
+{
+	if (!worker_take_back(&r->job) && !r->backend->ops->take_back(r->backend, r))
+		return false;
+	order_remove(&r->change);
+	r->error = ECANCELED;
+	return true;
+}
+
+bool backend_holds_all(struct backend *b, uint64_t len, uint64_t off)
+{
+	(void)b, (void)len, (void)off;
+	return true;
+}
+
+int backend_fetches_nothing(struct backend *b, struct request *r, enum how how)
+{
+	(void)b, (void)r, (void)how;
+	return 0;
+}
+
+bool backend_keeps_nothing(struct backend *b, struct request *r)
 {
 	(void)b, (void)r;
-	return -EAGAIN;
+	return false;
 }

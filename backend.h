@@ -15,67 +15,74 @@ enum how {
 	WAIT,	/* by a worker, after -EAGAIN, all of it: it may block on disk, not on a network */
 };
 
-/*
- * The outcome of an operation is 0, a negative errno, -EAGAIN for TRY, or this: the backend
- * keeps the request and will call request_done() for it, from any thread.  Not for a READ or
- * WRITE by TRY, whose buffer is the connection's.  A flush is outside the gate while it is
- * PENDING.
- */
-enum { PENDING = 1 };
+/* The outcome of an operation is 0, a negative errno, -EAGAIN for TRY, or one of these. */
+enum {
+	/*
+	 * Of flush and fetch: the backend keeps the request, and will call request_done() or
+	 * request_again() for it, from any thread.  It is outside the gate meanwhile.
+	 */
+	PENDING = 1,
+
+	/* Of read, write, zero, cache and extents: fetch() has to bring blocks first. */
+	ABSENT = 2,
+};
 
 /*
  * The operations of a backend.  All entries are required.  Several threads call them at the same
- * time.  The range r->h.off, r->h.len is inside the backend's size.
+ * time.  Ranges are inside the backend's size, and not empty.  Whoever changes a range has begun
+ * with it in the backend's order (order.h).
  */
 struct backend_ops {
 	const char *name;
 
-	/* Fill r->buf with the range. */
-	int (*read)(struct backend *b, struct request *r, enum how how);
+	/* Fill buf with the range. */
+	int (*read)(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 
-	/*
-	 * Begin a READ whose range has to be brought from elsewhere, without blocking: r->buf is
-	 * the request's own.  PENDING, or -EAGAIN: let a worker read.
-	 */
-	int (*fetch)(struct backend *b, struct request *r);
+	/* Store buf in the range. */
+	int (*write)(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 
-	/*
-	 * Say which parts of which files, at most max, hold the range, so that the kernel can
-	 * send them: all of it in the page cache, without waiting for the disk.  Returns the
-	 * number of parts, or 0 if it is not so, or not known.  The files stay open as long as
-	 * the backend, and show later writes.
-	 */
-	int (*locate)(struct backend *b, const struct request *r, struct file_part *part, int max);
+	/* Make the range read as zeros; flags may hold NO_HOLE and FAST_ZERO.  WAIT. */
+	int (*zero)(struct backend *b, uint64_t len, uint64_t off, unsigned flags);
 
-	/* Store r->buf in the range. */
-	int (*write)(struct backend *b, struct request *r, enum how how);
+	/* Drop the range's contents; a hint.  WAIT. */
+	int (*trim)(struct backend *b, uint64_t len, uint64_t off);
 
 	/* Make durable all that was done before. */
-	int (*flush)(struct backend *b, struct request *r, enum how how);
+	int (*flush)(struct backend *b, struct request *r);
 
-	/* Drop the range's contents; a hint. */
-	int (*trim)(struct backend *b, struct request *r, enum how how);
-
-	/* Make the range read as zeros; r->h.flags may hold NO_HOLE and FAST_ZERO. */
-	int (*zero)(struct backend *b, struct request *r, enum how how);
-
-	/* Bring the range closer; a hint. */
-	int (*cache)(struct backend *b, struct request *r, enum how how);
+	/* Bring the range closer; a hint.  WAIT.  ABSENT, and *len bytes from its beginning are here. */
+	int (*cache)(struct backend *b, uint64_t *len, uint64_t off);
 
 	/*
-	 * Describe the range from its beginning in r->extent, of room for max; set r->extents,
-	 * at least 1.  It may stop early when there is no more room.
+	 * Describe the range from its beginning, in room for max: how many extents, and they may
+	 * end before the range does; or ABSENT or -errno in *ret and 0.  WAIT.
 	 */
-	int (*extents)(struct backend *b, struct request *r, unsigned max, enum how how);
+	unsigned (*extents)(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
+			    uint64_t off, int *ret);
 
-	/* Free it, at the end of the program: replies may refer to its memory until then. */
-	void (*close)(struct backend *b);
+	/* Whether the range can be read without fetch(). */
+	bool (*holds)(struct backend *b, uint64_t len, uint64_t off);
+
+	/*
+	 * Begin to bring what the request lacks: a READ its range, others what r->at says.  Called
+	 * outside the gate.  PENDING, or -errno, -EAGAIN for TRY, or 0: try again.  Of a READ up to
+	 * READ_PIECE and of a BLOCK_STATUS that are PENDING the answer is made, of others not.
+	 */
+	int (*fetch)(struct backend *b, struct request *r, enum how how);
+
+	/* Take back a request that fetch() keeps.  False if it is on its way back.  Any thread. */
+	bool (*take_back)(struct backend *b, struct request *r);
+
+	/* Free it, at the end of the program.  0, or -errno if something is not durable. */
+	int (*close)(struct backend *b);
 };
 
 struct backend {
 	const struct backend_ops *ops;
 	uint64_t size;		/* bytes; does not change */
 	bool readonly;
+	struct order *order;	/* of the image that changes go to */
+	atomic_bool failed;	/* stable storage has: every request is answered with EIO */
 };
 
 /*
@@ -101,7 +108,7 @@ struct load {
 struct export {
 	struct proto_export proto;
 	struct load load;
-	struct backend *backend;	/* changes only while the gate is closed */
+	struct backend *backend;
 	struct gate gate;
 	struct lane lane;		/* of its requests, when they wait for the disk */
 };
@@ -123,30 +130,46 @@ void gate_leave(struct gate *g);
 bool gate_close(struct gate *g);
 void gate_open(struct gate *g);
 
+enum {
+	READ_PIECE = 256 * 1024,	/* a READ of more is answered in pieces of this */
+	STEP_BYTES_MAX = 64 * 1024 * 1024,	/* between two looks whether somebody still wants it */
+};
+
 /*
- * Carry out the command of r, which proto_check_request() let pass, on the calling thread
- * without blocking.  Returns 0, -errno, -EAGAIN (use request_queue(), which does all of it), or
- * PENDING.
+ * Carry out the command of r, which proto_check_request() let pass, on the calling loop's thread
+ * without blocking.  Returns 0, -errno, PENDING, or -EAGAIN: request_queue() does it.  For a READ of
+ * more than READ_PIECE 0 says that its pieces can be read.
  */
 int request_try(struct request *r);
 
 /*
- * Let a worker carry it out, or whoever brings what a READ wants; r->buf is its own.  r->done is
- * called, maybe before this returns.
+ * Let a worker carry it out, or whoever brings what it lacks; r->buf, of a WRITE, is its own.
+ * r->done is called, maybe before this returns.
  */
 void request_queue(struct request *r);
-
-/* The same, but a worker in any case: for backends, of what was PENDING. */
-void request_again(struct request *r);
-
-/* The fetch operation of backends that bring nothing from elsewhere. */
-int backend_fetches_nothing(struct backend *b, struct request *r);
 
 /* Make durable what the WRITE r did, if it asked for FUA: 0, -errno or PENDING. */
 int request_commit(struct request *r);
 
+/*
+ * Take back a request that has not begun, since its client is gone.  False if it has: it will come
+ * back by itself.  The loop's thread.
+ */
+bool request_take_back(struct request *r);
+
 /* A backend completes a request that was PENDING, with 0 or -errno.  Any thread. */
 void request_done(struct request *r, int error);
+
+/* The same for one that is to be carried out again: it goes through the gate for that. */
+void request_again(struct request *r);
+
+/* Whether its client is gone. */
+bool request_is_abandoned(const struct request *r);
+
+/* For backends that bring nothing from elsewhere. */
+bool backend_holds_all(struct backend *b, uint64_t len, uint64_t off);
+int backend_fetches_nothing(struct backend *b, struct request *r, enum how how);
+bool backend_keeps_nothing(struct backend *b, struct request *r);
 
 /* The most extents that one BLOCK_STATUS reply has; clients ask again for what follows. */
 enum { EXTENTS_MAX = 1024 };

@@ -5,26 +5,50 @@
  *
  *	offset  size
  *	     0     8  magic "xnbdbmap"
- *	     8     4  version, 1
+ *	     8     4  version, 2
  *	    12     4  kind: enum bitmap_kind
  *	    16     8  bytes per block, 4096
  *	    24     8  size of the disk in bytes
  *	    32     8  fingerprint of the base image
  *	    40    16  boot id of the machine that wrote it last; zeros: not known
- *	    56     4  1 if it was closed in order: then both maps are the same
- *	    60     4  0
- *	    64     8  checksum (FNV-1a) of the 64 bytes before
+ *	    56     4  1 if it was closed in order
+ *	    60     4  enum flag
+ *	    64     8  instance of the image's file system or device, 0: not known
+ *	    72     8  instance of this file's file system, 0: not known
+ *	    80     8  checksum (FNV-1a) of the 80 bytes before
  *	  4096     m  committed map: bit n % 8 of byte n / 8 is block n
  *	4096+m     m  live map, likewise; m is a multiple of 4096
  *
- * The live map is a shared mapping, so that kill -9 leaves it as it was at the last store: the
- * page cache holds it, as it holds the data.  A power cut does not, and what the disk then has
- * of it is worth nothing: after a reboot, which the boot id shows, the committed map alone
- * counts.  Its bits are written after the data that they speak of is on stable storage.
+ * Memory is what counts while the server runs.  The live map is its record for the time after
+ * kill -9: changed bytes go there by pwrite(), and the page cache keeps them as it keeps the data.
+ * The committed map is its record for the time after a power cut: a commit writes it when the data
+ * is on stable storage.  Bits are never taken back, so that neither needs an order of its own: any
+ * part of what was written is true.
  *
- * Three facts are kept apart: set (live), set since the last commit (a dirty flag for each page
- * of the map), and committed.  A commit takes the dirty pages' contents first and syncs the
- * data then, so that a bit set meanwhile waits for the next.
+ * A start believes the committed map, and the live map too if the page cache is the one that it was
+ * written to: if the boot id and both instances are the same, and the file does not say that stable
+ * storage has failed.  Else the live map is emptied.
+ *
+ * What a crash leaves between two calls, and why a reader gets the right bytes then:
+ *
+ *	between                         kill -9                     power cut, failed or remounted disk
+ *	a first write, or a fetch:
+ *	  data pwrite, record pwrite    bit 0: the other bytes      bit 0
+ *	  record pwrite, bit, reply     bit 1, data is cached       bit 0, nobody was told of a flush
+ *	a write to a held block:
+ *	  pwrite, reply                 data is cached              the block as it was committed, or newer
+ *	a commit:
+ *	  data fdatasync, map pwrite    bit 1 by the live map       bit 0; the flush was not answered
+ *	  map pwrite, map fdatasync     the same                    bit 0 or 1 for each page: data is stable
+ *	bitmap_complete() (a switch):
+ *	  zeros, data fdatasync         bits 0 where zeros are      the same: the origin's bytes
+ *	  data fdatasync, header        the same                    the same
+ *	  header pwrite, fdatasync      all are held                none or all: it is one sector
+ *	a start that believes less:
+ *	  live map emptied, header      the same start again        the same start again
+ *
+ * A full disk fails the pwrite of a record, and so that one request: its bits stay 0.  The space for
+ * a page of the committed map is taken before the page's first record.
  */
 #define _GNU_SOURCE
 #include "bitmap.h"
@@ -34,22 +58,42 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#if defined(__linux__)
+#include <sys/sysmacros.h>
+#include <sys/vfs.h>
+#endif
 
 enum {
 	HEADER_SIZE = 4096,
 	MAP_PAGE = 4096,		/* bytes of a map that are committed together */
 	COMMIT_PAGES = 64,		/* at most, for one sync of the data */
-	VERSION = 1,
+	VERSION = 2,
 	BOOT_ID_SIZE = 16,
-	CHECKED_SIZE = 64,		/* of the header */
+	CHECKED_SIZE = 80,		/* of the header */
+	CHECKED_SIZE_1 = 64,		/* of version 1 */
+};
+
+/* What the header tells.  The numbers are part of the format. */
+enum flag {
+	FAILED = 1,			/* stable storage has */
+	WHOLE = 2,			/* all blocks are held, whatever the maps say */
+	WRITTEN = 4,			/* a client has changed the disk */
+};
+
+/* What is known of a page of the map. */
+enum page_state {
+	DIRTY = 1,			/* has bits that are not committed */
+	TAKEN = 2,			/* the committed map has space for it */
 };
 
 static const char magic[8] = { 'x', 'n', 'b', 'd', 'b', 'm', 'a', 'p' };
@@ -57,18 +101,22 @@ static const char magic[8] = { 'x', 'n', 'b', 'd', 'b', 'm', 'a', 'p' };
 struct bitmap {
 	uint64_t blocks;
 	atomic_size_t set;		/* bits that are; 32 bits are enough for 16 TiB */
-	atomic_uchar *live;
+	atomic_bool whole;
+	atomic_uchar *live;		/* anonymous memory */
 	uint64_t map_bytes;		/* of one map, a multiple of MAP_PAGE */
 
 	/* For a durable one; fd is -1 otherwise. */
 	int fd;
-	uint8_t *file;			/* the mapping of all of it */
-	uint64_t file_bytes;
-	atomic_uchar *dirty;		/* one for each page of the map */
-	uint8_t *pages;			/* room for COMMIT_PAGES */
+	const char *path;		/* while it is opened, for the log */
+	atomic_uchar *page;		/* enum page_state, for each page of the map */
+	uint8_t *pages;			/* room for COMMIT_PAGES, for who commits */
 	uint64_t page_number[COMMIT_PAGES];
+	pthread_mutex_t lock;		/* for records and the header; a leaf */
 	struct bitmap_identity id;
-	uint8_t boot_id[BOOT_ID_SIZE];	/* read when it was opened: later there may be no access */
+	uint8_t boot_id[BOOT_ID_SIZE];	/* these are read at the start: later there may be no access */
+	uint64_t image_instance, own_instance;
+	atomic_uint flags;
+	bool written_is_stable;		/* the flag is; for who commits */
 };
 
 static void put_le(uint8_t *p, uint64_t v, int bytes)
@@ -102,7 +150,8 @@ static uint64_t map_bytes_of(uint64_t blocks)
 
 bool bitmap_test(const struct bitmap *b, uint64_t blk)
 {
-	return atomic_load_explicit(&b->live[blk / 8], memory_order_acquire) >> blk % 8 & 1;
+	return atomic_load_explicit(&b->whole, memory_order_acquire) ||
+	       atomic_load_explicit(&b->live[blk / 8], memory_order_acquire) >> blk % 8 & 1;
 }
 
 uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *set)
@@ -112,6 +161,8 @@ uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *se
 	uint64_t n = 1;
 
 	*set = first;
+	if (atomic_load_explicit(&b->whole, memory_order_acquire))
+		return first ? max : n;
 	while (n < max) {
 		uint64_t at = blk + n;
 
@@ -126,15 +177,6 @@ uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *se
 	return n;
 }
 
-/* The page is marked after its bits: a commit that misses a bit finds the mark next time. */
-static void mark_dirty(struct bitmap *b, uint64_t first_byte, uint64_t last_byte)
-{
-	if (!b->dirty)
-		return;
-	for (uint64_t page = first_byte / MAP_PAGE; page <= last_byte / MAP_PAGE; page++)
-		atomic_store_explicit(&b->dirty[page], 1, memory_order_release);
-}
-
 static unsigned count_bits(unsigned bits)
 {
 	unsigned n = 0;
@@ -144,77 +186,134 @@ static unsigned count_bits(unsigned bits)
 	return n;
 }
 
-uint64_t bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n)
+/* The bits of byte at that stand for blocks blk to end - 1. */
+static unsigned char bits_of(uint64_t at, uint64_t blk, uint64_t end)
 {
-	uint64_t end = blk + n, at = blk, fresh = 0;
+	unsigned first = at * 8 < blk ? (unsigned)(blk - at * 8) : 0;
+	unsigned last = end - at * 8 < 8 ? (unsigned)(end - at * 8) : 8;
 
-	if (n == 0)
-		return 0;
-	while (at < end) {
-		uint64_t count = 8 - at % 8;
-		unsigned char bits, old;
+	return (unsigned char)(0xffU << first & 0xffU >> (8 - last));
+}
 
-		if (count > end - at)
-			count = end - at;
-		bits = (unsigned char)((0xffU >> (8 - count)) << at % 8);
-		old = atomic_fetch_or_explicit(&b->live[at / 8], bits, memory_order_acq_rel);
+static uint64_t set_bits(struct bitmap *b, uint64_t blk, uint64_t end)
+{
+	uint64_t fresh = 0;
+
+	for (uint64_t at = blk / 8; at * 8 < end; at++) {
+		unsigned char bits = bits_of(at, blk, end), old;
+
+		old = atomic_fetch_or_explicit(&b->live[at], bits, memory_order_acq_rel);
 		fresh += count_bits(bits & ~(unsigned)old);
-		at += count;
 	}
-	mark_dirty(b, blk / 8, (end - 1) / 8);
 	atomic_fetch_add_explicit(&b->set, fresh, memory_order_relaxed);
 	return fresh;
 }
 
-uint64_t bitmap_count(const struct bitmap *b)
+static bool are_set(const struct bitmap *b, uint64_t blk, uint64_t end)
 {
-	return atomic_load_explicit(&b->set, memory_order_relaxed);
+	bool set;
+
+	return bitmap_run(b, blk, end - blk, &set) == end - blk && set;
 }
 
-/* How many bits of blocks at to end - 1 are set; at is a multiple of 64. */
-static uint64_t count_range(const struct bitmap *b, uint64_t at, uint64_t end)
+/*
+ * Write the bytes of the live map that have these blocks, which lie in one page, as they will be.
+ * Called with the lock, so that nobody writes older bytes over them.
+ */
+static int record(struct bitmap *b, uint64_t blk, uint64_t end)
 {
-	static const uint64_t none = 0, all = UINT64_MAX;
-	const uint8_t *map = (const void *)b->live;
-	uint64_t count = 0;
+	uint64_t first = blk / 8, bytes = (end - 1) / 8 - first + 1, page = first / MAP_PAGE;
+	uint8_t buf[MAP_PAGE] = { 0 };
+	int err = 0;
 
-	for (; at + 64 <= end; at += 64) {
-		if (memcmp(map + at / 8, &none, 8) == 0)
-			continue;
-		if (memcmp(map + at / 8, &all, 8) == 0)
-			count += 64;
-		else
-			for (unsigned i = 0; i < 8; i++)
-				count += count_bits(map[at / 8 + i]);
+	if (!(atomic_load(&b->page[page]) & TAKEN)) {
+		err = write_at(b->fd, buf, MAP_PAGE, HEADER_SIZE + page * MAP_PAGE);
+		if (err)
+			return err;
+		atomic_fetch_or(&b->page[page], TAKEN);
 	}
-	for (; at < end; at++)
-		count += bitmap_test(b, at);
-	return count;
+	for (uint64_t i = 0; i < bytes; i++)
+		buf[i] = atomic_load_explicit(&b->live[first + i], memory_order_relaxed) |
+			 bits_of(first + i, blk, end);
+	return write_at(b->fd, buf, bytes, HEADER_SIZE + b->map_bytes + first);
+}
+
+/* The page is marked after its bits: a commit that misses a bit finds the mark next time. */
+static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, uint64_t *fresh)
+{
+	int err = 0;
+
+	pthread_mutex_lock(&b->lock);
+	if (!are_set(b, blk, end)) {
+		err = record(b, blk, end);
+		if (!err) {
+			*fresh += set_bits(b, blk, end);
+			atomic_fetch_or(&b->page[blk / 8 / MAP_PAGE], DIRTY);
+		}
+	}
+	pthread_mutex_unlock(&b->lock);
+	return err;
+}
+
+int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, uint64_t *fresh)
+{
+	uint64_t end = blk + n, to;
+	int err = 0;
+
+	if (n == 0 || atomic_load_explicit(&b->whole, memory_order_acquire))
+		return 0;
+	if (b->fd < 0) {
+		*fresh += set_bits(b, blk, end);
+		return 0;
+	}
+	for (; blk < end && !err; blk = to) {
+		to = (blk / 8 / MAP_PAGE + 1) * MAP_PAGE * 8;
+		if (to > end)
+			to = end;
+		err = set_recorded(b, blk, to, fresh);
+	}
+	return err;
+}
+
+uint64_t bitmap_count(const struct bitmap *b)
+{
+	return atomic_load(&b->whole) ? b->blocks :
+					atomic_load_explicit(&b->set, memory_order_relaxed);
+}
+
+static bool make_map(struct bitmap *b, uint64_t blocks)
+{
+	int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+	void *map;
+
+#if defined(MAP_NORESERVE)
+	flags |= MAP_NORESERVE;
+#endif
+	b->blocks = blocks;
+	b->map_bytes = map_bytes_of(blocks ? blocks : 1);
+	map = mmap(NULL, b->map_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+	b->live = map == MAP_FAILED ? NULL : map;
+	return b->live != NULL;
 }
 
 struct bitmap *bitmap_new(uint64_t blocks)
 {
 	struct bitmap *b = calloc(1, sizeof(*b));
-	void *map;
 
 	if (!b)
 		return NULL;
 	b->fd = -1;
-	b->blocks = blocks;
-	b->map_bytes = map_bytes_of(blocks ? blocks : 1);
-	map = mmap(NULL, b->map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (map == MAP_FAILED) {
-		free(b);
-		return NULL;
-	}
-	b->live = map;
-	return b;
+	pthread_mutex_init(&b->lock, NULL);
+	if (make_map(b, blocks))
+		return b;
+	bitmap_close(b);
+	return NULL;
 }
 
-/* The file */
+/* Which page cache it is */
 
 /* The machine's boot id in its 16 bytes; zeros if there is none, which equals no other. */
-static void read_boot_id(uint8_t *id)
+static bool read_boot_id(uint8_t *id)
 {
 	char text[64] = "";
 	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
@@ -235,13 +334,96 @@ static void read_boot_id(uint8_t *id)
 			digits++;
 		}
 	}
+	return digits > 0;
 }
 
-static uint64_t checksum(const uint8_t *p)
+#if defined(__linux__) && !defined(XNBD_PORTABLE)
+/* The folder of a btrfs below /sys/fs, whose name is its UUID. */
+static bool name_btrfs(const char *path, char *name, size_t room)
+{
+	enum { FSID = 16, FSID_SIZE = 16 };		/* struct btrfs_ioctl_fs_info_args */
+	uint8_t info[1024] = { 0 };
+	int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC), n;
+	bool ok = fd >= 0 && ioctl(fd, _IOC(_IOC_READ, 0x94, 31, sizeof(info)), info) == 0;
+
+	if (fd >= 0)
+		close(fd);
+	n = snprintf(name, room, "/sys/fs/btrfs/");
+	for (int i = 0; i < FSID_SIZE; i++)
+		n += snprintf(name + n, room - (size_t)n, "%s%02x",
+			      i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", info[FSID + i]);
+	return ok;
+}
+
+/* The number of the folder that the kernel makes below /sys/fs for a mounted block device. */
+static uint64_t mounted_instance(const char *path, const struct stat *st)
+{
+	static const char *const type[] = { "ext4", "xfs", "f2fs" };
+	char link[64], device[256], name[512];
+	struct stat folder;
+	ssize_t n;
+
+	snprintf(link, sizeof(link), "/sys/dev/block/%u:%u", major(st->st_dev), minor(st->st_dev));
+	n = readlink(link, device, sizeof(device) - 1);
+	if (n < 0)
+		return name_btrfs(path, name, sizeof(name)) && stat(name, &folder) == 0 ?
+			       folder.st_ino :
+			       0;
+	device[n] = '\0';
+	for (size_t i = 0; i < ARRAY_SIZE(type); i++) {
+		snprintf(name, sizeof(name), "/sys/fs/%s/%s", type[i], base_name(device));
+		if (stat(name, &folder) == 0)
+			return folder.st_ino;
+	}
+	return 0;
+}
+
+static uint64_t device_instance(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+	uint64_t number = 0;
+
+	if (fd < 0)
+		return 0;
+	if (ioctl(fd, _IOR(0x12, 128, uint64_t), &number) < 0)	/* BLKGETDISKSEQ */
+		number = 0;
+	close(fd);
+	return number;
+}
+
+/*
+ * A number that changes when the file system that has path, or will, is mounted again, or when the
+ * device at path is another one: then the page cache is another one, too.  It does not depend on
+ * the mount namespace.  0 if there is no such number.
+ */
+static uint64_t instance_of(const char *path)
+{
+	char *dir = directory_of(path);
+	uint64_t instance = 0;
+	struct stat st;
+
+	if (stat(path, &st) == 0)
+		instance = S_ISBLK(st.st_mode) ? device_instance(path) : mounted_instance(path, &st);
+	else if (dir && stat(dir, &st) == 0)
+		instance = mounted_instance(dir, &st);
+	free(dir);
+	return instance;
+}
+#else
+static uint64_t instance_of(const char *path)
+{
+	(void)path;
+	return 0;
+}
+#endif
+
+/* The file */
+
+static uint64_t checksum(const uint8_t *p, int size)
 {
 	uint64_t h = UINT64_C(0xcbf29ce484222325);
 
-	for (int i = 0; i < CHECKED_SIZE; i++)
+	for (int i = 0; i < size; i++)
 		h = (h ^ p[i]) * UINT64_C(0x100000001b3);
 	return h;
 }
@@ -254,10 +436,10 @@ static int sync_file(const struct bitmap *b)
 	return 0;
 }
 
+/* Called with the lock, once the file is open to others. */
 static int write_header(struct bitmap *b, bool clean)
 {
 	uint8_t p[CHECKED_SIZE + 8] = { 0 };
-	int err;
 
 	memcpy(p, magic, sizeof(magic));
 	put_le(p + 8, VERSION, 4);
@@ -267,9 +449,30 @@ static int write_header(struct bitmap *b, bool clean)
 	put_le(p + 32, b->id.fingerprint, 8);
 	memcpy(p + 40, b->boot_id, BOOT_ID_SIZE);
 	put_le(p + 56, clean, 4);
-	put_le(p + 64, checksum(p), 8);
-	err = write_at(b->fd, p, sizeof(p), 0);
-	return err ? err : sync_file(b);
+	put_le(p + 60, atomic_load(&b->flags), 4);
+	put_le(p + 64, b->image_instance, 8);
+	put_le(p + 72, b->own_instance, 8);
+	put_le(p + 80, checksum(p, CHECKED_SIZE), 8);
+	return write_at(b->fd, p, sizeof(p), 0);
+}
+
+/* Set a flag in memory and in the file, which keeps it for a later process. */
+static int write_flag(struct bitmap *b, enum flag flag)
+{
+	int err = 0;
+
+	pthread_mutex_lock(&b->lock);
+	if (!(atomic_fetch_or(&b->flags, flag) & flag))
+		err = write_header(b, false);
+	if (err)
+		atomic_fetch_and(&b->flags, ~(unsigned)flag);
+	pthread_mutex_unlock(&b->lock);
+	return err;
+}
+
+static uint64_t file_bytes(const struct bitmap *b)
+{
+	return HEADER_SIZE + 2 * b->map_bytes;
 }
 
 /* What to do about a file that is refused. */
@@ -278,48 +481,49 @@ static const char *remedy(const struct bitmap *b)
 	return b->id.kind == BITMAP_CACHE ? " (--clear-bitmap begins afresh)" : "";
 }
 
-static bool refuse(const struct bitmap *b, const char *path, const char *what, uint64_t found,
-		   uint64_t expected)
+static bool refuse(const struct bitmap *b, const char *what, uint64_t found, uint64_t expected)
 {
-	log_failure("bitmap file %s: %s is %llu, and %llu is expected%s", path, what,
+	log_failure("bitmap file %s: %s is %llu, and %llu is expected%s", b->path, what,
 		    (unsigned long long)found, (unsigned long long)expected, remedy(b));
 	return false;
 }
 
-/* Whether the file, of which st tells, is what it should be. */
-static bool check_header(const struct bitmap *b, const char *path, uint64_t file_size)
+/* Whether the header p, and the size of the file, are what they should be. */
+static bool check_header(const struct bitmap *b, const uint8_t *p, uint64_t size)
 {
-	const uint8_t *p = b->file;
+	uint64_t version = get_le(p + 8, 4);
+	int checked = version == 1 ? CHECKED_SIZE_1 : CHECKED_SIZE;
 
 	if (memcmp(p, magic, sizeof(magic)) != 0) {
-		log_failure("bitmap file %s: it is no bitmap file of xnbd%s", path, remedy(b));
+		log_failure("bitmap file %s: it is no bitmap file of xnbd%s", b->path, remedy(b));
 		return false;
 	}
-	if (get_le(p + 8, 4) != VERSION)
-		return refuse(b, path, "version", get_le(p + 8, 4), VERSION);
-	if (get_le(p + 64, 8) != checksum(p)) {
-		log_failure("bitmap file %s: the header is damaged, its checksum is wrong%s", path,
-			    remedy(b));
+	if (version != 1 && version != VERSION)
+		return refuse(b, "version", version, VERSION);
+	if (get_le(p + checked, 8) != checksum(p, checked)) {
+		log_failure("bitmap file %s: the header is damaged, its checksum is wrong%s",
+			    b->path, remedy(b));
 		return false;
 	}
 	if (get_le(p + 12, 4) != b->id.kind)
-		return refuse(b, path, "kind", get_le(p + 12, 4), b->id.kind);
+		return refuse(b, "kind", get_le(p + 12, 4), b->id.kind);
 	if (get_le(p + 16, 8) != BLOCK_SIZE)
-		return refuse(b, path, "block size", get_le(p + 16, 8), BLOCK_SIZE);
+		return refuse(b, "block size", get_le(p + 16, 8), BLOCK_SIZE);
 	if (get_le(p + 24, 8) != b->id.disk_size)
-		return refuse(b, path, "size of the disk", get_le(p + 24, 8), b->id.disk_size);
+		return refuse(b, "size of the disk", get_le(p + 24, 8), b->id.disk_size);
 	if (get_le(p + 32, 8) != b->id.fingerprint)
-		return refuse(b, path, "fingerprint of the base image", get_le(p + 32, 8),
+		return refuse(b, "fingerprint of the base image", get_le(p + 32, 8),
 			      b->id.fingerprint);
-	if (file_size != b->file_bytes)
-		return refuse(b, path, "size of the file", file_size, b->file_bytes);
+	/* Without the live map: see empty_live_map(). */
+	if (size != file_bytes(b) && size != file_bytes(b) - b->map_bytes)
+		return refuse(b, "size of the file", size, file_bytes(b));
 	return true;
 }
 
 /*
  * A part of a map, which begins at offset map of the file, that may have bits: bytes *at to *end - 1
- * of it, from *at on; whole pages.  What was allocated and never written need not be looked at: a
- * large disk's maps are mostly that.  False if there is none.
+ * of it, from *at on; whole pages.  What was never written need not be looked at: a large disk's
+ * maps are mostly that.  False if there is none.
  */
 static bool next_part(const struct bitmap *b, uint64_t map, uint64_t *at, uint64_t *end)
 {
@@ -343,67 +547,96 @@ static bool next_part(const struct bitmap *b, uint64_t map, uint64_t *at, uint64
 	return *at < *end;
 }
 
-/* Make parts of the live map what was committed: those where the map at that offset has bits. */
-static void restore_live_map(struct bitmap *b, uint64_t map)
+/* Add a page of a map in the file; state is what its page has if it has bits that were not there. */
+static void add_page(struct bitmap *b, uint64_t page, const uint8_t *p, enum page_state state)
 {
-	for (uint64_t at = 0, end; next_part(b, map, &at, &end); at = end)
-		memcpy((void *)(b->live + at), b->file + HEADER_SIZE + at, end - at);
+	for (uint64_t i = 0; i < MAP_PAGE; i++) {
+		uint64_t at = page * MAP_PAGE + i, blk = at * 8;
+
+		/* Bits behind the last block do not count. */
+		if (p[i] && blk < b->blocks &&
+		    (p[i] & ~(unsigned)b->live[at] & bits_of(at, blk, b->blocks))) {
+			atomic_fetch_add(&b->set, count_bits(p[i] & ~(unsigned)b->live[at] &
+							     bits_of(at, blk, b->blocks)));
+			b->live[at] |= p[i] & bits_of(at, blk, b->blocks);
+			b->page[page] |= state;
+		}
+	}
 }
 
-/* What was set and not committed waits for the first commit. */
-static void find_dirty(struct bitmap *b, uint64_t map)
+/* Read the map at offset map of the file. */
+static int load_map(struct bitmap *b, uint64_t map, enum page_state state)
 {
-	const uint8_t *committed = b->file + HEADER_SIZE;
+	static const uint8_t none[MAP_PAGE];
+	int err = 0;
 
-	for (uint64_t at = 0, end; next_part(b, map, &at, &end); at = end)
-		for (; at < end; at += MAP_PAGE)
-			b->dirty[at / MAP_PAGE] =
-				memcmp((void *)(b->live + at), committed + at, MAP_PAGE) != 0;
+	for (uint64_t at = 0, end; !err && next_part(b, map, &at, &end); at = end) {
+		if (end > at + COMMIT_PAGES * MAP_PAGE)
+			end = at + COMMIT_PAGES * MAP_PAGE;
+		err = read_at(b->fd, b->pages, end - at, map + at);
+		for (uint64_t i = 0; !err && i < end - at; i += MAP_PAGE)
+			if (memcmp(b->pages + i, none, MAP_PAGE) != 0)
+				add_page(b, (at + i) / MAP_PAGE, b->pages + i, state);
+	}
+	return err;
 }
 
-/* How many bits a file had when it was opened; those behind the last block do not count. */
-static uint64_t count_all(const struct bitmap *b, uint64_t map)
+static bool is_same_instance(uint64_t a, uint64_t b)
 {
-	uint64_t count = 0;
+	return a == 0 || b == 0 || a == b;
+}
 
-	for (uint64_t at = 0, end; next_part(b, map, &at, &end); at = end)
-		count += count_range(b, at * 8, end * 8 < b->blocks ? end * 8 : b->blocks);
-	return count;
+/* Whether the live map was written to the page cache that is there now; the log says why not. */
+static bool believes_live_map(const struct bitmap *b, const uint8_t *header)
+{
+	static const uint8_t unknown[BOOT_ID_SIZE];
+	bool is_2 = get_le(header + 8, 4) == VERSION, clean = get_le(header + 56, 4);
+	const char *why = NULL;
+
+	if (memcmp(b->boot_id, unknown, BOOT_ID_SIZE) == 0 ||
+	    memcmp(b->boot_id, header + 40, BOOT_ID_SIZE) != 0)
+		return false;
+	if (is_2 && get_le(header + 60, 4) & FAILED)
+		why = "stable storage had failed";
+	else if (is_2 && (!is_same_instance(b->image_instance, get_le(header + 64, 8)) ||
+			  !is_same_instance(b->own_instance, get_le(header + 72, 8))))
+		why = "its file system, or that of the image, was mounted again";
+	if (why && !clean)
+		log_line("bitmap file %s: %s: of what was cached or written only what had been "
+			 "committed is believed", b->path, why);
+	return !why;
 }
 
 /*
- * After a reboot, or if we cannot know, the live map is what was committed.  All that was stored is
- * written out first, so that every file system tells it from what never was.
+ * Make all of the live map zeros, which costs nothing where a file can have holes.  A file that is
+ * left without one has an empty one.
  */
-static int settle_live_map(struct bitmap *b)
+static int empty_live_map(const struct bitmap *b)
 {
-	static const uint8_t unknown[BOOT_ID_SIZE];
-	uint64_t map = HEADER_SIZE + b->map_bytes;
-	int err = sync_file(b);
-
-	if (err)
-		return err;
-	if (memcmp(b->boot_id, unknown, BOOT_ID_SIZE) != 0 &&
-	    memcmp(b->boot_id, b->file + 40, BOOT_ID_SIZE) == 0) {
-		find_dirty(b, map);
-		find_dirty(b, HEADER_SIZE);
-	} else {
-		restore_live_map(b, map);
-		map = HEADER_SIZE;
-		restore_live_map(b, map);
-	}
-	atomic_init(&b->set, count_all(b, map));
-	return 0;
+	return ftruncate(b->fd, (off_t)(file_bytes(b) - b->map_bytes)) < 0 ||
+	       ftruncate(b->fd, (off_t)file_bytes(b)) < 0 ? -errno : 0;
 }
 
-/* Write the contents of a new file; a mapping must never meet a full disk, so all is allocated. */
+/* Take over what a file that was there says. */
+static int load(struct bitmap *b, const uint8_t *header, uint64_t size)
+{
+	uint64_t live = HEADER_SIZE + b->map_bytes;
+	unsigned flags = get_le(header + 8, 4) == VERSION ? (unsigned)get_le(header + 60, 4) : 0;
+	int err = load_map(b, HEADER_SIZE, TAKEN);
+
+	atomic_init(&b->flags, flags & (WHOLE | WRITTEN));
+	atomic_init(&b->whole, flags & WHOLE);
+	b->written_is_stable = flags & WRITTEN;
+	if (!err && size == file_bytes(b) && believes_live_map(b, header))
+		return load_map(b, live, DIRTY);
+	return err ? err : empty_live_map(b);
+}
+
+/* Write the contents of a new file. */
 static int format(struct bitmap *b)
 {
-	int err = posix_fallocate(b->fd, 0, (off_t)b->file_bytes);
+	int err = ftruncate(b->fd, (off_t)file_bytes(b)) < 0 ? -errno : write_header(b, false);
 
-	if (err)
-		return -err;
-	err = write_header(b, false);
 	return !err && fsync(b->fd) < 0 ? -errno : err;
 }
 
@@ -465,7 +698,7 @@ static bool may_clear(const struct bitmap *b)
 	struct stat st;
 
 	return fstat(b->fd, &st) == 0 &&
-	       ((uint64_t)st.st_size <= b->file_bytes ||
+	       ((uint64_t)st.st_size <= file_bytes(b) ||
 		(read_at(b->fd, found, sizeof(found), 0) == 0 &&
 		 memcmp(found, magic, sizeof(magic)) == 0));
 }
@@ -486,49 +719,40 @@ static int open_file(struct bitmap *b, const char *path, bool clear, bool *creat
 	return err == 0 || err == -EEXIST ? open_existing(b, path) : err;
 }
 
-static int map_file(struct bitmap *b)
+/* The file is there and locked: check it and take over what it says.  False after logging. */
+static bool take_over(struct bitmap *b, int *err)
 {
-	void *map = mmap(NULL, b->file_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, b->fd, 0);
-
-	if (map == MAP_FAILED)
-		return -errno;
-	b->file = map;
-	b->live = (atomic_uchar *)(b->file + HEADER_SIZE + b->map_bytes);
-	return 0;
-}
-
-/* All of the mapping was looked at; that it is in our memory is no use. */
-static void forget_pages(struct bitmap *b)
-{
-#if defined(__linux__) && !defined(XNBD_PORTABLE)
-	madvise(b->file, b->file_bytes, MADV_DONTNEED);
-#else
-	(void)b;
-#endif
-}
-
-static bool prepare(struct bitmap *b, const char *path, bool clear)
-{
+	uint8_t header[CHECKED_SIZE + 8];
 	struct stat st;
-	bool created;
-	int err = open_file(b, path, clear, &created);
 
-	if (!err && fstat(b->fd, &st) < 0)
-		err = -errno;
-	if (!err && (uint64_t)st.st_size < HEADER_SIZE)
-		return refuse(b, path, "size of the file", (uint64_t)st.st_size, b->file_bytes);
-	if (!err)
-		err = map_file(b);
-	if (!err && !check_header(b, path, (uint64_t)st.st_size))
-		return false;
-	if (!err && !created) {
-		err = settle_live_map(b);
-		forget_pages(b);
+	if (fstat(b->fd, &st) < 0) {
+		*err = -errno;
+		return true;
 	}
+	if ((uint64_t)st.st_size < HEADER_SIZE)
+		return refuse(b, "size of the file", (uint64_t)st.st_size, file_bytes(b));
+	*err = read_at(b->fd, header, sizeof(header), 0);
+	if (*err)
+		return true;
+	if (!check_header(b, header, (uint64_t)st.st_size))
+		return false;
+	*err = load(b, header, (uint64_t)st.st_size);
+	return true;
+}
+
+static bool prepare(struct bitmap *b, bool clear)
+{
+	bool created;
+	int err = open_file(b, b->path, clear, &created);
+
+	if (!err && !created && !take_over(b, &err))
+		return false;
 	if (!err)
 		err = write_header(b, false);
+	if (!err)
+		err = sync_file(b);
 	if (err)
-		log_failure("bitmap file %s: %s", path,
+		log_failure("bitmap file %s: %s", b->path,
 			    err == -EWOULDBLOCK ? "another server uses it" :
 			    err == -EINVAL	? "it is no bitmap file, and is left alone" :
 						  strerror(-err));
@@ -537,21 +761,23 @@ static bool prepare(struct bitmap *b, const char *path, bool clear)
 
 struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, bool clear)
 {
-	struct bitmap *b = calloc(1, sizeof(*b));
+	struct bitmap *b = bitmap_new(bitmap_blocks(id->disk_size));
 
 	if (!b)
 		goto out_of_memory;
-	b->fd = -1;
 	b->id = *id;
-	read_boot_id(b->boot_id);
-	b->blocks = bitmap_blocks(id->disk_size);
-	b->map_bytes = map_bytes_of(b->blocks ? b->blocks : 1);
-	b->file_bytes = HEADER_SIZE + 2 * b->map_bytes;
-	b->dirty = calloc(b->map_bytes / MAP_PAGE, sizeof(*b->dirty));
+	b->path = path;
+	b->page = calloc(b->map_bytes / MAP_PAGE, sizeof(*b->page));
 	b->pages = malloc(COMMIT_PAGES * MAP_PAGE);
-	if (!b->dirty || !b->pages)
+	if (!b->page || !b->pages)
 		goto out_of_memory;
-	if (prepare(b, path, clear))
+	if (!read_boot_id(b->boot_id))
+		log_line("bitmap file %s: /proc/sys/kernel/random/boot_id cannot be read: what is "
+			 "not flushed, or is younger than a second, will be lost if this process is "
+			 "killed", path);
+	b->image_instance = instance_of(id->image);
+	b->own_instance = instance_of(path);
+	if (prepare(b, clear))
 		return b;
 	bitmap_close(b);
 	return NULL;
@@ -565,16 +791,24 @@ void bitmap_close(struct bitmap *b)
 {
 	if (!b)
 		return;
-	if (b->file)
-		munmap(b->file, b->file_bytes);
-	else if (b->live)
+	if (b->live)
 		munmap((void *)b->live, b->map_bytes);
 	if (b->fd >= 0)
 		close(b->fd);
-	free((void *)b->dirty);
+	pthread_mutex_destroy(&b->lock);
+	free((void *)b->page);
 	free(b->pages);
 	free(b);
 }
+
+int bitmap_note_change(struct bitmap *b)
+{
+	if (b->fd < 0 || atomic_load_explicit(&b->flags, memory_order_relaxed) & WRITTEN)
+		return 0;
+	return write_flag(b, WRITTEN);
+}
+
+/* Committing */
 
 /* Take the contents of dirty pages from *page on; returns how many. */
 static unsigned take_dirty(struct bitmap *b, uint64_t *page)
@@ -583,8 +817,9 @@ static unsigned take_dirty(struct bitmap *b, uint64_t *page)
 	unsigned n = 0;
 
 	for (; *page < pages && n < COMMIT_PAGES; ++*page) {
-		if (!atomic_exchange_explicit(&b->dirty[*page], 0, memory_order_acquire))
+		if (!(atomic_load_explicit(&b->page[*page], memory_order_relaxed) & DIRTY))
 			continue;
+		atomic_fetch_and(&b->page[*page], (unsigned char)~DIRTY);
 		for (unsigned i = 0; i < MAP_PAGE; i++)
 			b->pages[n * MAP_PAGE + i] = atomic_load_explicit(
 				&b->live[*page * MAP_PAGE + i], memory_order_acquire);
@@ -593,42 +828,110 @@ static unsigned take_dirty(struct bitmap *b, uint64_t *page)
 	return n;
 }
 
-static int write_committed(struct bitmap *b, unsigned n)
+/* Whether an error of a pwrite() is one of that moment. */
+static bool is_full(int err)
 {
-	int err = 0;
+	return err == -ENOSPC || err == -EDQUOT || err == -EFBIG;
+}
 
-	for (unsigned i = 0; i < n && !err; i++)
-		err = write_at(b->fd, b->pages + i * MAP_PAGE, MAP_PAGE,
-				  HEADER_SIZE + b->page_number[i] * MAP_PAGE);
-	if (!err && n > 0)
-		err = sync_file(b);
+static int sync_lost(struct bitmap *b, bool *lost)
+{
+	int err = sync_file(b);
+
+	*lost |= err != 0;
 	return err;
 }
 
-int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg)
+/* That clients write is on stable storage before any bit of theirs. */
+static int sync_written(struct bitmap *b, bool *lost)
+{
+	int err = 0;
+
+	if (b->written_is_stable || !(atomic_load(&b->flags) & WRITTEN))
+		return 0;
+	err = sync_lost(b, lost);
+	b->written_is_stable = !err;
+	return err;
+}
+
+static int write_committed(struct bitmap *b, unsigned n, bool *lost)
+{
+	int err = sync_written(b, lost);
+
+	for (unsigned i = 0; i < n && !err; i++) {
+		err = write_at(b->fd, b->pages + i * MAP_PAGE, MAP_PAGE,
+			       HEADER_SIZE + b->page_number[i] * MAP_PAGE);
+		*lost |= err && !is_full(err);
+	}
+	return !err && n > 0 ? sync_lost(b, lost) : err;
+}
+
+static int sync_data(int (*sync)(void *), void *arg, bool *lost)
+{
+	int err = sync(arg);
+
+	*lost |= err != 0;
+	return err;
+}
+
+int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg, bool *lost)
 {
 	uint64_t page = 0;
 	unsigned n;
 	int err;
 
+	*lost = false;
 	do {
 		n = take_dirty(b, &page);
-		err = sync(arg);
+		err = sync_data(sync, arg, lost);
 		if (!err)
-			err = write_committed(b, n);
+			err = write_committed(b, n, lost);
+		for (unsigned i = 0; err && i < n; i++)
+			atomic_fetch_or(&b->page[b->page_number[i]], DIRTY);
 	} while (!err && n == COMMIT_PAGES);
+	return err;
+}
+
+int bitmap_complete(struct bitmap *b, int (*sync)(void *), void *arg, bool *lost)
+{
+	int err;
+
+	*lost = false;
+	err = sync_data(sync, arg, lost);
+	if (!err)
+		err = sync_written(b, lost);
+	if (!err) {
+		err = write_flag(b, WHOLE);
+		*lost |= err && !is_full(err);
+	}
+	if (!err)
+		err = sync_lost(b, lost);
+	if (!err)
+		atomic_store(&b->whole, true);
+	else
+		atomic_fetch_and(&b->flags, ~(unsigned)WHOLE);
 	return err;
 }
 
 bool bitmap_is_dirty(const struct bitmap *b)
 {
 	for (uint64_t page = 0; page < b->map_bytes / MAP_PAGE; page++)
-		if (atomic_load_explicit(&b->dirty[page], memory_order_relaxed))
+		if (atomic_load_explicit(&b->page[page], memory_order_relaxed) & DIRTY)
 			return true;
 	return false;
 }
 
+void bitmap_mark_failed(struct bitmap *b)
+{
+	write_flag(b, FAILED);
+}
+
 int bitmap_mark_clean(struct bitmap *b)
 {
-	return write_header(b, true);
+	int err;
+
+	pthread_mutex_lock(&b->lock);
+	err = write_header(b, true);
+	pthread_mutex_unlock(&b->lock);
+	return err ? err : sync_file(b);
 }

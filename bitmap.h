@@ -22,6 +22,7 @@ struct bitmap_identity {
 	enum bitmap_kind kind;
 	uint64_t disk_size;	/* bytes */
 	uint64_t fingerprint;	/* of the base image; 0 where there is none */
+	const char *image;	/* path of the file or device that holds the blocks; it may not be there yet */
 };
 
 /* The blocks of a disk of size bytes, the last of which may be a part of one. */
@@ -39,26 +40,43 @@ struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, b
 /* NULL is allowed.  Does not commit. */
 void bitmap_close(struct bitmap *b);
 
-/* Who sees the bit also sees what was written before it was set. */
+/* Whoever sees the bit also sees what was written before it was set. */
 bool bitmap_test(const struct bitmap *b, uint64_t blk);
 
 /* The number of blocks from blk on, at most max, that have the same bit; *set is that bit. */
 uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *set);
 
-/* Set n bits, each atomically.  Returns how many were not set before. */
-uint64_t bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n);
+/*
+ * Set n bits, whose blocks' data has been stored.  In a file they are recorded first, so that they
+ * outlive the process.  *fresh grows by the number of those that were not set.  0, or -errno and
+ * then some may not be set.
+ */
+int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, uint64_t *fresh);
 
 /* How many bits are set. */
 uint64_t bitmap_count(const struct bitmap *b);
 
+/* A client is about to change the disk, which the file tells from now on.  0 or -errno. */
+int bitmap_note_change(struct bitmap *b);
+
 /*
  * Make durable what was set before the call.  sync() makes durable the data that the bits speak
- * of, and is called before they are written.  One thread at a time.  0 or -errno.
+ * of, and is called before they are written.  One thread at a time.  0 or -errno; *lost is set if
+ * the file is not on stable storage, and never will be: after other errors a later call may succeed.
  */
-int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg);
+int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg, bool *lost);
+
+/*
+ * All blocks are held from now on, whatever the bits say: first on stable storage, at one instant,
+ * then for all who ask.  As bitmap_commit(), and one of them at a time.
+ */
+int bitmap_complete(struct bitmap *b, int (*sync)(void *), void *arg, bool *lost);
 
 /* Whether something is to be committed, of a durable one. */
 bool bitmap_is_dirty(const struct bitmap *b);
+
+/* Stable storage has failed: a later start is to believe the committed map alone. */
+void bitmap_mark_failed(struct bitmap *b);
 
 /* After a commit, when no bit will be set any more: mark the file so.  0 or -errno. */
 int bitmap_mark_clean(struct bitmap *b);

@@ -3,8 +3,11 @@
  *
  * What is held is served from the image, by the same calls as a target's.  A read of what is not
  * held waits for the origin.  A write goes to the image; where it changes a part of a block that is
- * not held, that block is fetched first.  Waiting takes no thread: the operation answers
- * PENDING, and is carried out again when the blocks are there (fetch.h).
+ * not held, that block is fetched first.  Waiting takes no thread: the operation says ABSENT, the
+ * request is kept (fetch.h), and carried out again when the blocks are there.
+ *
+ * A switch lets the origin go when all blocks are held.  The cache stays the backend after it: it is
+ * a disk whose blocks are always here.
  */
 #define _GNU_SOURCE
 #include "cache.h"
@@ -23,7 +26,6 @@
 
 enum {
 	PREFETCH_MAX = 4 * 1024 * 1024,	/* bytes of a CACHE that are asked for at once */
-	ZERO_STEP = 64 * 1024 * 1024,	/* bytes that are zeroed while others wait */
 };
 
 struct cache {
@@ -45,7 +47,7 @@ static struct cache *to_cache(struct backend *b)
 /* Reading */
 
 /* What is held from the image, the rest from the origin. */
-static int read_missing(struct cache *c, struct request *r, enum how how)
+static int fetch_read(struct cache *c, struct request *r, enum how how)
 {
 	uint64_t off = r->h.off, end = off + r->h.len;
 	struct miss *m = miss_new(&c->fetcher, r);
@@ -56,7 +58,10 @@ static int read_missing(struct cache *c, struct request *r, enum how how)
 		uint64_t n = layer_run(&c->layer, end - off, off, &held);
 
 		if (held) {
-			err = disk_read(c->layer.disk, r->buf + (off - r->h.off), n, off, how);
+			uint8_t *buf = miss_buffer(m);
+
+			err = buf ? disk_read(c->layer.disk, buf + (off - r->h.off), n, off, how) :
+				    -ENOMEM;
 			off += n;
 		} else {
 			int64_t added = miss_add(m, n, off);
@@ -70,59 +75,20 @@ static int read_missing(struct cache *c, struct request *r, enum how how)
 	return m ? miss_wait(m, err) : err;
 }
 
-static int op_read(struct backend *b, struct request *r, enum how how)
-{
-	struct cache *c = to_cache(b);
-	uint64_t off = r->h.off, len = r->h.len;
-
-	if (layer_holds(&c->layer, len, off)) {
-		if (how == TRY)
-			ahead_hit(&c->ahead, len, off);
-		return disk_read(c->layer.disk, r->buf, len, off, how);
-	}
-	return how == TRY ? -EAGAIN : read_missing(c, r, WAIT);
-}
-
-static int op_fetch(struct backend *b, struct request *r)
-{
-	struct cache *c = to_cache(b);
-
-	if (layer_holds(&c->layer, r->h.len, r->h.off))
-		return -EAGAIN;
-	ahead_missed(&c->ahead, r->h.len, r->h.off);
-	return read_missing(c, r, TRY);
-}
-
-static int op_locate(struct backend *b, const struct request *r, struct file_part *part, int max)
-{
-	struct cache *c = to_cache(b);
-
-	if (max < 1 || !layer_holds(&c->layer, r->h.len, r->h.off))
-		return 0;
-	ahead_hit(&c->ahead, r->h.len, r->h.off);
-	return disk_locate(c->layer.disk, r->h.len, r->h.off, part);
-}
-
-/* Writing */
-
-/* The blocks of which a change leaves a part as it is, and that are not held. */
-static bool lacks_edges(const struct cache *c, uint64_t len, uint64_t off)
-{
-	const struct layer *l = &c->layer;
-	uint64_t end = off + len;
-
-	if (off % BLOCK_SIZE != 0 && !layer_holds(l, 1, off))
-		return true;
-	return end % BLOCK_SIZE != 0 && end != l->size && !layer_holds(l, 1, end - 1);
-}
-
-/* Fetch blocks for r, which will be carried out again then. */
-static int fetch_for(struct cache *c, struct request *r, uint64_t len, uint64_t off)
+/* Bring blocks of a range; all of those that are not held, or the first and the last. */
+static int fetch_blocks(struct cache *c, struct request *r, uint64_t len, uint64_t off, bool edges)
 {
 	struct miss *m = miss_new(&c->fetcher, r);
-	uint64_t end = off + len;
+	uint64_t end = off + len, last = (end - 1) / BLOCK_SIZE * BLOCK_SIZE;
 	int err = m ? 0 : -ENOMEM;
 
+	if (m && edges) {
+		int64_t added = off % BLOCK_SIZE == 0 ? 0 : miss_add(m, 1, off);
+
+		if (added >= 0 && end % BLOCK_SIZE != 0 && end != c->layer.size)
+			added = miss_add(m, 1, last);
+		return miss_wait(m, added < 0 ? (int)added : 0);
+	}
 	while (off < end && !err) {
 		bool held;
 		uint64_t n = layer_run(&c->layer, end - off, off, &held);
@@ -136,23 +102,92 @@ static int fetch_for(struct cache *c, struct request *r, uint64_t len, uint64_t 
 	return m ? miss_wait(m, err) : err;
 }
 
-/* On a worker.  0 if both blocks at the ends of the range are held, or else as fetch_for(). */
-static int fetch_edges(struct cache *c, struct request *r)
+/* A part that is not held at a time, so that the origin is not asked for all of it at once. */
+static int fetch_next(struct cache *c, struct request *r)
 {
-	uint64_t off = r->h.off, last = off + r->h.len - 1;
-	struct miss *m;
-	int64_t added = 0;
+	uint64_t off = 0, n = 0;
+	bool held = true;
 
-	if (!lacks_edges(c, r->h.len, off))
+	while (r->at.len > 0 && held) {
+		off = r->at.off;
+		n = layer_run(&c->layer, r->at.len, off, &held);
+		if (!held && n > PREFETCH_MAX)
+			n = PREFETCH_MAX;
+		r->at.off += n;
+		r->at.len -= n;
+	}
+	/* A READ is answered when all of it has been asked for, also if it cannot be stored. */
+	r->fetched = r->at.len == 0 && r->h.cmd == NBD_CMD_READ;
+	return held ? 0 : fetch_blocks(c, r, n, off, false);
+}
+
+static int fetch_status(struct cache *c, struct request *r)
+{
+	bool held;
+	uint64_t len = layer_run(&c->layer, r->h.len, r->h.off, &held);
+
+	if (held)
 		return 0;
-	m = miss_new(&c->fetcher, r);
-	if (!m)
-		return -ENOMEM;
-	if (off % BLOCK_SIZE != 0)
-		added = miss_add(m, 1, off);
-	if (added >= 0 && last % BLOCK_SIZE != BLOCK_SIZE - 1)
-		added = miss_add(m, 1, last);
-	return miss_wait(m, added < 0 ? (int)added : 0);
+	if (len > PROTO_STATUS_MAX / 2)
+		len = PROTO_STATUS_MAX / 2;
+	if (origin_tells_extents(c->origin))
+		return fetch_extents(&c->fetcher, r, len,
+				     r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX);
+	r->extent[0] = (struct extent){ len, 0 };
+	r->extents = 1;
+	request_done(r, 0);
+	return PENDING;
+}
+
+static int op_fetch(struct backend *b, struct request *r, enum how how)
+{
+	struct cache *c = to_cache(b);
+
+	switch (r->h.cmd) {
+	case NBD_CMD_READ:
+		ahead_missed(&c->ahead, r->h.len, r->h.off);
+		return r->h.len > READ_PIECE ? fetch_next(c, r) : fetch_read(c, r, how);
+	case NBD_CMD_CACHE:
+		return fetch_next(c, r);
+	case NBD_CMD_BLOCK_STATUS:
+		return fetch_status(c, r);
+	default:
+		return fetch_blocks(c, r, r->at.len, r->at.off, true);
+	}
+}
+
+static bool op_take_back(struct backend *b, struct request *r)
+{
+	return fetch_take_back(&to_cache(b)->fetcher, r);
+}
+
+static bool op_holds(struct backend *b, uint64_t len, uint64_t off)
+{
+	return layer_holds(&to_cache(b)->layer, len, off);
+}
+
+static int op_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
+{
+	struct cache *c = to_cache(b);
+
+	if (!layer_holds(&c->layer, len, off))
+		return ABSENT;
+	if (how == TRY)
+		ahead_hit(&c->ahead, len, off);
+	return disk_read(c->layer.disk, buf, len, off, how);
+}
+
+/* Writing */
+
+/* Whether a block of which a change leaves a part as it is is not held. */
+static bool lacks_edges(const struct cache *c, uint64_t len, uint64_t off)
+{
+	const struct layer *l = &c->layer;
+	uint64_t end = off + len;
+
+	if (off % BLOCK_SIZE != 0 && !layer_holds(l, 1, off))
+		return true;
+	return end % BLOCK_SIZE != 0 && end != l->size && !layer_holds(l, 1, end - 1);
 }
 
 static void count_written(struct cache *c, uint64_t fresh)
@@ -161,173 +196,74 @@ static void count_written(struct cache *c, uint64_t fresh)
 		atomic_fetch_add_explicit(&c->written, fresh, memory_order_relaxed);
 }
 
-static int op_write(struct backend *b, struct request *r, enum how how)
+static int op_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	struct cache *c = to_cache(b);
 	uint64_t fresh = 0;
 	int ret;
 
-	if (how == TRY && lacks_edges(c, r->h.len, r->h.off))
-		return -EAGAIN;
-	ret = how == TRY ? 0 : fetch_edges(c, r);
-	if (ret)
-		return ret;
-	ret = layer_write(&c->layer, r->buf, r->h.len, r->h.off, how, &fresh);
+	if (lacks_edges(c, len, off))
+		return ABSENT;
+	ret = layer_write(&c->layer, buf, len, off, how, &fresh);
 	count_written(c, fresh);
 	return ret;
 }
 
-static int op_zero(struct backend *b, struct request *r, enum how how)
-{
-	struct cache *c = to_cache(b);
-	uint64_t fresh = 0;
-	int ret = how == TRY ? -EAGAIN : fetch_edges(c, r);
-
-	if (ret)
-		return ret;
-	ret = layer_zero(&c->layer, r->h.len, r->h.off, r->h.flags, &fresh);
-	count_written(c, fresh);
-	return ret;
-}
-
-static int op_trim(struct backend *b, struct request *r, enum how how)
+static int op_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
 	struct cache *c = to_cache(b);
 	uint64_t fresh = 0;
 	int ret;
 
-	if (how == TRY)
-		return -EAGAIN;
-	ret = layer_trim(&c->layer, r->h.len, r->h.off, &fresh);
+	if (lacks_edges(c, len, off))
+		return ABSENT;
+	ret = layer_zero(&c->layer, len, off, flags, &fresh);
 	count_written(c, fresh);
 	return ret;
 }
 
-static int op_flush(struct backend *b, struct request *r, enum how how)
+static int op_trim(struct backend *b, uint64_t len, uint64_t off)
 {
-	(void)how;
+	struct cache *c = to_cache(b);
+	uint64_t fresh = 0;
+	int ret = layer_trim(&c->layer, len, off, &fresh);
+
+	count_written(c, fresh);
+	return ret;
+}
+
+static int op_flush(struct backend *b, struct request *r)
+{
 	return layer_flush(&to_cache(b)->layer, r);
 }
 
-/* A part that is not held at a time, so that the origin is not asked for all of it at once. */
-static int op_cache(struct backend *b, struct request *r, enum how how)
-{
-	struct cache *c = to_cache(b);
-	uint64_t off = r->h.off, end = off + r->h.len;
-	bool held = true;
-
-	if (how == TRY)
-		return -EAGAIN;
-	while (off < end) {
-		uint64_t n = layer_run(&c->layer, end - off, off, &held);
-
-		if (!held)
-			return fetch_for(c, r, n < PREFETCH_MAX ? n : PREFETCH_MAX, off);
-		off += n;
-	}
-	disk_prefetch(c->layer.disk, r->h.len, r->h.off);
-	return 0;
-}
-
-/* Extents */
-
-/* A BLOCK_STATUS that the origin is asked for. */
-struct question {
-	struct origin_request ask;	/* the first: answered() relies on it */
-	struct request *r;
-	uint64_t skip, len;		/* bytes before, and of, what r is about */
-};
-
-/* Cut the extents of r down to len bytes behind skip bytes. */
-static void cut_extents(struct request *r, uint64_t skip, uint64_t len)
-{
-	unsigned kept = 0;
-
-	for (unsigned i = 0; i < r->extents && len > 0; i++) {
-		struct extent e = r->extent[i];
-		uint64_t cut = skip < e.len ? skip : e.len;
-
-		e.len -= cut;
-		skip -= cut;
-		if (e.len > len)
-			e.len = len;
-		len -= e.len;
-		if (e.len > 0)
-			r->extent[kept++] = e;
-	}
-	r->extents = kept;
-}
-
-/* The origin's thread.  Where the origin does not tell, all is data. */
-static void answered(struct origin_request *ask)
-{
-	struct question *q = (struct question *)ask;
-	struct request *r = q->r;
-	bool cancelled = ask->error == -ECANCELED;
-
-	r->extents = ask->error ? 0 : ask->extents;
-	cut_extents(r, q->skip, q->len);
-	if (r->extents == 0) {
-		r->extent[0] = (struct extent){ q->len, 0 };
-		r->extents = 1;
-	}
-	free(q);
-	/* At a switch the blocks are held by now. */
-	if (cancelled && layer_holds(&to_cache(r->backend)->layer, 1, r->h.off))
-		request_again(r);
-	else
-		request_done(r, cancelled ? -ESHUTDOWN : 0);
-}
-
-/* The len bytes at the beginning of r's range are not held. */
-static int ask_extents(struct cache *c, struct request *r, uint64_t len, unsigned max)
-{
-	uint64_t unit = origin_limits(c->origin)->min_block, start, end;
-	struct question *q;
-
-	if (len > PROTO_STATUS_MAX / 2)
-		len = PROTO_STATUS_MAX / 2;
-	if (!origin_tells_extents(c->origin)) {
-		r->extent[0] = (struct extent){ len, 0 };
-		r->extents = 1;
-		return 0;
-	}
-	q = calloc(1, sizeof(*q));
-	if (!q)
-		return -ENOMEM;
-	start = r->h.off / unit * unit;
-	end = (r->h.off + len + unit - 1) / unit * unit;
-	if (end > c->backend.size)
-		end = c->backend.size;
-	q->r = r;
-	q->skip = r->h.off - start;
-	q->len = len;
-	q->ask.priority = ORIGIN_DEMAND;
-	q->ask.off = start;
-	q->ask.len = end - start;
-	q->ask.extent = r->extent;
-	q->ask.extents = max;
-	q->ask.done = answered;
-	origin_submit(c->origin, &q->ask);
-	return PENDING;
-}
-
-/* What is held, up to what is not; or else what the origin says. */
-static int op_extents(struct backend *b, struct request *r, unsigned max, enum how how)
+static int op_cache(struct backend *b, uint64_t *len, uint64_t off)
 {
 	struct cache *c = to_cache(b);
 	bool held;
-	uint64_t n = layer_run(&c->layer, r->h.len, r->h.off, &held);
+	uint64_t n = layer_run(&c->layer, *len, off, &held);
 
-	if (how == TRY)
-		return -EAGAIN;
-	if (held && (n == r->h.len || r->h.cmd == NBD_CMD_BLOCK_STATUS)) {
-		r->extents = disk_extents(c->layer.disk, r->extent, max, n, r->h.off);
-		return 0;
+	if (!held) {
+		*len = 0;
+		return ABSENT;
 	}
-	if (r->h.cmd == NBD_CMD_READ)
-		return -EAGAIN;		/* its holes are looked for; it will have to wait */
-	return ask_extents(c, r, n, max);
+	*len = n;
+	disk_prefetch(c->layer.disk, n, off);
+	return 0;
+}
+
+/* What is held, up to what is not; or else the origin has to be asked. */
+static unsigned op_extents(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
+			   uint64_t off, int *ret)
+{
+	struct cache *c = to_cache(b);
+	bool held;
+	uint64_t n = layer_run(&c->layer, len, off, &held);
+
+	if (held)
+		return disk_extents(c->layer.disk, extent, max, n, off);
+	*ret = ABSENT;
+	return 0;
 }
 
 /* Opening and closing */
@@ -342,25 +278,27 @@ static void free_cache(struct cache *c)
 	free(c);
 }
 
-static void op_close(struct backend *b)
+static int op_close(struct backend *b)
 {
 	struct cache *c = to_cache(b);
+	int err = layer_finish(&c->layer);
 
-	layer_finish(&c->layer);
 	free_cache(c);
+	return err;
 }
 
 static const struct backend_ops cache_ops = {
 	.name = "cache",
 	.read = op_read,
-	.fetch = op_fetch,
-	.locate = op_locate,
 	.write = op_write,
-	.flush = op_flush,
-	.trim = op_trim,
 	.zero = op_zero,
+	.trim = op_trim,
+	.flush = op_flush,
 	.cache = op_cache,
 	.extents = op_extents,
+	.holds = op_holds,
+	.fetch = op_fetch,
+	.take_back = op_take_back,
 	.close = op_close,
 };
 
@@ -422,7 +360,7 @@ static bool prepare_image(const char *path, uint64_t size, uint64_t held)
 
 static bool open_layer(struct cache *c, const struct cache_options *o)
 {
-	const struct bitmap_identity id = { BITMAP_CACHE, c->backend.size, 0 };
+	const struct bitmap_identity id = { BITMAP_CACHE, c->backend.size, 0, o->image };
 	struct layer *l = &c->layer;
 
 	if (!can_open(o->image) || is_same_file(o->image, o->bitmap))
@@ -448,7 +386,7 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 	c->backend.size = origin_limits(origin)->size;
 	c->backend.readonly = o->readonly;
 	c->origin = origin;
-	layer_init(&c->layer, c->backend.size, "the cache");
+	layer_init(&c->layer, &c->backend, c->backend.size, "the cache");
 	c->layer.durable = true;
 	fetcher_init(&c->fetcher, &c->layer, origin);
 	ahead_init(&c->ahead, &c->fetcher);
@@ -492,25 +430,17 @@ void cache_status(struct backend *b, struct cache_status *status)
 int cache_zero_missing(struct backend *b, uint64_t *zeroed)
 {
 	struct cache *c = to_cache(b);
-	struct layer *l = &c->layer;
-	uint64_t before = layer_missing(l);
-	int err = 0;
 
-	for (uint64_t off = 0, n; off < b->size && !err; off += n) {
-		bool held;
-
-		n = b->size - off < ZERO_STEP ? b->size - off : ZERO_STEP;
-		n = layer_run(l, n, off, &held);
-		if (atomic_load(&c->stopping))
-			err = -ECANCELED;
-		else if (!held)
-			err = layer_fill(l, NULL, n, off, WAIT);
-	}
-	*zeroed = before - layer_missing(l);
-	return err;
+	*zeroed = layer_missing(&c->layer);
+	return layer_zero_missing(&c->layer, &c->stopping);
 }
 
 void cache_stop_zeroing(struct backend *b)
 {
 	atomic_store(&to_cache(b)->stopping, true);
+}
+
+void cache_complete(struct backend *b, struct request *r)
+{
+	layer_complete(&to_cache(b)->layer, r);
 }

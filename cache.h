@@ -36,10 +36,16 @@ struct cache_status {
 
 void cache_status(struct backend *b, struct cache_status *status);
 
-/* Let all blocks that are not held read as zeros: a worker's.  0 or -errno; *zeroed is set. */
+/*
+ * A forced switch: store zeros where nothing is held, which cache_complete() makes what is read there.
+ * A worker's.  0 or -errno; *zeroed is set to the number of blocks.
+ */
 int cache_zero_missing(struct backend *b, uint64_t *zeroed);
 
 /* The server stops: it ends soon, with -ECANCELED. */
 void cache_stop_zeroing(struct backend *b);
+
+/* All blocks are held when r is done without an error: see layer_complete(). */
+void cache_complete(struct backend *b, struct request *r);
 
 #endif

@@ -4,8 +4,8 @@
  * A FLUSH has to wait for a commit that begins after it came.  While one runs, those who come
  * gather for the next, so that any number of clients costs two at a time.
  *
- * A failure is sticky: the kernel tells of lost pages once, and a second try would say that all
- * is well.  So nothing is committed any more: it might speak of data that was lost.
+ * Whoever commits remembers a loss: the kernel tells of lost pages once, and a second try would say
+ * that all is well.
  */
 #include "commit.h"
 
@@ -19,18 +19,37 @@
 
 enum { COMMIT_MS = 1000 };
 
-/* One commit runs at a time, so that nobody else changes the error meanwhile. */
-int committer_run(struct committer *c)
+static atomic_bool has_lost;
+
+bool commit_has_lost(void)
+{
+	return atomic_load(&has_lost);
+}
+
+/* An error is told once, and again when there was none in between. */
+static void tell(struct committer *c, int err, bool lost)
 {
 	const char *name = c->job.lane ? c->job.lane->name : "";
 
-	if (c->error)
-		return c->error;
-	c->error = c->commit(c);
-	if (c->error)
-		log_error("%s%s%s is not durable: %s; every flush fails from now on", name,
-			  *name ? ": " : "", c->what, strerror(-c->error));
-	return c->error;
+	if (err && !c->told)
+		log_error("%s%s%s is not durable: %s; %s", name, *name ? ": " : "", c->what,
+			  strerror(-err), lost ? c->consequence : "trying again");
+	if (!err && c->told)
+		log_line("%s%s%s is durable again", name, *name ? ": " : "", c->what);
+	c->told = err != 0;
+}
+
+int committer_run(struct committer *c)
+{
+	bool lost = false;
+	int err = c->commit(c, &lost);
+
+	tell(c, err, lost);
+	if (lost)
+		atomic_store(&has_lost, true);
+	else if (err)
+		committer_soon(c);
+	return err;
 }
 
 static void run_job(struct job *job)
@@ -101,11 +120,13 @@ void committer_soon(struct committer *c)
 		worker_submit_later(&c->timer, COMMIT_MS);
 }
 
-void committer_init(struct committer *c, int (*commit)(struct committer *), const char *what)
+void committer_init(struct committer *c, int (*commit)(struct committer *, bool *lost),
+		    const char *what, const char *consequence)
 {
 	memset(c, 0, sizeof(*c));
 	c->commit = commit;
 	c->what = what;
+	c->consequence = consequence;
 	c->job.run = run_job;
 	c->timer.run = timer_due;
 	atomic_init(&c->soon, false);

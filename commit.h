@@ -11,11 +11,15 @@
 #include "xnbd.h"
 
 struct committer {
-	/* Make durable all that was done before: 0 or -errno.  On a worker, one at a time. */
-	int (*commit)(struct committer *);
+	/*
+	 * Make durable all that was done before: 0 or -errno.  *lost is set if it never will be.
+	 * On a worker, one at a time.
+	 */
+	int (*commit)(struct committer *, bool *lost);
 	const char *what;		/* for the log */
+	const char *consequence;	/* likewise, of a loss */
 
-	int error;			/* of the first that failed: sticky; for who commits */
+	bool told;			/* the log was, of an error; for who commits */
 	pthread_mutex_t lock;		/* guards what follows; a leaf */
 	struct request *waiting;
 	bool wanted;			/* a commit is, also if nobody waits */
@@ -26,7 +30,8 @@ struct committer {
 	struct job timer;
 };
 
-void committer_init(struct committer *c, int (*commit)(struct committer *), const char *what);
+void committer_init(struct committer *c, int (*commit)(struct committer *, bool *lost),
+		    const char *what, const char *consequence);
 void committer_destroy(struct committer *c);
 
 /* A backend's flush operation: r is done when a commit that begins after this call has ended. */
@@ -37,5 +42,8 @@ void committer_soon(struct committer *c);
 
 /* Commit now, on this thread; no request may be waiting.  0 or -errno. */
 int committer_run(struct committer *c);
+
+/* Whether any commit has found that something never will be durable.  Any thread. */
+bool commit_has_lost(void);
 
 #endif

@@ -13,7 +13,12 @@
  *	              FINISHING -> LINGERING -> DEAD  and from everywhere to DEAD
  *
  * Memory is bounded: while a client does not take its replies (backlog), or has too much in
- * flight, no more requests are taken from it.
+ * flight, no more requests are taken from it.  A READ of more than READ_PIECE is answered in pieces:
+ * it is the stream, and nothing else is answered until its end.
+ *
+ * A client that closes its side is gone.  If the rest of its input ends in a DISC it has left in
+ * order, and all of that is carried out.  Else it may have come back on another connection: what
+ * has not begun is dropped.
  */
 #define _GNU_SOURCE
 #include "conn.h"
@@ -45,18 +50,23 @@ enum {
 	IN_FLIGHT_MAX = 512,
 	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more request of up to 32 MiB may pass it */
 
-	/* A READ of at least this is sent from the page cache, a shorter one copied. */
-	SEND_MIN = 32 * 1024,
-	SEND_PARTS = 16,
+	HEARD_US = 1000,		/* after this long a client may be gone before its next change */
 
-	/* Replies are sent when there is less room than one step may need. */
-	STEP_BYTES = SEND_MIN + PROTO_REPLY_ROOM,
+	/* Replies are sent when there is less room than one step may need; a READ looks for itself. */
+	STEP_BYTES = 32 * 1024 + PROTO_REPLY_ROOM,
+	READ_BYTES = READ_PIECE + PROTO_REPLY_ROOM,
 	ENCODE_IOVS = 512,
+	STREAM_IOVS = 64,		/* holes of a piece, whose zeros are sent */
 };
+
+#ifndef POLLRDHUP
+#define POLLRDHUP 0	/* then the end of a client is seen when all before it has been received */
+#endif
 
 _Static_assert(STEP_BYTES >= (int)PROTO_OPTION_REPLY_ROOM, "an answer to an option fits");
 _Static_assert(STEP_BYTES >= PROTO_REPLY_ROOM + (int)EXTENTS_MAX * PROTO_EXTENDED_EXTENT_SIZE,
 	       "so do extents");
+_Static_assert(TX_BYTES >= (int)READ_BYTES, "so does a piece of a READ");
 _Static_assert(LOOP_RX_CHUNK >= (int)BLOCK_SIZE + PROTO_EXTENDED_REQUEST_SIZE,
 	       "a block can be kept");
 
@@ -76,6 +86,8 @@ struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports
 	c->greeting = greeting;
 	c->exports = exports;
 	c->ready_end = &c->ready;
+	c->again_end = &c->again;
+	c->piece_end = &c->piece;
 	strncpy(c->peer, peer, sizeof(c->peer) - 1);
 	tune_socket(fd);
 	return c;
@@ -90,15 +102,40 @@ static void unload(const struct load *load, atomic_size_t *count, size_t n, size
 		load->room();
 }
 
+/* Data that a request needs, or will: the connection has a bound for it, and maybe all have one. */
+static void charge(struct conn *c, struct request *r)
+{
+	if (r->counted > 0)
+		return;
+	r->counted = r->h.len;
+	c->buffered += r->counted;
+	atomic_fetch_add(&c->export->load.bytes, r->counted);
+}
+
+/* It is with others no more, nor will be. */
+static void take_home(struct conn *c, struct request *r)
+{
+	struct load *load = &c->export->load;
+
+	if (!r->lent)
+		return;
+	r->lent = false;
+	c->in_flight--;
+	unload(load, &load->requests, 1, load->requests_max);
+}
+
 static void free_request(struct conn *c, struct request *r)
 {
-	if (r->owns_buf) {
-		struct load *load = &c->export->load;
+	struct load *load = &c->export->load;
 
-		c->buffered -= r->h.len;
-		unload(load, &load->bytes, r->h.len, load->bytes_max);
-		buffer_put(r->buf, r->h.len);
+	take_home(c, r);
+	if (r->counted > 0) {
+		c->buffered -= r->counted;
+		unload(load, &load->bytes, r->counted, load->bytes_max);
 	}
+	if (r->buf_len > 0)
+		buffer_put(r->buf, r->buf_len);
+	order_remove(&r->change);
 	free(r->extent);
 	loop_release(c->loop, r);
 }
@@ -130,14 +167,28 @@ static void set_kept(struct conn *c, const uint8_t *p, size_t len)
 	c->kept_len = len;
 }
 
-/* The WRITE whose payload will not come; its pieces may still be under way. */
-static void abandon_current(struct conn *c)
+/* What will not be finished, and then is NULL; pieces of it may still be under way. */
+static void abandon(struct conn *c, struct request **whole)
 {
-	struct request *r = c->current;
+	struct request *r = *whole;
 
-	c->current = NULL;
+	*whole = NULL;
 	if (r && r->pieces == 0)
 		free_request(c, r);
+}
+
+/* Those of its pieces that are with others come back by themselves. */
+static void abandon_stream(struct conn *c)
+{
+	struct request *next;
+
+	for (struct request *r = c->piece; r; r = next) {
+		next = r->next;
+		if (r->finished)
+			free_request(c, r);
+	}
+	c->piece = NULL;
+	abandon(c, &c->stream);
 }
 
 /* With what it did, if it did something. */
@@ -156,6 +207,18 @@ static void log_end(struct conn *c, const char *why)
 	log_line("%s: disconnected: %s%s%s", c->peer, why, busy ? "; " : "", did);
 }
 
+/* Give back what has not begun; the rest comes back by itself. */
+static void take_all_back(struct conn *c)
+{
+	struct request *next;
+
+	for (struct request *r = c->out; r; r = next) {
+		next = r->sibling;
+		if (request_take_back(r))
+			conn_complete(c, r);
+	}
+}
+
 void conn_kill(struct conn *c, const char *why)
 {
 	if (c->state == CONN_DEAD)
@@ -166,9 +229,10 @@ void conn_kill(struct conn *c, const char *why)
 	c->fd = -1;
 	c->state = CONN_DEAD;
 	c->deadline = 0;
-	abandon_current(c);
+	abandon_stream(c);
+	abandon(c, &c->current);
 	free_requests(c, &c->ready);
-	c->ready_end = &c->ready;
+	free_requests(c, &c->again);
 	free(c->kept);
 	c->kept = NULL;
 	c->kept_len = 0;
@@ -177,6 +241,7 @@ void conn_kill(struct conn *c, const char *why)
 		free(c->backlog);
 		c->backlog = NULL;
 	}
+	take_all_back(c);
 }
 
 bool conn_is_over(const struct conn *c)
@@ -246,11 +311,22 @@ static void close_orderly(struct conn *c)
 
 /* Sending */
 
+/* The client takes no replies any more.  What it has sent may still end in order. */
+static void lose(struct conn *c, const char *why)
+{
+	if (c->state == CONN_REQUEST || c->state == CONN_PAYLOAD) {
+		c->gone = c->mute = true;
+		c->end = why;
+	} else {
+		conn_kill(c, why);
+	}
+}
+
 /* Send what the loop's tx holds.  What is left becomes the backlog. */
 static void flush(struct conn *c)
 {
 	struct loop *l = c->loop;
-	enum tx_result result = c->state == CONN_DEAD ? TX_DEAD : tx_send(l->tx, c->fd);
+	enum tx_result result = c->state == CONN_DEAD || c->mute ? TX_SENT : tx_send(l->tx, c->fd);
 
 	if (result == TX_MORE) {
 		struct tx *fresh = tx_new();
@@ -264,7 +340,7 @@ static void flush(struct conn *c)
 	free_requests(c, &l->tx->held);
 	tx_reset(l->tx);
 	if (result == TX_DEAD)
-		conn_kill(c, "cannot send");
+		lose(c, "cannot send");
 	else if (result == TX_MORE)
 		conn_kill(c, "out of memory");
 }
@@ -276,17 +352,15 @@ static bool send_backlog(struct conn *c)
 
 	if (!c->backlog)
 		return true;
-	result = tx_send(c->backlog, c->fd);
+	result = c->mute ? TX_SENT : tx_send(c->backlog, c->fd);
 	if (result == TX_MORE)
 		return false;
-	if (result == TX_DEAD) {
-		conn_kill(c, "cannot send");
-		return false;
-	}
 	free_requests(c, &c->backlog->held);
 	free(c->backlog);
 	c->backlog = NULL;
-	return true;
+	if (result == TX_DEAD)
+		lose(c, "cannot send");
+	return c->state != CONN_DEAD;
 }
 
 /* Make room for one step's output.  False if the client has to take replies first. */
@@ -309,20 +383,27 @@ static void put_zeros(struct tx *tx, uint64_t len)
 	tx_refer(tx, zeros, len);
 }
 
-/* One run of a READ: at r->buf + pos, or a hole. */
-static void put_run(struct conn *c, const struct request *r, uint64_t pos, const struct extent *e)
+/* Whether data is sent in chunks that each say where they belong. */
+static bool in_chunks(const struct conn *c, const struct request *r)
 {
-	bool last = pos + e->len == r->h.len, hole = e->flags & NBD_STATE_ZERO;
+	return c->session.structured && !(r->h.flags & NBD_CMD_FLAG_DF);
+}
+
+/* One run of the READ whole: of its piece r, which may be all of it, at r->buf + pos, or a hole. */
+static void put_run(struct conn *c, const struct request *whole, const struct request *r,
+		    uint64_t pos, const struct extent *e)
+{
 	uint64_t off = r->h.off + pos;
+	bool last = off + e->len == whole->h.off + whole->h.len, hole = e->flags & NBD_STATE_ZERO;
 	struct tx *tx = c->loop->tx;
 
-	if (c->session.structured && hole && !(r->h.flags & NBD_CMD_FLAG_DF)) {
-		tx_add(tx, proto_put_hole(&c->session, &r->h, off, (uint32_t)e->len, last,
+	if (in_chunks(c, whole) && hole) {
+		tx_add(tx, proto_put_hole(&c->session, &whole->h, off, (uint32_t)e->len, last,
 					  tx_tail(tx)));
 		return;
 	}
-	if (c->session.structured && !(r->h.flags & NBD_CMD_FLAG_DF))
-		tx_add(tx, proto_put_data(&c->session, &r->h, off, (uint32_t)e->len, last,
+	if (in_chunks(c, whole))
+		tx_add(tx, proto_put_data(&c->session, &whole->h, off, (uint32_t)e->len, last,
 					  tx_tail(tx)));
 	if (hole)
 		put_zeros(tx, e->len);
@@ -330,38 +411,29 @@ static void put_run(struct conn *c, const struct request *r, uint64_t pos, const
 		tx_refer(tx, r->buf + pos, e->len);
 }
 
-/* A READ that a worker did, in r->buf. */
-static void put_read(struct conn *c, struct request *r)
+/* What precedes all data of a READ, where it is not in chunks. */
+static void put_read_header(struct conn *c, const struct request *r)
 {
-	bool chunks = c->session.structured && !(r->h.flags & NBD_CMD_FLAG_DF);
+	struct tx *tx = c->loop->tx;
+
+	if (!in_chunks(c, r))
+		tx_add(tx, proto_put_data(&c->session, &r->h, r->h.off, (uint32_t)r->h.len, true,
+					  tx_tail(tx)));
+}
+
+/* The data of a READ, or of a piece of it, that is in r->buf, which is held until it is sent. */
+static void put_read_data(struct conn *c, const struct request *whole, struct request *r)
+{
 	const struct extent all = { r->h.len, 0 };
 	const struct extent *e = r->extents ? r->extent : &all;
 	unsigned n = r->extents ? r->extents : 1;
 	struct tx *tx = c->loop->tx;
 	uint64_t pos = 0;
 
-	if (!chunks)
-		tx_add(tx, proto_put_data(&c->session, &r->h, r->h.off, (uint32_t)r->h.len, true,
-					  tx_tail(tx)));
 	for (unsigned i = 0; i < n; pos += e[i++].len)
-		put_run(c, r, pos, &e[i]);
-}
-
-/* READ from the page cache: true if all of it is there. */
-static bool read_located(struct conn *c, struct request *r)
-{
-	struct tx *tx = c->loop->tx;
-	struct file_part part[SEND_PARTS];
-	int n = r->backend->ops->locate(r->backend, r, part, SEND_PARTS);
-
-	if (n == 0)
-		return false;
-	tx_add(tx, proto_put_data(&c->session, &r->h, r->h.off, (uint32_t)r->h.len, true,
-				  tx_tail(tx)));
-	for (int i = 0; i < n; i++)
-		tx_refer_file(tx, &part[i]);
-	free_request(c, r);
-	return true;
+		put_run(c, whole, r, pos, &e[i]);
+	r->next = tx->held;
+	tx->held = r;
 }
 
 static void put_block_status(struct conn *c, const struct request *r)
@@ -381,6 +453,10 @@ static void put_reply(struct conn *c, struct request *r)
 {
 	struct tx *tx = c->loop->tx;
 
+	if (r->error == ECANCELED) {	/* the server stops, and the origin did not answer in time */
+		free_request(c, r);
+		return;
+	}
 	stats_count(c->stats, r);
 	if (r->error)
 		stats_complain(c->stats, c->peer, r);
@@ -391,35 +467,36 @@ static void put_reply(struct conn *c, struct request *r)
 	} else if (r->h.cmd == NBD_CMD_BLOCK_STATUS) {
 		put_block_status(c, r);
 		free_request(c, r);
-	} else if (r->h.len >= SEND_MIN && read_located(c, r)) {
-		return;
 	} else {
-		put_read(c, r);
-		r->next = tx->held;
-		tx->held = r;
+		put_read_header(c, r);
+		put_read_data(c, r, r);
 	}
 }
 
-static void put_ready(struct conn *c, struct request *r)
+static void append(struct request ***end, struct request *r)
 {
 	r->next = NULL;
-	*c->ready_end = r;
-	c->ready_end = &r->next;
+	**end = r;
+	*end = &r->next;
+}
+
+static struct request *take_first(struct request **list, struct request ***end)
+{
+	struct request *r = *list;
+
+	*list = r->next;
+	if (!*list)
+		*end = list;
+	return r;
 }
 
 /* Write replies that wait, as long as the client takes them. */
 static void put_ready_replies(struct conn *c)
 {
-	struct request *r;
-
 	if (c->ready)
 		stats_time(c->stats);
-	while ((r = c->ready) && make_room(c, STEP_BYTES, ENCODE_IOVS)) {
-		c->ready = r->next;
-		if (!c->ready)
-			c->ready_end = &c->ready;
-		put_reply(c, r);
-	}
+	while (c->ready && !c->stream && make_room(c, STEP_BYTES, ENCODE_IOVS))
+		put_reply(c, take_first(&c->ready, &c->ready_end));
 }
 
 /* Requests in flight */
@@ -454,91 +531,109 @@ static void unreserve(struct conn *c)
 }
 
 /* A request, or a piece of one, is with others until conn_complete(). */
-static void lend(struct conn *c)
+static void lend(struct conn *c, struct request *r)
 {
+	r->sibling = c->out;
+	r->back = &c->out;
+	if (c->out)
+		c->out->back = &r->sibling;
+	c->out = r;
+	if (r->lent)
+		return;
+	r->lent = true;
 	c->in_flight++;
 	if (!c->reserved)
 		atomic_fetch_add(&c->export->load.requests, 1);
 	c->reserved = false;
 }
 
-/* A worker has to do it. */
+/* Others have to do it: a worker, or whoever brings what it needs. */
 static void queue(struct conn *c, struct request *r)
 {
-	lend(c);
-	r->inside = true;
-	gate_hold(r->gate);
+	charge(c, r);
+	lend(c, r);
 	request_queue(r);
 }
 
-/* The outcome of something that was tried: a reply, now or later. */
-static void settle(struct conn *c, struct request *r, int ret)
-{
-	if (ret == PENDING) {
-		lend(c);
-	} else if (ret == -EAGAIN) {
-		queue(c, r);
-	} else {
-		r->error = -ret;
-		put_reply(c, r);
-	}
-}
-
-/* Give r a buffer of its own for its data. */
-static bool own_buffer(struct conn *c, struct request *r)
-{
-	r->buf = buffer_get(r->h.len);
-	if (!r->buf)
-		return false;
-	r->owns_buf = true;
-	c->buffered += r->h.len;
-	atomic_fetch_add(&c->export->load.bytes, r->h.len);
-	return true;
-}
-
 /* All of a WRITE's payload has come, and its pieces are done. */
-static int commit_write(struct conn *c, struct request *r)
+static int commit_write(struct request *r)
 {
-	r->backend = c->export->backend;	/* it may have changed between pieces */
 	return r->error ? -r->error : request_commit(r);
 }
 
-static void complete_piece(struct conn *c, struct request *piece)
+/* Something is done with that outcome, and there is room for a reply. */
+static void settle(struct conn *c, struct request *r, int ret)
+{
+	r->error = -ret;
+	put_reply(c, r);
+}
+
+/* A piece of a WRITE is done with that outcome.  True if all of the WRITE is; else it is not here. */
+static bool piece_is_last(struct conn *c, struct request *piece, int ret)
 {
 	struct request *r = piece->whole;
-	int ret;
 
-	if (piece->error && !r->error)
-		r->error = piece->error;
+	if (ret != 0 && !r->error)
+		r->error = -ret;
 	free_request(c, piece);
 	if (--r->pieces > 0 || r == c->current)
-		return;
+		return false;
 	if (c->state == CONN_DEAD) {
 		free_request(c, r);
-		return;
+		return false;
 	}
-	ret = commit_write(c, r);
-	if (ret == PENDING) {
-		lend(c);
+	ret = commit_write(r);
+	if (ret == PENDING)
+		lend(c, r);
+	else
+		r->error = -ret;
+	return ret != PENDING;
+}
+
+/* A piece of a READ has come back. */
+static void piece_of_read_is_back(struct conn *c, struct request *piece)
+{
+	struct request *r = piece->whole;
+
+	piece->finished = true;
+	r->pieces--;
+	if (c->state != CONN_DEAD)
 		return;
-	}
-	r->error = -ret;
-	put_ready(c, r);
+	free_request(c, piece);
+	if (r->pieces == 0)
+		free_request(c, r);
+}
+
+/* What became of a request that was with others. */
+static void take_result(struct conn *c, struct request *r)
+{
+	struct request *whole = r->whole;
+
+	if (whole && whole->h.cmd == NBD_CMD_READ)
+		piece_of_read_is_back(c, r);
+	else if (whole && piece_is_last(c, r, -r->error))
+		append(&c->ready_end, whole);
+	else if (!whole && c->state == CONN_DEAD)
+		free_request(c, r);
+	else if (!whole)
+		append(&c->ready_end, r);
 }
 
 void conn_complete(struct conn *c, struct request *r)
 {
 	struct gate *gate = r->inside ? r->gate : NULL;
-	struct load *load = &c->export->load;
 
-	c->in_flight--;
-	unload(load, &load->requests, 1, load->requests_max);
-	if (r->whole)
-		complete_piece(c, r);
-	else if (c->state == CONN_DEAD)
-		free_request(c, r);
-	else
-		put_ready(c, r);
+	*r->back = r->sibling;
+	if (r->sibling)
+		r->sibling->back = r->back;
+	r->inside = false;
+	if (r->again && c->state != CONN_DEAD) {
+		r->again = false;
+		append(&c->again_end, r);
+	} else {
+		take_home(c, r);
+		take_result(c, r);
+	}
 	if (gate)
 		gate_leave(gate);
 }
@@ -607,7 +702,6 @@ static struct proto_out option_out(struct conn *c)
 static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 {
 	struct proto_out out = option_out(c);
-	enum proto_next next;
 	uint32_t opt, len;
 
 	if (n < PROTO_OPTION_SIZE)
@@ -628,12 +722,8 @@ static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 	}
 	if (n < PROTO_OPTION_SIZE + len)
 		return 0;
-	if (c->stopping)
-		next = proto_option_shutdown(&c->session, opt, &out);
-	else
-		next = proto_option(&c->session, c->exports, opt, p + PROTO_OPTION_SIZE, len,
-				    &out);
-	option_answered(c, next, &out);
+	option_answered(c, proto_option(&c->session, c->exports, opt, p + PROTO_OPTION_SIZE, len,
+					&out), &out);
 	return PROTO_OPTION_SIZE + len;
 }
 
@@ -664,60 +754,71 @@ static struct request *new_request(struct conn *c, const struct proto_request *h
 		r->abandoned = &c->dead;
 		r->done = loop_complete;
 		r->h = *h;
+		r->at = (struct span){ h->off, h->len };
 		r->begun = stats_time(c->stats);
 	}
 	return r;
 }
 
-/* READ straight into the reply, behind its header: true if that was possible without blocking. */
-static bool read_copied(struct conn *c, struct request *r)
+/*
+ * READ, or a piece of it, straight into the reply, behind its header: true if that was possible
+ * without blocking; else nothing has changed.  There is room.
+ */
+static bool read_copied(struct conn *c, const struct request *whole, struct request *r)
 {
 	struct tx *tx = c->loop->tx;
-	size_t head = proto_put_data(&c->session, &r->h, r->h.off, (uint32_t)r->h.len, true,
-				     tx_tail(tx));
-	int ret;
+	bool header = in_chunks(c, whole) || r->h.off == whole->h.off;
+	bool last = r->h.off + r->h.len == whole->h.off + whole->h.len;
+	uint64_t len = in_chunks(c, whole) ? r->h.len : whole->h.len;
+	size_t head = header ? proto_put_data(&c->session, &whole->h, r->h.off, (uint32_t)len,
+					      last || !in_chunks(c, whole), tx_tail(tx)) : 0;
 
 	r->buf = tx_tail(tx) + head;
-	ret = request_try(r);
-	if (ret == -EAGAIN)
-		return false;
-	assert(ret != PENDING);
-	if (ret == 0) {
+	r->error = -request_try(r);
+	r->buf = NULL;
+	if (r->error == 0)
 		tx_add(tx, head + r->h.len);
-		stats_count_read(c->stats, r->h.len);
-		free_request(c, r);
-	} else {
-		settle(c, r, ret);
-	}
-	return true;
+	return r->error == 0;
 }
 
+/* A READ that waits for others has no memory for its data: that is got when the data is there. */
 static void start_read(struct conn *c, struct request *r)
 {
-	uint64_t len = r->h.len;
+	int ret;
 
-	if (len == 0) {
-		settle(c, r, 0);
-		return;
-	}
-	if (len >= SEND_MIN && read_located(c, r)) {
-		stats_count_read(c->stats, len);
-		return;
-	}
-	if (len < SEND_MIN && read_copied(c, r))
-		return;
-	if (own_buffer(c, r))
+	if (r->h.len > READ_PIECE) {
+		ret = request_try(r);
+		if (ret == 0) {
+			c->stream = r;
+			c->stream_sent = c->stream_asked = 0;
+		} else if (ret == -EAGAIN) {
+			queue(c, r);
+		} else {
+			settle(c, r, ret);
+		}
+	} else if (read_copied(c, r, r)) {
+		stats_count_read(c->stats, r->h.len);
+		free_request(c, r);
+	} else if (r->error == EAGAIN) {
+		r->error = 0;
 		queue(c, r);
-	else
-		settle(c, r, -ENOMEM);
+	} else {
+		put_reply(c, r);
+	}
 }
 
 /* A WRITE, or what was refused: its payload has to be taken in any case. */
 static void start_payload(struct conn *c, struct request *r)
 {
+	int ret;
+
 	assert(r->error || r->h.cmd == NBD_CMD_WRITE);
 	if (r->h.len == 0) {
-		settle(c, r, commit_write(c, r));
+		ret = commit_write(r);
+		if (ret == PENDING)
+			lend(c, r);
+		else
+			settle(c, r, ret);
 		return;
 	}
 	c->current = r;
@@ -725,13 +826,54 @@ static void start_payload(struct conn *c, struct request *r)
 	c->state = CONN_PAYLOAD;
 }
 
+/* Carry out a request, also a piece of a WRITE, that has all that it needs; there is room. */
 static void start_request(struct conn *c, struct request *r)
 {
+	int ret;
+
+	if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {
+		settle(c, r, 0);
+		return;
+	}
 	if (r->h.cmd == NBD_CMD_READ) {
 		start_read(c, r);
 		return;
 	}
-	settle(c, r, r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH ? 0 : request_try(r));
+	ret = request_try(r);
+	if (ret == -EAGAIN) {
+		queue(c, r);
+	} else if (ret == PENDING) {
+		lend(c, r);
+	} else if (!r->whole) {
+		settle(c, r, ret);
+	} else {
+		struct request *whole = r->whole;
+
+		if (piece_is_last(c, r, ret))
+			put_reply(c, whole);
+	}
+}
+
+/* Room for the reply to a request: a READ is read into it. */
+static size_t reply_bytes(const struct proto_request *h)
+{
+	return h->cmd == NBD_CMD_READ && h->len <= READ_PIECE ? h->len + PROTO_REPLY_ROOM : STEP_BYTES;
+}
+
+/* Whether the client is still there, as far as can be known before its next change is taken. */
+static bool is_there(struct conn *c)
+{
+	struct pollfd p = { .fd = c->fd, .events = POLLRDHUP };
+	uint64_t now;
+
+	if (c->gone)
+		return c->orderly;
+	now = now_us();
+	if (now - c->heard < HEARD_US)
+		return true;
+	c->heard = now;
+	c->gone = poll(&p, 1, 0) > 0;
+	return !c->gone;
 }
 
 static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
@@ -756,12 +898,16 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 		finish(c, "client left");
 		return n;
 	}
+	if (!make_room(c, reply_bytes(&h), 1) || (proto_cmd_writes(h.cmd) && !is_there(c))) {
+		c->blocked = true;
+		return 0;
+	}
 	r = new_request(c, &h);
 	if (!r) {
 		conn_kill(c, "out of memory");
 		return n;
 	}
-	r->error = c->stopping ? ESHUTDOWN : proto_check_request(&c->session, &h);
+	r->error = proto_check_request(&c->session, &h);
 	r->refused = r->error != 0;
 	if (h.payload)
 		start_payload(c, r);
@@ -772,27 +918,27 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 	return size;
 }
 
-/* Let a worker store a piece, or all, of a payload: out of a copy. */
-static int queue_payload(struct conn *c, struct request *r, const uint8_t *p)
-{
-	if (!own_buffer(c, r))
-		return -ENOMEM;
-	memcpy(r->buf, p, r->h.len);
-	queue(c, r);
-	return PENDING;
-}
-
-/* Store a piece, or all, of a payload.  What is PENDING has been counted as in flight. */
+/*
+ * Store a piece, or all, of a payload.  Returns 0, -errno, or PENDING: it has been lent.  What is not
+ * done at once is done from a copy.
+ */
 static int store(struct conn *c, struct request *r, const uint8_t *p)
 {
 	int ret;
 
 	r->buf = (uint8_t *)(uintptr_t)p;
 	ret = request_try(r);
-	if (ret == -EAGAIN)
-		return queue_payload(c, r, p);
+	if (ret == -EAGAIN) {
+		r->buf = buffer_get(r->h.len);
+		if (!r->buf)
+			return -ENOMEM;
+		r->buf_len = r->h.len;
+		memcpy(r->buf, p, r->h.len);
+		queue(c, r);
+		return PENDING;
+	}
 	if (ret == PENDING)
-		lend(c);
+		lend(c, r);
 	return ret;
 }
 
@@ -826,12 +972,8 @@ static void store_piece(struct conn *c, struct request *r, const uint8_t *p, siz
 	piece->whole = r;
 	r->pieces++;
 	ret = store(c, piece, p);
-	if (ret == PENDING)
-		return;
-	r->pieces--;
-	free_request(c, piece);
-	if (ret != 0)
-		r->error = -ret;
+	if (ret != PENDING)
+		piece_is_last(c, piece, ret);
 }
 
 /*
@@ -854,10 +996,15 @@ static size_t piece_size(const struct conn *c, size_t n)
 static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 {
 	struct request *r = c->current;
+	int ret;
 
 	n = piece_size(c, n);
 	if (n == 0)
 		return 0;
+	if (!is_there(c)) {
+		c->blocked = true;
+		return 0;
+	}
 	if (n == r->h.len) {
 		c->current = NULL;
 		c->state = CONN_REQUEST;
@@ -866,13 +1013,144 @@ static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 	}
 	store_piece(c, r, p, n);
 	c->current_left -= n;
-	if (c->current_left == 0) {
-		c->current = NULL;
-		c->state = CONN_REQUEST;
-		if (r->pieces == 0)
-			settle(c, r, commit_write(c, r));
-	}
+	if (c->current_left > 0)
+		return n;
+	c->current = NULL;
+	c->state = CONN_REQUEST;
+	if (r->pieces > 0)
+		return n;
+	ret = commit_write(r);
+	if (ret == PENDING)
+		lend(c, r);
+	else
+		settle(c, r, ret);
 	return n;
+}
+
+/* READs in pieces */
+
+static uint64_t piece_of_stream(const struct conn *c, uint64_t from)
+{
+	uint64_t left = c->stream->h.len - from;
+
+	return left < READ_PIECE ? left : READ_PIECE;
+}
+
+static struct request *new_piece(struct conn *c)
+{
+	struct request *r = c->stream, *piece;
+	const struct proto_request h = {
+		.cmd = NBD_CMD_READ,
+		.off = r->h.off + c->stream_asked,
+		.len = piece_of_stream(c, c->stream_asked),
+	};
+
+	piece = new_request(c, &h);
+	if (piece) {
+		piece->whole = r;
+		c->stream_asked += h.len;
+	} else {
+		r->error = ENOMEM;
+	}
+	return piece;
+}
+
+static void lend_piece(struct conn *c, struct request *piece)
+{
+	append(&c->piece_end, piece);
+	c->stream->pieces++;
+	queue(c, piece);
+}
+
+/* Let others read some pieces more, while the first of them is waited for. */
+static void read_ahead(struct conn *c)
+{
+	while (c->stream_asked < c->stream->h.len && c->buffered + READ_PIECE <= BUFFERED_MAX) {
+		struct request *piece = new_piece(c);
+
+		if (!piece)
+			return;
+		lend_piece(c, piece);
+	}
+}
+
+/* The stream is over, or as good as over: there was an error. */
+static void end_stream(struct conn *c)
+{
+	struct request *r = c->stream;
+
+	if (r->pieces > 0)
+		return;		/* they come back */
+	free_requests(c, &c->piece);
+	c->piece_end = &c->piece;
+	c->stream = NULL;
+	if (!r->error) {
+		stats_count(c->stats, r);
+		free_request(c, r);
+	} else if (c->stream_sent == 0 || in_chunks(c, r)) {
+		put_reply(c, r);
+	} else {
+		if (r->error != ECANCELED)
+			stats_complain(c->stats, c->peer, r);
+		free_request(c, r);
+		conn_kill(c, "a READ failed after a part of its data had been sent");
+	}
+}
+
+/* The next piece, which was read by others, or can be at once.  False if that has to wait. */
+static bool put_piece(struct conn *c)
+{
+	struct request *piece = c->piece, *r = c->stream;
+	uint64_t len;
+
+	if (piece && !piece->finished) {
+		read_ahead(c);
+		return false;
+	}
+	if (piece) {
+		take_first(&c->piece, &c->piece_end);
+		len = piece->h.len;
+		r->error = piece->error;
+		if (r->error) {
+			free_request(c, piece);
+			return true;
+		}
+		if (c->stream_sent == 0)
+			put_read_header(c, r);
+		put_read_data(c, r, piece);
+		c->stream_sent += len;
+		return true;
+	}
+	piece = new_piece(c);
+	if (!piece)
+		return true;
+	len = piece->h.len;
+	if (read_copied(c, r, piece)) {
+		c->stream_sent += len;
+		free_request(c, piece);
+	} else if (piece->error == EAGAIN) {
+		piece->error = 0;
+		lend_piece(c, piece);
+	} else {
+		r->error = piece->error;
+		free_request(c, piece);
+	}
+	return true;
+}
+
+/* Go on with the stream, inside the gate. */
+static void go_on_with_stream(struct conn *c)
+{
+	while (c->stream) {
+		if (c->stream->error || c->stream_sent == c->stream->h.len) {
+			if (!make_room(c, STEP_BYTES, 1) || c->stream->pieces > 0)
+				return;
+			end_stream(c);
+		} else if (!make_room(c, READ_BYTES + STREAM_IOVS * PROTO_REPLY_ROOM, ENCODE_IOVS) ||
+			   !put_piece(c)) {
+			return;
+		}
+	}
 }
 
 /* Input */
@@ -887,7 +1165,7 @@ static bool is_full(const struct conn *c)
 {
 	const struct load *load;
 
-	if (!c->export)
+	if (!c->export || c->gone)	/* one that is gone has sent all that it ever will */
 		return false;
 	load = &c->export->load;
 	if (load->requests_max ? atomic_load(&load->requests) >= load->requests_max :
@@ -900,7 +1178,8 @@ static bool is_full(const struct conn *c)
 /* Whether a step may be taken: room for its reply, and not too much in flight. */
 static bool may_step(struct conn *c)
 {
-	return !is_full(c) && make_room(c, STEP_BYTES, 1) && reserve(c);
+	return !c->stream && !is_full(c) && make_room(c, STEP_BYTES, 1) &&
+	       (c->gone || reserve(c));
 }
 
 static size_t step(struct conn *c, const uint8_t *p, size_t n)
@@ -921,27 +1200,31 @@ static size_t step(struct conn *c, const uint8_t *p, size_t n)
 	}
 }
 
+/* Go through the gate, unless that was done: *inside says so.  False if it is closed. */
+static bool go_inside(struct conn *c, bool *inside)
+{
+	if (!*inside)
+		*inside = gate_enter(&c->export->gate);
+	c->turned_away = !*inside;
+	return *inside;
+}
+
 /* Take steps until there is not enough input, or no room.  Returns the bytes taken. */
 static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 {
 	bool inside = false;
 	size_t pos = 0, taken;
 
+	c->blocked = false;
 	while (pos < n) {
-		if (in_transmission(c) && !inside) {
-			inside = gate_enter(&c->export->gate);
-			if (!inside) {
-				c->turned_away = c->blocked = true;
-				break;
-			}
-		}
-		if (!may_step(c)) {
+		if ((in_transmission(c) && !go_inside(c, &inside)) || !may_step(c)) {
 			c->blocked = true;
 			break;
 		}
 		taken = step(c, p + pos, n - pos);
 		if (c->reserved)
 			unreserve(c);
+		go_on_with_stream(c);
 		if (taken == 0)
 			break;
 		pos += taken;
@@ -951,21 +1234,100 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 	return pos;
 }
 
-/* The client will send no more. */
-static void end_of_input(struct conn *c)
+/* What has come back goes on: the stream, then requests that are carried out again. */
+static void go_on(struct conn *c)
 {
-	if (in_transmission(c) && !c->current && !c->blocked && c->kept_len == 0)
-		finish(c, "client left");
-	else if (in_transmission(c))
-		conn_kill(c, "client left in the middle of a request");
+	bool inside = false;
+
+	if ((c->stream || c->again) && !go_inside(c, &inside))
+		return;
+	go_on_with_stream(c);
+	while (c->again && !c->stream && make_room(c, reply_bytes(&c->again->h), ENCODE_IOVS)) {
+		start_request(c, take_first(&c->again, &c->again_end));
+		go_on_with_stream(c);
+	}
+	if (inside)
+		gate_leave(&c->export->gate);
+}
+
+/* Whether what is kept has a DISC behind requests that are whole. */
+static bool has_disc(const struct conn *c)
+{
+	size_t size = proto_request_size(&c->session), pos = 0;
+	struct proto_request h;
+
+	if (c->current)
+		pos = c->current_left;
+	while (pos < c->kept_len && c->kept_len - pos >= size) {
+		if (!proto_is_request(&c->session, c->kept + pos) ||
+		    !proto_get_request(&c->session, c->kept + pos, &h))
+			return false;
+		if (h.cmd == NBD_CMD_DISC)
+			return true;
+		pos += size;
+		if (h.payload && h.len > c->kept_len - pos)
+			return false;
+		if (h.payload)
+			pos += h.len;
+	}
+	return false;
+}
+
+/* Receive all that there is of a client that is gone.  False if out of memory. */
+static bool receive_rest(struct conn *c)
+{
+	uint8_t *rx = c->loop->rx, *kept;
+	ssize_t n;
+
+	for (;;) {
+		n = recv(c->fd, rx, LOOP_RX_CHUNK, MSG_DONTWAIT);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return true;
+		kept = realloc(c->kept, c->kept_len + (size_t)n);
+		if (!kept)
+			return false;
+		memcpy(kept + c->kept_len, rx, (size_t)n);
+		c->kept = kept;
+		c->kept_len += (size_t)n;
+	}
+}
+
+/* The client is gone: in order, or nothing that has not begun will. */
+static void see_how_it_left(struct conn *c)
+{
+	if (!in_transmission(c) || c->orderly)
+		return;
+	c->orderly = receive_rest(c) && has_disc(c);
+	c->blocked = c->orderly;
+	if (c->orderly)
+		set_deadline(c, FINISHING_MS);
+	else if (c->end)
+		conn_kill(c, c->end);
 	else
-		conn_kill(c, "client left during the handshake");
+		conn_kill(c, c->kept_len > 0 || c->current ? "client left in the middle of a request" :
+							     "client left");
 }
 
 /* Whether requests may be received now. */
 static bool takes_input(const struct conn *c)
 {
-	return c->state < CONN_FINISHING && !c->backlog && !c->turned_away && !is_full(c);
+	return c->state < CONN_FINISHING && !c->backlog && !c->stream && !c->turned_away &&
+	       !is_full(c) && (c->blocked || !c->stopping);
+}
+
+static void take_kept(struct conn *c)
+{
+	uint8_t *kept = c->kept;
+	size_t len = c->kept_len, taken;
+
+	c->kept = NULL;		/* so that it outlives the connection's end */
+	c->kept_len = 0;
+	taken = take_steps(c, kept, len);
+	if (c->state != CONN_DEAD)
+		set_kept(c, kept + taken, len - taken);
+	free(kept);
 }
 
 /* Receive behind what was kept, and take from it what can be taken. */
@@ -975,6 +1337,10 @@ static void input(struct conn *c)
 	size_t have = c->kept_len, room = LOOP_RX_BYTES - have, taken;
 	ssize_t n;
 
+	if (c->gone || c->stopping) {
+		take_kept(c);
+		return;
+	}
 	if (room > LOOP_RX_CHUNK)
 		room = LOOP_RX_CHUNK;
 	if (have > 0)
@@ -982,19 +1348,21 @@ static void input(struct conn *c)
 	do
 		n = recv(c->fd, rx + have, room, MSG_DONTWAIT);
 	while (n < 0 && errno == EINTR);
-	if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
-		conn_kill(c, strerror(errno));
-		return;
-	}
 	c->lively = n > 0;
-	if (n <= 0 && !c->blocked) {
-		if (n == 0)
-			end_of_input(c);
+	if (n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)) {
+		if (n < 0)
+			c->end = strerror(errno);
+		c->gone = true;
+		if (!in_transmission(c))
+			conn_kill(c, n < 0 ? c->end : "client left during the handshake");
 		return;
 	}
-	c->blocked = false;
-	if (n > 0)
+	if (n < 0 && !c->blocked)
+		return;
+	if (n > 0) {
 		have += (size_t)n;
+		c->heard = now_us();
+	}
 	taken = take_steps(c, rx, have);
 	if (c->state != CONN_DEAD)
 		set_kept(c, rx + taken, have - taken);
@@ -1011,52 +1379,50 @@ static void discard_input(struct conn *c)
 /* Whether there is nothing that we owe the client. */
 static bool is_idle(const struct conn *c)
 {
-	return c->in_flight == 0 && !c->ready && !c->current && !c->blocked && !c->backlog;
+	return c->in_flight == 0 && !c->ready && !c->again && !c->stream && !c->blocked &&
+	       !c->backlog;
 }
 
-/* Whether replies are on their way that a close with input unread would throw away. */
+/* Whether a close would throw away replies that are on their way, since there is input. */
 static bool has_unsent(const struct conn *c)
 {
-	int bytes = 0;
+	int out = 0, in = 0;
 
-	return ioctl(c->fd, TIOCOUTQ, &bytes) < 0 || bytes > 0;
+	return ioctl(c->fd, TIOCOUTQ, &out) < 0 || out > 0 || ioctl(c->fd, FIONREAD, &in) < 0 || in > 0;
 }
 
-/* While the server stops: end when the client has gone quiet. */
-static void stop_when_quiet(struct conn *c)
-{
-	if (c->state == CONN_DEAD)
-		return;
-	if (!is_idle(c) || c->lively || has_unsent(c))
-		c->linger = true;
-	if (!is_idle(c) || c->lively)
-		return;
-	if (c->state < CONN_FINISHING)
-		finish(c, "server stops");
-}
-
-void conn_turn(struct conn *c, bool readable)
+void conn_turn(struct conn *c, short revents)
 {
 	c->lively = false;
 	if (c->state == CONN_LINGERING) {
 		discard_input(c);
 		return;
 	}
-	if (c->state == CONN_DEAD || !send_backlog(c))
+	if (in_transmission(c) && revents & (POLLRDHUP | POLLHUP | POLLERR))
+		c->gone = true;
+	if (c->state == CONN_DEAD || (!c->gone && !send_backlog(c)))
 		return;
-	put_ready_replies(c);
 	/* What is sent makes room for what was blocked. */
 	do {
-		if ((readable || c->blocked) && takes_input(c))
+		if (c->gone)
+			see_how_it_left(c);
+		if (c->state == CONN_DEAD || !send_backlog(c))
+			return;
+		put_ready_replies(c);
+		go_on(c);
+		if ((revents & POLLIN || c->blocked) && takes_input(c))
 			input(c);
 		if (!c->backlog)
 			flush(c);
-		readable = false;
-	} while (c->blocked && takes_input(c));
+		revents = 0;
+	} while ((c->gone && !c->orderly && in_transmission(c)) ||
+		 (c->blocked && takes_input(c)));
 	if (c->stats && c->stats->now)
 		stats_end_turn(c->stats);
-	if (c->stopping)
-		stop_when_quiet(c);
+	if (c->stopping && c->state < CONN_FINISHING && is_idle(c)) {
+		c->linger |= has_unsent(c);
+		finish(c, "server stops");
+	}
 	if (c->state == CONN_FINISHING && is_idle(c))
 		close_orderly(c);
 }
@@ -1066,8 +1432,12 @@ short conn_events(const struct conn *c)
 	if (c->state == CONN_DEAD)
 		return 0;
 	if (c->backlog)
-		return POLLOUT;
-	return c->state == CONN_LINGERING || takes_input(c) ? POLLIN : 0;
+		return c->gone ? POLLOUT : POLLOUT | POLLRDHUP;
+	if (c->gone)
+		return 0;
+	if (c->state == CONN_LINGERING)
+		return POLLIN;
+	return takes_input(c) ? POLLIN | POLLRDHUP : in_transmission(c) ? POLLRDHUP : 0;
 }
 
 bool conn_admit(struct conn *c)
@@ -1082,6 +1452,8 @@ void conn_stop(struct conn *c)
 {
 	c->stopping = true;
 	set_deadline(c, STOPPING_MS);
+	if (c->state < CONN_REQUEST)
+		conn_kill(c, "server stops");
 }
 
 /* Oldstyle and connected clients get the default export without asking. */

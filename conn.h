@@ -54,16 +54,27 @@ struct conn {
 	uint32_t skip_opt, skip_left;	/* CONN_SKIP_OPTION */
 	struct request *current;	/* CONN_PAYLOAD: the WRITE whose payload arrives */
 	uint64_t current_left;		/* bytes of it to come */
+	uint64_t heard;			/* now_us() when it was known to be there */
 
+	struct request *stream;		/* the READ that is answered in pieces, before all others */
+	uint64_t stream_sent, stream_asked;	/* bytes: in replies; in those and in pieces */
+	struct request *piece, **piece_end;	/* of it, in order; some have come back */
+
+	struct request *again, **again_end;	/* to be carried out again */
 	struct request *ready, **ready_end;	/* done, replies not yet written */
 	struct tx *backlog;		/* replies that the client does not take yet */
-	unsigned in_flight;		/* requests that others have */
-	uint64_t buffered;		/* bytes in buffers of requests */
+	struct request *out;		/* what others have */
+	unsigned in_flight;		/* requests that are not done */
+	uint64_t buffered;		/* bytes of data that they need */
 
 	atomic_bool dead;		/* as the state is; for other threads */
 	bool stopping;			/* the server is */
 	const char *end;		/* CONN_FINISHING: why it ends, for the log */
 	bool linger;			/* let the client close first: it may be sending */
+	bool gone;			/* the client has closed its side, or all of it */
+	bool orderly;			/* gone, and all that it sent is kept, with a DISC in it */
+	bool mute;			/* gone, and takes no replies */
+	bool uncounted;			/* the loop's: it keeps no other client out any more */
 	bool blocked;			/* kept may hold whole requests, taken when there is room */
 	bool turned_away;		/* by the gate: goes on when it opens */
 	bool reserved;			/* a place among the requests of all clients */
@@ -85,8 +96,8 @@ void conn_start(struct conn *c, struct loop *loop);
 /* What to poll() for; 0 means nothing at all, not even a hang-up. */
 short conn_events(const struct conn *c);
 
-/* Receive and send what can be; readable says that poll() saw, or may have missed, input. */
-void conn_turn(struct conn *c, bool readable);
+/* Receive and send what can be; revents is what poll() saw, or may have missed. */
+void conn_turn(struct conn *c, short revents);
 
 /* A request of c has come back.  A conn_turn() must follow. */
 void conn_complete(struct conn *c, struct request *r);
@@ -94,7 +105,7 @@ void conn_complete(struct conn *c, struct request *r);
 /* The gate has opened, or there is room again.  True if a conn_turn() must follow. */
 bool conn_admit(struct conn *c);
 
-/* The server stops: finish what is in flight, and close. */
+/* The server stops: finish what has been received, and close. */
 void conn_stop(struct conn *c);
 
 /* Close a connection whose deadline has passed. */

@@ -27,7 +27,7 @@ enum {
 	REQUEST_BYTES = 256 * 1024,	/* the default */
 	MAP_EXTENTS = 1024,
 	MAP_BYTES = 1024 * 1024 * 1024,	/* asked about at once */
-	STEP = 64 * 1024 * 1024,	/* looked at, or zeroed while others wait, at once */
+	STEP = STEP_BYTES_MAX,		/* looked at, or zeroed while others wait, at once */
 
 	WINDOW_MIN = 2,			/* requests under way */
 	WINDOW_START = 64,
@@ -181,12 +181,13 @@ static bool is_worth_while(const struct copy *c)
 	return c->under_way + window / SHARE <= window;
 }
 
-static void piece_done(struct waiter *w, const uint8_t *buf, int error)
+static bool piece_done(struct waiter *w, uint8_t *buf, bool whole, int error)
 {
 	struct piece *p = (struct piece *)w;
 	struct copy *c = p->copy;
 	bool pump = true;
 
+	(void)whole;
 	pthread_mutex_lock(&c->lock);
 	c->under_way--;
 	if (!error) {
@@ -204,6 +205,7 @@ static void piece_done(struct waiter *w, const uint8_t *buf, int error)
 		unlock_and_pump(c);
 	else
 		pthread_mutex_unlock(&c->lock);
+	return false;
 }
 
 /* Ask for a piece, which may be done at once.  False if that has to wait. */
@@ -222,7 +224,7 @@ static bool begin_piece(struct copy *c, struct piece *p)
 	p->begun = now_us();
 	p->waiter.done = piece_done;
 	if (fetch_copy(c->fetcher, &p->waiter) != 0)
-		piece_done(&p->waiter, NULL, -ENOMEM);
+		piece_done(&p->waiter, NULL, false, -ENOMEM);
 	return true;
 }
 

@@ -46,10 +46,8 @@ static struct run run_at(const struct layer *l, uint64_t off, uint64_t len)
 	return (struct run){ held ? l->disk : l->base, n };
 }
 
-static int op_read(struct backend *b, struct request *r, enum how how)
+static int op_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	uint64_t off = r->h.off, len = r->h.len;
-	uint8_t *buf = r->buf;
 	int ret = 0;
 
 	while (len > 0 && ret == 0) {
@@ -63,92 +61,64 @@ static int op_read(struct backend *b, struct request *r, enum how how)
 	return ret;
 }
 
-static int op_locate(struct backend *b, const struct request *r, struct file_part *part, int max)
-{
-	uint64_t off = r->h.off, len = r->h.len;
-	int n = 0;
-
-	while (len > 0) {
-		struct run run = run_at(layer_of(b), off, len);
-
-		if (n == max || !disk_locate(run.disk, run.len, off, &part[n++]))
-			return 0;
-		off += run.len;
-		len -= run.len;
-	}
-	return n;
-}
-
-static int op_write(struct backend *b, struct request *r, enum how how)
+static int op_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	uint64_t fresh = 0;
 
-	return layer_write(layer_of(b), r->buf, r->h.len, r->h.off, how, &fresh);
+	return layer_write(layer_of(b), buf, len, off, how, &fresh);
 }
 
-static int op_zero(struct backend *b, struct request *r, enum how how)
+static int op_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
 	uint64_t fresh = 0;
 
-	if (how == TRY)
-		return -EAGAIN;
-	return layer_zero(layer_of(b), r->h.len, r->h.off, r->h.flags, &fresh);
+	return layer_zero(layer_of(b), len, off, flags, &fresh);
 }
 
-static int op_trim(struct backend *b, struct request *r, enum how how)
+static int op_trim(struct backend *b, uint64_t len, uint64_t off)
 {
 	uint64_t fresh = 0;
 
-	if (how == TRY)
-		return -EAGAIN;
-	return layer_trim(layer_of(b), r->h.len, r->h.off, &fresh);
+	return layer_trim(layer_of(b), len, off, &fresh);
 }
 
-static int op_flush(struct backend *b, struct request *r, enum how how)
+static int op_flush(struct backend *b, struct request *r)
 {
-	(void)how;
 	return b->readonly ? 0 : layer_flush(layer_of(b), r);
 }
 
-static int op_cache(struct backend *b, struct request *r, enum how how)
+static int op_cache(struct backend *b, uint64_t *len, uint64_t off)
 {
-	uint64_t off = r->h.off, len = r->h.len;
+	struct run run = run_at(layer_of(b), off, *len);
 
-	if (how == TRY)
-		return -EAGAIN;
-	while (len > 0) {
-		struct run run = run_at(layer_of(b), off, len);
-
-		disk_prefetch(run.disk, run.len, off);
-		off += run.len;
-		len -= run.len;
-	}
+	disk_prefetch(run.disk, run.len, off);
+	*len = run.len;
 	return 0;
 }
 
 /* Neighbours of the same status are one extent, whether they lie in the base or not. */
-static int op_extents(struct backend *b, struct request *r, unsigned max, enum how how)
+static unsigned op_extents(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
+			   uint64_t off, int *ret)
 {
-	uint64_t pos = r->h.off, end = pos + r->h.len;
+	uint64_t end = off + len;
 	struct extent e, *last = NULL;
+	unsigned n = 0;
 
-	if (how == TRY)
-		return -EAGAIN;
-	r->extents = 0;
-	for (; pos < end; pos += e.len) {
-		struct run run = run_at(layer_of(b), pos, end - pos);
+	(void)ret;
+	for (; off < end; off += e.len) {
+		struct run run = run_at(layer_of(b), off, end - off);
 
-		e = disk_extent(run.disk, pos, pos + run.len);
+		e = disk_extent(run.disk, off, off + run.len);
 		if (last && last->flags == e.flags) {
 			last->len += e.len;
 			continue;
 		}
-		if (r->extents == max)
+		if (n == max)
 			break;
-		last = &r->extent[r->extents++];
+		last = &extent[n++];
 		*last = e;
 	}
-	return 0;
+	return n;
 }
 
 static void free_cow(struct cow *c)
@@ -157,26 +127,27 @@ static void free_cow(struct cow *c)
 	free(c);
 }
 
-static void op_close(struct backend *b)
+static int op_close(struct backend *b)
 {
 	struct cow *c = (struct cow *)b;
+	int err = c->layer.durable ? layer_finish(&c->layer) : 0;
 
-	if (c->layer.durable)
-		layer_finish(&c->layer);
 	free_cow(c);
+	return err;
 }
 
 static const struct backend_ops cow_ops = {
 	.name = "cow",
 	.read = op_read,
-	.fetch = backend_fetches_nothing,
-	.locate = op_locate,
 	.write = op_write,
-	.flush = op_flush,
-	.trim = op_trim,
 	.zero = op_zero,
+	.trim = op_trim,
+	.flush = op_flush,
 	.cache = op_cache,
 	.extents = op_extents,
+	.holds = backend_holds_all,
+	.fetch = backend_fetches_nothing,
+	.take_back = backend_keeps_nothing,
 	.close = op_close,
 };
 
@@ -336,7 +307,7 @@ static bool open_kept_file(struct cow *c, const char *path)
 
 static bool open_kept(struct cow *c, const char *path)
 {
-	struct bitmap_identity id = { BITMAP_OVERLAY, c->backend.size, 0 };
+	struct bitmap_identity id = { BITMAP_OVERLAY, c->backend.size, 0, path };
 	size_t len = strlen(path) + sizeof(".map");
 	char *map_path = malloc(len);
 	bool ok = false;
@@ -368,7 +339,7 @@ struct backend *cow_open(const struct cow_options *o)
 	}
 	c->backend.ops = &cow_ops;
 	c->backend.readonly = o->readonly;
-	layer_init(&c->layer, 0, "the overlay");
+	layer_init(&c->layer, &c->backend, 0, "the overlay");
 	c->layer.durable = o->file != NULL;
 	c->layer.base = disk_open(o->base, true, "");
 	if (c->layer.base) {

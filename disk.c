@@ -2,8 +2,8 @@
  * disk.c - backend: a raw image file or a block device.
  *
  * Positions are always explicit (pread, pwrite), so that no two threads share a file offset.
- * The image is mapped as well, but only to ask mincore() which pages are in memory: nobody ever
- * touches the mapping, so that a page that cannot be read is an error, not a SIGBUS.
+ * An image is one file or device, whoever has it open: it has one order of changes, and remembers
+ * that stable storage has failed, since fdatasync() tells that to one caller and not to the next.
  *
  * Runs on loops (TRY) and workers (WAIT) alike.
  */
@@ -12,7 +12,6 @@
 
 #include "buffer.h"
 #include "commit.h"
-#include "snapshot.h"
 #include "util.h"
 
 #include <assert.h>
@@ -21,7 +20,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -37,25 +35,25 @@ enum {
 	ZERO_CHUNK = 64 * 1024,
 };
 
-/* The largest image that is mapped: address space is scarce on 32-bit machines. */
-#if defined(XNBD_PORTABLE)
-#define MAP_MAX UINT64_C(0)
-#elif UINTPTR_MAX > UINT32_MAX
-#define MAP_MAX (UINT64_C(1) << 45)
-#else
-#define MAP_MAX (UINT64_C(1) << 28)
-#endif
-
 static size_t page_size;	/* set when a disk is opened */
+
+struct image {
+	struct image *next;
+	dev_t dev;			/* of the file system; or of the device itself */
+	ino_t ino;			/* of the file; 0 for a device */
+	unsigned users;
+	atomic_int error;		/* of the first fdatasync() that failed, -errno; 0 */
+	struct order order;
+};
+
+static struct image *images;	/* the main thread's */
 
 struct disk {
 	struct backend backend;
 	int fd;
 	bool block_device;
 
-	/* NULL if the image cannot be mapped, or if mincore() would not tell the truth about it. */
-	uint8_t *map;
-	size_t map_len;
+	struct image *image;
 
 	bool in_memory;			/* on tmpfs: nothing ever waits for a disk */
 	atomic_bool no_nowait;		/* the file system cannot say whether a read would block */
@@ -63,8 +61,11 @@ struct disk {
 	atomic_bool no_zero_range;
 	atomic_uint_least64_t slow_until;	/* now_us() */
 
+	/* The run of data that was found last: to look for its end may take long. */
+	atomic_uint_least64_t data_from, data_to;
+
 	struct committer committer;
-	struct snapshot *snapshot;	/* changes only while the gate is closed; NULL if none */
+	struct disk_hook *hook;		/* changes only while nobody changes the disk */
 };
 
 static struct disk *to_disk(struct backend *b)
@@ -73,29 +74,6 @@ static struct disk *to_disk(struct backend *b)
 }
 
 /* Reading */
-
-/* Whether the range, not empty, is in the page cache.  False also means "cannot tell". */
-static bool is_resident(const struct disk *d, uint64_t off, uint64_t len)
-{
-	unsigned char vec[512];
-	uint64_t page = page_size, pos = off - off % page, end = off + len;
-
-	if (!d->map)
-		return false;
-	while (pos < end) {
-		uint64_t n = (end - pos + page - 1) / page;
-
-		if (n > sizeof(vec))
-			n = sizeof(vec);
-		if (mincore(d->map + pos, n * page, (void *)vec) < 0)
-			return false;
-		for (uint64_t i = 0; i < n; i++)
-			if (!(vec[i] & 1))
-				return false;
-		pos += n * page;
-	}
-	return true;
-}
 
 /* One pread() that does not wait for the disk; -EOPNOTSUPP where there is no such thing. */
 static ssize_t pread_nowait(int fd, void *buf, size_t len, uint64_t off)
@@ -128,18 +106,12 @@ static int read_try(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off)
 			return -EAGAIN;
 		atomic_store_explicit(&d->no_nowait, true, memory_order_relaxed);
 	}
-	return is_resident(d, off, len) ? read_at(d->fd, buf, len, off) : -EAGAIN;
+	return -EAGAIN;
 }
 
 int disk_read(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	return how == TRY ? read_try(d, buf, len, off) : read_at(d->fd, buf, len, off);
-}
-
-bool disk_locate(struct disk *d, uint64_t len, uint64_t off, struct file_part *part)
-{
-	*part = (struct file_part){ d->fd, off, len };
-	return is_resident(d, off, len);
 }
 
 /* Writing */
@@ -176,24 +148,60 @@ static int write_try(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t 
 	return ret;
 }
 
+static int before_change(struct disk *d, uint64_t len, uint64_t off, enum how how)
+{
+	return d->hook ? d->hook->before_change(d->hook, len, off, how) : 0;
+}
+
 int disk_write(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
+	int ret = before_change(d, len, off, how);
+
+	if (ret)
+		return ret;
 	return how == TRY ? write_try(d, buf, len, off) : write_at(d->fd, buf, len, off);
 }
 
 /* Make durable */
 
-int disk_sync(struct disk *d)
+int disk_error(const struct disk *d)
 {
-	while (fdatasync(d->fd) < 0)
-		if (errno != EINTR)
-			return -errno;
-	return 0;
+	return atomic_load(&d->image->error);
 }
 
-static int commit(struct committer *c)
+int disk_sync(struct disk *d)
 {
-	return disk_sync((struct disk *)((char *)c - offsetof(struct disk, committer)));
+	int err = disk_error(d), none = 0;
+
+	while (!err && fdatasync(d->fd) < 0)
+		if (errno != EINTR)
+			err = -errno;
+	if (err)
+		atomic_compare_exchange_strong(&d->image->error, &none, err);
+	/* Another disk of the same image may have been told meanwhile. */
+	return err ? err : disk_error(d);
+}
+
+int disk_check(struct disk *d)
+{
+	int err = disk_error(d), none = 0;
+
+#if defined(__linux__) && !defined(XNBD_PORTABLE)
+	while (!err && sync_file_range(d->fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE) < 0 && errno != ENOSYS)
+		if (errno != EINTR)
+			err = errno == ESPIPE || errno == EINVAL ? 0 : -errno;
+#endif
+	if (err)
+		atomic_compare_exchange_strong(&d->image->error, &none, err);
+	return err;
+}
+
+static int commit(struct committer *c, bool *lost)
+{
+	int err = disk_sync((struct disk *)((char *)c - offsetof(struct disk, committer)));
+
+	*lost = err != 0;
+	return err;
 }
 
 /* Zeros and holes */
@@ -221,15 +229,32 @@ static int allocate(const struct disk *d, enum allocation how, atomic_bool *miss
 #endif
 	if (ret == 0)
 		return 0;
-	if (errno != EOPNOTSUPP && errno != ENOSYS)
+	/* Old kernels, FUSE and filters of system calls say that it is missing in ways of their own. */
+	if (errno != EOPNOTSUPP && errno != ENOSYS && errno != ENODEV && errno != EPERM)
 		return -errno;
 	atomic_store_explicit(missing, true, memory_order_relaxed);
 	return -EOPNOTSUPP;
 }
 
+/* There may be holes in a range: of the remembered run of data the larger part stays. */
+static void forget_data(struct disk *d, uint64_t off, uint64_t len)
+{
+	uint64_t from = atomic_load(&d->data_from), to = atomic_load(&d->data_to), end = off + len;
+
+	if (off >= to || end <= from)
+		return;
+	if (off > from && off - from >= (end < to ? to - end : 0))
+		atomic_store(&d->data_to, off);
+	else
+		atomic_store(&d->data_from, end < to ? end : to);
+}
+
 static int punch(struct disk *d, uint64_t off, uint64_t len)
 {
-	return allocate(d, PUNCH_HOLE, &d->no_punch, off, len);
+	int ret = allocate(d, PUNCH_HOLE, &d->no_punch, off, len);
+
+	forget_data(d, off, len);
+	return ret;
 }
 
 static int zero_range(struct disk *d, uint64_t off, uint64_t len)
@@ -317,6 +342,10 @@ static int zero_device(struct disk *d, uint64_t off, uint64_t len, unsigned flag
 
 int disk_zero(struct disk *d, uint64_t len, uint64_t off, unsigned flags)
 {
+	int ret = before_change(d, len, off, WAIT);
+
+	if (ret)
+		return ret;
 	return d->block_device ? zero_device(d, off, len, flags) : zero_blocks(d, off, len, flags);
 }
 
@@ -329,7 +358,9 @@ int disk_trim(struct disk *d, uint64_t len, uint64_t off)
 		end = round_down(end);
 	if (from >= end)
 		return 0;
-	ret = punch(d, from, end - from);
+	ret = before_change(d, end - from, from, WAIT);
+	if (ret == 0)
+		ret = punch(d, from, end - from);
 	return ret == -EOPNOTSUPP ? 0 : ret;
 }
 
@@ -342,15 +373,25 @@ void disk_prefetch(struct disk *d, uint64_t len, uint64_t off)
 /*
  * What cannot be told is data, which is always true; so is what lies behind the end of an image
  * that was truncated: to read it fails.
+ *
+ * SEEK_HOLE walks over all extents up to the next hole, which in a large file without one takes as
+ * long as to read it.  So the end of the run is remembered.  What is said to be data always may be.
  */
-struct extent disk_extent(const struct disk *d, uint64_t pos, uint64_t end)
+struct extent disk_extent(struct disk *d, uint64_t pos, uint64_t end)
 {
 	struct extent data = { end - pos, 0 };
 	struct extent hole = { end - pos, NBD_STATE_HOLE | NBD_STATE_ZERO };
 #if defined(SEEK_DATA) && !defined(XNBD_PORTABLE)
-	off_t to = lseek(d->fd, (off_t)pos, SEEK_DATA);
+	uint64_t known = atomic_load_explicit(&d->data_to, memory_order_relaxed);
 	struct stat st;
+	off_t to;
 
+	if (pos >= atomic_load_explicit(&d->data_from, memory_order_relaxed) && pos < known) {
+		if (known < end)
+			data.len = known - pos;
+		return data;
+	}
+	to = lseek(d->fd, (off_t)pos, SEEK_DATA);
 	if (to < 0) {	/* ENXIO: nothing but a hole up to the end of the file */
 		bool whole = errno == ENXIO && fstat(d->fd, &st) == 0 &&
 			     (uint64_t)st.st_size >= end;
@@ -363,7 +404,12 @@ struct extent disk_extent(const struct disk *d, uint64_t pos, uint64_t end)
 		return hole;
 	}
 	to = lseek(d->fd, (off_t)pos, SEEK_HOLE);
-	if (to > 0 && (uint64_t)to > pos && (uint64_t)to < end)
+	if (to <= 0 || (uint64_t)to <= pos)
+		return data;
+	atomic_store_explicit(&d->data_to, pos, memory_order_relaxed);
+	atomic_store_explicit(&d->data_from, pos, memory_order_relaxed);
+	atomic_store_explicit(&d->data_to, (uint64_t)to, memory_order_relaxed);
+	if ((uint64_t)to < end)
 		data.len = (uint64_t)to - pos;
 #else
 	(void)d, (void)hole;
@@ -371,7 +417,7 @@ struct extent disk_extent(const struct disk *d, uint64_t pos, uint64_t end)
 	return data;
 }
 
-unsigned disk_extents(const struct disk *d, struct extent *extent, unsigned max, uint64_t len,
+unsigned disk_extents(struct disk *d, struct extent *extent, unsigned max, uint64_t len,
 		      uint64_t off)
 {
 	uint64_t end = off + len;
@@ -389,15 +435,55 @@ uint64_t disk_size(const struct disk *d)
 	return d->backend.size;
 }
 
+static void image_leave(struct image *image)
+{
+	struct image **p = &images;
+
+	if (--image->users > 0)
+		return;
+	while (*p != image)
+		p = &(*p)->next;
+	*p = image->next;
+	order_destroy(&image->order);
+	free(image);
+}
+
+/* The image of an open file, with one user more; NULL if out of memory. */
+static struct image *image_join(const struct stat *st)
+{
+	dev_t dev = S_ISBLK(st->st_mode) ? st->st_rdev : st->st_dev;
+	ino_t ino = S_ISBLK(st->st_mode) ? 0 : st->st_ino;
+	struct image *image = images;
+
+	while (image && (image->dev != dev || image->ino != ino))
+		image = image->next;
+	if (!image) {
+		image = calloc(1, sizeof(*image));
+		if (!image)
+			return NULL;
+		image->dev = dev;
+		image->ino = ino;
+		order_init(&image->order);
+		image->next = images;
+		images = image;
+	}
+	image->users++;
+	return image;
+}
+
 void disk_close(struct disk *d)
 {
 	if (!d)
 		return;
-	if (d->map)
-		munmap(d->map, d->map_len);
 	close(d->fd);
 	committer_destroy(&d->committer);
+	image_leave(d->image);
 	free(d);
+}
+
+struct order *disk_order(struct disk *d)
+{
+	return &d->image->order;
 }
 
 bool disk_is_file(const struct disk *d)
@@ -407,109 +493,84 @@ bool disk_is_file(const struct disk *d)
 
 bool disk_is_same(const struct disk *a, const struct disk *b)
 {
-	struct stat sa, sb;
-
-	if (a->block_device != b->block_device || fstat(a->fd, &sa) < 0 || fstat(b->fd, &sb) < 0)
-		return false;
-	return a->block_device ? sa.st_rdev == sb.st_rdev :
-				 sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino;
+	return a->image == b->image;
 }
 
-bool disk_clone(const struct disk *d, int fd)
+int disk_clone(struct disk *d, int fd)
 {
 #if defined(__linux__) && !defined(XNBD_PORTABLE)
-	return ioctl(fd, _IOW(0x94, 9, int), d->fd) == 0;	/* FICLONE of <linux/fs.h> */
+	if (ioctl(fd, _IOW(0x94, 9, int), d->fd) == 0)	/* FICLONE of <linux/fs.h> */
+		return 0;
+	return errno == EIO || errno == ENOSPC || errno == EDQUOT ? -errno : -EOPNOTSUPP;
 #else
 	(void)d, (void)fd;
-	return false;
+	return -EOPNOTSUPP;
 #endif
 }
 
-void disk_set_snapshot(struct disk *d, struct snapshot *s)
+void disk_set_hook(struct disk *d, struct disk_hook *hook)
 {
-	d->snapshot = s;
+	d->hook = hook;
 }
 
 /* The backend */
 
-static int op_read(struct backend *b, struct request *r, enum how how)
+static int op_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	return disk_read(to_disk(b), r->buf, r->h.len, r->h.off, how);
+	return disk_read(to_disk(b), buf, len, off, how);
 }
 
-static int op_locate(struct backend *b, const struct request *r, struct file_part *part, int max)
+static int op_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	assert(max > 0);
-	return disk_locate(to_disk(b), r->h.len, r->h.off, part);
+	return disk_write(to_disk(b), buf, len, off, how);
 }
 
-/* To be called before what changes the disk: a snapshot may need the old blocks. */
-static int keep_old(struct disk *d, const struct request *r, enum how how)
+static int op_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
-	if (!d->snapshot || r->h.len == 0)
-		return 0;
-	return snapshot_before_change(d->snapshot, r->h.len, r->h.off, how);
+	return disk_zero(to_disk(b), len, off, flags);
 }
 
-static int op_write(struct backend *b, struct request *r, enum how how)
+static int op_trim(struct backend *b, uint64_t len, uint64_t off)
 {
-	int ret = keep_old(to_disk(b), r, how);
-
-	return ret ? ret : disk_write(to_disk(b), r->buf, r->h.len, r->h.off, how);
+	return disk_trim(to_disk(b), len, off);
 }
 
-static int op_flush(struct backend *b, struct request *r, enum how how)
+static int op_flush(struct backend *b, struct request *r)
 {
-	(void)how;
 	return b->readonly ? 0 : committer_flush(&to_disk(b)->committer, r);
 }
 
-static int op_trim(struct backend *b, struct request *r, enum how how)
+static int op_cache(struct backend *b, uint64_t *len, uint64_t off)
 {
-	int ret = how == TRY ? -EAGAIN : keep_old(to_disk(b), r, how);
-
-	return ret ? ret : disk_trim(to_disk(b), r->h.len, r->h.off);
-}
-
-static int op_zero(struct backend *b, struct request *r, enum how how)
-{
-	int ret = how == TRY ? -EAGAIN : keep_old(to_disk(b), r, how);
-
-	return ret ? ret : disk_zero(to_disk(b), r->h.len, r->h.off, r->h.flags);
-}
-
-static int op_cache(struct backend *b, struct request *r, enum how how)
-{
-	if (how == TRY)
-		return -EAGAIN;
-	disk_prefetch(to_disk(b), r->h.len, r->h.off);
+	disk_prefetch(to_disk(b), *len, off);
 	return 0;
 }
 
-static int op_extents(struct backend *b, struct request *r, unsigned max, enum how how)
+static unsigned op_extents(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
+			   uint64_t off, int *ret)
 {
-	if (how == TRY)
-		return -EAGAIN;
-	r->extents = disk_extents(to_disk(b), r->extent, max, r->h.len, r->h.off);
-	return 0;
+	(void)ret;
+	return disk_extents(to_disk(b), extent, max, len, off);
 }
 
-static void op_close(struct backend *b)
+static int op_close(struct backend *b)
 {
 	disk_close(to_disk(b));
+	return 0;
 }
 
 static const struct backend_ops disk_ops = {
 	.name = "disk",
 	.read = op_read,
-	.fetch = backend_fetches_nothing,
-	.locate = op_locate,
 	.write = op_write,
-	.flush = op_flush,
-	.trim = op_trim,
 	.zero = op_zero,
+	.trim = op_trim,
+	.flush = op_flush,
 	.cache = op_cache,
 	.extents = op_extents,
+	.holds = backend_holds_all,
+	.fetch = backend_fetches_nothing,
+	.take_back = backend_keeps_nothing,
 	.close = op_close,
 };
 
@@ -613,12 +674,6 @@ static int open_image(const char *path, bool readonly, const char *hint, uint64_
 	return fd;
 }
 
-/* mincore() answers "all there" about files that are neither ours nor open to us for writing. */
-static bool mincore_is_honest(const struct disk *d, const struct stat *st)
-{
-	return !d->backend.readonly || geteuid() == 0 || st->st_uid == geteuid();
-}
-
 static bool is_in_memory(int fd)
 {
 #if defined(__linux__) && !defined(XNBD_PORTABLE)
@@ -632,26 +687,16 @@ static bool is_in_memory(int fd)
 #endif
 }
 
-static void map_image(struct disk *d, const struct stat *st)
-{
-	void *map;
-
-	if (d->backend.size == 0 || d->backend.size > MAP_MAX || !mincore_is_honest(d, st))
-		return;
-	map = mmap(NULL, d->backend.size, PROT_READ, MAP_SHARED, d->fd, 0);
-	if (map == MAP_FAILED)
-		return;
-	d->map = map;
-	d->map_len = d->backend.size;
-}
-
 struct disk *disk_adopt(int fd, uint64_t size, bool readonly)
 {
 	struct disk *d = calloc(1, sizeof(*d));
 	struct stat st;
+	int err = !d ? ENOMEM : fstat(fd, &st) < 0 ? errno : 0;
 
-	if (!d || fstat(fd, &st) < 0) {
-		log_failure("cannot serve an image: %s", strerror(d ? errno : ENOMEM));
+	if (!err && !(d->image = image_join(&st)))
+		err = ENOMEM;
+	if (err) {
+		log_failure("cannot serve an image: %s", strerror(err));
 		close(fd);
 		free(d);
 		return NULL;
@@ -663,8 +708,10 @@ struct disk *disk_adopt(int fd, uint64_t size, bool readonly)
 	d->backend.readonly = readonly;
 	d->block_device = S_ISBLK(st.st_mode);
 	d->in_memory = is_in_memory(fd);
-	committer_init(&d->committer, commit, "the image");
-	map_image(d, &st);
+	d->backend.order = &d->image->order;
+	committer_init(&d->committer, commit, "the image",
+		       "every flush fails until a restart; what was not flushed before may be lost "
+		       "(xnbd-server(8), \"When the disk fails\")");
 	return d;
 }
 

@@ -24,7 +24,10 @@ bool disk_create(const char *path, uint64_t size);
  */
 struct disk *disk_open(const char *path, bool readonly, const char *hint);
 
-/* Make a disk of an open image of that size; takes fd over, also when it fails.  NULL as above. */
+/*
+ * Make a disk of an open image of that size; takes fd over, also
+ * when it fails.  NULL as above.
+ */
 struct disk *disk_adopt(int fd, uint64_t size, bool readonly);
 
 /* Use the first size bytes only.  False after logging that there are less; path is for the log. */
@@ -38,11 +41,13 @@ struct backend *disk_backend(struct disk *d);
 
 uint64_t disk_size(const struct disk *d);
 
-int disk_read(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off, enum how how);
-int disk_write(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
+/* The order of changes of the image, which is one for all disks that have it open. */
+struct order *disk_order(struct disk *d);
 
-/* See the locate operation of backends; true if *part was set. */
-bool disk_locate(struct disk *d, uint64_t len, uint64_t off, struct file_part *part);
+int disk_read(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off, enum how how);
+
+/* Whoever changes a range has begun with it in the image's order. */
+int disk_write(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 
 /* Zero a range; of flags, NO_HOLE and FAST_ZERO count. */
 int disk_zero(struct disk *d, uint64_t len, uint64_t off, unsigned flags);
@@ -53,10 +58,10 @@ int disk_trim(struct disk *d, uint64_t len, uint64_t off);
 void disk_prefetch(struct disk *d, uint64_t len, uint64_t off);
 
 /* The run at pos: its status, and its length, which ends at end at the latest. */
-struct extent disk_extent(const struct disk *d, uint64_t pos, uint64_t end);
+struct extent disk_extent(struct disk *d, uint64_t pos, uint64_t end);
 
 /* The runs of a range, at most max: how many, and they end before the range if there are more. */
-unsigned disk_extents(const struct disk *d, struct extent *extent, unsigned max, uint64_t len,
+unsigned disk_extents(struct disk *d, struct extent *extent, unsigned max, uint64_t len,
 		      uint64_t off);
 
 /* Whether it is a file, which has a place beside it, and not a device. */
@@ -65,14 +70,31 @@ bool disk_is_file(const struct disk *d);
 /* Whether both are the same file or device. */
 bool disk_is_same(const struct disk *a, const struct disk *b);
 
-/* Make the file fd share all blocks of the disk.  False where the file system cannot. */
-bool disk_clone(const struct disk *d, int fd);
+/*
+ * Make the file fd share all blocks of the image.  0; -EOPNOTSUPP where the file system cannot; or
+ * another -errno.
+ */
+int disk_clone(struct disk *d, int fd);
 
-/* Tell a snapshot of what changes through the backend; NULL for none.  While the gate is closed. */
-struct snapshot;
-void disk_set_snapshot(struct disk *d, struct snapshot *s);
+/*
+ * Call before_change() for each range that is about to change: 0, or -EAGAIN for TRY.  NULL for no
+ * call.  While nobody changes the disk.
+ */
+struct disk_hook {
+	int (*before_change)(struct disk_hook *, uint64_t len, uint64_t off, enum how how);
+};
+void disk_set_hook(struct disk *d, struct disk_hook *hook);
 
-/* fdatasync() */
+/*
+ * fdatasync().  An error belongs to the image: once there was one, every later call fails, of all
+ * disks that have the image open.
+ */
 int disk_sync(struct disk *d);
+
+/* The same without making anything durable: whether the kernel could not store something. */
+int disk_check(struct disk *d);
+
+/* That error, or 0. */
+int disk_error(const struct disk *d);
 
 #endif

@@ -21,7 +21,6 @@
 
 struct served {
 	struct export export;
-	struct backend *backend;	/* as it was opened: a proxy's is exchanged later */
 	char *path;			/* of the image, from the root: a daemon leaves its place */
 	struct disk *disk;		/* what snapshots are taken of; NULL: there are none */
 	struct snapshot *snapshot;	/* that is being made, or NULL */
@@ -99,18 +98,19 @@ static struct backend *open_backend(const struct options *o, struct served *e, c
 static bool add(const struct options *o, const char *name, const char *image)
 {
 	struct served *e = &table.all[table.count];
+	struct backend *backend;
 
 	e->path = absolute_path(image);
 	if (!e->path) {
 		log_failure("cannot start: out of memory");
 		return false;
 	}
-	e->backend = open_backend(o, e, image);
-	if (!e->backend) {
+	backend = open_backend(o, e, image);
+	if (!backend) {
 		free(e->path);
 		return false;
 	}
-	export_init(&e->export, e->backend, name, describe_image(image), table.hooks->wake,
+	export_init(&e->export, backend, name, describe_image(image), table.hooks->wake,
 		    loops_wake);
 	e->export.load.room = table.hooks->room;
 	table.entry[table.count++] = &e->export.proto;
@@ -305,15 +305,18 @@ bool exports_are_busy(void)
 	return false;
 }
 
-void exports_close(void)
+bool exports_close(void)
 {
+	bool ok = true;
+
 	for (size_t i = 0; i < table.count; i++) {
 		struct served *e = &table.all[i];
 
 		snapshot_free(e->snapshot);
-		e->backend->ops->close(e->backend);
+		ok &= e->export.backend->ops->close(e->export.backend) == 0;
 		free(e->path);
 	}
 	free(table.all);
 	free(table.entry);
+	return ok;
 }

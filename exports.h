@@ -74,7 +74,7 @@ void exports_stop(void);
 /* Whether a snapshot is being made. */
 bool exports_are_busy(void);
 
-/* Close all.  Neither connections nor workers are left. */
-void exports_close(void);
+/* Close all.  Neither connections nor workers are left.  False if something is not durable. */
+bool exports_close(void);
 
 #endif

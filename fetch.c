@@ -11,6 +11,9 @@
  *
  * What a client wrote meanwhile stays: layer_fill() stores only what is not held.  A READ gets the
  * origin's bytes all the same: that is what the disk had when it came.
+ *
+ * A request that waits holds no memory for data: a fetch gets its buffer when the answer arrives.
+ * Until all of it has arrived it can be taken back, by whoever knows that nobody wants it any more.
  */
 #include "fetch.h"
 
@@ -32,23 +35,25 @@ struct fetch {
 	struct fetch *next;		/* in its bucket */
 	struct fetch *newer;		/* of those that have arrived */
 	struct waiter *waiting;
-	bool borrowed;			/* the buffer is the first waiter's */
 };
 
 /* A request, and the parts of it that are on their way. */
 struct part {
 	struct waiter waiter;		/* the first: part_done() relies on it */
+	struct part *next;
 	struct miss *miss;
 };
 
 struct miss {
 	struct fetcher *f;
-	struct request *r;
+	struct request *r;		/* NULL: it was taken back; guarded by the fetcher's lock */
+	uint64_t off, len;		/* of a READ that is answered with what arrives; else len is 0 */
+	_Atomic(uint8_t *) buf;		/* of len bytes, when something is in it */
 	atomic_uint left;		/* parts, and one while they are being added */
 	atomic_int error;		/* of the first that failed, 0 */
 	atomic_bool again;		/* carry the request out again, in any case */
 	bool added;			/* at least one part was */
-	bool first_used;
+	struct part *parts;
 	struct part first;		/* mostly the only one */
 };
 
@@ -188,17 +193,19 @@ static bool is_wider(const struct fetch *fetch, const struct waiter *w)
 	return w->off / unit * unit > fetch->ask.off || w->off + w->len + unit <= end_of(fetch);
 }
 
+/* Tell all who wait, which is gone then.  The only one may keep the buffer, if it wants all of it. */
 static void tell_waiters(struct fetch *fetch, struct waiter *w, int error)
 {
-	const uint8_t *buf = fetch->ask.error ? NULL : fetch->ask.buf;
+	uint8_t *buf = fetch->ask.error ? NULL : fetch->ask.buf;
+	bool whole = buf && w && !w->next && w->len == fetch->ask.len;
 	struct waiter *next;
 
 	for (; w; w = next) {
 		next = w->next;
-		if (buf)
-			w->done(w, buf + (w->off - fetch->ask.off), error);
-		else
-			w->done(w, NULL, error == -EIO && is_wider(fetch, w) ? -EAGAIN : error);
+		if (!buf)
+			w->done(w, NULL, false, error == -EIO && is_wider(fetch, w) ? -EAGAIN : error);
+		else if (w->done(w, buf + (w->off - fetch->ask.off), whole, error))
+			fetch->ask.buf = NULL;
 	}
 }
 
@@ -215,11 +222,11 @@ static void settle(struct fetch *fetch, int error)
 	pthread_mutex_lock(&f->lock);
 	take_out(fetch);
 	waiting = fetch->waiting;
+	for (struct waiter *w = waiting; w; w = w->next)
+		w->fetch = NULL;
 	pthread_mutex_unlock(&f->lock);
-	/* Who lent the buffer came first, and so is told last: it may go away then. */
 	tell_waiters(fetch, waiting, error);
-	if (!fetch->borrowed)
-		buffer_put(fetch->ask.buf, fetch->ask.len);
+	buffer_put(fetch->ask.buf, fetch->ask.len);
 	free(fetch);
 }
 
@@ -329,6 +336,7 @@ uint64_t fetch_fit(const struct fetcher *f, uint64_t len, uint64_t off, uint64_t
 
 	if (max > origin_limits(f->origin)->max_block)
 		max = origin_limits(f->origin)->max_block;
+	max = max < unit ? unit : max - max % unit;
 	end = (off + len + unit - 1) / unit * unit;
 	if (end > off + max)
 		end = off + max;
@@ -344,6 +352,7 @@ int fetch_copy(struct fetcher *f, struct waiter *w)
 	if (!fetch)
 		return -ENOMEM;
 	w->next = NULL;
+	w->fetch = fetch;
 	fetch->waiting = w;
 	pthread_mutex_lock(&f->lock);
 	insert(fetch);
@@ -398,98 +407,119 @@ struct miss *miss_new(struct fetcher *f, struct request *r)
 		return NULL;
 	m->f = f;
 	m->r = r;
+	m->off = r->h.off;
+	m->len = r->h.cmd == NBD_CMD_READ && r->h.len <= READ_PIECE ? r->h.len : 0;
 	atomic_init(&m->left, 1);
 	return m;
 }
 
-static bool is_read(const struct miss *m)
+uint8_t *miss_buffer(struct miss *m)
 {
-	return m->r->h.cmd == NBD_CMD_READ;
+	uint8_t *none = NULL, *buf = atomic_load(&m->buf);
+
+	if (buf)
+		return buf;
+	buf = buffer_get(m->len);
+	if (buf && !atomic_compare_exchange_strong(&m->buf, &none, buf)) {
+		buffer_put(buf, m->len);
+		buf = none;
+	}
+	return buf;
+}
+
+static void miss_free(struct miss *m)
+{
+	struct part *p;
+
+	while ((p = m->parts)) {
+		m->parts = p->next;
+		if (p != &m->first)
+			free(p);
+	}
+	buffer_put(atomic_load(&m->buf), m->len);
+	free(m);
 }
 
 /* Everything that it waited for has come, or failed. */
-static void finish(struct miss *m)
+static void miss_end(struct miss *m)
 {
-	struct request *r = m->r;
 	int error = atomic_load(&m->error);
-	bool again = atomic_load(&m->again) || !is_read(m);
+	bool again = atomic_load(&m->again) || m->len == 0;
+	struct request *r;
 
-	free(m);
-	if (error || !again)
-		request_done(r, error);
-	else
+	pthread_mutex_lock(&m->f->lock);
+	r = m->r;
+	if (r)
+		r->miss = NULL;
+	pthread_mutex_unlock(&m->f->lock);
+	if (r && !error && !again) {
+		if (r->buf_len > 0)
+			buffer_put(r->buf, r->buf_len);
+		r->buf = atomic_exchange(&m->buf, NULL);
+		r->buf_len = m->len;
+	}
+	miss_free(m);
+	if (r && !error && again)
 		request_again(r);
+	else if (r)
+		request_done(r, error);
 }
 
-static void drop(struct miss *m)
+static void miss_drop(struct miss *m, unsigned n)
 {
-	if (atomic_fetch_sub(&m->left, 1) == 1)
-		finish(m);
+	if (n > 0 && atomic_fetch_sub(&m->left, n) == n)
+		miss_end(m);
 }
 
-static void fail(struct miss *m, int error)
+static void miss_fail(struct miss *m, int error)
 {
 	int none = 0;
 
 	atomic_compare_exchange_strong(&m->error, &none, error);
 }
 
-static void part_done(struct waiter *w, const uint8_t *buf, int error)
+/* Put what has arrived into the answer to a READ.  True if the buffer has become that. */
+static bool put_data(struct miss *m, const struct waiter *w, uint8_t *buf, bool whole)
 {
-	struct part *part = (struct part *)w;
-	struct miss *m = part->miss;
+	uint8_t *none = NULL, *to;
 
-	if (buf && is_read(m)) {
-		uint8_t *to = m->r->buf + (w->off - m->r->h.off);
+	if (whole && w->len == m->len && atomic_compare_exchange_strong(&m->buf, &none, buf))
+		return true;
+	to = miss_buffer(m);
+	if (to)
+		memcpy(to + (w->off - m->off), buf, w->len);
+	else
+		miss_fail(m, -ENOMEM);
+	return false;
+}
 
-		if (to != buf)
-			memcpy(to, buf, w->len);
-	} else if (error && (error == -EAGAIN || layer_holds(m->f->layer, w->len, w->off))) {
+static bool part_done(struct waiter *w, uint8_t *buf, bool whole, int error)
+{
+	struct miss *m = ((struct part *)w)->miss;
+	bool taken = false;
+
+	if (buf && m->len > 0)
+		taken = put_data(m, w, buf, whole);
+	else if (error == -EAGAIN || (error && layer_holds(m->f->layer, w->len, w->off)))
 		atomic_store(&m->again, true);
-	} else if (error) {
-		fail(m, error == -ECANCELED ? -ESHUTDOWN : error);
-	}
-	if (part != &m->first)
-		free(part);
-	drop(m);
+	else if (error)
+		miss_fail(m, error);
+	miss_drop(m, 1);
+	return taken;
 }
 
 static struct part *new_part(struct miss *m, uint64_t off)
 {
-	struct part *part = m->first_used ? calloc(1, sizeof(*part)) : &m->first;
+	struct part *part = m->parts ? calloc(1, sizeof(*part)) : &m->first;
 
 	if (!part)
 		return NULL;
-	m->first_used = true;
 	part->miss = m;
 	part->waiter.off = off;
 	part->waiter.done = part_done;
+	part->next = m->parts;
+	m->parts = part;
 	return part;
-}
-
-static void unuse_part(struct miss *m, struct part *part)
-{
-	if (part == &m->first)
-		m->first_used = false;
-	else
-		free(part);
-}
-
-/* A fetch for a part, which begins at its offset.  A READ's own buffer is filled, if it fits. */
-static struct fetch *begin_fetch(struct miss *m, struct part *part, uint64_t end)
-{
-	struct fetcher *f = m->f;
-	uint64_t unit = unit_of(f), off = part->waiter.off, start = off / unit * unit;
-	struct fetch *fetch = new_fetch(f, start, end, FETCH_MAX, ORIGIN_DEMAND);
-
-	if (!fetch)
-		return NULL;
-	if (is_read(m) && start == off && end_of(fetch) <= end) {
-		fetch->borrowed = true;
-		fetch->ask.buf = m->r->buf + (off - m->r->h.off);
-	}
-	insert(fetch);
-	return fetch;
 }
 
 /* Let it wait for what a fetch brings of the run up to end. */
@@ -500,6 +530,7 @@ static void join(struct fetch *fetch, struct part *part, uint64_t end)
 	if (end > end_of(fetch))
 		end = end_of(fetch);
 	w->len = end - w->off;
+	w->fetch = fetch;
 	w->next = fetch->waiting;
 	fetch->waiting = w;
 	atomic_fetch_add(&part->miss->left, 1);
@@ -508,44 +539,194 @@ static void join(struct fetch *fetch, struct part *part, uint64_t end)
 int64_t miss_add(struct miss *m, uint64_t len, uint64_t off)
 {
 	struct fetcher *f = m->f;
-	struct part *part = new_part(m, off);
 	struct fetch *fetch = NULL, *begun = NULL;
-	uint64_t run, free_end;
+	struct part *part;
+	uint64_t end;
 	int64_t ret = 0;
 	bool held;
 
-	if (!part)
-		return -ENOMEM;
 	pthread_mutex_lock(&f->lock);
-	run = layer_run(f->layer, len, off, &held);
+	end = off + layer_run(f->layer, len, off, &held);
 	if (!held) {
-		free_end = off + run;
+		uint64_t free_end = end;
+
 		fetch = find(f, off, &free_end);
 		if (!fetch)
-			fetch = begun = begin_fetch(m, part, free_end);
-		if (fetch)
-			join(fetch, part, off + run);
-		ret = fetch ? (int64_t)part->waiter.len : -ENOMEM;
+			fetch = begun = new_fetch(f, off / unit_of(f) * unit_of(f), free_end,
+						  FETCH_MAX, ORIGIN_DEMAND);
+		part = fetch ? new_part(m, off) : NULL;
+		if (part)
+			join(fetch, part, end);
+		if (part && begun)
+			insert(begun);
+		ret = part ? (int64_t)part->waiter.len : -ENOMEM;
+		m->added |= part != NULL;
 	}
 	pthread_mutex_unlock(&f->lock);
-	if (!fetch)
-		unuse_part(m, part);
-	m->added |= fetch != NULL;
-	if (begun)
+	if (begun && ret > 0)
 		origin_submit(f->origin, &begun->ask);
+	else if (ret < 0)
+		free(begun);
 	return ret;
+}
+
+/* Take its parts out of what they wait for; returns how many.  Called with the lock. */
+static unsigned miss_detach(struct miss *m)
+{
+	unsigned n = 0;
+
+	for (struct part *p = m->parts; p; p = p->next) {
+		struct waiter **at;
+
+		if (!p->waiter.fetch)
+			continue;
+		for (at = &p->waiter.fetch->waiting; *at != &p->waiter; at = &(*at)->next)
+			;
+		*at = p->waiter.next;
+		p->waiter.fetch = NULL;
+		n++;
+	}
+	m->r = NULL;
+	return n;
 }
 
 int miss_wait(struct miss *m, int err)
 {
-	if (!m->added) {
-		free(m);
-		return err;
+	struct request *r = m->r;
+	unsigned dropped = 0;
+	int ret = PENDING;
+
+	pthread_mutex_lock(&m->f->lock);
+	if (err || !m->added)
+		ret = err;
+	else if (request_is_abandoned(r))
+		ret = -ECANCELED;
+	else if (atomic_load(&r->change.is_empty))
+		ret = 0;
+	if (ret == PENDING)
+		r->miss = m;
+	else
+		dropped = miss_detach(m);
+	pthread_mutex_unlock(&m->f->lock);
+	miss_drop(m, dropped + 1);
+	return ret;
+}
+
+/* Extents */
+
+/* A BLOCK_STATUS that the origin is asked for. */
+struct question {
+	struct origin_request ask;	/* the first: answered() relies on it */
+	struct fetcher *f;
+	struct request *r;		/* NULL: it was taken back; guarded by the fetcher's lock */
+	uint64_t skip, len;		/* bytes before, and of, what r is about */
+};
+
+/* Cut the extents of r down to len bytes behind skip bytes. */
+static void cut_extents(struct request *r, uint64_t skip, uint64_t len)
+{
+	unsigned kept = 0;
+
+	for (unsigned i = 0; i < r->extents && len > 0; i++) {
+		struct extent e = r->extent[i];
+		uint64_t cut = skip < e.len ? skip : e.len;
+
+		e.len -= cut;
+		skip -= cut;
+		if (e.len > len)
+			e.len = len;
+		len -= e.len;
+		if (e.len > 0)
+			r->extent[kept++] = e;
 	}
-	if (err == -EAGAIN)
-		atomic_store(&m->again, true);
-	else if (err)
-		fail(m, err);
-	drop(m);
+	r->extents = kept;
+}
+
+/* The origin's thread.  Where the origin does not tell, all is data. */
+static void answered(struct origin_request *ask)
+{
+	struct question *q = (struct question *)ask;
+	struct fetcher *f = q->f;
+	struct request *r;
+
+	pthread_mutex_lock(&f->lock);
+	r = q->r;
+	if (r)
+		r->question = NULL;
+	pthread_mutex_unlock(&f->lock);
+	if (!r) {
+		free(ask->extent);
+		free(q);
+		return;
+	}
+	r->extent = ask->extent;
+	r->extents = ask->error ? 0 : ask->extents;
+	cut_extents(r, q->skip, q->len);
+	if (r->extents == 0) {
+		r->extent[0] = (struct extent){ q->len, 0 };
+		r->extents = 1;
+	}
+	/* At a switch the blocks are held by now. */
+	if (ask->error == -ECANCELED && layer_holds(f->layer, 1, r->h.off))
+		request_again(r);
+	else
+		request_done(r, ask->error == -ECANCELED ? -ECANCELED : 0);
+	free(q);
+}
+
+int fetch_extents(struct fetcher *f, struct request *r, uint64_t len, unsigned max)
+{
+	uint64_t unit = origin_limits(f->origin)->min_block, start = r->h.off / unit * unit, end;
+	struct question *q = calloc(1, sizeof(*q));
+	bool wanted;
+
+	if (!q)
+		return -ENOMEM;
+	end = (r->h.off + len + unit - 1) / unit * unit;
+	if (end > f->layer->size)
+		end = f->layer->size;
+	q->f = f;
+	q->r = r;
+	q->skip = r->h.off - start;
+	q->len = len;
+	q->ask.priority = ORIGIN_DEMAND;
+	q->ask.off = start;
+	q->ask.len = end - start;
+	q->ask.extents = max;
+	q->ask.done = answered;
+	pthread_mutex_lock(&f->lock);
+	wanted = !request_is_abandoned(r);
+	if (wanted) {
+		q->ask.extent = r->extent;	/* it comes back with the answer */
+		r->extent = NULL;
+		r->question = q;
+	}
+	pthread_mutex_unlock(&f->lock);
+	if (!wanted) {
+		free(q);
+		return -ECANCELED;
+	}
+	origin_submit(f->origin, &q->ask);
 	return PENDING;
+}
+
+bool fetch_take_back(struct fetcher *f, struct request *r)
+{
+	struct miss *m;
+	struct question *q;
+	unsigned dropped = 0;
+
+	pthread_mutex_lock(&f->lock);
+	m = r->miss;
+	q = r->question;
+	r->miss = NULL;
+	r->question = NULL;
+	if (m)
+		dropped = miss_detach(m);
+	if (q)
+		q->r = NULL;
+	pthread_mutex_unlock(&f->lock);
+	if (m)
+		miss_drop(m, dropped);
+	return m || q;
 }

@@ -35,18 +35,19 @@ struct fetcher {
 	struct job job;
 };
 
-/* Who waits for a range that is being fetched. */
+/* Something that waits for a range that is being fetched. */
 struct waiter {
 	struct waiter *next;
+	struct fetch *fetch;		/* the fetcher's; NULL: it is being told */
 	uint64_t off, len;
 
 	/*
 	 * Called by a worker or the origin's thread; must not block.  With buf, the range's bytes
 	 * as the origin has them; error tells then why they could not be stored, or is 0.  Without:
 	 * error is the origin's, or -EAGAIN: more than the range was asked for, and less may
-	 * succeed.
+	 * succeed.  True if buf has been taken over, from buffer_get(w->len); only if whole is set.
 	 */
-	void (*done)(struct waiter *w, const uint8_t *buf, int error);
+	bool (*done)(struct waiter *w, uint8_t *buf, bool whole, int error);
 };
 
 void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin);
@@ -67,8 +68,8 @@ uint64_t fetch_fit(const struct fetcher *f, uint64_t len, uint64_t off, uint64_t
 void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off);
 
 /*
- * A client's request that waits for blocks.  It is done when all has arrived: a READ is answered,
- * everything else is carried out again, by a worker, and finds the blocks.  An error is its answer.
+ * A client's request that waits for blocks.  When all has arrived a READ up to READ_PIECE is done,
+ * with its data, and everything else is carried out again.  An error is its answer.
  */
 struct miss;
 
@@ -76,15 +77,27 @@ struct miss;
 struct miss *miss_new(struct fetcher *f, struct request *r);
 
 /*
- * Wait for the beginning of a range, which for a READ is a part of r's, and is put into r->buf.
- * Returns how many bytes that are, 0 if the first block is held now, or -ENOMEM.
+ * Wait for the beginning of a range, which for a READ is a part of r's.  Returns how many bytes that
+ * are, 0 if the first block is held now, or -ENOMEM.
  */
 int64_t miss_add(struct miss *m, uint64_t len, uint64_t off);
 
+/* Memory for the answer to a READ, which may be put there before miss_wait(); or NULL. */
+uint8_t *miss_buffer(struct miss *m);
+
 /*
- * All is added.  Returns the outcome of r's operation: PENDING, or err if nothing was added.  With
- * -EAGAIN it is carried out again, also if it is a READ.
+ * All is added.  Returns the outcome of r's fetch operation: PENDING; or err, if it is set, or nothing
+ * was added.  In any other case than PENDING it waits for nothing any more.
  */
 int miss_wait(struct miss *m, int err);
+
+/* Let a request that waits go.  False if it is on its way back, or does not wait.  Any thread. */
+bool fetch_take_back(struct fetcher *f, struct request *r);
+
+/*
+ * Let a BLOCK_STATUS wait for the origin's answer; there is room for max extents.  PENDING, or
+ * -ENOMEM, or -ECANCELED.
+ */
+int fetch_extents(struct fetcher *f, struct request *r, uint64_t len, unsigned max);
 
 #endif

@@ -1,9 +1,24 @@
 /*
  * layer.c - an image that holds some of the blocks of a disk: see layer.h.
  *
- * Until its bit is set, a block is written only by who holds its range (range.h): else what is
- * merged, or fetched, could bury a write that came meanwhile.  Once the bit is set, writes go
- * straight to the image.
+ * Whoever changes blocks is alone with them (order.h).  So a block without a bit can be merged, or
+ * filled with what was fetched, without burying a write that came meanwhile.
+ *
+ * What a crash leaves between two calls, and why a reader gets the right bytes then; for the record
+ * of bits see bitmap.c:
+ *
+ *	a part of a block that is not held: read of the base, merge, pwrite of all of it, bit
+ *		until the bit is recorded the base has the block, as it was
+ *	a whole block that is not held: pwrite, bit
+ *		the same; the block is one pwrite, so that half of it is nowhere
+ *	zeros, a hole: fallocate or pwrite, bit
+ *		the same
+ *	a part, or all, of a block that is held: pwrite
+ *		the block as it was, or as it will be: one page of the page cache, one write to disk
+ *	a forced switch: zeros in blocks without bits, fdatasync, all blocks held by one header
+ *		before the header they have no bit, and the origin has them; after it they are zeros
+ *	stable storage has failed: the map says so
+ *		blocks that were committed are as they were then, or newer; the others are elsewhere
  */
 #include "layer.h"
 
@@ -18,23 +33,69 @@ static int sync_image(void *disk)
 	return disk_sync(disk);
 }
 
-static int commit(struct committer *committer)
+/* Nothing of it can be trusted any more but what was committed, and only after a restart. */
+static void fail(struct layer *l)
 {
-	struct layer *l = (struct layer *)((char *)committer - offsetof(struct layer, committer));
-
-	return bitmap_commit(l->map, sync_image, l->disk);
+	atomic_store(&l->backend->failed, true);
+	if (l->durable)
+		bitmap_mark_failed(l->map);
 }
 
-void layer_init(struct layer *l, uint64_t size, const char *what)
+/* Be alone with all blocks, so that those without a bit stay as they are: zeros. */
+static int complete(struct layer *l, bool *lost)
+{
+	struct change hold;
+	int err = 0;
+
+	if (layer_missing(l) == 0)
+		return bitmap_complete(l->map, sync_image, l->disk, lost);
+	err = disk_sync(l->disk);	/* most of it, before anybody has to wait */
+	*lost = err != 0;
+	if (err)
+		return err;
+	order_hold(disk_order(l->disk), &hold, l->size, 0, true);
+	err = atomic_load(&l->spoilt) == l->spoilt_before ?
+		      bitmap_complete(l->map, sync_image, l->disk, lost) :
+		      -EBUSY;
+	order_release(&hold);
+	return err;
+}
+
+static int commit(struct committer *committer, bool *lost)
+{
+	struct layer *l = (struct layer *)((char *)committer - offsetof(struct layer, committer));
+	int err;
+
+	if (atomic_load(&l->backend->failed)) {
+		*lost = true;
+		return -EIO;
+	}
+	if (!l->durable) {
+		err = disk_check(l->disk);
+		*lost = err != 0;
+	} else if (atomic_exchange(&l->completing, false)) {
+		err = complete(l, lost);
+	} else {
+		err = bitmap_commit(l->map, sync_image, l->disk, lost);
+	}
+	if (*lost)
+		fail(l);
+	return err;
+}
+
+void layer_init(struct layer *l, struct backend *backend, uint64_t size, const char *what)
 {
 	memset(l, 0, sizeof(*l));
+	l->backend = backend;
 	l->size = size;
-	ranges_init(&l->first_writes);
-	committer_init(&l->committer, commit, what);
+	committer_init(&l->committer, commit, what,
+		       "every request is answered with EIO until a restart, after which what had been "
+		       "committed before is believed (xnbd-server(8), \"When the disk fails\")");
 }
 
 void layer_begin(struct layer *l)
 {
+	l->backend->order = disk_order(l->disk);
 	if (l->durable && bitmap_is_dirty(l->map))
 		committer_soon(&l->committer);
 }
@@ -44,7 +105,6 @@ void layer_destroy(struct layer *l)
 	disk_close(l->base);
 	disk_close(l->disk);
 	bitmap_close(l->map);
-	ranges_destroy(&l->first_writes);
 	committer_destroy(&l->committer);
 }
 
@@ -90,15 +150,21 @@ uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off)
 	return off + len == l->size ? len : len - len % BLOCK_SIZE;
 }
 
-/* The blocks that a range touches are in the image now.  Returns how many were not before. */
-static uint64_t set_held(struct layer *l, uint64_t len, uint64_t off)
+/*
+ * The blocks that a range touches, which may not be held, have been stored, if ret is 0: hold them.
+ * *fresh grows by the number of those that were not held.
+ */
+static int set_held(struct layer *l, uint64_t len, uint64_t off, int ret, uint64_t *fresh)
 {
 	uint64_t blk = off / BLOCK_SIZE;
-	uint64_t fresh = bitmap_set(l->map, blk, bitmap_blocks(off + len) - blk);
 
-	if (fresh > 0 && l->durable)
+	if (ret == 0)
+		ret = bitmap_set(l->map, blk, bitmap_blocks(off + len) - blk, fresh);
+	if (ret == 0 && l->durable)
 		committer_soon(&l->committer);
-	return fresh;
+	if (ret != 0 && ret != -EAGAIN)
+		atomic_fetch_add(&l->spoilt, 1);
+	return ret;
 }
 
 /* Bytes of the block that holds off; the last block may be a part of one. */
@@ -110,8 +176,7 @@ static uint64_t block_bytes(const struct layer *l, uint64_t off)
 }
 
 /*
- * Store a part of one block, whose range is taken.  The rest is added from the base, but never
- * once the block is held: others may write there at the same time.
+ * Store a part of one block.  The rest is added from the base, but never once the block is held.
  */
 static int write_part(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off,
 		      enum how how, uint64_t *fresh)
@@ -129,12 +194,10 @@ static int write_part(struct layer *l, const uint8_t *buf, uint64_t len, uint64_
 		return ret;
 	memcpy(block + at, buf, len);
 	ret = disk_write(l->disk, block, bytes, start, how);
-	if (ret == 0)
-		*fresh += set_held(l, bytes, start);
-	return ret;
+	return set_held(l, bytes, start, ret, fresh);
 }
 
-/* Store blocks that may not be held as yet; their range is taken. */
+/* Store blocks that may not be held as yet. */
 static int write_first(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off,
 		       enum how how, uint64_t *fresh)
 {
@@ -145,8 +208,7 @@ static int write_first(struct layer *l, const uint8_t *buf, uint64_t len, uint64
 
 		if (n > 0) {
 			ret = disk_write(l->disk, buf, n, off, how);
-			if (ret == 0)
-				*fresh += set_held(l, n, off);
+			ret = set_held(l, n, off, ret, fresh);
 		} else {
 			n = BLOCK_SIZE - off % BLOCK_SIZE;
 			if (n > len)
@@ -160,27 +222,15 @@ static int write_first(struct layer *l, const uint8_t *buf, uint64_t len, uint64
 	return ret;
 }
 
-/* The range of all blocks that a change touches. */
-static struct range blocks_of(uint64_t len, uint64_t off)
-{
-	uint64_t start = off - off % BLOCK_SIZE;
-
-	return (struct range){ NULL, start, bitmap_blocks(off + len) * BLOCK_SIZE - start };
-}
-
 int layer_write(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how,
 		uint64_t *fresh)
 {
-	struct range range = blocks_of(len, off);
-	int ret;
+	int err = bitmap_note_change(l->map);
 
-	if (layer_holds(l, len, off))
-		return disk_write(l->disk, buf, len, off, how);
-	if (!ranges_take(&l->first_writes, &range, how == WAIT))
-		return -EAGAIN;
-	ret = write_first(l, buf, len, off, how, fresh);
-	ranges_release(&l->first_writes, &range);
-	return ret;
+	if (err)
+		return err;
+	return layer_holds(l, len, off) ? disk_write(l->disk, buf, len, off, how) :
+					  write_first(l, buf, len, off, how, fresh);
 }
 
 /* Zero whole blocks: they become holes of the image where it can have holes. */
@@ -191,9 +241,7 @@ static int zero_whole(struct layer *l, uint64_t len, uint64_t off, unsigned flag
 	if (len == 0)
 		return 0;
 	ret = disk_zero(l->disk, len, off, flags);
-	if (ret == 0)
-		*fresh += set_held(l, len, off);
-	return ret;
+	return ret == -EOPNOTSUPP ? ret : set_held(l, len, off, ret, fresh);
 }
 
 /* Whole blocks first: for FAST_ZERO that is what may fail, and then nothing may have changed. */
@@ -213,45 +261,39 @@ static int zero_range(struct layer *l, uint64_t len, uint64_t off, unsigned flag
 
 int layer_zero(struct layer *l, uint64_t len, uint64_t off, unsigned flags, uint64_t *fresh)
 {
-	struct range range = blocks_of(len, off);
-	int ret;
+	int err = bitmap_note_change(l->map);
 
-	ranges_take(&l->first_writes, &range, true);
-	ret = zero_range(l, len, off, flags, fresh);
-	ranges_release(&l->first_writes, &range);
-	return ret;
+	return err ? err : zero_range(l, len, off, flags, fresh);
 }
 
 int layer_trim(struct layer *l, uint64_t len, uint64_t off, uint64_t *fresh)
 {
 	uint64_t head = layer_head(len, off), whole = layer_whole(l, len - head, off + head);
-	struct range range = blocks_of(whole, off + head);
 	int ret;
 
 	if (whole == 0)
 		return 0;
-	ranges_take(&l->first_writes, &range, true);
-	ret = zero_whole(l, whole, off + head, NBD_CMD_FLAG_FAST_ZERO, fresh);
-	ranges_release(&l->first_writes, &range);
+	ret = bitmap_note_change(l->map);
+	if (ret == 0)
+		ret = zero_whole(l, whole, off + head, NBD_CMD_FLAG_FAST_ZERO, fresh);
 	return ret == -EOPNOTSUPP ? 0 : ret;
 }
 
-/* A run that is not held and stays so, since its range is taken. */
+/* A run that is not held and stays so, since its range is. */
 static int fill_run(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
+	uint64_t fresh = 0;
 	int ret = buf ? disk_write(l->disk, buf, len, off, how) : disk_zero(l->disk, len, off, 0);
 
-	if (ret == 0)
-		set_held(l, len, off);
-	return ret;
+	return set_held(l, len, off, ret, &fresh);
 }
 
 int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	struct range range = blocks_of(len, off);
+	struct change hold;
 	int ret = 0;
 
-	if (!ranges_take(&l->first_writes, &range, how == WAIT))
+	if (!order_hold(disk_order(l->disk), &hold, len, off, how == WAIT))
 		return -EAGAIN;
 	while (len > 0 && ret == 0) {
 		bool held;
@@ -264,11 +306,57 @@ int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, 
 		off += n;
 		len -= n;
 	}
-	ranges_release(&l->first_writes, &range);
+	order_release(&hold);
 	return ret;
+}
+
+/* Completing */
+
+/* Zeros where nothing is held in a range, which nobody else changes meanwhile. */
+static int zero_missing_in(struct layer *l, uint64_t len, uint64_t off)
+{
+	struct change hold;
+	int ret = 0;
+
+	order_hold(disk_order(l->disk), &hold, len, off, true);
+	while (len > 0 && ret == 0) {
+		bool held;
+		uint64_t n = layer_run(l, len, off, &held);
+
+		if (!held)
+			ret = disk_zero(l->disk, n, off, 0);
+		off += n;
+		len -= n;
+	}
+	order_release(&hold);
+	return ret;
+}
+
+int layer_zero_missing(struct layer *l, const atomic_bool *stop)
+{
+	int err = 0;
+
+	l->spoilt_before = atomic_load(&l->spoilt);
+	for (uint64_t off = 0, n; off < l->size && !err; off += n) {
+		bool held;
+
+		n = l->size - off < STEP_BYTES_MAX ? l->size - off : STEP_BYTES_MAX;
+		n = layer_run(l, n, off, &held);
+		if (atomic_load(stop))
+			err = -ECANCELED;
+		else if (!held)
+			err = zero_missing_in(l, n, off);
+	}
+	return err;
+}
+
+int layer_complete(struct layer *l, struct request *r)
+{
+	atomic_store(&l->completing, true);
+	return committer_flush(&l->committer, r);
 }
 
 int layer_flush(struct layer *l, struct request *r)
 {
-	return l->durable ? committer_flush(&l->committer, r) : 0;
+	return committer_flush(&l->committer, r);
 }

@@ -16,20 +16,22 @@
 #include "bitmap.h"
 #include "commit.h"
 #include "disk.h"
-#include "range.h"
 
 struct layer {
+	struct backend *backend;	/* that serves it: its requests fail when stable storage has */
 	uint64_t size;			/* of the disk in bytes */
 	struct disk *disk;		/* the image */
 	struct bitmap *map;
 	struct disk *base;		/* has the other blocks; NULL: whoever writes brings them */
 	bool durable;			/* the map is a file, and bits have to be committed */
-	struct ranges first_writes;
+	atomic_uint spoilt;		/* blocks without a bit have got data that is worth nothing */
+	atomic_bool completing;		/* layer_complete() */
+	unsigned spoilt_before;		/* the last layer_zero_missing() */
 	struct committer committer;
 };
 
 /* Only size has to be set before; disk, map and base are, when they are open. */
-void layer_init(struct layer *l, uint64_t size, const char *what);
+void layer_init(struct layer *l, struct backend *backend, uint64_t size, const char *what);
 
 /* All is open: what a killed server set and did not commit is committed soon. */
 void layer_begin(struct layer *l);
@@ -56,9 +58,9 @@ uint64_t layer_head(uint64_t len, uint64_t off);
 uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off);
 
 /*
- * Change a range.  A block of which a part is changed must be held, or there must be a base to
- * take the rest from.  0, -errno, or -EAGAIN for TRY.  *fresh is increased by the number of
- * blocks that were not held before.
+ * Change a range, for a client, which has begun with it in the image's order.  A block of which a
+ * part is changed must be held, or there must be a base to take the rest from.  0, -errno, or
+ * -EAGAIN for TRY.  *fresh is increased by the number of blocks that were not held before.
  */
 int layer_write(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how,
 		uint64_t *fresh);
@@ -74,6 +76,19 @@ int layer_trim(struct layer *l, uint64_t len, uint64_t off, uint64_t *fresh);
  * bytes of the range; NULL means zeros, which blocks.  0, -errno, or -EAGAIN for TRY.
  */
 int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
+
+/*
+ * Store zeros in all blocks that are not held, without holding them: layer_complete() may follow.
+ * A worker's; it ends early, with -ECANCELED, when *stop is set.  0 or -errno.
+ */
+int layer_zero_missing(struct layer *l, const atomic_bool *stop);
+
+/*
+ * Hold all blocks, at one instant, on stable storage, after a flush by r.  What was not held reads as
+ * zeros then, if layer_zero_missing() has succeeded.  r is done with an error if that failed, and
+ * then nothing has changed.  PENDING.
+ */
+int layer_complete(struct layer *l, struct request *r);
 
 /* The flush operation of a backend. */
 int layer_flush(struct layer *l, struct request *r);

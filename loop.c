@@ -53,7 +53,8 @@ static struct {
 } survey;	/* changed by the main thread when no loop is at it */
 
 static atomic_uint spinners;
-static atomic_size_t loops_total;
+static atomic_size_t loops_total;	/* connections; */
+static atomic_size_t loops_places;	/* those of clients that are not gone */
 
 /* The mailbox */
 
@@ -128,10 +129,21 @@ static bool make_place(struct loop *l)
 	return true;
 }
 
+/* Its place is free for another client, also if a disk still has requests of it. */
+static void give_up_place(struct conn *c)
+{
+	if (c->uncounted)
+		return;
+	c->uncounted = true;
+	atomic_fetch_sub(&loops_places, 1);
+	loops.ended();
+}
+
 static void remove_conn(struct loop *l, size_t i)
 {
 	if (l->conn[i]->stats)
 		stats_leave(&l->gone, l->conn[i]->stats);
+	give_up_place(l->conn[i]);
 	conn_free(l->conn[i]);
 	l->conn[i] = l->conn[--l->count];
 	atomic_fetch_sub(&l->load, 1);
@@ -146,6 +158,7 @@ static void add_conn(struct loop *l, struct conn *c)
 	c->loop = l;
 	if (!placed) {
 		conn_kill(c, "out of memory");
+		give_up_place(c);
 		conn_free(c);
 		atomic_fetch_sub(&l->load, 1);
 		atomic_fetch_sub(&loops_total, 1);
@@ -245,7 +258,7 @@ static void turn_dirty(struct loop *l)
 	while ((c = l->dirty)) {
 		l->dirty = c->next;
 		c->dirty = false;
-		conn_turn(c, false);
+		conn_turn(c, 0);
 	}
 }
 
@@ -303,6 +316,8 @@ static int tend(struct loop *l)
 		}
 		if (c->stats && c->stats->unsaid)
 			catch_up(c, &first);
+		if (c->state == CONN_DEAD)
+			give_up_place(c);
 		if (conn_is_over(c))
 			remove_conn(l, i);
 		else
@@ -352,7 +367,7 @@ static unsigned turn_ready(struct loop *l, struct conn **busy, unsigned max)
 
 		if (!revents && !l->stopping)
 			continue;
-		conn_turn(c, true);
+		conn_turn(c, revents);
 		if (c->lively && n++ < max)
 			busy[n - 1] = c;
 	}
@@ -367,7 +382,7 @@ static bool look_at(struct loop *l, struct conn **busy, unsigned n)
 	for (unsigned i = 0; i < n; i++) {
 		if (!(conn_events(busy[i]) & POLLIN))
 			continue;
-		conn_turn(busy[i], true);
+		conn_turn(busy[i], POLLIN);
 		found |= busy[i]->lively;
 	}
 	if (atomic_load_explicit(&l->mail, memory_order_relaxed)) {
@@ -444,7 +459,7 @@ static void *loop_main(void *arg)
 int loops_init(unsigned max, void (*ended)(void))
 {
 	loops.loop = calloc(max, sizeof(*loops.loop));
-	if (!loops.loop)
+	if (!loops.loop || !order_prepare(max))
 		return -ENOMEM;
 	loops.max = max;
 	loops.spinners_max = cpu_count() - 1;
@@ -518,6 +533,7 @@ int loops_add(struct conn *c)
 		return err;
 	atomic_fetch_add(&l->load, 1);
 	atomic_fetch_add(&loops_total, 1);
+	atomic_fetch_add(&loops_places, 1);
 	pthread_mutex_lock(&l->lock);
 	c->next = l->arriving;
 	l->arriving = c;
@@ -529,6 +545,11 @@ int loops_add(struct conn *c)
 size_t loops_load(void)
 {
 	return atomic_load(&loops_total);
+}
+
+size_t loops_clients(void)
+{
+	return atomic_load(&loops_places);
 }
 
 void loops_survey(stats_see *see, void (*ended)(void))
@@ -575,6 +596,7 @@ void loops_free(void)
 	for (unsigned i = 0; i < loops.count; i++)
 		free_loop(&loops.loop[i]);
 	free(loops.loop);
+	order_unprepare();
 	loops.loop = NULL;
 	loops.count = 0;
 }

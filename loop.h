@@ -68,8 +68,9 @@ int loops_init(unsigned max, void (*ended)(void));
  */
 int loops_add(struct conn *c);
 
-/* Connections on all loops.  Any thread. */
+/* Connections on all loops; those of clients that are not gone.  Any thread. */
 size_t loops_load(void);
+size_t loops_clients(void);
 
 /* Let connections that a gate turned away, or that had no room, try again.  Main thread. */
 void loops_wake(void);

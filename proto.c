@@ -495,13 +495,6 @@ enum proto_next proto_option_too_big(struct proto_session *s, uint32_t opt,
 	return refuse(s, opt, find_option(opt) ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP, out);
 }
 
-enum proto_next proto_option_shutdown(const struct proto_session *s, uint32_t opt,
-				      struct proto_out *out)
-{
-	refuse(s, opt, NBD_REP_ERR_SHUTDOWN, out);
-	return PROTO_CLOSE;
-}
-
 /* Transmission */
 
 bool proto_is_request(const struct proto_session *s, const uint8_t *p)
@@ -575,7 +568,7 @@ int proto_check_request(const struct proto_session *s, const struct proto_reques
 		return err;
 	if (proto_cmd_writes(r->cmd) && (s->export->flags & NBD_FLAG_READ_ONLY))
 		return EPERM;
-	if (r->cmd == NBD_CMD_READ && r->len > PROTO_MAX_PAYLOAD)
+	if (r->cmd == NBD_CMD_READ && r->len > PROTO_MAX_READ)
 		return EOVERFLOW;
 	if (r->cmd == NBD_CMD_WRITE && r->len > PROTO_MAX_PAYLOAD)
 		return EINVAL;

@@ -125,6 +125,7 @@ enum {
 enum {
 	PROTO_STRING_MAX = 4096,		/* "Conventions" */
 	PROTO_MAX_PAYLOAD = 32 * 1024 * 1024,	/* "Size constraints" */
+	PROTO_MAX_READ = 64 * 1024 * 1024,	/* more than we advertise: others serve it, too */
 	PROTO_STATUS_MAX = 1024 * 1024 * 1024,	/* the range of a BLOCK_STATUS that we ask */
 	PROTO_PREFERRED_BLOCK = 4096,
 	PROTO_GREETING_SIZE = 18,
@@ -221,10 +222,6 @@ enum proto_next proto_option(struct proto_session *s, const struct proto_exports
 /* The answer to an option whose data was larger than PROTO_OPTION_MAX and thrown away. */
 enum proto_next proto_option_too_big(struct proto_session *s, uint32_t opt,
 				     struct proto_out *out);
-
-/* The answer to any option while the server stops: "Termination of the session during ..." */
-enum proto_next proto_option_shutdown(const struct proto_session *s, uint32_t opt,
-				      struct proto_out *out);
 
 /* The bytes of a request's header. */
 static inline size_t proto_request_size(const struct proto_session *s)

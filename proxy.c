@@ -3,11 +3,11 @@
  *
  * The switch, each step begun by proxy_tend() when the one before has been reported:
  *
- *	ZEROING		only if forced: what is missing is made zeros, by a worker
- *	COMMITTING	nearly everything is made durable, while clients go on
- *	DRAINING	the gate is closed; those inside finish, the origin's requests among them
- *	SEALING		the rest is made durable
- *	then the backend is exchanged, and the gate opens
+ *	ZEROING		only if forced: zeros are stored where nothing is held, by a worker
+ *	COMPLETING	all that is held becomes durable, and then all blocks are held
+ *	then the origin is let go
+ *
+ * The cache stays the backend, and clients go on all the time.
  */
 #include "proxy.h"
 
@@ -18,12 +18,13 @@
 #include "util.h"
 #include "worker.h"
 
+#include <errno.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum step { NO_SWITCH, ZEROING, COMMITTING, DRAINING, SEALING, SWITCHED };
+enum step { NO_SWITCH, ZEROING, COMPLETING, SWITCHED };
 
 static struct {
 	const struct options *options;
@@ -208,15 +209,15 @@ static void committed(struct request *r)
 	step_ended(r->error);
 }
 
-static void begin_commit(enum step step)
+static void begin_completing(void)
 {
-	proxy.step = step;
+	proxy.step = COMPLETING;
 	proxy.commit = (struct request){
 		.backend = proxy.backend,
 		.done = committed,
 		.h.cmd = NBD_CMD_FLUSH,
 	};
-	proxy.backend->ops->flush(proxy.backend, &proxy.commit, WAIT);
+	cache_complete(proxy.backend, &proxy.commit);
 }
 
 static void zero_missing(struct job *job)
@@ -246,7 +247,7 @@ static const char *switch_over(bool force)
 	log_line("switching to target mode");
 	proxy.zeroed = 0;
 	if (s.held == s.blocks) {
-		begin_commit(COMMITTING);
+		begin_completing();
 		return NULL;
 	}
 	copy_stop(cache_copy(proxy.backend));
@@ -268,30 +269,21 @@ static void report_switch(const char *error)
 	ctl_switched(proxy.ctl, error, proxy.zeroed);
 }
 
-static void fail_switch(void)
+static void fail_switch(int error)
 {
 	char why[128];
 
 	snprintf(why, sizeof(why), "%s: %s",
 		 proxy.step == ZEROING ? "cannot store zeros" : "cannot make the image durable",
-		 strerror(proxy.error));
-	if (proxy.step == SEALING)
-		gate_open(&proxy.export->gate);
+		 strerror(error));
 	proxy.step = NO_SWITCH;
 	report_switch(why);
 }
 
-/* All blocks are held, so nobody needs the origin; who waits for it will find the blocks. */
-static void drain(void)
+/* All blocks are held, so nobody needs the origin; those who wait for it will find the blocks. */
+static void let_origin_go(void)
 {
-	proxy.step = DRAINING;
 	origin_cancel(cache_origin(proxy.backend));
-}
-
-static void exchange(void)
-{
-	proxy.export->backend = disk_backend(cache_disk(proxy.backend));
-	gate_open(&proxy.export->gate);
 	proxy.step = SWITCHED;
 	report_switch(NULL);
 }
@@ -299,23 +291,20 @@ static void exchange(void)
 /* True if it has become a target. */
 static bool tend_switch(void)
 {
-	if (proxy.step == DRAINING && gate_close(&proxy.export->gate))
-		begin_commit(SEALING);
+	struct cache_status s;
+
 	if (!atomic_exchange(&proxy.step_done, false))
 		return false;
-	if (proxy.error) {
-		fail_switch();
-	} else if (proxy.step == ZEROING) {
-		begin_commit(COMMITTING);
-	} else if (proxy.step == COMMITTING) {
-		drain();
-		if (gate_close(&proxy.export->gate))
-			begin_commit(SEALING);
-	} else if (proxy.step == SEALING) {
-		exchange();
-		return true;
-	}
-	return false;
+	cache_status(proxy.backend, &s);
+	if (proxy.error)
+		fail_switch(proxy.error);
+	else if (proxy.step == ZEROING)
+		begin_completing();
+	else if (s.held < s.blocks)
+		fail_switch(EAGAIN);
+	else
+		let_origin_go();
+	return proxy.step == SWITCHED;
 }
 
 bool proxy_tend(void)
@@ -422,8 +411,6 @@ void proxy_stop(void)
 		return;
 	copy_stop(cache_copy(proxy.backend));
 	cache_stop_zeroing(proxy.backend);
-	if (proxy.step == NO_SWITCH)
-		begin_commit(COMMITTING);
 }
 
 void proxy_give_up(void)

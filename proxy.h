@@ -36,14 +36,11 @@ void proxy_query(struct ctl_reply *reply);
 /* Become a target, if all blocks are here; the log says what comes of it. */
 void proxy_switch(void);
 
-/*
- * Go on with what was waited for.  True if the export has just become a target: its backend is
- * that of disk_backend(proxy_disk()) now.
- */
+/* Go on with what was waited for.  True if the export has just become a target. */
 bool proxy_tend(void);
 struct disk *proxy_disk(void);	/* from proxy_open() on */
 
-/* The server stops: no more commands or copying, and begin to make durable what is here. */
+/* The server stops: no more commands or copying. */
 void proxy_stop(void);
 
 /* Let go of requests that still wait for the origin. */

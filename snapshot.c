@@ -4,18 +4,19 @@
  * Where the file system can share blocks (reflink), that is all.  Elsewhere a thread copies the
  * image from its beginning to its end, and a client's change to a block that is not copied yet
  * copies it first.  A block is copied when it lies before the position of the thread, or has
- * its bit set.  Whoever copies a block holds its range (range.h), so that it does not change in
+ * its bit set.  Whoever copies a block is alone with it (order.h), so that it does not change in
  * the middle.
  *
  * The file has no name, or a temporary one where that is not possible, until it is complete and
- * durable.
+ * durable: fsync(), link(), fsync() of the directory.  A crash before the link leaves nothing, or a
+ * temporary file; after it, before the directory is durable, all of the snapshot or nothing.
  */
 #define _GNU_SOURCE
 #include "snapshot.h"
 
 #include "bitmap.h"
 #include "disk.h"
-#include "range.h"
+#include "order.h"
 #include "util.h"
 
 #include <errno.h>
@@ -36,6 +37,7 @@ enum {
 };
 
 struct snapshot {
+	struct disk_hook hook;		/* the first: before_change() relies on it */
 	struct disk *disk;
 	uint64_t size;
 	int fd;
@@ -46,10 +48,9 @@ struct snapshot {
 	uint64_t started;		/* now_ms() */
 
 	bool cloned;			/* nothing is to be copied */
-	bool attached;			/* the disk tells us of changes */
+	bool attached;			/* the disk calls the hook */
 	pthread_t thread;
 	bool has_thread;
-	struct ranges copying;
 	struct bitmap *copied;		/* by clients, ahead of the thread */
 	atomic_uint_least64_t position;	/* all before it is copied */
 	atomic_uint_least64_t bytes;	/* that were copied, for the log */
@@ -93,7 +94,7 @@ static int copy_range(struct snapshot *s, uint64_t len, uint64_t off, uint8_t *b
 	return err;
 }
 
-/* Copy those blocks of a range that are not copied; the range is held. */
+/* Copy those blocks of a range that are not copied; nobody else changes it. */
 static int copy_missing(struct snapshot *s, uint64_t len, uint64_t off, uint8_t *buf, uint64_t room)
 {
 	uint64_t end = off + len, n;
@@ -137,13 +138,14 @@ static bool is_copied(const struct snapshot *s, uint64_t off, uint64_t end)
 }
 
 /*
- * Copy ahead of the thread; the range is held.  What lies before the thread's position has no bit
+ * Copy ahead of the thread.  What lies before the thread's position has no bit
  * but is copied, and may have changed since.
  */
 static void copy_first(struct snapshot *s, uint64_t off, uint64_t end)
 {
 	uint64_t position = atomic_load(&s->position);
 	uint8_t *buf = malloc(PIECE);
+	uint64_t fresh = 0;
 	int err;
 
 	if (off < position)
@@ -152,28 +154,25 @@ static void copy_first(struct snapshot *s, uint64_t off, uint64_t end)
 	if (err)
 		fail(s, err);
 	else
-		bitmap_set(s->copied, off / BLOCK_SIZE, bitmap_blocks(end) - off / BLOCK_SIZE);
+		bitmap_set(s->copied, off / BLOCK_SIZE, bitmap_blocks(end) - off / BLOCK_SIZE,
+			   &fresh);
 	free(buf);
 }
 
-int snapshot_before_change(struct snapshot *s, uint64_t len, uint64_t off, enum how how)
+/* A range of the disk is about to change.  That the copy fails harms the snapshot only. */
+static int before_change(struct disk_hook *hook, uint64_t len, uint64_t off, enum how how)
 {
-	uint64_t end = off + len;
-	struct range range;
+	struct snapshot *s = (struct snapshot *)hook;
+	uint64_t end = bitmap_blocks(off + len) * BLOCK_SIZE;
 
 	off -= off % BLOCK_SIZE;
-	end = bitmap_blocks(end) * BLOCK_SIZE;
 	if (end > s->size)
 		end = s->size;
-	if (s->cloned || atomic_load(&s->error) || is_copied(s, off, end))
+	if (atomic_load(&s->error) || is_copied(s, off, end))
 		return 0;
 	if (how == TRY)
 		return -EAGAIN;
-	range = (struct range){ NULL, off, end - off };
-	ranges_take(&s->copying, &range, true);
-	if (!is_copied(s, off, end))
-		copy_first(s, off, end);
-	ranges_release(&s->copying, &range);
+	copy_first(s, off, end);
 	return 0;
 }
 
@@ -211,17 +210,18 @@ static void copy_image(struct snapshot *s)
 	if (!buf)
 		fail(s, -ENOMEM);
 	while (off < s->size && !atomic_load(&s->error)) {
-		struct range range = { NULL, off, next_length(s, off) };
+		uint64_t len = next_length(s, off);
+		struct change hold;
 		int err;
 
-		ranges_take(&s->copying, &range, true);
-		err = copy_missing(s, range.len, off, buf, CHUNK);
+		order_hold(disk_order(s->disk), &hold, len, off, true);
+		err = copy_missing(s, len, off, buf, CHUNK);
 		if (err)
 			fail(s, err);
 		else
-			atomic_store(&s->position, off + range.len);
-		ranges_release(&s->copying, &range);
-		off += range.len;
+			atomic_store(&s->position, off + len);
+		order_release(&hold);
+		off += len;
 		log_progress(s, &log_at);
 	}
 	free(buf);
@@ -276,13 +276,15 @@ static const char *explain(int err)
 	return err == -ECANCELED ? "the server stops" : strerror(-err);
 }
 
-/* Durable first, then visible. */
+/* Durable first, then visible.  What the image itself has lost is in no copy of it. */
 static void complete(struct snapshot *s)
 {
 	int err = atomic_load(&s->error);
 
 	if (!err && fsync(s->fd) < 0)
 		err = -errno;
+	if (!err)
+		err = disk_check(s->disk);
 	if (!err)
 		err = atomic_load(&s->error);	/* a client's copy may have failed at last */
 	if (!err)
@@ -347,13 +349,14 @@ struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(v
 	s->size = disk_size(d);
 	s->ended = ended;
 	s->started = now_ms();
-	ranges_init(&s->copying);
 	s->copied = bitmap_new(bitmap_blocks(s->size));
 	s->name = malloc(room);
 	if (!s->copied || !s->name)
 		goto fail;
 	snprintf(s->name, room, "%s.snapshot.%lld", image, (long long)time(NULL));
-	err = disk_is_file(d) ? open_file(s) : -ENODEV;
+	err = disk_is_file(d) ? disk_error(d) : -ENODEV;
+	if (!err)
+		err = open_file(s);
 	if (!err)
 		return s;
 fail:
@@ -365,9 +368,16 @@ fail:
 
 void snapshot_take(struct snapshot *s)
 {
-	s->cloned = disk_clone(s->disk, s->fd);
-	if (!s->cloned) {
-		disk_set_snapshot(s->disk, s);
+	int err = disk_clone(s->disk, s->fd);
+
+	s->cloned = err != -EOPNOTSUPP;
+	if (!err && ftruncate(s->fd, (off_t)s->size) < 0)	/* the image may be larger than the disk */
+		err = -errno;
+	if (s->cloned && err) {
+		fail(s, err);
+	} else if (!s->cloned) {
+		s->hook.before_change = before_change;
+		disk_set_hook(s->disk, &s->hook);
 		s->attached = true;
 	}
 	log_line("snapshot %s: started", s->name);
@@ -411,14 +421,13 @@ void snapshot_free(struct snapshot *s)
 	if (s->has_thread)
 		pthread_join(s->thread, NULL);
 	if (s->attached)
-		disk_set_snapshot(s->disk, NULL);
+		disk_set_hook(s->disk, NULL);
 	if (s->temporary && s->fd >= 0 && unlink(s->temporary) < 0)
 		log_error("snapshot %s: cannot remove %s: %s", s->name, s->temporary,
 			  strerror(errno));
 	if (s->fd >= 0)
 		close(s->fd);
 	bitmap_close(s->copied);
-	ranges_destroy(&s->copying);
 	free(s->temporary);
 	free(s->path);
 	free(s->name);

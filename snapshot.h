@@ -1,7 +1,7 @@
 /*
  * snapshot.h - a copy of an image as it was at one instant, made while clients write to it.
  *
- * The main thread calls all functions but snapshot_before_change().
+ * The main thread calls all functions.
  */
 #ifndef XNBD_SNAPSHOT_H
 #define XNBD_SNAPSHOT_H
@@ -39,11 +39,5 @@ void snapshot_abandon(struct snapshot *s);
 
 /* Waits for its end.  Nobody may be changing the disk.  NULL is allowed. */
 void snapshot_free(struct snapshot *s);
-
-/*
- * A range of the disk is about to change: copy what the snapshot still needs of it.  0, or
- * -EAGAIN for TRY; that the copy fails harms the snapshot only.  Any thread.
- */
-int snapshot_before_change(struct snapshot *s, uint64_t len, uint64_t off, enum how how);
 
 #endif

@@ -171,8 +171,6 @@ static const char *refusal(const struct request *r)
 	uint64_t size = r->backend->size;
 
 	switch (r->error) {
-	case ESHUTDOWN:
-		return "the server stops";
 	case EPERM:
 		return "the export is read-only";
 	case EOVERFLOW:

@@ -14,28 +14,18 @@
 
 enum {
 	TX_IOVS = 1024,			/* IOV_MAX of every system that we know */
-	TX_FILES = 64,
-	TX_FILES_STEP = 16,		/* one step may need so many */
-	TX_BYTES = 256 * 1024,
-};
-
-/* A part of a file that is to be sent before iov[at]. */
-struct tx_file {
-	unsigned at;
-	struct file_part part;
+	TX_BYTES = 512 * 1024,		/* a piece of a READ, and as much again */
 };
 
 /*
- * What is to be sent: bytes of its own, and references to memory and to files of others, in order.
+ * What is to be sent: bytes of its own, and references to memory of others, in order.
  * Only the part of it that was used is ever touched, so that an idle one costs address space only.
  */
 struct tx {
 	struct request *held;		/* own the memory referred to; freed when all is sent */
 	unsigned first, iovs;		/* iov[first] to iov[iovs - 1] are not sent yet */
-	unsigned first_file, files;	/* likewise */
 	size_t used;			/* of bytes */
 	struct iovec iov[TX_IOVS];
-	struct tx_file file[TX_FILES];
 	uint8_t bytes[TX_BYTES];
 };
 
@@ -49,14 +39,13 @@ void tx_reset(struct tx *tx);
 
 static inline bool tx_is_empty(const struct tx *tx)
 {
-	return tx->iovs == 0 && tx->files == 0;
+	return tx->iovs == 0;
 }
 
-/* Room for bytes, for iovs references to memory, and for TX_FILES_STEP to files. */
+/* Room for bytes, and for iovs references to memory. */
 static inline bool tx_has_room(const struct tx *tx, size_t bytes, unsigned iovs)
 {
-	return TX_BYTES - tx->used >= bytes && TX_IOVS - tx->iovs >= iovs &&
-	       TX_FILES - tx->files >= TX_FILES_STEP;
+	return TX_BYTES - tx->used >= bytes && TX_IOVS - tx->iovs >= iovs;
 }
 
 /* Where the next bytes go; write there, then tx_add() them. */
@@ -69,9 +58,6 @@ void tx_add(struct tx *tx, size_t len);
 
 /* Add memory that stays valid until it is sent. */
 void tx_refer(struct tx *tx, const void *p, size_t len);
-
-/* Add a part of a file that stays open until it is sent, and is in the page cache. */
-void tx_refer_file(struct tx *tx, const struct file_part *part);
 
 /* Send as much as the socket, which does not block, takes. */
 enum tx_result tx_send(struct tx *tx, int fd);

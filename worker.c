@@ -51,6 +51,7 @@ static struct job *take_job(void)
 	if (!pool.first)
 		pool.last = &pool.first;
 	pool.waiting--;
+	job->queued = false;
 	return job;
 }
 
@@ -67,6 +68,7 @@ static void put_job(struct job *job)
 	struct lane *lane = job->lane ? job->lane : &pool.common;
 
 	job->lane = lane;
+	job->queued = true;
 	if (lane->active < ACTIVE_MAX) {
 		lane->active++;
 		put_active(job);
@@ -224,6 +226,40 @@ void worker_submit(struct job *job)
 	pthread_mutex_unlock(&pool.lock);
 	if (!here)
 		pthread_cond_signal(&pool.wanted);
+}
+
+/* Take the job out of a list; *before is set to the one before it, which may be NULL.  Or false. */
+static bool unlink_job(struct job **first, const struct job *job, struct job **before)
+{
+	*before = NULL;
+	for (; *first; *before = *first, first = &(*first)->next)
+		if (*first == job) {
+			*first = job->next;
+			return true;
+		}
+	return false;
+}
+
+bool worker_take_back(struct job *job)
+{
+	struct lane *lane = job->lane;
+	struct job *before;
+	bool queued;
+
+	pthread_mutex_lock(&pool.lock);
+	queued = job->queued;
+	job->queued = false;
+	if (queued && unlink_job(&lane->first, job, &before)) {
+		if (lane->last == job)
+			lane->last = before;
+	} else if (queued && unlink_job(&pool.first, job, &before)) {
+		if (!job->next)
+			pool.last = before ? &before->next : &pool.first;
+		pool.waiting--;
+		leave_lane(lane);
+	}
+	pthread_mutex_unlock(&pool.lock);
+	return queued;
 }
 
 void worker_submit_later(struct job *job, unsigned ms)

@@ -4,6 +4,7 @@
 #ifndef XNBD_WORKER_H
 #define XNBD_WORKER_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 struct job;
@@ -24,6 +25,7 @@ struct job {
 	struct job *next;
 	struct lane *lane;		/* NULL: that of what belongs to no export */
 	void (*run)(struct job *);
+	bool queued;		/* no thread has it yet */
 	uint64_t due;		/* now_ms() at which it may run, if it was submitted for later */
 };
 
@@ -33,7 +35,10 @@ void worker_begin(void);
 /* Run the job on a worker, soon, in order of the lane.  Any thread; does not block. */
 void worker_submit(struct job *job);
 
-/* The same, when ms milliseconds have passed, or when the pool stops. */
+/* Take back a job that no thread has begun with.  False if that is too late, or it is none. */
+bool worker_take_back(struct job *job);
+
+/* Submit it when ms milliseconds have passed, or when the pool stops. */
 void worker_submit_later(struct job *job, unsigned ms);
 
 /* Finish all jobs and end the threads.  No job may be submitted from outside any more. */

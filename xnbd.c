@@ -5,6 +5,7 @@
  * ends them.  It sleeps in ppoll(), and only there do signals come in.
  */
 #define _GNU_SOURCE
+#include "commit.h"
 #include "confine.h"
 #include "control.h"
 #include "exports.h"
@@ -528,7 +529,7 @@ static bool may_connect(struct server *s, const struct sockaddr *sa, const char 
 		log_refusal(s, peer, reason);
 		return false;
 	}
-	if (loops_load() < s->connections_max)
+	if (loops_clients() < s->connections_max)
 		return true;
 	snprintf(reason, sizeof(reason), "there are %zu connections already", s->connections_max);
 	log_refusal(s, peer, reason);
@@ -730,7 +731,7 @@ static void run(struct server *s)
 	if (!stop_all()) {
 		log_error("stopped, but %zu connections wait for the disk", loops_load());
 		remove_pidfile(s);
-		_exit(EXIT_SUCCESS);
+		_exit(EXIT_FAILURE);
 	}
 	loops_join();
 	proxy_end();
@@ -770,7 +771,8 @@ int main(int argc, char **argv)
 		control_close();
 		worker_stop();		/* a commit may be due */
 	}
-	exports_close();
+	if (!exports_close() || commit_has_lost())
+		status = EXIT_FAILURE;
 	clean_up(&s);
 	return status;
 }

@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "order.h"
 #include "proto.h"
 #include "worker.h"
 
@@ -21,12 +22,6 @@ enum {
 	BLOCK_SIZE = 4096,	/* the unit of bitmaps, of holes, and of write pieces */
 };
 
-/* A part of an open file. */
-struct file_part {
-	int fd;
-	uint64_t off, len;	/* bytes */
-};
-
 /*
  * One command in flight, or a piece of one.  It is made by a connection, handed to the export's
  * backend, and comes back to the connection's loop; only one of them touches it at a time.
@@ -35,18 +30,28 @@ struct request {
 	struct job job;			/* for the worker that runs it */
 	struct request *next;		/* list link of whoever holds it */
 	struct conn *conn;
+	struct request *sibling, **back;	/* the others of its connection that are in flight */
 	struct backend *backend;
 	struct gate *gate;		/* the export's */
 	const atomic_bool *abandoned;	/* its client is gone; NULL for what no client asked for */
 	bool inside;			/* the gate; whoever has the request leaves it */
+	bool lent;			/* it counts among those of its connection that are in flight */
+	bool absent;			/* blocks have to be brought from elsewhere first */
+	bool again;			/* it comes back to be carried out again */
+	bool fetched;			/* all that it needs has been brought once */
 	void (*done)(struct request *);	/* any thread may call it, see request_done() */
 	struct proto_request h;		/* off and len lie inside the export */
+	struct change change;		/* what changes the disk, and was not done at once */
+	struct span at;			/* what is not done, or not brought, yet; at first all */
+	struct miss *miss;		/* these are set while it waits for the origin; */
+	struct question *question;	/* guarded by the fetcher's lock */
 	int error;			/* an errno, 0 for none */
 	bool refused;			/* error is the client's own */
 	uint64_t begun;			/* stats_time() of the turn in which it came */
 
 	uint8_t *buf;			/* READ: where to put data; WRITE: the payload */
-	bool owns_buf;			/* buf is freed with the request */
+	uint64_t buf_len;		/* if it is the request's own: freed with it */
+	uint64_t counted;		/* bytes of it that its connection is charged with */
 
 	/*
 	 * BLOCK_STATUS: the answer.  READ by a worker: which runs of it are holes, whose part of
@@ -55,9 +60,13 @@ struct request {
 	struct extent *extent;
 	unsigned extents;
 
-	/* A WRITE whose payload arrives in pieces: each piece is a request of its own. */
-	struct request *whole;		/* in a piece: the WRITE that it belongs to */
-	unsigned pieces;		/* in the WRITE: pieces that are not done */
+	/*
+	 * A WRITE whose payload arrives in pieces, a READ that is answered in pieces: each piece is
+	 * a request of its own.
+	 */
+	struct request *whole;		/* in a piece: what it belongs to */
+	unsigned pieces;		/* in the whole: those that are with others */
+	bool finished;			/* a piece of a READ has come back */
 };
 
 #endif

@@ -257,12 +257,10 @@ static enum proto_next answer(const struct world *w, struct proto_session *s, ui
 	return next;
 }
 
-/* What is not taken: it is too large, or the server stops.  Nothing but an error, or silence. */
-static enum proto_next refuse(struct proto_session *s, uint32_t opt, bool stopping,
-			      struct proto_out *out)
+/* What is not taken, since it is too large.  Nothing but an error, or silence. */
+static enum proto_next refuse(struct proto_session *s, uint32_t opt, struct proto_out *out)
 {
-	enum proto_next next = stopping ? proto_option_shutdown(s, opt, out) :
-					  proto_option_too_big(s, opt, out);
+	enum proto_next next = proto_option_too_big(s, opt, out);
 	unsigned parts;
 
 	assert(!out->overflow && !s->export);
@@ -270,14 +268,12 @@ static enum proto_next refuse(struct proto_session *s, uint32_t opt, bool stoppi
 		assert(next == PROTO_CLOSE && out->len == 0);
 	else
 		assert(check_replies(s, opt, NULL, out, &parts) >= NBD_REP_ERR_UNSUP);
-	assert(next == PROTO_CLOSE || !stopping);
-	assert(opt != NBD_OPT_SET_META_CONTEXT || stopping || !s->allocation);
+	assert(opt != NBD_OPT_SET_META_CONTEXT || !s->allocation);
 	return next;
 }
 
 /* The next option of a client.  PROTO_CLOSE also where the input ends. */
-static enum proto_next haggle(const struct world *w, struct proto_session *s, struct input *in,
-			      bool stopping)
+static enum proto_next haggle(const struct world *w, struct proto_session *s, struct input *in)
 {
 	uint8_t room[PROTO_OPTION_REPLY_ROOM];
 	struct proto_out out = { room, 0, sizeof(room), false };
@@ -292,8 +288,8 @@ static enum proto_next haggle(const struct world *w, struct proto_session *s, st
 		return PROTO_CLOSE;
 	n = len;
 	p = take_bytes(in, &n);
-	if (stopping || len > PROTO_OPTION_MAX)
-		next = refuse(s, opt, stopping, &out);
+	if (len > PROTO_OPTION_MAX)
+		next = refuse(s, opt, &out);
 	else if (n == len)
 		next = answer(w, s, opt, p, n, &out);
 	free(p);
@@ -326,7 +322,7 @@ static bool may_be(const struct proto_session *s, const struct proto_request *r,
 		       (r->cmd == NBD_CMD_WRITE && r->len > PROTO_MAX_PAYLOAD) ||
 		       (payload && r->cmd != NBD_CMD_WRITE);
 	bool forbidden = writes && s->export->flags & NBD_FLAG_READ_ONLY;
-	bool large = r->cmd == NBD_CMD_READ && r->len > PROTO_MAX_PAYLOAD;
+	bool large = r->cmd == NBD_CMD_READ && r->len > PROTO_MAX_READ;
 	bool beyond = is_beyond(s, r);
 
 	switch (err) {
@@ -512,7 +508,7 @@ static void check_errno(int err)
 }
 
 /* A client that may send anything. */
-static void fuzz_session(const struct world *w, struct input *in, bool stopping)
+static void fuzz_session(const struct world *w, struct input *in)
 {
 	struct proto_session s = { 0 };
 	size_t n = PROTO_CLIENT_FLAGS_SIZE;
@@ -523,7 +519,7 @@ static void fuzz_session(const struct world *w, struct input *in, bool stopping)
 	assert(n < PROTO_CLIENT_FLAGS_SIZE || good == (get_be32(p) <= 3));
 	free(p);
 	while (good && next == PROTO_HAGGLE)
-		next = haggle(w, &s, in, stopping);
+		next = haggle(w, &s, in);
 	if (!good || next != PROTO_TRANSMIT)
 		return;
 	while (request(&s, in))
@@ -626,7 +622,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 		fuzz_handshake(&w, &in, what == 2);
 		break;
 	default:
-		fuzz_session(&w, &in, what == 3);
+		fuzz_session(&w, &in);
 	}
 	return 0;
 }
