@@ -220,13 +220,17 @@ static int apply(struct request *r, const struct span *s, enum how how)
 /* What is left of a change that is registered, step by step. */
 static int go_on_with_change(struct request *r, enum how how)
 {
-	bool stores = r->h.cmd != NBD_CMD_TRIM;
 	struct span s;
 	int ret;
 
 	while ((ret = order_begin(&r->change, STEP_BYTES_MAX, how == WAIT, &s)) == 1) {
+		bool hint;
+
 		ret = request_is_abandoned(r) ? -ECANCELED : apply(r, &s, how);
-		order_end(&r->change, ret == 0, ret == 0 && stores);
+		hint = r->h.cmd == NBD_CMD_TRIM && ret == -EOPNOTSUPP;
+		order_end(&r->change, ret == 0 || hint, ret == 0);
+		if (hint)
+			ret = 0;
 		if (ret != 0)
 			break;
 	}
@@ -237,15 +241,28 @@ static int go_on_with_change(struct request *r, enum how how)
 	return ret;
 }
 
+/* A TRIM is about the whole blocks of its range.  False if there are none. */
+static bool trim_to_blocks(struct request *r)
+{
+	uint64_t end = r->h.off + r->h.len;
+	uint64_t from = (r->h.off + BLOCK_SIZE - 1) / BLOCK_SIZE * BLOCK_SIZE;
+
+	if (end < r->backend->size)
+		end -= end % BLOCK_SIZE;
+	if (from >= end)
+		return false;
+	r->at = (struct span){ from, end - from };
+	return true;
+}
+
 /* A change that has just come: at once, or it keeps its place in the order. */
 static int begin_change(struct request *r)
 {
 	struct order *o = r->backend->order;
-	const struct span all = { r->h.off, r->h.len };
+	const struct span all = r->at;
 	int ret = order_enter(o, all.len, all.off) ? apply(r, &all, TRY) : -EAGAIN;
 
 	if (ret == -EAGAIN || ret == ABSENT) {
-		r->at = all;
 		r->change.emptied = emptied;
 		order_register(o, &r->change, all.len, all.off);
 	}
@@ -274,6 +291,8 @@ static int run(struct request *r, enum how how)
 		return how == TRY ? -EAGAIN : describe(b, r);
 	default:
 		assert(proto_cmd_writes(r->h.cmd));
+		if (r->h.cmd == NBD_CMD_TRIM && !trim_to_blocks(r))
+			return 0;
 		return r->change.order ? go_on_with_change(r, how) : begin_change(r);
 	}
 }

@@ -593,10 +593,11 @@ static bool believes_live_map(const struct bitmap *b, const uint8_t *header)
 	bool is_2 = get_le(header + 8, 4) == VERSION, clean = get_le(header + 56, 4);
 	const char *why = NULL;
 
-	if (memcmp(b->boot_id, unknown, BOOT_ID_SIZE) == 0 ||
-	    memcmp(b->boot_id, header + 40, BOOT_ID_SIZE) != 0)
+	if (memcmp(b->boot_id, unknown, BOOT_ID_SIZE) == 0)
 		return false;
-	if (is_2 && get_le(header + 60, 4) & FAILED)
+	if (memcmp(b->boot_id, header + 40, BOOT_ID_SIZE) != 0)
+		why = "the machine was started again";
+	else if (is_2 && get_le(header + 60, 4) & FAILED)
 		why = "stable storage had failed";
 	else if (is_2 && (!is_same_instance(b->image_instance, get_le(header + 64, 8)) ||
 			  !is_same_instance(b->own_instance, get_le(header + 72, 8))))
@@ -628,53 +629,21 @@ static int load(struct bitmap *b, const uint8_t *header, uint64_t size)
 	atomic_init(&b->whole, flags & WHOLE);
 	b->written_is_stable = flags & WRITTEN;
 	if (!err && size == file_bytes(b) && believes_live_map(b, header))
-		return load_map(b, live, DIRTY);
+		return load_map(b, live, DIRTY | TAKEN);
 	return err ? err : empty_live_map(b);
 }
 
 /* Write the contents of a new file. */
-static int format(struct bitmap *b)
+static int format(void *bitmap, int fd)
 {
-	int err = ftruncate(b->fd, (off_t)file_bytes(b)) < 0 ? -errno : write_header(b, false);
+	struct bitmap *b = bitmap;
+	int err = ftruncate(fd, (off_t)file_bytes(b)) < 0 ? -errno : 0;
 
-	return !err && fsync(b->fd) < 0 ? -errno : err;
-}
-
-/* Give the file at tmp its name; replace says whether something may be there. */
-static int name_file(const char *tmp, const char *path, bool replace)
-{
-	if (!replace && link(tmp, path) == 0)
-		return unlink(tmp) < 0 ? -errno : 0;
-	if (!replace && errno != EPERM && errno != EOPNOTSUPP)	/* no links there */
-		return -errno;
-	return rename(tmp, path) < 0 ? -errno : 0;
-}
-
-/* The file gets its name when it is whole and durable, so that a crash leaves none or all of it. */
-static int create_file(struct bitmap *b, const char *path, bool replace)
-{
-	size_t len = strlen(path) + sizeof(".XXXXXX");
-	char *tmp = malloc(len);
-	int err;
-
-	if (!tmp)
-		return -ENOMEM;
-	snprintf(tmp, len, "%s.XXXXXX", path);
-	b->fd = mkostemp(tmp, O_CLOEXEC);
-	if (b->fd < 0) {
-		err = -errno;
-		free(tmp);
-		return err;
-	}
-	err = format(b);
+	b->fd = fd;
 	if (!err)
-		err = name_file(tmp, path, replace);
-	if (err)
-		unlink(tmp);
-	free(tmp);
-	close(b->fd);
+		err = write_header(b, false);
 	b->fd = -1;
-	return err ? err : sync_directory_of(path);
+	return err;
 }
 
 /* Open and lock a file that is there; -EWOULDBLOCK if somebody has it, or has just replaced it. */
@@ -712,7 +681,7 @@ static int open_file(struct bitmap *b, const char *path, bool clear, bool *creat
 		return err;
 	if (!err && !may_clear(b))
 		return -EINVAL;
-	err = create_file(b, path, clear && !err);
+	err = create_file(path, clear && !err, format, b);
 	*created = err == 0;
 	if (old >= 0)
 		close(old);		/* and with it the lock on what was there */
@@ -828,12 +797,6 @@ static unsigned take_dirty(struct bitmap *b, uint64_t *page)
 	return n;
 }
 
-/* Whether an error of a pwrite() is one of that moment. */
-static bool is_full(int err)
-{
-	return err == -ENOSPC || err == -EDQUOT || err == -EFBIG;
-}
-
 static int sync_lost(struct bitmap *b, bool *lost)
 {
 	int err = sync_file(b);
@@ -861,7 +824,7 @@ static int write_committed(struct bitmap *b, unsigned n, bool *lost)
 	for (unsigned i = 0; i < n && !err; i++) {
 		err = write_at(b->fd, b->pages + i * MAP_PAGE, MAP_PAGE,
 			       HEADER_SIZE + b->page_number[i] * MAP_PAGE);
-		*lost |= err && !is_full(err);
+		*lost |= err && !is_momentary(err);
 	}
 	return !err && n > 0 ? sync_lost(b, lost) : err;
 }
@@ -902,7 +865,7 @@ int bitmap_complete(struct bitmap *b, int (*sync)(void *), void *arg, bool *lost
 		err = sync_written(b, lost);
 	if (!err) {
 		err = write_flag(b, WHOLE);
-		*lost |= err && !is_full(err);
+		*lost |= err && !is_momentary(err);
 	}
 	if (!err)
 		err = sync_lost(b, lost);

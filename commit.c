@@ -15,6 +15,7 @@
 
 #include <assert.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <string.h>
 
 enum { COMMIT_MS = 1000 };
@@ -26,16 +27,34 @@ bool commit_has_lost(void)
 	return atomic_load(&has_lost);
 }
 
-/* An error is told once, and again when there was none in between. */
-static void tell(struct committer *c, int err, bool lost)
+static void tell(const struct committer *c, enum log_level level, const char *state, const char *more)
 {
 	const char *name = c->job.lane ? c->job.lane->name : "";
 
+	log_at(level, "%s%s%s is %s%s", name, *name ? ": " : "", c->what, state, more);
+}
+
+void committer_lost(struct committer *c, int err)
+{
+	char more[512];
+
+	if (atomic_exchange(&c->lost, true))
+		return;
+	atomic_store(&has_lost, true);
+	snprintf(more, sizeof(more), ": %s; %s", strerror(-err), c->consequence);
+	tell(c, LOG_ERROR, "not on stable storage", more);
+}
+
+/* An error of the moment is told once, and again when there was none in between. */
+static void note(struct committer *c, int err)
+{
+	char more[128];
+
+	snprintf(more, sizeof(more), ": %s; trying again", strerror(-err));
 	if (err && !c->told)
-		log_error("%s%s%s is not durable: %s; %s", name, *name ? ": " : "", c->what,
-			  strerror(-err), lost ? c->consequence : "trying again");
+		tell(c, LOG_ERROR, "not committed", more);
 	if (!err && c->told)
-		log_line("%s%s%s is durable again", name, *name ? ": " : "", c->what);
+		tell(c, LOG_EVENT, "committed again", "");
 	c->told = err != 0;
 }
 
@@ -44,10 +63,12 @@ int committer_run(struct committer *c)
 	bool lost = false;
 	int err = c->commit(c, &lost);
 
-	tell(c, err, lost);
-	if (lost)
-		atomic_store(&has_lost, true);
-	else if (err)
+	if (lost) {
+		committer_lost(c, err);
+		return err;
+	}
+	note(c, err);
+	if (err)
 		committer_soon(c);
 	return err;
 }

@@ -19,7 +19,8 @@ struct committer {
 	const char *what;		/* for the log */
 	const char *consequence;	/* likewise, of a loss */
 
-	bool told;			/* the log was, of an error; for who commits */
+	atomic_bool lost;		/* committer_lost() */
+	bool told;			/* the log was, of an error of the moment; for who commits */
 	pthread_mutex_t lock;		/* guards what follows; a leaf */
 	struct request *waiting;
 	bool wanted;			/* a commit is, also if nobody waits */
@@ -42,6 +43,9 @@ void committer_soon(struct committer *c);
 
 /* Commit now, on this thread; no request may be waiting.  0 or -errno. */
 int committer_run(struct committer *c);
+
+/* Stable storage has failed: the log is told, once.  Any thread. */
+void committer_lost(struct committer *c, int err);
 
 /* Whether any commit has found that something never will be durable.  Any thread. */
 bool commit_has_lost(void);

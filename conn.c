@@ -177,18 +177,18 @@ static void abandon(struct conn *c, struct request **whole)
 		free_request(c, r);
 }
 
-/* Those of its pieces that are with others come back by themselves. */
-static void abandon_stream(struct conn *c)
+/* Pieces of a stream that are with others come back by themselves. */
+static void drop_pieces(struct conn *c)
 {
 	struct request *next;
 
 	for (struct request *r = c->piece; r; r = next) {
-		next = r->next;
+		next = r->next_piece;
 		if (r->finished)
 			free_request(c, r);
 	}
 	c->piece = NULL;
-	abandon(c, &c->stream);
+	c->piece_end = &c->piece;
 }
 
 /* With what it did, if it did something. */
@@ -229,7 +229,8 @@ void conn_kill(struct conn *c, const char *why)
 	c->fd = -1;
 	c->state = CONN_DEAD;
 	c->deadline = 0;
-	abandon_stream(c);
+	drop_pieces(c);
+	abandon(c, &c->stream);
 	abandon(c, &c->current);
 	free_requests(c, &c->ready);
 	free_requests(c, &c->again);
@@ -1057,7 +1058,8 @@ static struct request *new_piece(struct conn *c)
 
 static void lend_piece(struct conn *c, struct request *piece)
 {
-	append(&c->piece_end, piece);
+	*c->piece_end = piece;
+	c->piece_end = &piece->next_piece;
 	c->stream->pieces++;
 	queue(c, piece);
 }
@@ -1079,10 +1081,7 @@ static void end_stream(struct conn *c)
 {
 	struct request *r = c->stream;
 
-	if (r->pieces > 0)
-		return;		/* they come back */
-	free_requests(c, &c->piece);
-	c->piece_end = &c->piece;
+	drop_pieces(c);
 	c->stream = NULL;
 	if (!r->error) {
 		stats_count(c->stats, r);
@@ -1108,7 +1107,9 @@ static bool put_piece(struct conn *c)
 		return false;
 	}
 	if (piece) {
-		take_first(&c->piece, &c->piece_end);
+		c->piece = piece->next_piece;
+		if (!c->piece)
+			c->piece_end = &c->piece;
 		len = piece->h.len;
 		r->error = piece->error;
 		if (r->error) {
@@ -1330,12 +1331,35 @@ static void take_kept(struct conn *c)
 	free(kept);
 }
 
+/* Receive up to room bytes at p.  Returns how many; 0 if there are none, or the client is gone. */
+static size_t receive(struct conn *c, uint8_t *p, size_t room)
+{
+	ssize_t n;
+
+	if (room == 0)		/* all is kept that can be */
+		return 0;
+	do
+		n = recv(c->fd, p, room, MSG_DONTWAIT);
+	while (n < 0 && errno == EINTR);
+	if (n > 0) {
+		c->lively = true;
+		c->heard = now_us();
+		return (size_t)n;
+	}
+	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+		return 0;
+	c->gone = true;
+	c->end = n < 0 ? strerror(errno) : NULL;
+	if (!in_transmission(c))
+		conn_kill(c, c->end ? c->end : "client left during the handshake");
+	return 0;
+}
+
 /* Receive behind what was kept, and take from it what can be taken. */
 static void input(struct conn *c)
 {
 	uint8_t *rx = c->loop->rx;
-	size_t have = c->kept_len, room = LOOP_RX_BYTES - have, taken;
-	ssize_t n;
+	size_t have = c->kept_len, room = LOOP_RX_BYTES - have, n, taken;
 
 	if (c->gone || c->stopping) {
 		take_kept(c);
@@ -1343,29 +1367,14 @@ static void input(struct conn *c)
 	}
 	if (room > LOOP_RX_CHUNK)
 		room = LOOP_RX_CHUNK;
+	n = receive(c, rx + have, room);
+	if (c->gone || (n == 0 && !c->blocked))
+		return;
 	if (have > 0)
 		memcpy(rx, c->kept, have);
-	do
-		n = recv(c->fd, rx + have, room, MSG_DONTWAIT);
-	while (n < 0 && errno == EINTR);
-	c->lively = n > 0;
-	if (n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)) {
-		if (n < 0)
-			c->end = strerror(errno);
-		c->gone = true;
-		if (!in_transmission(c))
-			conn_kill(c, n < 0 ? c->end : "client left during the handshake");
-		return;
-	}
-	if (n < 0 && !c->blocked)
-		return;
-	if (n > 0) {
-		have += (size_t)n;
-		c->heard = now_us();
-	}
-	taken = take_steps(c, rx, have);
+	taken = take_steps(c, rx, have + n);
 	if (c->state != CONN_DEAD)
-		set_kept(c, rx + taken, have - taken);
+		set_kept(c, rx + taken, have + n - taken);
 }
 
 static void discard_input(struct conn *c)

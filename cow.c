@@ -243,57 +243,27 @@ static bool fingerprint(const struct cow *c, uint64_t *result)
 	return true;
 }
 
-/* The overlay's file is not there yet: right only if its map is empty. */
-static bool create_kept(struct cow *c, const char *path)
+/* The overlay's file; that it is not there yet is right only if its map is empty. */
+static bool open_kept_file(struct cow *c, const char *path)
 {
 	uint64_t held = bitmap_count(c->layer.map);
-	int fd, err;
+	struct stat st;
+	int fd;
 
-	if (held > 0) {
+	if (held > 0 && lstat(path, &st) < 0 && errno == ENOENT) {
 		log_failure("overlay %s does not exist, but %s.map says that it holds %llu blocks",
 			    path, path, (unsigned long long)held);
 		return false;
 	}
-	fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-	if (fd < 0) {
-		log_failure("cannot create overlay %s: %s", path, strerror(errno));
+	if (!disk_create(path, c->backend.size))
 		return false;
-	}
-	if (!adopt_overlay(c, fd, path)) {
-		unlink(path);
-		return false;
-	}
-	err = disk_sync(c->layer.disk);
-	if (!err)
-		err = sync_directory_of(path);
-	if (err) {
-		log_failure("cannot create overlay %s: %s", path, strerror(-err));
-		unlink(path);
-	}
-	return err == 0;
-}
-
-/* An overlay that was being created when the server was killed is short, and holds nothing. */
-static bool is_unfinished(const struct cow *c, const struct stat *st)
-{
-	return (uint64_t)st->st_size < c->backend.size && bitmap_count(c->layer.map) == 0;
-}
-
-static bool open_kept_file(struct cow *c, const char *path)
-{
-	struct stat st;
-	int fd = open(path, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-
-	if (fd < 0 && errno == ENOENT)
-		return create_kept(c, path);
+	fd = open(path, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
 	if (fd < 0 || fstat(fd, &st) < 0) {
 		log_failure("cannot open overlay %s: %s", path, strerror(errno));
 		if (fd >= 0)
 			close(fd);
 		return false;
 	}
-	if (S_ISREG(st.st_mode) && is_unfinished(c, &st))
-		return adopt_overlay(c, fd, path);
 	if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size != c->backend.size) {
 		log_failure("overlay %s: its size is %llu, and %llu, that of its base, is expected",
 			    path, (unsigned long long)st.st_size,

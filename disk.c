@@ -359,9 +359,7 @@ int disk_trim(struct disk *d, uint64_t len, uint64_t off)
 	if (from >= end)
 		return 0;
 	ret = before_change(d, end - from, from, WAIT);
-	if (ret == 0)
-		ret = punch(d, from, end - from);
-	return ret == -EOPNOTSUPP ? 0 : ret;
+	return ret ? ret : punch(d, from, end - from);
 }
 
 void disk_prefetch(struct disk *d, uint64_t len, uint64_t off)
@@ -581,32 +579,24 @@ struct backend *disk_backend(struct disk *d)
 
 /* Opening */
 
+static int set_size(void *size, int fd)
+{
+	return ftruncate(fd, (off_t)*(uint64_t *)size) < 0 ? -errno : 0;
+}
+
 bool disk_create(const char *path, uint64_t size)
 {
-	int fd, err = 0;
+	struct stat st;
+	int err = -EFBIG;
 
-	if (size > INT64_MAX) {
-		log_failure("--create: %s cannot have %llu bytes", path, (unsigned long long)size);
-		return false;
-	}
-	fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-	if (fd < 0 && errno == EEXIST)
+	if (lstat(path, &st) == 0)
 		return true;
-	if (fd < 0) {
-		log_failure("cannot create image %s: %s", path, strerror(errno));
-		return false;
-	}
-	if (ftruncate(fd, (off_t)size) < 0 || fsync(fd) < 0)
-		err = -errno;
-	close(fd);
-	if (!err)
-		err = sync_directory_of(path);
-	if (err) {
+	if (size <= INT64_MAX)
+		err = create_file(path, false, set_size, &size);
+	if (err && err != -EEXIST)
 		log_failure("cannot create image %s of %llu bytes: %s", path,
 			    (unsigned long long)size, strerror(-err));
-		unlink(path);
-	}
-	return !err;
+	return !err || err == -EEXIST;
 }
 
 bool disk_limit(struct disk *d, const char *path, uint64_t size)

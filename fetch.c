@@ -47,6 +47,7 @@ struct part {
 struct miss {
 	struct fetcher *f;
 	struct request *r;		/* NULL: it was taken back; guarded by the fetcher's lock */
+	bool reads;			/* it needs the data, stored or not */
 	uint64_t off, len;		/* of a READ that is answered with what arrives; else len is 0 */
 	_Atomic(uint8_t *) buf;		/* of len bytes, when something is in it */
 	atomic_uint left;		/* parts, and one while they are being added */
@@ -408,7 +409,8 @@ struct miss *miss_new(struct fetcher *f, struct request *r)
 	m->f = f;
 	m->r = r;
 	m->off = r->h.off;
-	m->len = r->h.cmd == NBD_CMD_READ && r->h.len <= READ_PIECE ? r->h.len : 0;
+	m->reads = r->h.cmd == NBD_CMD_READ;
+	m->len = m->reads && r->h.len <= READ_PIECE ? r->h.len : 0;
 	atomic_init(&m->left, 1);
 	return m;
 }
@@ -500,6 +502,8 @@ static bool part_done(struct waiter *w, uint8_t *buf, bool whole, int error)
 
 	if (buf && m->len > 0)
 		taken = put_data(m, w, buf, whole);
+	else if (buf && m->reads)
+		;	/* in pieces, it asks again for what could not be stored */
 	else if (error == -EAGAIN || (error && layer_holds(m->f->layer, w->len, w->off)))
 		atomic_store(&m->again, true);
 	else if (error)

@@ -34,11 +34,13 @@ static int sync_image(void *disk)
 }
 
 /* Nothing of it can be trusted any more but what was committed, and only after a restart. */
-static void fail(struct layer *l)
+static void layer_fail(struct layer *l, int err)
 {
-	atomic_store(&l->backend->failed, true);
+	if (atomic_exchange(&l->backend->failed, true))
+		return;
 	if (l->durable)
 		bitmap_mark_failed(l->map);
+	committer_lost(&l->committer, err);
 }
 
 /* Be alone with all blocks, so that those without a bit stay as they are: zeros. */
@@ -79,7 +81,7 @@ static int commit(struct committer *committer, bool *lost)
 		err = bitmap_commit(l->map, sync_image, l->disk, lost);
 	}
 	if (*lost)
-		fail(l);
+		layer_fail(l, err);
 	return err;
 }
 
@@ -158,10 +160,13 @@ static int set_held(struct layer *l, uint64_t len, uint64_t off, int ret, uint64
 {
 	uint64_t blk = off / BLOCK_SIZE;
 
-	if (ret == 0)
+	if (ret == 0) {
 		ret = bitmap_set(l->map, blk, bitmap_blocks(off + len) - blk, fresh);
-	if (ret == 0 && l->durable)
-		committer_soon(&l->committer);
+		if (ret != 0 && !is_momentary(ret))
+			layer_fail(l, ret);
+		if (l->durable)
+			committer_soon(&l->committer);
+	}
 	if (ret != 0 && ret != -EAGAIN)
 		atomic_fetch_add(&l->spoilt, 1);
 	return ret;
@@ -276,7 +281,7 @@ int layer_trim(struct layer *l, uint64_t len, uint64_t off, uint64_t *fresh)
 	ret = bitmap_note_change(l->map);
 	if (ret == 0)
 		ret = zero_whole(l, whole, off + head, NBD_CMD_FLAG_FAST_ZERO, fresh);
-	return ret == -EOPNOTSUPP ? 0 : ret;
+	return ret;
 }
 
 /* A run that is not held and stays so, since its range is. */

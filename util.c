@@ -321,6 +321,48 @@ int write_at(int fd, const uint8_t *buf, uint64_t len, uint64_t off)
 	return 0;
 }
 
+bool is_momentary(int err)
+{
+	return err == -ENOSPC || err == -EDQUOT || err == -EFBIG || err == -ENOMEM;
+}
+
+/* Give the file at tmp its name. */
+static int name_file(const char *tmp, const char *path, bool replace)
+{
+	if (!replace && link(tmp, path) == 0)
+		return unlink(tmp) < 0 ? -errno : 0;
+	if (!replace && errno != EPERM && errno != EOPNOTSUPP)	/* no links there */
+		return -errno;
+	return rename(tmp, path) < 0 ? -errno : 0;
+}
+
+int create_file(const char *path, bool replace, int (*fill)(void *arg, int fd), void *arg)
+{
+	size_t len = strlen(path) + sizeof(".XXXXXX");
+	char *tmp = malloc(len);
+	int fd, err;
+
+	if (!tmp)
+		return -ENOMEM;
+	snprintf(tmp, len, "%s.XXXXXX", path);
+	fd = mkostemp(tmp, O_CLOEXEC);
+	if (fd < 0) {
+		err = -errno;
+		free(tmp);
+		return err;
+	}
+	err = fill(arg, fd);
+	if (!err && fsync(fd) < 0)
+		err = -errno;
+	if (!err)
+		err = name_file(tmp, path, replace);
+	if (err)
+		unlink(tmp);
+	free(tmp);
+	close(fd);
+	return err ? err : sync_directory_of(path);
+}
+
 int sync_directory_of(const char *path)
 {
 	char *dir = directory_of(path);

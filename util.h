@@ -84,6 +84,15 @@ char *directory_of(const char *path);
 int read_at(int fd, uint8_t *buf, uint64_t len, uint64_t off);
 int write_at(int fd, const uint8_t *buf, uint64_t len, uint64_t off);
 
+/* Whether an error of write_at() is one of that moment: there may be room, or memory, later. */
+bool is_momentary(int err);
+
+/*
+ * Create a file whose contents fill() writes to fd, so that a crash leaves it whole and durable, or
+ * not at all.  With replace it takes the place of one that is there, else that is -EEXIST.  0 or -errno.
+ */
+int create_file(const char *path, bool replace, int (*fill)(void *arg, int fd), void *arg);
+
 /* fsync the directory that holds path, so that its entry is durable.  0 or -errno. */
 int sync_directory_of(const char *path);
 

@@ -66,7 +66,8 @@ struct request {
 	 */
 	struct request *whole;		/* in a piece: what it belongs to */
 	unsigned pieces;		/* in the whole: those that are with others */
-	bool finished;			/* a piece of a READ has come back */
+	struct request *next_piece;	/* the one behind this piece of a READ, ... */
+	bool finished;			/* ... which has come back */
 };
 
 #endif

@@ -43,6 +43,7 @@ enum kind {
 	HALF = 1000,		/* half of the bytes, rounded up */
 	ONE,			/* one byte */
 	HOLD,			/* waits until it is released, and is made then */
+	SLOW,			/* waits for a fifth of a second, and is made then */
 };
 
 struct control {
@@ -74,14 +75,19 @@ __attribute__((constructor)) static void begin(void)
 		control = map;
 }
 
-static void hold(void)
+static void wait_ms(long ms)
 {
-	const struct timespec ms = { 0, 1000000 };
+	const struct timespec time = { 0, ms * 1000000 };
 	int saved = errno;
 
-	while (!atomic_load(&control->release))
-		nanosleep(&ms, NULL);
+	nanosleep(&time, NULL);
 	errno = saved;
+}
+
+static void hold(void)
+{
+	while (!atomic_load(&control->release))
+		wait_ms(1);
 }
 
 /* Counts a call.  0 if it is to be made as it is, else an errno or a kind. */
@@ -98,9 +104,12 @@ static unsigned fault(enum call call)
 		return 0;
 	kind = atomic_load(&control->kind);
 	atomic_fetch_add(&control->injected, 1);
-	if (kind != HOLD)
+	if (kind == HOLD)
+		hold();
+	else if (kind == SLOW)
+		wait_ms(200);
+	else
 		return kind;
-	hold();
 	return 0;
 }
 
@@ -360,12 +369,16 @@ int mincore(void *at, size_t len, unsigned char *vec)
 
 /* Sockets, pipes, threads */
 
-/* A look for input that finds none is not counted: how many there are is a matter of chance. */
+/*
+ * A look for input that finds none is not counted: how many there are is a matter of chance.
+ * poll() sees an error without taking it; MSG_PEEK would take a reset away from the server,
+ * which then finds the end of an orderly connection.
+ */
 static bool finds_nothing(int fd)
 {
+	struct pollfd pfd = { .fd = fd, .events = POLLIN };
 	int saved = errno;
-	char byte;
-	bool nothing = REAL(recv)(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
+	bool nothing = REAL(poll)(&pfd, 1, 0) == 0;
 
 	errno = saved;
 	return nothing;

@@ -58,7 +58,7 @@ hazard = pytest.mark.hazard
 CALLS = ["pread", "pwrite", "fdatasync", "fsync", "fallocate", "recv", "send", "malloc", "accept",
          "open", "mmap", "thread", "pipe", "socket", "connect", "lseek", "truncate", "link", "poll",
          "stat", "mincore", "read", "write", "flock", "unlink"]
-HALF, ONE, HOLD = 1000, 1001, 1002
+HALF, ONE, HOLD, SLOW = 1000, 1001, 1002, 1003
 KINDS = {"half": HALF, "one": ONE, "hold": HOLD}
 EVER = (1 << 32) - 1
 
@@ -141,6 +141,14 @@ class Fault(collections.namedtuple("Fault", "call kind number times")):
     def __str__(self):
         times = {1: "", EVER: " and all later ones"}.get(self.times, f" and {self.times - 1} more")
         return f"{self.call} number {self.number}{times}: {self.kind}"
+
+
+def test_library_leaves_an_error_of_a_connection_to_the_server(library, server, disk, tmp_path):
+    """A reset is not taken for an orderly end."""
+    control = Control(tmp_path / "control", library)
+    s = server(disk(BLOCK), env=control.environment)
+    s.client().reset()
+    until(lambda: os.strerror(errno.ECONNRESET) in s.log(), what="the reset in the log")
 
 
 # What may come of it

@@ -46,7 +46,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
-MODULES = ["virtio_pci", "virtio_console", "virtio_net", "nbd", "ext4"]    # and what they need
+MODULES = ["virtio_pci", "virtio_console", "virtio_net", "virtio_blk", "nbd", "ext4"]   # and what they need
 MODULE_OPTIONS = {"nbd": "nbds_max=4"}
 # Without these two features the card tells of each buffer that it gets.  With them QEMU before
 # 9.1 may wait for ever for buffers that are there: "No route to host" in the guest.
@@ -403,9 +403,10 @@ class Guest(Machine):
 
     deadline    seconds until it powers off, whatever happens
     extra       paths of further programs of this host to take along
+    devices     further options of qemu
     """
 
-    def __init__(self, directory, deadline=300, extra=(), memory=256):
+    def __init__(self, directory, deadline=300, extra=(), memory=256, devices=()):
         super().__init__(directory)
         qemu = program("qemu-system-x86_64", "qemu-system-x86")
         if platform.machine() != "x86_64":
@@ -424,7 +425,7 @@ class Guest(Machine):
              "-netdev", "user,id=net", "-device", NETWORK_CARD,
              "-serial", f"file:{self.console}", "-device", "virtio-serial-pci",
              "-chardev", f"socket,id=agent,fd={self.agent_end.fileno()}",
-             "-device", "virtserialport,chardev=agent"],
+             "-device", "virtserialport,chardev=agent", *map(str, devices)],
             stdin=subprocess.DEVNULL, stdout=open(Path(directory, "qemu.log"), "wb"),
             stderr=subprocess.STDOUT, pass_fds=[self.agent_end.fileno()])
         self.agent_end.close()
