@@ -871,7 +871,7 @@ int bitmap_complete(struct bitmap *b, int (*sync)(void *), void *arg, bool *lost
 		err = sync_lost(b, lost);
 	if (!err)
 		atomic_store(&b->whole, true);
-	else
+	else if (!atomic_load(&b->whole))	/* not by an earlier switch either */
 		atomic_fetch_and(&b->flags, ~(unsigned)WHOLE);
 	return err;
 }

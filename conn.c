@@ -50,7 +50,7 @@ enum {
 	IN_FLIGHT_MAX = 512,
 	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more request of up to 32 MiB may pass it */
 
-	HEARD_US = 1000,		/* after this long a client may be gone before its next change */
+	HEARD_US = 50,			/* after this long a client may be gone, and back elsewhere */
 
 	/* Replies are sent when there is less room than one step may need; a READ looks for itself. */
 	STEP_BYTES = 32 * 1024 + PROTO_REPLY_ROOM,
@@ -318,6 +318,8 @@ static void lose(struct conn *c, const char *why)
 	if (c->state == CONN_REQUEST || c->state == CONN_PAYLOAD) {
 		c->gone = c->mute = true;
 		c->end = why;
+	} else if (c->state == CONN_FINISHING) {
+		c->mute = true;
 	} else {
 		conn_kill(c, why);
 	}
@@ -870,7 +872,7 @@ static bool is_there(struct conn *c)
 	if (c->gone)
 		return c->orderly;
 	now = now_us();
-	if (now - c->heard < HEARD_US)
+	if (now - c->heard < HEARD_US || now - c->loop->polled < HEARD_US)
 		return true;
 	c->heard = now;
 	c->gone = poll(&p, 1, 0) > 0;
@@ -1343,7 +1345,6 @@ static size_t receive(struct conn *c, uint8_t *p, size_t room)
 	while (n < 0 && errno == EINTR);
 	if (n > 0) {
 		c->lively = true;
-		c->heard = now_us();
 		return (size_t)n;
 	}
 	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))

@@ -54,7 +54,7 @@ struct conn {
 	uint32_t skip_opt, skip_left;	/* CONN_SKIP_OPTION */
 	struct request *current;	/* CONN_PAYLOAD: the WRITE whose payload arrives */
 	uint64_t current_left;		/* bytes of it to come */
-	uint64_t heard;			/* now_us() when it was known to be there */
+	uint64_t heard;			/* now_us() when it was found to be there, but for loop.polled */
 
 	struct request *stream;		/* the READ that is answered in pieces, before all others */
 	uint64_t stream_sent, stream_asked;	/* bytes: in replies; in those and in pieces */

@@ -350,6 +350,7 @@ static int sleep_in_poll(struct loop *l, int timeout)
 	if (atomic_load(&l->mail))
 		timeout = 0;
 	n = poll(l->pfd, l->count + 1, timeout);
+	l->polled = now_us();
 	atomic_store(&l->sleeping, false);
 	if (n > 0 && l->pfd[0].revents)
 		drain_pipe(l->wake[0]);

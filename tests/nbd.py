@@ -139,6 +139,7 @@ ERRORS = (NBD_EPERM, NBD_EIO, NBD_ENOMEM, NBD_EINVAL, NBD_ENOSPC,
 
 STRING_MAX = 4096           # proto.md, "Conventions"
 PAYLOAD_MAX = 32 << 20      # proto.md, "Size constraints"
+READ_MAX = 64 << 20         # of this server, which is more than it says
 U64 = 1 << 64
 EXTENDED = "extended"       # more than structured replies, see Handshake.negotiate()
 

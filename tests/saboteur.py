@@ -527,7 +527,8 @@ class Story:
         writes = r.command in (NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES)
         if writes and self.readonly:
             return {NBD_EPERM}
-        if r.length > PAYLOAD_MAX and r.command in (NBD_CMD_READ, NBD_CMD_WRITE):
+        if r.length > (READ_MAX if r.command == NBD_CMD_READ else PAYLOAD_MAX) and \
+                r.command in (NBD_CMD_READ, NBD_CMD_WRITE):
             return {NBD_EINVAL, NBD_EOVERFLOW, NBD_ENOSPC}
         if r.length > self.size or r.offset > self.size - r.length:
             return {NBD_ENOSPC if writes and r.command != NBD_CMD_TRIM else NBD_EINVAL}

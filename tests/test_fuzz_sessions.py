@@ -318,7 +318,7 @@ def deserved(flags, command, offset, length, client, readonly):
         flaws.add(NBD_EINVAL)
     if readonly and command in CHANGES:
         flaws.add(NBD_EPERM)
-    if command == NBD_CMD_READ and length > PAYLOAD_MAX:
+    if command == NBD_CMD_READ and length > READ_MAX:
         flaws.add(NBD_EOVERFLOW)
     if offset + length > SIZE:
         flaws.add(NBD_ENOSPC if command in (NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES) else NBD_EINVAL)

@@ -1066,15 +1066,15 @@ def test_answer_that_is_lost_among_others_is_noticed(origin, proxy):
 
 
 def test_end_does_not_wait_for_a_silent_origin(origin, proxy):
-    """Who waits for it gets ESHUTDOWN."""
+    """A request that waits for it gets no answer."""
     o = origin()
     p = proxy(o)
     with p.client() as c:
         o.freeze()
-        cookie = miss(c)
+        miss(c)
         until(lambda: int(p.query()["pending-requests"]) == 1, what="the request")
         p.server.terminate()
-        assert c.collect(cookie).error == NBD_ESHUTDOWN
+        c.expect_closed()
     p.server.stop()
 
 

@@ -268,7 +268,7 @@ def test_what_was_not_told_is_told_at_the_end(server, image):
 REFUSED = [
     # command, offset, length, what the line must tell
     (NBD_CMD_READ, SIZE, 1, "READ of 1 bytes at 4194304 refused: it passes the end"),
-    (NBD_CMD_READ, 0, 33 * MIB, "READ of 34603008 bytes at 0 refused: it is too long"),
+    (NBD_CMD_READ, 0, 65 * MIB, "READ of 68157440 bytes at 0 refused: it is too long"),
     (77, 5, 6, "command 77 of 6 bytes at 5 refused: the command"),
     (NBD_CMD_TRIM, 0, 1, "TRIM of 1 bytes at 0 refused: the export is read-only"),
     (NBD_CMD_FLUSH, 0, 1, "FLUSH of 1 bytes at 0 refused: the command, its flags"),
