@@ -203,6 +203,13 @@ static void emptied(struct change *c)
 		request_again(r);
 }
 
+static bool is_whole(const struct backend *b, const struct span *s)
+{
+	uint64_t end = s->off + s->len;
+
+	return s->off % BLOCK_SIZE == 0 && (end % BLOCK_SIZE == 0 || end == b->size);
+}
+
 /* Carry out a part of a change. */
 static int apply(struct request *r, const struct span *s, enum how how)
 {
@@ -212,9 +219,10 @@ static int apply(struct request *r, const struct span *s, enum how how)
 		return b->ops->write(b, r->buf + (s->off - r->h.off), s->len, s->off, how);
 	if (how == TRY)
 		return -EAGAIN;
-	if (r->h.cmd == NBD_CMD_TRIM)
-		return b->ops->trim(b, s->len, s->off);
-	return b->ops->zero(b, s->len, s->off, r->h.flags);
+	if (r->h.cmd == NBD_CMD_WRITE_ZEROES)
+		return b->ops->zero(b, s->len, s->off, r->h.flags);
+	/* Of a TRIM a newer change may have left parts of blocks: they are dropped, too. */
+	return is_whole(b, s) ? b->ops->trim(b, s->len, s->off) : b->ops->zero(b, s->len, s->off, 0);
 }
 
 /* What is left of a change that is registered, step by step. */

@@ -731,6 +731,7 @@ static bool prepare(struct bitmap *b, bool clear)
 struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, bool clear)
 {
 	struct bitmap *b = bitmap_new(bitmap_blocks(id->disk_size));
+	bool knows_boot;
 
 	if (!b)
 		goto out_of_memory;
@@ -740,14 +741,16 @@ struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, b
 	b->pages = malloc(COMMIT_PAGES * MAP_PAGE);
 	if (!b->page || !b->pages)
 		goto out_of_memory;
-	if (!read_boot_id(b->boot_id))
-		log_line("bitmap file %s: /proc/sys/kernel/random/boot_id cannot be read: what is "
-			 "not flushed, or is younger than a second, will be lost if this process is "
-			 "killed", path);
+	knows_boot = read_boot_id(b->boot_id);
 	b->image_instance = instance_of(id->image);
 	b->own_instance = instance_of(path);
-	if (prepare(b, clear))
+	if (prepare(b, clear)) {
+		if (!knows_boot)
+			log_line("bitmap file %s: /proc/sys/kernel/random/boot_id cannot be read: "
+				 "what is not flushed, or is younger than a second, will be lost if "
+				 "this process is killed", path);
 		return b;
+	}
 	bitmap_close(b);
 	return NULL;
 out_of_memory:

@@ -102,23 +102,29 @@ static int fetch_blocks(struct cache *c, struct request *r, uint64_t len, uint64
 	return m ? miss_wait(m, err) : err;
 }
 
-/* A part that is not held at a time, so that the origin is not asked for all of it at once. */
+static void advance(struct span *s, uint64_t n)
+{
+	s->off += n;
+	s->len -= n;
+}
+
+/* A part from what is not held on, so that the origin is not asked for all of it at once. */
 static int fetch_next(struct cache *c, struct request *r)
 {
-	uint64_t off = 0, n = 0;
+	uint64_t n = 0, off;
 	bool held = true;
 
 	while (r->at.len > 0 && held) {
-		off = r->at.off;
-		n = layer_run(&c->layer, r->at.len, off, &held);
-		if (!held && n > PREFETCH_MAX)
-			n = PREFETCH_MAX;
-		r->at.off += n;
-		r->at.len -= n;
+		n = layer_run(&c->layer, r->at.len, r->at.off, &held);
+		if (held)
+			advance(&r->at, n);
 	}
+	off = r->at.off;
+	n = r->at.len < PREFETCH_MAX ? r->at.len : PREFETCH_MAX;
+	advance(&r->at, n);
 	/* A READ is answered when all of it has been asked for, also if it cannot be stored. */
 	r->fetched = r->at.len == 0 && r->h.cmd == NBD_CMD_READ;
-	return held ? 0 : fetch_blocks(c, r, n, off, false);
+	return n == 0 ? 0 : fetch_blocks(c, r, n, off, false);
 }
 
 static int fetch_status(struct cache *c, struct request *r)
