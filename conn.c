@@ -135,8 +135,10 @@ static void free_request(struct conn *c, struct request *r)
 	}
 	if (r->buf_len > 0)
 		buffer_put(r->buf, r->buf_len);
-	order_remove(&r->change);
-	free(r->extent);
+	if (r->change.order)
+		order_remove(&r->change);
+	if (r->extent)
+		free(r->extent);
 	loop_release(c->loop, r);
 }
 
@@ -1227,7 +1229,8 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 		taken = step(c, p + pos, n - pos);
 		if (c->reserved)
 			unreserve(c);
-		go_on_with_stream(c);
+		if (c->stream)
+			go_on_with_stream(c);
 		if (taken == 0)
 			break;
 		pos += taken;
@@ -1418,8 +1421,8 @@ void conn_turn(struct conn *c, short revents)
 			see_how_it_left(c);
 		if (c->state == CONN_DEAD || !send_backlog(c))
 			return;
+		go_on(c);	/* a stream comes first, and may end */
 		put_ready_replies(c);
-		go_on(c);
 		if ((revents & POLLIN || c->blocked) && takes_input(c))
 			input(c);
 		if (!c->backlog)
