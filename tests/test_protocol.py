@@ -1407,3 +1407,16 @@ def test_oldstyle_needs_no_word_of_the_client(oldstyle):
             c.request(NBD_CMD_READ, i, 100)
         for reply in c.collect_all().values():
             assert reply.data == pattern(reply.request.offset, 100)
+
+
+def test_small_read_beside_one_in_pieces_is_answered(server, disk):
+    """Both go to workers; the small one is done first, and waits for the end of the other."""
+    image = disk(4 * MIB, pattern(0, 4 * MIB))
+    s = server(image)
+    with s.client() as c:
+        for i in range(20):
+            evict(image)
+            small = c.request(NBD_CMD_READ, 0, 4096)
+            large = c.request(NBD_CMD_READ, MIB, 600 * 1024)
+            assert c.collect(small).data == pattern(0, 4096)
+            assert c.collect(large).data == pattern(MIB, 600 * 1024)
