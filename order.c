@@ -47,6 +47,7 @@ bool order_prepare(unsigned threads)
 
 void order_unprepare(void)
 {
+	atomic_store(&slots_used, 0);
 	free(slots);
 	slots = NULL;
 }
