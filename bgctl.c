@@ -1,13 +1,12 @@
 /*
  * bgctl.c - main() of xnbd-bgctl: ask a server over its control socket.
  *
- * One command line is one line to the server, see xnbd-bgctl(1), CONTROL SOCKET; its answer is
- * shown as it comes, but that of --query, which is shown when it is complete.
+ * One command line is one line to the server, see xnbd-bgctl(1), CONTROL SOCKET.  The answer is
+ * shown as it comes.  That of a query is a list of fields, and is shown when it is complete.
  */
 #define _GNU_SOURCE
-#include "bgctl.h"
-
 #include "ctl.h"
+#include "proto.h"
 #include "util.h"
 #include "xnbd.h"
 
@@ -15,6 +14,7 @@
 #include <getopt.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -27,8 +27,12 @@
 
 enum {
 	EXIT_USAGE = 2,
+	ANSWER_MS = 30000,		/* for commands that do not take long */
+	ANSWER_LINE_MAX = 16384,	/* bytes; more than a server says */
+	FIELDS_MAX = 8192,		/* of a query; likewise: one for each client */
 	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
 	WATCH_SECONDS_MAX = 3600,
+	WIDTH_MAX = 512,
 };
 
 enum command {
@@ -284,6 +288,16 @@ static void parse_options(struct options *o, int argc, char **argv)
 
 /* The connection */
 
+struct server {
+	const char *path;
+	char aim[300];			/* "host:port: ", the subject of its errors; or "" */
+	int fd;
+	bool known;			/* it has answered before, over another connection */
+	uint64_t deadline;		/* now_ms() when the answer must be here; 0 for never */
+	size_t used, len;		/* of buf: what was taken, what is there */
+	char buf[ANSWER_LINE_MAX];
+};
+
 /* Whether the cursor is at the end of the progress bar. */
 static bool bar_is_shown;
 
@@ -294,7 +308,10 @@ static void leave_bar(void)
 	bar_is_shown = false;
 }
 
-_Noreturn void fail(const char *fmt, ...)
+static _Noreturn void fail(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+/* One line on stderr, and exit status 1. */
+static _Noreturn void fail(const char *fmt, ...)
 {
 	char line[1000];
 	va_list ap;
@@ -313,7 +330,7 @@ static _Noreturn void fail_garbage(const struct server *s, const char *text)
 	fail("%s: the server sends '%.100s', which is not an answer", s->path, text);
 }
 
-void connect_to(struct server *s, const char *path)
+static void connect_to(struct server *s, const char *path)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
 
@@ -334,7 +351,7 @@ void connect_to(struct server *s, const char *path)
 }
 
 /* A fresh connection takes a short line; one that does not has a reason to tell, or has ended. */
-void send_line(struct server *s, const char *line, size_t len)
+static void send_line(struct server *s, const char *line, size_t len)
 {
 	ssize_t n = send(s->fd, line, len, MSG_NOSIGNAL);
 
@@ -392,7 +409,8 @@ static char *next_line(struct server *s)
 	return line;
 }
 
-const char *next_value(struct server *s, const char **value)
+/* The next line of an answer: its name, and *value; NULL for "ok".  "error" ends the program. */
+static const char *next_value(struct server *s, const char **value)
 {
 	char *line = next_line(s), *colon = strstr(line, ": ");
 	size_t len;
@@ -425,6 +443,139 @@ static void parse_numbers(const struct server *s, const char *value, uint64_t *n
 	}
 }
 
+/* A state: the fields that a query is answered with. */
+
+struct fields {
+	struct field *all;
+	size_t count;
+};
+
+struct field {
+	char *name, *value;
+	char *key;			/* of an item of an array: its address or name; else NULL */
+	struct fields pairs;		/* likewise: what its value tells behind that */
+};
+
+/* Lines that there may be several of: an array in JSON. */
+static const struct array {
+	const char *name;
+	const char *key;
+	const char *first;		/* The pairs begin with the last one of this name. */
+	const char *with;		/* The array is there, maybe empty, with this field. */
+} arrays[] = {
+	{ "client", "address", " reads ", "clients" },
+	{ "export", "name", " size ", "export" },
+};
+
+static void *not_null(void *memory)
+{
+	if (!memory)
+		fail("out of memory");
+	return memory;
+}
+
+static struct field *add_field(struct fields *f)
+{
+	if ((f->count & (f->count - 1)) == 0)
+		f->all = not_null(realloc(f->all, (f->count ? 2 * f->count : 1) * sizeof(*f->all)));
+	f->all[f->count] = (struct field){ 0 };
+	return &f->all[f->count++];
+}
+
+/* An address may have blanks, and a path as well. */
+static void parse_item(struct field *item, const struct array *a)
+{
+	char *pairs = NULL, *name, *value;
+
+	item->key = not_null(strdup(item->value));
+	for (char *at = item->key; (at = strstr(at, a->first)); at++)
+		pairs = at;
+	if (!pairs)
+		return;
+	*pairs = '\0';
+	name = strtok(pairs + 1, " ");
+	while (name && (value = strtok(NULL, " "))) {
+		*add_field(&item->pairs) = (struct field){ .name = name, .value = value };
+		name = strtok(NULL, " ");
+	}
+}
+
+static void free_fields(struct fields *f)
+{
+	for (size_t i = 0; i < f->count; i++) {
+		free(f->all[i].name);
+		free(f->all[i].key);
+		free(f->all[i].pairs.all);
+	}
+	free(f->all);
+	*f = (struct fields){ 0 };
+}
+
+static void take_field(struct fields *f, const char *name, const char *value)
+{
+	size_t len = strlen(name) + 1, value_len = strlen(value) + 1;
+	struct field *field = add_field(f);
+
+	field->name = not_null(malloc(len + value_len));
+	field->value = field->name + len;
+	memcpy(field->name, name, len);
+	memcpy(field->value, value, value_len);
+	for (size_t i = 0; i < ARRAY_SIZE(arrays); i++)
+		if (strcmp(name, arrays[i].name) == 0)
+			parse_item(field, &arrays[i]);
+}
+
+/* Over a connection of its own; the fields are to be freed. */
+static struct fields ask_state(struct server *s)
+{
+	static const char query[] = "query\n";
+	struct fields f = { 0 };
+	const char *name, *value;
+
+	s->used = s->len = 0;
+	s->deadline = now_ms() + ANSWER_MS;
+	connect_to(s, s->path);
+	send_line(s, query, strlen(query));
+	while ((name = next_value(s, &value))) {
+		if (f.count == FIELDS_MAX)
+			fail("%s: the server's answer is too long", s->path);
+		take_field(&f, name, value);
+	}
+	close(s->fd);
+	s->known = true;
+	return f;
+}
+
+/* The value of a field; NULL if there is none. */
+static const char *find(const struct fields *f, const char *name)
+{
+	for (size_t i = 0; i < f->count; i++)
+		if (strcmp(f->all[i].name, name) == 0)
+			return f->all[i].value;
+	return NULL;
+}
+
+static bool is_client(const struct field *f)
+{
+	return strcmp(f->name, "client") == 0;
+}
+
+/* The client of that address; NULL if there is none. */
+static const struct field *find_client(const struct fields *f, const char *address)
+{
+	for (size_t i = 0; i < f->count; i++)
+		if (is_client(&f->all[i]) && strcmp(f->all[i].key, address) == 0)
+			return &f->all[i];
+	return NULL;
+}
+
+static uint64_t number_of(const struct fields *f, const char *name)
+{
+	const char *value = find(f, name);
+
+	return value ? strtoull(value, NULL, 10) : 0;
+}
+
 /* --query */
 
 /* Values that are text even if they look like a number. */
@@ -440,7 +591,8 @@ static bool is_text(const char *name)
 	return false;
 }
 
-bool is_number(const char *s)
+/* 0, 17 or 99.5, but not 017, which JSON does not have. */
+static bool is_number(const char *s)
 {
 	static const char digits[] = "0123456789";
 	size_t len = strspn(s, digits), more;
@@ -453,198 +605,115 @@ bool is_number(const char *s)
 	return more > 0 && s[len + 1 + more] == '\0';
 }
 
-/* Bytes of the character at s, 0 if it is none. */
-static size_t utf8_length(const char *s)
-{
-	const unsigned char *u = (const unsigned char *)s;
-	size_t len = u[0] < 0x80 ? 1 : u[0] < 0xc2 ? 0 : u[0] < 0xe0 ? 2 : u[0] < 0xf0 ? 3 :
-		     u[0] < 0xf5 ? 4 : 0;
-	unsigned min = u[0] == 0xe0 ? 0xa0 : u[0] == 0xf0 ? 0x90 : 0x80;
-	unsigned max = u[0] == 0xed ? 0x9f : u[0] == 0xf4 ? 0x8f : 0xbf;
-
-	if (len > 1 && (u[1] < min || u[1] > max))
-		return 0;
-	for (size_t i = 2; i < len; i++)
-		if ((u[i] & 0xc0) != 0x80)
-			return 0;
-	return len;
-}
-
 /* Paths are bytes, JSON is characters. */
-static void print_json_string(FILE *out, const char *s)
+static void print_json_string(const char *s)
 {
 	size_t len;
 
-	fputc('"', out);
+	putchar('"');
 	for (; *s; s += len ? len : 1) {
-		len = utf8_length(s);
+		len = proto_utf8((const uint8_t *)s, strlen(s));
 		if (*s == '"' || *s == '\\')
-			fputc('\\', out);
+			putchar('\\');
 		if (len)
-			fwrite(s, 1, len, out);
+			fwrite(s, 1, len, stdout);
 		else
-			fputs("\\ufffd", out);
+			fputs("\\ufffd", stdout);
 	}
-	fputc('"', out);
+	putchar('"');
 }
 
-static void print_json_value(FILE *out, const char *name, const char *value)
+static void print_json_pair(const char *before, const char *name, const char *value)
 {
-	print_json_string(out, name);
-	fputs(": ", out);
+	fputs(before, stdout);
+	print_json_string(name);
+	fputs(": ", stdout);
 	if (is_number(value) && !is_text(name))
-		fputs(value, out);
+		fputs(value, stdout);
 	else
-		print_json_string(out, value);
+		print_json_string(value);
 }
 
-char *split_name(char *text, const char *first)
+static void print_json_array(const struct fields *f, const struct array *a)
 {
-	char *pairs = NULL;
+	const char *before = "\n    { ";
 
-	for (char *at = text; (at = strstr(at, first)); at++)
-		pairs = at;
-	if (!pairs)
-		return text + strlen(text);
-	*pairs = '\0';
-	return pairs + 1;
-}
+	printf("\"%s\": [", a->name);
+	for (size_t i = 0; i < f->count; i++) {
+		const struct field *item = &f->all[i];
 
-bool next_pair(char **text, const char **name, const char **number)
-{
-	char *blank = strchr(*text, ' '), *end;
-
-	if (!blank)
-		return false;
-	*blank = '\0';
-	end = blank + 1 + strcspn(blank + 1, " ");
-	*name = *text;
-	*number = blank + 1;
-	*text = *end ? end + 1 : end;
-	*end = '\0';
-	return is_number(*number);
-}
-
-/* Lines that there may be several of, each a name and pairs of numbers: an array of objects. */
-struct array {
-	const char *line;		/* the name of the line, and of the array */
-	const char *key;		/* of the name in each object */
-	const char *first;		/* the first pair begins with this */
-	unsigned count;
-	FILE *out;
-	char *text;
-	size_t len;
-};
-
-static void add_to_array(struct array *a, char *text)
-{
-	char *pairs = split_name(text, a->first);
-	const char *name, *number;
-
-	fputs(a->count++ ? ",\n    { " : "\n    { ", a->out);
-	print_json_value(a->out, a->key, text);
-	while (next_pair(&pairs, &name, &number)) {
-		fputs(", ", a->out);
-		print_json_value(a->out, name, number);
-	}
-	fputs(" }", a->out);
-}
-
-static FILE *open_text(char **text, size_t *len)
-{
-	FILE *out = open_memstream(text, len);
-
-	if (!out)
-		fail("out of memory");
-	return out;
-}
-
-static void close_text(FILE *out)
-{
-	if (fclose(out) != 0)
-		fail("out of memory");
-}
-
-static void end_array(struct array *a, FILE *out, const char *separator)
-{
-	close_text(a->out);
-	fprintf(out, "%s\"%s\": [%s%s]", separator, a->line, a->text, a->count ? "\n  " : "");
-	free(a->text);
-}
-
-static void drop_array(struct array *a)
-{
-	close_text(a->out);
-	free(a->text);
-}
-
-static struct array *find_array(struct array *arrays, const char *line)
-{
-	for (struct array *a = arrays; a->line; a++)
-		if (strcmp(a->line, line) == 0)
-			return a;
-	return NULL;
-}
-
-/* The lines of an answer, each for itself but those that become arrays. */
-static void print_json(struct server *s, FILE *out)
-{
-	struct array arrays[] = { { "client", "address", " reads ", 0, NULL, NULL, 0 },
-				  { "export", "name", " size ", 0, NULL, NULL, 0 },
-				  { NULL, NULL, NULL, 0, NULL, NULL, 0 } };
-	const char *name, *value;
-	bool clients = false;
-	unsigned lines = 0;
-
-	for (struct array *a = arrays; a->line; a++)
-		a->out = open_text(&a->text, &a->len);
-	while ((name = next_value(s, &value))) {
-		struct array *a = find_array(arrays, name);
-
-		if (lines + arrays[0].count + arrays[1].count == ANSWER_LINES_MAX)
-			fail("%s: the server's answer is too long", s->path);
-		if (a) {
-			add_to_array(a, (char *)(uintptr_t)value);
+		if (strcmp(item->name, a->name) != 0)
 			continue;
-		}
-		clients |= strcmp(name, "clients") == 0;
-		fputs(lines++ ? ",\n  " : "{\n  ", out);
-		print_json_value(out, name, value);
+		print_json_pair(before, a->key, item->key);
+		for (size_t n = 0; n < item->pairs.count; n++)
+			print_json_pair(", ", item->pairs.all[n].name, item->pairs.all[n].value);
+		fputs(" }", stdout);
+		before = ",\n    { ";
 	}
-	for (struct array *a = arrays; a->line; a++)
-		if (a->count || (a == arrays && clients))
-			end_array(a, out, lines++ ? ",\n  " : "{\n  ");
-		else
-			drop_array(a);
-	fputs(lines ? "\n}\n" : "{}\n", out);
+	fputs(*before == ',' ? "\n  ]" : "]", stdout);
 }
 
-static void print_lines(struct server *s, FILE *out)
+static void print_json(const struct fields *f)
 {
-	const char *name, *value;
+	const char *before = "\n  ";
 
-	for (unsigned lines = 0; (name = next_value(s, &value)); lines++) {
-		if (lines == ANSWER_LINES_MAX)
-			fail("%s: the server's answer is too long", s->path);
-		fprintf(out, "%s: %s\n", name, value);
+	putchar('{');
+	for (size_t i = 0; i < f->count; i++) {
+		if (f->all[i].key)
+			continue;
+		print_json_pair(before, f->all[i].name, f->all[i].value);
+		before = ",\n  ";
 	}
+	for (size_t i = 0; i < ARRAY_SIZE(arrays); i++) {
+		if (!find(f, arrays[i].name) && !find(f, arrays[i].with))
+			continue;
+		fputs(before, stdout);
+		print_json_array(f, &arrays[i]);
+		before = ",\n  ";
+	}
+	puts(*before == ',' ? "\n}" : "}");
 }
 
-/* All of the answer or nothing. */
+static void flush_output(void)
+{
+	if (fflush(stdout) != 0 || ferror(stdout))
+		fail("cannot write to standard output: %s", strerror(errno));
+}
+
 static void show_query(struct server *s, bool json)
 {
-	char *text = NULL;
-	size_t len = 0;
-	FILE *out = open_text(&text, &len);
+	struct fields f = ask_state(s);
 
 	if (json)
-		print_json(s, out);
-	else
-		print_lines(s, out);
-	close_text(out);
-	if (fwrite(text, 1, len, stdout) < len || fflush(stdout) != 0)
-		fail("cannot write to standard output: %s", strerror(errno));
-	free(text);
+		print_json(&f);
+	for (size_t i = 0; !json && i < f.count; i++)
+		printf("%s: %s\n", f.all[i].name, f.all[i].value);
+	flush_output();
+	free_fields(&f);
+}
+
+/* What --watch and --cache-all have in common */
+
+enum { MIB_TEXT = 24 };
+
+/* Bytes as MiB with one decimal, in text of MIB_TEXT bytes. */
+static const char *mib(uint64_t bytes, char *text)
+{
+	uint64_t tenths = bytes / 1024 * 10 / 1024 + (bytes / 1024 * 10 % 1024 >= 512);
+
+	snprintf(text, MIB_TEXT, "%" PRIu64 ".%u", tenths / 10, (unsigned)(tenths % 10));
+	return text;
+}
+
+/* In characters, within reason. */
+static struct winsize terminal_size(int fd)
+{
+	struct winsize w = { 0 };
+
+	ioctl(fd, TIOCGWINSZ, &w);
+	w.ws_col = w.ws_col == 0 ? 80 : w.ws_col < WIDTH_MAX ? w.ws_col : WIDTH_MAX;
+	w.ws_row = w.ws_row == 0 ? 24 : w.ws_row > 2 ? w.ws_row : 2;
+	return w;
 }
 
 /* --cache-all */
@@ -655,14 +724,12 @@ struct progress {
 	bool complete;			/* has been shown */
 };
 
-/* Rounded down: 1000 means all.  Numbers that no disk has are only not to overflow. */
+/* Rounded down: only all is 1000. */
 static unsigned permille(const struct progress *p)
 {
-	if (p->cached >= p->blocks)
-		return 1000;
-	if (p->blocks > UINT64_MAX / 1000)
-		return (unsigned)(p->cached / (p->blocks / 1000 + 1));
-	return (unsigned)(p->cached * 1000 / p->blocks);
+	unsigned share = p->cached < p->blocks ? (unsigned)(1000.0 * p->cached / p->blocks) : 1000;
+
+	return share == 1000 && p->cached < p->blocks ? 999 : share;
 }
 
 /* Such as "42.7%  103.4 MiB/s  0:01:23 left". */
@@ -670,9 +737,9 @@ static void describe(const struct progress *p, char *text, size_t size)
 {
 	uint64_t left = p->blocks > p->cached ? p->blocks - p->cached : 0;
 	uint64_t seconds = p->rate ? left / (p->rate / BLOCK_SIZE + 1) : 0;
-	uint64_t tenths = (p->rate * 10 + (1 << 19)) >> 20;
-	int n = snprintf(text, size, "%u.%u%%  %" PRIu64 ".%u MiB/s  ", permille(p) / 10,
-			 permille(p) % 10, tenths / 10, (unsigned)(tenths % 10));
+	char rate[MIB_TEXT];
+	int n = snprintf(text, size, "%u.%u%%  %s MiB/s  ", permille(p) / 10, permille(p) % 10,
+			 mib(p->rate, rate));
 
 	if (left && !p->rate)
 		snprintf(text + n, size - (size_t)n, "-:--:-- left");
@@ -681,27 +748,11 @@ static void describe(const struct progress *p, char *text, size_t size)
 			 (unsigned)(seconds / 60 % 60), (unsigned)(seconds % 60));
 }
 
-size_t terminal_width(int fd)
-{
-	struct winsize w;
-
-	if (ioctl(fd, TIOCGWINSZ, &w) < 0 || w.ws_col == 0)
-		return WIDTH_DEFAULT;
-	return w.ws_col < WIDTH_MAX ? w.ws_col : WIDTH_MAX;
-}
-
-size_t terminal_height(int fd)
-{
-	struct winsize w;
-
-	return ioctl(fd, TIOCGWINSZ, &w) < 0 || w.ws_row == 0 ? HEIGHT_DEFAULT : w.ws_row;
-}
-
 /* All columns but the last, which some terminals leave at once; without room for a bar, text. */
 static void draw_bar(const struct progress *p)
 {
 	enum { BAR_MIN = 6 };
-	size_t room = terminal_width(STDERR_FILENO) - 1, text_len, bar;
+	size_t room = terminal_size(STDERR_FILENO).ws_col - 1, text_len, bar;
 	char text[128], line[WIDTH_MAX];
 
 	describe(p, text, sizeof(text));
@@ -777,6 +828,128 @@ static void follow_copy(struct server *s, bool show)
 	leave_bar();
 }
 
+/*
+ * --watch: the query again and again, with rates.  A terminal shows the rates of all clients, those
+ * of each busy client, and the state.  Elsewhere a line shows the rates of all clients.
+ */
+
+static unsigned rows;		/* that are left on the screen */
+
+static void show_row(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+static void show_row(const char *fmt, ...)
+{
+	va_list ap;
+
+	rows--;
+	va_start(ap, fmt);
+	vprintf(fmt, ap);
+	va_end(ap);
+	fputs(isatty(STDOUT_FILENO) ? "\033[K\n" : "\n", stdout);
+}
+
+/* A number that is smaller than before belongs to another server. */
+static uint64_t since(const struct fields *now, const struct fields *before, const char *name)
+{
+	uint64_t n = number_of(now, name), old = number_of(before, name);
+
+	return n >= old ? n - old : n;
+}
+
+static void show_rates(const struct fields *now, const struct fields *before, uint64_t ms,
+		       const char *what)
+{
+	uint64_t requests = since(now, before, "reads") + since(now, before, "writes") +
+			    since(now, before, "flushes") + since(now, before, "others");
+	char read[MIB_TEXT], written[MIB_TEXT];
+
+	show_row("%" PRIu64 " requests/s, %s MiB/s read, %s MiB/s written, %s",
+		 (requests * 1000 + ms / 2) / ms,
+		 mib(since(now, before, "read-bytes") * 1000 / ms, read),
+		 mib(since(now, before, "written-bytes") * 1000 / ms, written), what);
+}
+
+/* How many requests took up to that many microseconds, by "4:17 5:3". */
+static uint64_t count_up_to(const struct fields *f, uint64_t us)
+{
+	uint64_t count = 0;
+	char *colon;
+
+	for (const char *at = find(f, "delays-us"); at && *at; at = strchr(at + 1, ' '))
+		if (strtoull(at, &colon, 10) <= us && *colon == ':')
+			count += strtoull(colon + 1, NULL, 10);
+	return count;
+}
+
+static void show_total(const struct fields *now, const struct fields *before, uint64_t ms)
+{
+	uint64_t all = count_up_to(now, UINT64_MAX) - count_up_to(before, UINT64_MAX), us = 0;
+	const char *cached = find(now, "cached-percent"), *link = find(now, "origin-link");
+	const char *reason = find(now, "origin-reason");
+	char text[512];
+	int n;
+
+	while (us < UINT64_MAX && count_up_to(now, us) - count_up_to(before, us) < all - all / 100)
+		us = 2 * us + 1;
+	n = snprintf(text, sizeof(text), "p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64
+		     " errors", us, number_of(now, "clients"), number_of(now, "errors"));
+	if (cached && link)
+		snprintf(text + n, sizeof(text) - (size_t)n, ", %s %% cached, origin %s%s%s", cached,
+			 link, reason ? ": " : "", reason ? reason : "");
+	show_rates(now, before, ms, text);
+}
+
+static void show_client(const struct field *f, const struct fields *before, uint64_t ms)
+{
+	const struct field *old = find_client(before, f->key);
+
+	if (!old || strcmp(old->value, f->value) != 0 || number_of(&f->pairs, "in-flight") > 0)
+		show_rates(&f->pairs, old ? &old->pairs : &(struct fields){ 0 }, ms, f->key);
+}
+
+/* A screen is drawn over the one before; the terminal cuts what is too long. */
+static void show_look(const struct fields *now, const struct fields *before, uint64_t ms)
+{
+	bool terminal = isatty(STDOUT_FILENO);
+
+	rows = terminal ? terminal_size(STDOUT_FILENO).ws_row - 1 : 1;
+	fputs(terminal ? "\033[H\033[?7l" : "", stdout);
+	show_total(now, before, ms);
+	for (size_t i = 0; i < now->count && rows > 0; i++)
+		if (is_client(&now->all[i]))
+			show_client(&now->all[i], before, ms);
+	for (size_t i = 0; i < now->count && rows > 0; i++)
+		if (!is_client(&now->all[i]))
+			show_row("%s: %s", now->all[i].name, now->all[i].value);
+	fputs(terminal ? "\033[J\033[?7h" : "", stdout);
+	flush_output();
+}
+
+static void end_watch(int sig)
+{
+	(void)sig;
+	_exit(EXIT_SUCCESS);
+}
+
+static _Noreturn void watch(struct server *s, unsigned seconds)
+{
+	struct fields now, before;
+	uint64_t last, ms;
+
+	signal(SIGINT, end_watch);	/* Ctrl-C */
+	before = ask_state(s);
+	last = now_ms();
+	for (unsigned wait = 1;; wait = seconds) {
+		sleep(wait);
+		now = ask_state(s);
+		ms = now_ms() - last;
+		last += ms;
+		show_look(&now, &before, ms);
+		free_fields(&before);
+		before = now;
+	}
+}
+
 /* The other commands */
 
 static void wait_for_end(struct server *s)
@@ -786,8 +959,10 @@ static void wait_for_end(struct server *s)
 	while ((name = next_value(s, &value))) {
 		if (strcmp(name, "zeroed") == 0)
 			log_line("%s blocks were missing, and read as zeros now", value);
-		if (strcmp(name, "snapshot") == 0 && (puts(value) < 0 || fflush(stdout) != 0))
-			fail("cannot write to standard output: %s", strerror(errno));
+		if (strcmp(name, "snapshot") == 0) {
+			puts(value);
+			flush_output();
+		}
 	}
 }
 
@@ -809,17 +984,15 @@ static int make_line(const struct options *o, char *line, size_t size)
 		return snprintf(line, size, "snapshot%s%s\n", o->export_name ? " " : "",
 				o->export_name ? o->export_name : "");
 	default:
-		return snprintf(line, size, "query\n");
+		return 0;
 	}
 }
 
 static void run(const struct options *o, struct server *s)
 {
-	if (o->command & (COMMAND_QUERY | COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2))
+	if (o->command & (COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2))
 		s->deadline = now_ms() + ANSWER_MS;
-	if (o->command == COMMAND_QUERY)
-		show_query(s, o->json);
-	else if (o->command == COMMAND_CACHE_ALL)
+	if (o->command == COMMAND_CACHE_ALL)
 		follow_copy(s, o->progress);
 	else
 		wait_for_end(s);
@@ -837,6 +1010,10 @@ int main(int argc, char **argv)
 	server.path = o.socket;
 	if (o.command == COMMAND_WATCH)
 		watch(&server, o.seconds ? (unsigned)strtoul(o.seconds, NULL, 10) : 1);
+	if (o.command == COMMAND_QUERY) {
+		show_query(&server, o.json);
+		return EXIT_SUCCESS;
+	}
 	len = make_line(&o, line, sizeof(line));
 	if (len >= (int)sizeof(line))
 		usage_error("HOST, PORT and NAME are too long");

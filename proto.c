@@ -152,8 +152,7 @@ static enum proto_next reply(const struct option *o, uint32_t type)
 	return PROTO_HAGGLE;
 }
 
-/* The bytes of the UTF-8 sequence at p, 0 if there is none: shortest form, no surrogates. */
-static size_t utf8_sequence(const uint8_t *p, size_t left)
+size_t proto_utf8(const uint8_t *p, size_t left)
 {
 	uint8_t low = 0x80, high = 0xbf;
 	size_t n;
@@ -187,7 +186,7 @@ static bool is_utf8(const struct name *name)
 	size_t n;
 
 	for (size_t i = 0; i < name->len; i += n) {
-		n = utf8_sequence(name->p + i, name->len - i);
+		n = proto_utf8(name->p + i, name->len - i);
 		if (n == 0)
 			return false;
 	}

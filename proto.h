@@ -197,6 +197,12 @@ enum proto_next {
 	PROTO_CLOSE,		/* send the answer, if there is one, then close */
 };
 
+/*
+ * The bytes of the UTF-8 character at p, of which left are there; 0 if it is none.  Shortest form, no
+ * surrogates, no NUL.
+ */
+size_t proto_utf8(const uint8_t *p, size_t left);
+
 /* Whether s may be sent as a string: "Conventions". */
 bool proto_is_string(const char *s);
 

@@ -973,10 +973,10 @@ mutant("a snapshot that was begun before is the one that was asked for",
        "exports.c", "*behind = of->snapshot && of->taken;", "*behind = false;",
        tests="test_stats.py::test_snapshot_asked_for_during_another_is_made_afterwards")
 mutant("a view is as high as it is", "a view larger than its terminal",
-       "watch.c", "(row < rows || row == 1)", "true",
+       "bgctl.c", "terminal_size(STDOUT_FILENO).ws_row - 1 : 1", "60000 : 1",
        tests="test_stats.py::test_watch_fits_the_terminal")
 mutant("a terminal has at least one column", "width 0",
-       "bgctl.c", "|| w.ws_col == 0)", ")",
+       "bgctl.c", "w.ws_col == 0 ? 80 :", "",
        tests="test_control.py::test_bar_fits_the_terminal")
 mutant("there is always a terminal", "progress bar without a terminal",
        "bgctl.c", "if (isatty(STDERR_FILENO))\n\t\tdraw_bar(p);", "if (true)\n\t\tdraw_bar(p);",

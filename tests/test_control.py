@@ -340,15 +340,19 @@ def test_old_name_of_switch_is_deprecated(pretend):
     assert server.lines == ["switch\n"]
 
 
-@pytest.mark.parametrize("arguments", [["--watch=7"], ["--w=7"], ["--watch", "7"], ["--wa", "7"]],
+@pytest.mark.parametrize("arguments", [["--watch=2"], ["--w=2"], ["--watch", "2"], ["--wa", "2"]],
                          ids=" ".join)
 def test_watch_takes_seconds(pretend, arguments):
-    """In both ways, before the socket."""
+    """In both ways, before the socket.  The first line is that of a second."""
     server = pretend(b"ok\n")
+    begun = time.monotonic()
     process = start_bgctl(*arguments, server.path)
-    until(lambda: server.lines, what="the first look")
+    process.stdout.readline()
+    assert time.monotonic() - begun >= 1
+    process.stdout.readline()
+    assert time.monotonic() - begun >= 3
     process.send_signal(signal.SIGINT)
-    assert end_of(process).returncode == 0 and server.lines == ["query\n"]
+    assert end_of(process).returncode == 0 and server.lines == 3 * ["query\n"]
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)])
@@ -765,6 +769,10 @@ def test_query_tells_why_the_link_is_down(proxy, origin):
     until(lambda: state(proxy.control)["origin-link"] == "down", what="a link that is down")
     values = check_state(state(proxy.control))
     assert values["origin-reason"] and values["origin-links"] == 0
+    watch = start_bgctl("--watch", proxy.control)
+    assert re.search(r", 0\.0 % cached, origin down: \S+", watch.stdout.readline())
+    watch.send_signal(signal.SIGINT)
+    assert end_of(watch).returncode == 0
     origin.come_back()
     until(lambda: state(proxy.control)["origin-link"] == "up", what="a link that is up")
 
