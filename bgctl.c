@@ -92,14 +92,6 @@ static const struct known {
 #undef FIELD
 };
 
-/* Terminals and JSON are not to see them. */
-static void mask_control_characters(char *s)
-{
-	for (; *s; s++)
-		if ((unsigned char)*s < ' ' || *s == 0x7f)
-			*s = '?';
-}
-
 /* The command line */
 
 static _Noreturn void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2);
@@ -112,7 +104,6 @@ static _Noreturn void usage_error(const char *fmt, ...)
 	va_start(ap, fmt);
 	vsnprintf(line, sizeof(line), fmt, ap);
 	va_end(ap);
-	mask_control_characters(line);
 	log_error("%s (see --help)", line);
 	exit(EXIT_USAGE);
 }
@@ -320,7 +311,6 @@ static _Noreturn void fail(const char *fmt, ...)
 	va_start(ap, fmt);
 	vsnprintf(line, sizeof(line), fmt, ap);
 	va_end(ap);
-	mask_control_characters(line);
 	log_error("%s", line);
 	exit(EXIT_FAILURE);
 }
@@ -405,7 +395,7 @@ static char *next_line(struct server *s)
 	*end = '\0';
 	if (strlen(line) < (size_t)(end - line))
 		fail_garbage(s, line);
-	mask_control_characters(line);
+	mask_control_characters(line, strlen(line));
 	return line;
 }
 

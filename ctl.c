@@ -87,14 +87,6 @@ static bool make_room(struct ctl_reply *r, size_t more)
 	return true;
 }
 
-/* A value comes from anywhere, and must not look like another line. */
-static void mask_control_characters(char *s, size_t len)
-{
-	for (size_t i = 0; i < len; i++)
-		if ((unsigned char)s[i] < ' ' || s[i] == 0x7f)
-			s[i] = '?';
-}
-
 static void say_va(struct ctl_reply *r, const char *name, const char *fmt, va_list ap)
 {
 	int name_len = snprintf(NULL, 0, "%s: ", name), len;
@@ -108,7 +100,7 @@ static void say_va(struct ctl_reply *r, const char *name, const char *fmt, va_li
 	snprintf(r->text + r->len, (size_t)name_len + 1, "%s: ", name);
 	vsnprintf(r->text + r->len + name_len, (size_t)len + 1, fmt, ap);
 	r->len += (size_t)(name_len + len);
-	mask_control_characters(r->text + r->len - len, (size_t)len);
+	mask_control_characters(r->text + r->len - len, (size_t)len);	/* no other line */
 	r->text[r->len++] = '\n';
 }
 

@@ -86,6 +86,18 @@ void log_reopen(void)
 
 enum { LINE_MAX_BYTES = 1024 };
 
+void mask_control_characters(char *s, size_t len)
+{
+	for (size_t i = 0; i < len; i++) {
+		bool c1 = (unsigned char)s[i] == 0xc2 && i + 1 < len && (s[i + 1] & 0xe0) == 0x80;
+
+		if (c1)
+			s[i + 1] = '?';
+		if (c1 || (unsigned char)s[i] < ' ' || s[i] == 0x7f)
+			s[i] = '?';
+	}
+}
+
 /* Make a line, with its newline, of at most LINE_MAX_BYTES; returns how long it is. */
 static size_t make_line(char *line, const char *prefix, const char *fmt, va_list ap)
 {
@@ -96,6 +108,7 @@ static size_t make_line(char *line, const char *prefix, const char *fmt, va_list
 	n = vsnprintf(line + len, room - len, fmt, ap);
 	if (n > 0)
 		len += (size_t)n < room - len ? (size_t)n : room - len - 1;
+	mask_control_characters(line, len);
 	line[len++] = '\n';
 	return len;
 }

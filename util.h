@@ -49,7 +49,10 @@ enum log_level {
 void log_limit(enum log_level most);
 bool log_shows(enum log_level level);
 
-/* One line, whole, whatever other threads log at the same time. */
+/*
+ * One line, whole, whatever other threads log at the same time.  Control characters in it become
+ * question marks.
+ */
 void log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
 
 #define log_line(...) log_at(LOG_EVENT, __VA_ARGS__)
@@ -60,6 +63,9 @@ void log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
  * place.  Where stderr is the client's socket it goes to syslog instead.
  */
 void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+/* Replace what terminals obey by '?': C0, DEL, and C1 in UTF-8. */
+void mask_control_characters(char *s, size_t len);
 
 /* Milliseconds and microseconds of a clock that only goes forward. */
 uint64_t now_ms(void);

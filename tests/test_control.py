@@ -394,9 +394,9 @@ def test_connection_that_is_closed_is_an_error(pretend, command, answer):
 
 @pytest.mark.parametrize("command", EACH)
 def test_error_is_told(pretend, command):
-    server = pretend(b"error: because of: \xff\x1b[31m\n")
+    server = pretend(b"error: because of: \xff\x1b[31m \xc2\x9b31m\n")
     refused_in_one_line(bgctl(*arguments_of(command, server.path)), 1,
-                        "because of: \ufffd?[31m")
+                        "because of: \ufffd?[31m ??31m")
 
 
 GARBAGE = [b"\n", b"hello\n", b"HTTP/1.1 400 Bad Request\r\n", b"\0\0: \n", b": x\n", b"ok \n",

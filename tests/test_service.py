@@ -165,6 +165,10 @@ def test_missing_value_is_named(run_server, option):
     refused(run_server("--target", option), 2, option)
 
 
+def test_control_characters_do_not_reach_the_log(run_server):
+    refused(run_server("--target", *ANY_PORT, "\x1b[31m\n\x7f\x9b ä.img"), 1, "?[31m???? ä.img")
+
+
 def test_missing_image_argument_is_named(run_server):
     refused(run_server("--target", *ANY_PORT), 2, "DISK_IMAGE")
 
