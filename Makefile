@@ -44,7 +44,7 @@ SERVER_OBJS = xnbd.o options.o exports.o access.o confine.o listen.o conn.o loop
 	backend.o disk.o snapshot.o stats.o report.o cow.o layer.o bitmap.o order.o commit.o worker.o \
 	buffer.o util.o proxy.o control.o ctl.o cache.o fetch.o ahead.o copy.o origin.o link.o dial.o \
 	proto_client.o
-BGCTL_OBJS = bgctl.o proto.o util.o
+BGCTL_OBJS = bgctl.o options.o access.o proto.o util.o
 
 # Where the C library is musl, small.o takes the place of parts of it: see small.c and "make static".
 SMALL =

@@ -6,17 +6,16 @@
  */
 #define _GNU_SOURCE
 #include "ctl.h"
+#include "options.h"
 #include "proto.h"
 #include "util.h"
 #include "xnbd.h"
 
 #include <errno.h>
-#include <getopt.h>
 #include <inttypes.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,256 +25,12 @@
 #include <unistd.h>
 
 enum {
-	EXIT_USAGE = 2,
 	ANSWER_MS = 30000,		/* for commands that do not take long */
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than a server says */
 	FIELDS_MAX = 8192,		/* of a query; likewise: one for each client */
 	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
-	WATCH_SECONDS_MAX = 3600,
 	WIDTH_MAX = 512,
 };
-
-enum command {
-	COMMAND_NONE = 0,
-	COMMAND_QUERY = 1 << 0,
-	COMMAND_CACHE_ALL = 1 << 1,
-	COMMAND_CACHE_ALL2 = 1 << 2,
-	COMMAND_SWITCH = 1 << 3,
-	COMMAND_RECONNECT = 1 << 4,
-	COMMAND_SNAPSHOT = 1 << 5,
-	COMMAND_WATCH = 1 << 6,
-	COMMAND_ANY = (1 << 7) - 1,
-};
-
-/* The command line.  Strings are those of argv; NULL if not given. */
-struct options {
-	enum command command;
-	bool json, progress, force, shutdown, help, version;
-	const char *blocks;		/* per request */
-	const char *seconds;		/* between looks */
-	const char *export_name;
-	const char *socket, *host, *port;
-};
-
-enum { FIRST_OPTION = 256 };	/* getopt's values for known[0] and so on: not a character */
-
-static const struct known {
-	const char *name;
-	const char *arg;		/* its name in the usage text, NULL for none; [X] is optional */
-	size_t field;			/* of struct options: a string if it has an arg, else a bool */
-	enum command is, of;		/* the command that it is, or those that it belongs to */
-	const char *help;
-} known[] = {
-#define FIELD(name) offsetof(struct options, name)
-	{ "query", NULL, 0, COMMAND_QUERY, 0, "show the state of the server" },
-	{ "watch", "[SECONDS]", FIELD(seconds), COMMAND_WATCH, 0,
-	  "show what clients do, again and again (1)" },
-	{ "snapshot", NULL, 0, COMMAND_SNAPSHOT, 0, "make a snapshot of a target's image" },
-	{ "cache-all", NULL, 0, COMMAND_CACHE_ALL, 0,
-	  "copy what is missing, and return when all is here" },
-	{ "cache-all2", NULL, 0, COMMAND_CACHE_ALL2, 0,
-	  "copy what is missing in the background, and return at once" },
-	{ "switch", NULL, 0, COMMAND_SWITCH, 0,
-	  "become a target: the origin is not needed any more" },
-	{ "shutdown", NULL, FIELD(shutdown), COMMAND_SWITCH, 0, "the old name of --switch" },
-	{ "reconnect", NULL, 0, COMMAND_RECONNECT, 0, "go over to another origin" },
-	{ "json", NULL, FIELD(json), 0, COMMAND_QUERY, "as one JSON object" },
-	{ "progress", NULL, FIELD(progress), 0, COMMAND_CACHE_ALL, "show how the copy is going" },
-	{ "blocks-per-request", "N", FIELD(blocks), 0, COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2,
-	  "ask the origin for N blocks of 4096 bytes at once, up to 8192" },
-	{ "force", NULL, FIELD(force), 0, COMMAND_SWITCH,
-	  "even if blocks are missing, which read as zeros then" },
-	{ "exportname", "NAME", FIELD(export_name), 0, COMMAND_RECONNECT | COMMAND_SNAPSHOT,
-	  "the export: there (the present one), or here (the only one)" },
-	{ "help", NULL, FIELD(help), 0, COMMAND_ANY, "show this text" },
-	{ "version", NULL, FIELD(version), 0, COMMAND_ANY, "show the version" },
-#undef FIELD
-};
-
-/* The command line */
-
-static _Noreturn void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2);
-
-static _Noreturn void usage_error(const char *fmt, ...)
-{
-	char line[512];
-	va_list ap;
-
-	va_start(ap, fmt);
-	vsnprintf(line, sizeof(line), fmt, ap);
-	va_end(ap);
-	log_error("%s (see --help)", line);
-	exit(EXIT_USAGE);
-}
-
-static _Noreturn void show_help(void)
-{
-	printf("usage: xnbd-bgctl --query [--json] CONTROL_SOCKET\n"
-	       "       xnbd-bgctl --watch[=SECONDS] CONTROL_SOCKET\n"
-	       "       xnbd-bgctl --snapshot [--exportname NAME] CONTROL_SOCKET\n"
-	       "       xnbd-bgctl --cache-all [--progress] [--blocks-per-request N] "
-	       "CONTROL_SOCKET\n"
-	       "       xnbd-bgctl --cache-all2 [--blocks-per-request N] CONTROL_SOCKET\n"
-	       "       xnbd-bgctl --switch [--force] CONTROL_SOCKET\n"
-	       "       xnbd-bgctl --reconnect [--exportname NAME] CONTROL_SOCKET HOST PORT\n"
-	       "Controls the xnbd-server that CONTROL_SOCKET belongs to.\n\n");
-	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
-		char name[64];
-
-		snprintf(name, sizeof(name), "--%s%s%s", known[i].name, known[i].arg ? " " : "",
-			 known[i].arg ? known[i].arg : "");
-		printf("  %-23s %s\n", name, known[i].help);
-	}
-	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
-}
-
-static _Noreturn void show_version(void)
-{
-	printf("xnbd-bgctl %s\n", XNBD_VERSION);
-	exit(fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
-}
-
-static void set_command(struct options *o, const struct known *k)
-{
-	if (o->command != COMMAND_NONE)
-		usage_error("option '--%s': a command was given before, and there can be one only",
-			    k->name);
-	o->command = k->is;
-}
-
-static void set_option(struct options *o, const struct known *k, const char *value)
-{
-	char *field = (char *)o + k->field;
-
-	if (k->is)
-		set_command(o, k);
-	if (k->arg)
-		*(const char **)field = value;
-	else if (k->field)
-		*(bool *)field = true;
-	if (o->help)
-		show_help();
-	if (o->version)
-		show_version();
-}
-
-/* getopt_long() returned '?' or ':'; word is the argument that it looked at last. */
-static _Noreturn void bad_option(int found, const char *word)
-{
-	if (optopt >= FIRST_OPTION && found == ':')
-		usage_error("option '--%s' needs a value: %s", known[optopt - FIRST_OPTION].name,
-			    known[optopt - FIRST_OPTION].arg);
-	if (optopt >= FIRST_OPTION)
-		usage_error("option '--%s' takes no value, as in '%s'",
-			    known[optopt - FIRST_OPTION].name, word);
-	if (optopt)
-		usage_error("unknown option '-%c'", optopt);
-	usage_error("unknown or ambiguous option '%s'", word);
-}
-
-/* Returns a bit for each option of known[] that was there. */
-static unsigned parse_words(struct options *o, int argc, char **argv)
-{
-	struct option longopts[ARRAY_SIZE(known) + 1] = { 0 };
-	unsigned seen = 0;
-	int found;
-
-	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
-		longopts[i].name = known[i].name;
-		longopts[i].has_arg = !known[i].arg	   ? no_argument :
-				      *known[i].arg == '[' ? optional_argument :
-							     required_argument;
-		longopts[i].val = FIRST_OPTION + (int)i;
-	}
-	opterr = 0;
-	while ((found = getopt_long(argc, argv, ":", longopts, NULL)) != -1) {
-		if (found < FIRST_OPTION)
-			bad_option(found, argv[optind - 1]);
-		set_option(o, &known[found - FIRST_OPTION], optarg);
-		seen |= 1U << (found - FIRST_OPTION);
-	}
-	return seen;
-}
-
-static void check_options(const struct options *o, unsigned seen)
-{
-	unsigned long n;
-
-	if (o->command == COMMAND_NONE)
-		usage_error("no command: --query, --watch, --snapshot, --cache-all, --cache-all2, "
-			    "--switch or --reconnect is needed");
-	for (size_t i = 0; i < ARRAY_SIZE(known); i++)
-		if (seen & 1U << i && known[i].of && !(known[i].of & o->command))
-			usage_error("option '--%s' does not belong to this command", known[i].name);
-	if (o->blocks && !parse_number(o->blocks, 1, 8192, &n))
-		usage_error("option '--blocks-per-request': '%s' is not a number from 1 to 8192",
-			    o->blocks);
-	if (o->export_name && strpbrk(o->export_name, "\r\n"))
-		usage_error("option '--exportname': the name must have no line break");
-	if (o->shutdown)
-		log_line("--shutdown is deprecated, its name is --switch now");
-}
-
-static bool is_unix(const char *host)
-{
-	return strncmp(host, "unix:", strlen("unix:")) == 0;
-}
-
-/* The server may have another working directory. */
-static const char *from_root(const char *host)
-{
-	char *path = absolute_path(host + strlen("unix:")), *result;
-
-	if (!path || asprintf(&result, "unix:%s", path) < 0)
-		usage_error("HOST '%s': %s", host, strerror(errno));
-	free(path);
-	return result;
-}
-
-/* What is a word of the line to the server. */
-static void check_word(const char *what, const char *word)
-{
-	if (!*word || strpbrk(word, " \r\n"))
-		usage_error("%s '%s': it must have a character, no blank and no line break", what,
-			    word);
-}
-
-static void take_remote(struct options *o, int argc, char **argv)
-{
-	if (argc < 1)
-		usage_error("HOST is missing");
-	o->host = is_unix(argv[0]) ? from_root(argv[0]) : argv[0];
-	check_word("HOST", o->host);
-	if (argc < 2 && !is_unix(o->host))
-		usage_error("PORT is missing");
-	o->port = is_unix(o->host) ? "-" : argv[1];
-	check_word("PORT", o->port);
-	if (argc > 2)
-		usage_error("CONTROL_SOCKET HOST PORT are expected, '%s' is too much", argv[2]);
-}
-
-static void parse_options(struct options *o, int argc, char **argv)
-{
-	unsigned long n;
-
-	check_options(o, parse_words(o, argc, argv));
-	argc -= optind;
-	argv += optind;
-	if (o->command == COMMAND_WATCH && !o->seconds && argc == 2) {	/* --watch SECONDS */
-		o->seconds = *argv++;
-		argc--;
-	}
-	if (o->seconds && !parse_number(o->seconds, 1, WATCH_SECONDS_MAX, &n))
-		usage_error("option '--watch': '%s' is not a number from 1 to %d", o->seconds,
-			    WATCH_SECONDS_MAX);
-	if (argc < 1)
-		usage_error("CONTROL_SOCKET is missing");
-	o->socket = argv[0];
-	if (o->command == COMMAND_RECONNECT)
-		take_remote(o, argc - 1, argv + 1);
-	else if (argc > 1)
-		usage_error("one CONTROL_SOCKET is expected, '%s' is too much", argv[1]);
-}
 
 /* The connection */
 
@@ -921,7 +676,7 @@ static void end_watch(int sig)
 	_exit(EXIT_SUCCESS);
 }
 
-static _Noreturn void watch(struct server *s, unsigned seconds)
+static _Noreturn void watch(struct server *s, unsigned long seconds)
 {
 	struct fields now, before;
 	uint64_t last, ms;
@@ -929,7 +684,7 @@ static _Noreturn void watch(struct server *s, unsigned seconds)
 	signal(SIGINT, end_watch);	/* Ctrl-C */
 	before = ask_state(s);
 	last = now_ms();
-	for (unsigned wait = 1;; wait = seconds) {
+	for (unsigned wait = 1;; wait = (unsigned)seconds) {
 		sleep(wait);
 		now = ask_state(s);
 		ms = now_ms() - last;
@@ -957,31 +712,40 @@ static void wait_for_end(struct server *s)
 }
 
 /* The line to the server; returns like snprintf(). */
-static int make_line(const struct options *o, char *line, size_t size)
+static int make_line(const struct bgctl_options *o, char *line, size_t size)
 {
+	const char *name = o->export_name ? o->export_name : "", *blank = o->export_name ? " " : "";
+
 	switch (o->command) {
-	case COMMAND_CACHE_ALL:
-	case COMMAND_CACHE_ALL2:
-		return snprintf(line, size, "cache-all%s%s%s\n",
-				o->command == COMMAND_CACHE_ALL ? "" : "2", o->blocks ? " " : "",
-				o->blocks ? o->blocks : "");
 	case COMMAND_SWITCH:
 		return snprintf(line, size, "switch%s\n", o->force ? " force" : "");
 	case COMMAND_RECONNECT:
-		return snprintf(line, size, "reconnect %s %s%s%s\n", o->host, o->port,
-				o->export_name ? " " : "", o->export_name ? o->export_name : "");
+		return snprintf(line, size, "reconnect %s %s%s%s\n", o->host, o->port, blank, name);
 	case COMMAND_SNAPSHOT:
-		return snprintf(line, size, "snapshot%s%s\n", o->export_name ? " " : "",
-				o->export_name ? o->export_name : "");
+		return snprintf(line, size, "snapshot%s%s\n", blank, name);
 	default:
-		return 0;
+		name = o->command == COMMAND_CACHE_ALL ? "cache-all" : "cache-all2";
+		return o->blocks ? snprintf(line, size, "%s %lu\n", name, o->blocks) :
+				   snprintf(line, size, "%s\n", name);
 	}
 }
 
-static void run(const struct options *o, struct server *s)
+static void run(const struct bgctl_options *o, struct server *s)
 {
+	char line[CTL_LINE_MAX + 2];	/* with "\n" and its end */
+	int len = make_line(o, line, sizeof(line));
+
+	if (len >= (int)sizeof(line)) {
+		log_error("HOST, PORT and NAME are too long");
+		exit(EXIT_USAGE);
+	}
+	if (o->command == COMMAND_RECONNECT)
+		snprintf(s->aim, sizeof(s->aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
+			 o->host, o->port);
 	if (o->command & (COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2))
 		s->deadline = now_ms() + ANSWER_MS;
+	connect_to(s, s->path);
+	send_line(s, line, (size_t)len);
 	if (o->command == COMMAND_CACHE_ALL)
 		follow_copy(s, o->progress);
 	else
@@ -990,28 +754,17 @@ static void run(const struct options *o, struct server *s)
 
 int main(int argc, char **argv)
 {
-	static struct options o;	/* what it refers to lasts as long as the program */
 	static struct server server;
-	char line[CTL_LINE_MAX + 2];	/* with "\n" and its end */
-	int len;
+	struct bgctl_options o;
 
 	log_name("xnbd-bgctl");
-	parse_options(&o, argc, argv);
+	options_parse_bgctl(&o, argc, argv);
 	server.path = o.socket;
-	if (o.command == COMMAND_WATCH)
-		watch(&server, o.seconds ? (unsigned)strtoul(o.seconds, NULL, 10) : 1);
-	if (o.command == COMMAND_QUERY) {
+	if (o.command == COMMAND_QUERY)
 		show_query(&server, o.json);
-		return EXIT_SUCCESS;
-	}
-	len = make_line(&o, line, sizeof(line));
-	if (len >= (int)sizeof(line))
-		usage_error("HOST, PORT and NAME are too long");
-	if (o.command == COMMAND_RECONNECT)
-		snprintf(server.aim, sizeof(server.aim), is_unix(o.host) ? "%s: " : "%s:%s: ",
-			 o.host, o.port);
-	connect_to(&server, o.socket);
-	send_line(&server, line, (size_t)len);
-	run(&o, &server);
+	else if (o.command == COMMAND_WATCH)
+		watch(&server, o.seconds);
+	else
+		run(&o, &server);
 	return EXIT_SUCCESS;
 }

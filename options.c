@@ -1,7 +1,7 @@
 /*
- * options.c - the command line of xnbd-server: see options.h.
+ * options.c - the command lines of both programs: see options.h.
  *
- * One table drives the parser and the usage text.
+ * A table for each program drives the parser, the checks and --help.
  */
 #define _GNU_SOURCE
 #include "options.h"
@@ -9,6 +9,8 @@
 #include "util.h"
 #include "xnbd.h"
 
+#include <assert.h>
+#include <errno.h>
 #include <getopt.h>
 #include <limits.h>
 #include <stdarg.h>
@@ -21,12 +23,11 @@
 enum { DEFAULT_PORT = 8520 };
 
 enum kind {
-	KIND_MODE,
+	KIND_MODE,	/* unsigned, the first member: the mode, or command; a value is a number */
 	KIND_FLAG,	/* bool */
 	KIND_STRING,	/* const char *, not empty */
 	KIND_NAME,	/* const char * */
-	KIND_NUMBER,	/* unsigned long, from min to max */
-	KIND_FD,	/* long */
+	KIND_NUMBER,	/* unsigned long, or long; from min to max */
 	KIND_SIZE,	/* uint64_t, bytes */
 	KIND_OCTAL,	/* unsigned long, a mode of a file */
 	KIND_LADDR,
@@ -36,88 +37,167 @@ enum kind {
 	KIND_VERSION,
 };
 
-static const struct known {
+struct known {
+	char letter;			/* 0 for none */
 	const char *name;
-	const char *arg;		/* its name in the usage text, NULL for none */
-	unsigned char kind, modes;	/* enum kind; the modes in which it means something */
-	unsigned short field;		/* of struct options: where the value goes */
-	unsigned short given;		/* likewise: a bool to set, 0 for none */
+	const char *arg;		/* its name in the usage text, NULL for none; [X] is optional */
+	unsigned char modes;		/* in which it means something; or which it is */
+	unsigned char kind;		/* enum kind */
+	unsigned short field;		/* of the options: where the value goes */
 	unsigned long min, max;
 	const char *help;
-} known[] = {
+};
+
+/* Kind, field, min and max. */
+#define FLAG(field) KIND_FLAG, FIELD(field), 0, 0
+#define TEXT(field) KIND_STRING, FIELD(field), 0, 0
+#define NUMBER(field, min, max) KIND_NUMBER, FIELD(field), min, max
+#define VALUE(kind, field) kind, FIELD(field), 0, 0
+#define OTHER(kind) kind, 0, 0, 0
+
+struct program {
+	const char *usage;
+	const char *choice, *choices;	/* what KIND_MODE is called, and all there are */
+	const struct known *known;
+	size_t count;
+};
+
+static const struct known server_known[] = {
 #define FIELD(name) offsetof(struct options, name)
-	{ "target", NULL, KIND_MODE, MODE_TARGET, 0, 0, 0, 0, "export a disk image" },
-	{ "cow-target", NULL, KIND_MODE, MODE_COW_TARGET, 0, 0, 0, 0,
+	{ 't', "target", NULL, MODE_TARGET, OTHER(KIND_MODE), "export a disk image" },
+	{ 'c', "cow-target", NULL, MODE_COW_TARGET, OTHER(KIND_MODE),
 	  "export a base image, keep writes in an overlay" },
-	{ "proxy", NULL, KIND_MODE, MODE_PROXY, 0, 0, 0, 0,
+	{ 'p', "proxy", NULL, MODE_PROXY, OTHER(KIND_MODE),
 	  "cache a remote server's disk, and move it here" },
-	{ "lport", "PORT", KIND_NUMBER, MODE_ANY, FIELD(lport), FIELD(lport_given), 0, 65535,
+	{ 'l', "lport", "PORT", MODE_ANY, NUMBER(lport, 0, 65535),
 	  "TCP port to listen on, 0 for a free one (8520)" },
-	{ "laddr", "ADDR", KIND_LADDR, MODE_ANY, 0, 0, 0, 0,
+	{ 0, "laddr", "ADDR", MODE_ANY, OTHER(KIND_LADDR),
 	  "address or name to listen on, may be repeated (all)" },
-	{ "unix", "PATH", KIND_STRING, MODE_ANY, FIELD(unix_path), 0, 0, 0,
+	{ 0, "unix", "PATH", MODE_ANY, TEXT(unix_path),
 	  "Unix socket to listen on; without --lport and --laddr, there alone" },
-	{ "unix-mode", "MODE", KIND_OCTAL, MODE_ANY, FIELD(unix_mode), 0, 0, 0,
+	{ 0, "unix-mode", "MODE", MODE_ANY, VALUE(KIND_OCTAL, unix_mode),
 	  "mode of that socket, such as 0660 (what the umask leaves)" },
-	{ "allow", "ADDRESS", KIND_ALLOW, MODE_ANY, 0, 0, 0, 0,
+	{ 0, "allow", "ADDRESS", MODE_ANY, OTHER(KIND_ALLOW),
 	  "TCP clients that may connect: ADDRESS[/PREFIX], may be repeated (all)" },
-	{ "max-connections", "N", KIND_NUMBER, MODE_ANY, FIELD(max_connections), 0, 1, 65536,
+	{ 0, "max-connections", "N", MODE_ANY, NUMBER(max_connections, 1, 65536),
 	  "clients at a time, at most (4096)" },
-	{ "inetd", NULL, KIND_FLAG, MODE_ANY, FIELD(inetd), 0, 0, 0,
-	  "serve the one client on standard input" },
-	{ "connected-fd", "N", KIND_FD, MODE_ANY, FIELD(connected_fd), 0, 0, INT_MAX,
+	{ 'i', "inetd", NULL, MODE_ANY, FLAG(inetd), "serve the one client on standard input" },
+	{ 0, "connected-fd", "N", MODE_ANY, NUMBER(connected_fd, 0, INT_MAX),
 	  "serve the one client on descriptor N, already negotiated" },
-	{ "oldstyle", NULL, KIND_FLAG, MODE_ANY, FIELD(oldstyle), 0, 0, 0,
+	{ 0, "oldstyle", NULL, MODE_ANY, FLAG(oldstyle),
 	  "greet like old servers, without negotiation" },
-	{ "export", "NAME=PATH", KIND_EXPORT, MODE_TARGET | MODE_COW_TARGET, 0, 0, 0, 0,
+	{ 0, "export", "NAME=PATH", MODE_TARGET | MODE_COW_TARGET, OTHER(KIND_EXPORT),
 	  "export the image PATH by that name, may be repeated" },
-	{ "readonly", NULL, KIND_FLAG, MODE_ANY, FIELD(readonly), 0, 0, 0,
-	  "refuse writes" },
-	{ "create", "SIZE", KIND_SIZE, MODE_TARGET, FIELD(create_size), FIELD(create), 0, 0,
+	{ 'r', "readonly", NULL, MODE_ANY, FLAG(readonly), "refuse writes" },
+	{ 0, "create", "SIZE", MODE_TARGET, VALUE(KIND_SIZE, create_size),
 	  "create a sparse image of SIZE (512M, 10G, ...) if there is none" },
-	{ "cow-dir", "DIR", KIND_STRING, MODE_COW_TARGET, FIELD(cow_dir), 0, 0, 0,
+	{ 0, "cow-dir", "DIR", MODE_COW_TARGET, TEXT(cow_dir),
 	  "where the overlay goes, which has no name (beside the base)" },
-	{ "cow-file", "PATH", KIND_STRING, MODE_COW_TARGET, FIELD(cow_file), 0, 0, 0,
+	{ 0, "cow-file", "PATH", MODE_COW_TARGET, TEXT(cow_file),
 	  "keep the overlay in PATH and PATH.map, and go on from there" },
-	{ "target-exportname", "NAME", KIND_NAME, MODE_PROXY, FIELD(export_name), 0, 0, 0,
+	{ 0, "target-exportname", "NAME", MODE_PROXY, VALUE(KIND_NAME, export_name),
 	  "name of the remote server's export (the empty name)" },
-	{ "clear-bitmap", NULL, KIND_FLAG, MODE_PROXY, FIELD(clear_bitmap), 0, 0, 0,
-	  "forget what is cached" },
-	{ "max-queue-size", "N", KIND_NUMBER, MODE_PROXY, FIELD(max_queue_size), 0, 0, INT_MAX,
+	{ 0, "clear-bitmap", NULL, MODE_PROXY, FLAG(clear_bitmap), "forget what is cached" },
+	{ 0, "max-queue-size", "N", MODE_PROXY, NUMBER(max_queue_size, 0, INT_MAX),
 	  "requests of all clients that may wait (0: 512 of each)" },
-	{ "max-buf-size", "SIZE", KIND_SIZE, MODE_PROXY, FIELD(max_buf_size), 0, 0, 0,
+	{ 0, "max-buf-size", "SIZE", MODE_PROXY, VALUE(KIND_SIZE, max_buf_size),
 	  "memory for the data of those (0: 2M of each)" },
-	{ "origin-connections", "N", KIND_NUMBER, MODE_PROXY, FIELD(origin_connections), 0, 1, 16,
+	{ 0, "origin-connections", "N", MODE_PROXY, NUMBER(origin_connections, 1, 16),
 	  "connections to the remote server, at most (2)" },
-	{ "origin-timeout", "SECONDS", KIND_NUMBER, MODE_PROXY, FIELD(origin_timeout), 0, 1, 3600,
+	{ 0, "origin-timeout", "SECONDS", MODE_PROXY, NUMBER(origin_timeout, 1, 3600),
 	  "connect again when it is silent for so long (15)" },
-	{ "threads", "N", KIND_NUMBER, MODE_ANY, FIELD(threads), 0, 1, 1024,
+	{ 0, "threads", "N", MODE_ANY, NUMBER(threads, 1, 1024),
 	  "threads that connections are spread over, at most" },
-	{ "daemonize", NULL, KIND_FLAG, MODE_ANY, FIELD(daemonize), 0, 0, 0,
+	{ 'd', "daemonize", NULL, MODE_ANY, FLAG(daemonize),
 	  "return when clients can connect, and go on in the background" },
-	{ "pidfile", "PATH", KIND_STRING, MODE_ANY, FIELD(pidfile), 0, 0, 0,
-	  "write the process id there" },
-	{ "logpath", "FILE", KIND_STRING, MODE_ANY, FIELD(logpath), 0, 0, 0,
-	  "log to FILE; SIGHUP opens it again" },
-	{ "syslog", NULL, KIND_FLAG, MODE_ANY, FIELD(syslog), 0, 0, 0,
+	{ 0, "pidfile", "PATH", MODE_ANY, TEXT(pidfile), "write the process id there" },
+	{ 'L', "logpath", "FILE", MODE_ANY, TEXT(logpath), "log to FILE; SIGHUP opens it again" },
+	{ 0, "syslog", NULL, MODE_ANY, FLAG(syslog),
 	  "log to syslog (with --inetd or --daemonize the default)" },
-	{ "user", "NAME", KIND_STRING, MODE_ANY, FIELD(user), 0, 0, 0,
-	  "become NAME[:GROUP] before serving anybody" },
-	{ "no-sandbox", NULL, KIND_FLAG, MODE_ANY, FIELD(no_sandbox), 0, 0, 0,
+	{ 0, "user", "NAME", MODE_ANY, TEXT(user), "become NAME[:GROUP] before serving anybody" },
+	{ 0, "no-sandbox", NULL, MODE_ANY, FLAG(no_sandbox),
 	  "keep access to all files and to the network" },
-	{ "ctl", "PATH", KIND_STRING, MODE_ANY, FIELD(control), 0, 0, 0,
+	{ 0, "ctl", "PATH", MODE_ANY, TEXT(control),
 	  "control socket, for xnbd-bgctl; a proxy has one without" },
-	{ "quiet", NULL, KIND_FLAG, MODE_ANY, FIELD(quiet), 0, 0, 0, "log errors only" },
-	{ "verbose", NULL, KIND_FLAG, MODE_ANY, FIELD(verbose), 0, 0, 0,
+	{ 0, "quiet", NULL, MODE_ANY, FLAG(quiet), "log errors only" },
+	{ 0, "verbose", NULL, MODE_ANY, FLAG(verbose),
 	  "log what clients negotiate, and each request that is refused" },
-	{ "stats", "SECONDS", KIND_NUMBER, MODE_ANY, FIELD(stats), 0, 1, 86400,
+	{ 0, "stats", "SECONDS", MODE_ANY, NUMBER(stats, 1, 86400),
 	  "log every so often what each client did" },
-	{ "help", NULL, KIND_HELP, MODE_ANY, 0, 0, 0, 0, "show this text" },
-	{ "version", NULL, KIND_VERSION, MODE_ANY, 0, 0, 0, 0, "show the version" },
+	{ 'h', "help", NULL, MODE_ANY, OTHER(KIND_HELP), "show this text" },
+	{ 'V', "version", NULL, MODE_ANY, OTHER(KIND_VERSION), "show the version" },
 #undef FIELD
 };
 
-enum { FIRST_OPTION = 256 };	/* getopt's values for known[0] and so on: not a character */
+static const struct known bgctl_known[] = {
+#define FIELD(name) offsetof(struct bgctl_options, name)
+	{ 'q', "query", NULL, COMMAND_QUERY, OTHER(KIND_MODE), "show the state of the server" },
+	{ 0, "watch", "[SECONDS]", COMMAND_WATCH, KIND_MODE, FIELD(seconds), 1, 3600,
+	  "show what clients do, again and again (1)" },
+	{ 0, "snapshot", NULL, COMMAND_SNAPSHOT, OTHER(KIND_MODE),
+	  "make a snapshot of a target's image" },
+	{ 'c', "cache-all", NULL, COMMAND_CACHE_ALL, OTHER(KIND_MODE),
+	  "copy what is missing, and return when all is here" },
+	{ 'C', "cache-all2", NULL, COMMAND_CACHE_ALL2, OTHER(KIND_MODE),
+	  "copy what is missing in the background, and return at once" },
+	{ 's', "switch", NULL, COMMAND_SWITCH, OTHER(KIND_MODE),
+	  "become a target: the origin is not needed any more" },
+	{ 0, "shutdown", NULL, COMMAND_SWITCH, OTHER(KIND_MODE), "the old name of --switch" },
+	{ 'r', "reconnect", NULL, COMMAND_RECONNECT, OTHER(KIND_MODE),
+	  "go over to another origin" },
+	{ 0, "json", NULL, COMMAND_QUERY, FLAG(json), "as one JSON object" },
+	{ 0, "progress", NULL, COMMAND_CACHE_ALL, FLAG(progress), "show how the copy is going" },
+	{ 0, "blocks-per-request", "N", COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2, NUMBER(blocks, 1, 8192),
+	  "ask the origin for N blocks of 4096 bytes at once (64)" },
+	{ 0, "force", NULL, COMMAND_SWITCH, FLAG(force),
+	  "even if blocks are missing, which read as zeros then" },
+	{ 0, "exportname", "NAME", COMMAND_RECONNECT | COMMAND_SNAPSHOT, VALUE(KIND_NAME, export_name),
+	  "the export: there (the present one), or here (the only one)" },
+	{ 'h', "help", NULL, COMMAND_ANY, OTHER(KIND_HELP), "show this text" },
+	{ 'V', "version", NULL, COMMAND_ANY, OTHER(KIND_VERSION), "show the version" },
+#undef FIELD
+};
+
+static const struct program server = {
+	"xnbd-server --target [options] [DISK_IMAGE]\n"
+	"       xnbd-server --cow-target [options] [BASE_DISK_IMAGE]\n"
+	"       xnbd-server --proxy [options] REMOTE_HOST REMOTE_PORT CACHE_IMAGE\n"
+	"                   CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH\n"
+	"Exports a disk image over the Network Block Device protocol.\n",
+	"mode", "--target, --cow-target or --proxy", server_known, ARRAY_SIZE(server_known),
+};
+
+static const struct program bgctl = {
+	"xnbd-bgctl --query [--json] CONTROL_SOCKET\n"
+	"       xnbd-bgctl --watch[=SECONDS] CONTROL_SOCKET\n"
+	"       xnbd-bgctl --snapshot [--exportname NAME] CONTROL_SOCKET\n"
+	"       xnbd-bgctl --cache-all [--progress] [--blocks-per-request N] CONTROL_SOCKET\n"
+	"       xnbd-bgctl --cache-all2 [--blocks-per-request N] CONTROL_SOCKET\n"
+	"       xnbd-bgctl --switch [--force] CONTROL_SOCKET\n"
+	"       xnbd-bgctl --reconnect [--exportname NAME] CONTROL_SOCKET HOST PORT\n"
+	"Controls the xnbd-server that CONTROL_SOCKET belongs to.\n",
+	"command", "--query, --watch, --snapshot, --cache-all, --cache-all2, --switch or --reconnect",
+	bgctl_known, ARRAY_SIZE(bgctl_known),
+};
+
+/* Options of the server that contradict each other. */
+static const char *const exclusive[][2] = {
+	{ "logpath", "syslog" },      { "quiet", "verbose" },
+	{ "cow-dir", "cow-file" },    { "create", "readonly" },
+	{ "export", "oldstyle" },     { "export", "connected-fd" },
+	{ "inetd", "connected-fd" },  { "oldstyle", "connected-fd" },
+	{ "inetd", "daemonize" },     { "connected-fd", "daemonize" },
+	{ "inetd", "lport" },	      { "connected-fd", "lport" },
+	{ "inetd", "laddr" },	      { "connected-fd", "laddr" },
+	{ "inetd", "unix" },	      { "connected-fd", "unix" },
+	{ "inetd", "threads" },	      { "connected-fd", "threads" },
+	{ "inetd", "max-connections" }, { "connected-fd", "max-connections" },
+};
+
+enum {
+	FIRST_OPTION = 256,		/* getopt's values for the rows begin here: not a character */
+	OPTIONS_MAX = 64,		/* one bit for each, and the end */
+};
 
 static _Noreturn void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2);
 
@@ -148,27 +228,25 @@ static void say(const char *fmt, ...)
 		exit(EXIT_FAILURE);
 }
 
-static _Noreturn void show_help(void)
+static _Noreturn void show_help(const struct program *p)
 {
-	say("usage: xnbd-server --target [options] [DISK_IMAGE]\n"
-	    "       xnbd-server --cow-target [options] [BASE_DISK_IMAGE]\n"
-	    "       xnbd-server --proxy [options] REMOTE_HOST REMOTE_PORT CACHE_IMAGE\n"
-	    "                   CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH\n"
-	    "Exports a disk image over the Network Block Device protocol.\n\n");
-	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
-		const struct known *k = &known[i];
-		char name[64];
+	say("usage: %s\n", p->usage);
+	for (size_t i = 0; i < p->count; i++) {
+		const struct known *k = &p->known[i];
+		char letter[] = "-x, ", name[64];
 
-		snprintf(name, sizeof(name), "--%s%s%s", k->name, k->arg ? " " : "",
-			 k->arg ? k->arg : "");
-		say("  %-24s %s\n", name, k->help);
+		letter[1] = k->letter;
+		snprintf(name, sizeof(name), "%s--%s%s%s", k->letter ? letter : "    ", k->name,
+			 k->arg ? " " : "", k->arg ? k->arg : "");
+		say("  %-28s %s\n", name, k->help);
 	}
 	exit(EXIT_SUCCESS);
 }
 
-static _Noreturn void show_version(void)
+/* The program's name is the first word of its usage. */
+static _Noreturn void show_version(const struct program *p)
 {
-	say("xnbd-server %s\n", XNBD_VERSION);
+	say("%.*s %s\n", (int)strcspn(p->usage, " "), p->usage, XNBD_VERSION);
 	exit(EXIT_SUCCESS);
 }
 
@@ -225,14 +303,6 @@ static void set_octal(const struct known *k, const char *value, unsigned long *m
 			    value);
 }
 
-static void set_mode(struct options *o, const struct known *k)
-{
-	if (o->mode != MODE_NONE)
-		usage_error("option '--%s': a mode was chosen before, and there can be one only",
-			    k->name);
-	o->mode = (enum mode)k->modes;
-}
-
 static void set_number(const struct known *k, const char *value, unsigned long *n)
 {
 	if (!parse_number(value, k->min, k->max, n))
@@ -240,14 +310,23 @@ static void set_number(const struct known *k, const char *value, unsigned long *
 			    k->min, k->max);
 }
 
-static void set_option(struct options *o, const struct known *k, const char *value)
+static void set_mode(const struct program *p, unsigned *mode, const struct known *k)
+{
+	if (*mode != 0)
+		usage_error("option '--%s': a %s was chosen before, and there can be one only",
+			    k->name, p->choice);
+	*mode = k->modes;
+}
+
+static void set_option(const struct program *p, void *o, const struct known *k, const char *value)
 {
 	char *field = (char *)o + k->field;
-	unsigned long n;
 
 	switch ((enum kind)k->kind) {
 	case KIND_MODE:
-		set_mode(o, k);
+		set_mode(p, o, k);
+		if (value)
+			set_number(k, value, (unsigned long *)field);
 		break;
 	case KIND_FLAG:
 		*(bool *)field = true;
@@ -262,10 +341,6 @@ static void set_option(struct options *o, const struct known *k, const char *val
 		break;
 	case KIND_NUMBER:
 		set_number(k, value, (unsigned long *)field);
-		break;
-	case KIND_FD:
-		set_number(k, value, &n);
-		*(long *)field = (long)n;
 		break;
 	case KIND_SIZE:
 		if (!parse_size(value, (uint64_t *)field))
@@ -285,99 +360,122 @@ static void set_option(struct options *o, const struct known *k, const char *val
 		add_export(o, value);
 		break;
 	case KIND_HELP:
-		show_help();
+		show_help(p);
 	case KIND_VERSION:
-		show_version();
+		show_version(p);
 	}
-	if (k->given)
-		*(bool *)((char *)o + k->given) = true;
+}
+
+/* The option that getopt_long() means by a value, NULL if there is none. */
+static const struct known *find_value(const struct program *p, int value)
+{
+	if (value >= FIRST_OPTION)
+		return &p->known[value - FIRST_OPTION];
+	for (size_t i = 0; i < p->count; i++)
+		if (value && p->known[i].letter == value)
+			return &p->known[i];
+	return NULL;
+}
+
+/* The row of an option that there is. */
+static const struct known *row_of(const struct program *p, const char *name)
+{
+	const struct known *k = p->known;
+
+	while (strcmp(k->name, name) != 0)
+		k++;
+	return k;
+}
+
+/* Whether the words had that option; seen has a bit for each row. */
+static bool has(const struct program *p, uint64_t seen, const char *name)
+{
+	return seen & UINT64_C(1) << (row_of(p, name) - p->known);
 }
 
 /* getopt_long() returned '?' or ':'; word is the argument that it looked at last. */
-static _Noreturn void bad_option(int found, const char *word)
+static _Noreturn void bad_option(const struct program *p, int found, const char *word)
 {
-	if (optopt >= FIRST_OPTION && found == ':')
-		usage_error("option '--%s' needs a value: %s", known[optopt - FIRST_OPTION].name,
-			    known[optopt - FIRST_OPTION].arg);
-	if (optopt >= FIRST_OPTION)
-		usage_error("option '--%s' takes no value, as in '%s'",
-			    known[optopt - FIRST_OPTION].name, word);
+	const struct known *k = find_value(p, optopt);
+
+	if (k && found == ':')
+		usage_error("option '--%s' needs a value: %s", k->name, k->arg);
+	if (k)
+		usage_error("option '--%s' takes no value, as in '%s'", k->name, word);
 	if (optopt)
 		usage_error("unknown option '-%c'", optopt);
 	usage_error("unknown or ambiguous option '%s'", word);
 }
 
-/* Returns a bit for each option of known[] that was there. */
-static uint64_t parse_words(struct options *o, int argc, char **argv)
+/* In getopt's form; letters of 2 * OPTIONS_MAX bytes, longopts of OPTIONS_MAX. */
+static void translate(const struct program *p, char *letters, struct option *longopts)
 {
-	struct option longopts[ARRAY_SIZE(known) + 1] = { 0 };
+	*letters++ = ':';
+	for (size_t i = 0; i < p->count; i++) {
+		const struct known *k = &p->known[i];
+
+		longopts[i].name = k->name;
+		longopts[i].has_arg = !k->arg	      ? no_argument :
+				      *k->arg == '[' ? optional_argument :
+						       required_argument;
+		longopts[i].val = FIRST_OPTION + (int)i;
+		if (k->letter)
+			*letters++ = k->letter;
+		if (k->letter && k->arg)
+			*letters++ = ':';
+	}
+}
+
+/* Returns a bit for each option that was there. */
+static uint64_t parse_words(const struct program *p, void *o, int argc, char **argv)
+{
+	struct option longopts[OPTIONS_MAX] = { 0 };
+	char letters[2 * OPTIONS_MAX] = "";
 	uint64_t seen = 0;
 	int found;
 
-	_Static_assert(ARRAY_SIZE(known) <= 64, "one bit for each option");
-	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
-		longopts[i].name = known[i].name;
-		longopts[i].has_arg = known[i].arg ? required_argument : no_argument;
-		longopts[i].val = FIRST_OPTION + (int)i;
-	}
+	assert(p->count < OPTIONS_MAX);
+	translate(p, letters, longopts);
 	opterr = 0;
-	while ((found = getopt_long(argc, argv, ":", longopts, NULL)) != -1) {
-		if (found < FIRST_OPTION)
-			bad_option(found, argv[optind - 1]);
-		set_option(o, &known[found - FIRST_OPTION], optarg);
-		seen |= UINT64_C(1) << (found - FIRST_OPTION);
+	while ((found = getopt_long(argc, argv, letters, longopts, NULL)) != -1) {
+		const struct known *k = find_value(p, found);
+
+		if (!k)
+			bad_option(p, found, argv[optind - 1]);
+		set_option(p, o, k, optarg);
+		seen |= UINT64_C(1) << (k - p->known);
 	}
 	return seen;
 }
 
-static void check_modes(const struct options *o, uint64_t seen)
+static void check_modes(const struct program *p, unsigned mode, uint64_t seen)
 {
-	if (o->mode == MODE_NONE)
-		usage_error("no mode: --target, --cow-target or --proxy is needed");
-	for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
+	if (mode == 0)
+		usage_error("no %s: %s is needed", p->choice, p->choices);
+	for (size_t i = 0; i < p->count; i++) {
 		if (!(seen & UINT64_C(1) << i))
 			continue;
-		if (!(known[i].modes & o->mode))
-			usage_error("option '--%s' does not belong to this mode", known[i].name);
+		if (!(p->known[i].modes & mode))
+			usage_error("option '--%s' does not belong to this %s", p->known[i].name,
+				    p->choice);
 	}
 }
 
-/* Options that contradict each other, or that would do nothing. */
-static void check_together(const struct options *o)
+/* Options of the server that contradict each other, or that would do nothing. */
+static void check_together(const struct options *o, uint64_t seen)
 {
-	const char *single = o->inetd ? "--inetd" : "--connected-fd";
+	for (size_t i = 0; i < ARRAY_SIZE(exclusive); i++) {
+		const char *one = exclusive[i][0], *other = exclusive[i][1];
 
-	if (o->inetd && o->connected_fd >= 0)
-		usage_error("--inetd and --connected-fd exclude each other");
-	if (o->logpath && o->syslog)
-		usage_error("--logpath and --syslog exclude each other");
-	if (o->quiet && o->verbose)
-		usage_error("--quiet and --verbose exclude each other");
+		if (has(&server, seen, one) && has(&server, seen, other))
+			usage_error("--%s and --%s exclude each other", one, other);
+	}
 	if (o->control && o->mode == MODE_PROXY)
 		usage_error("--ctl is not for a proxy: its last argument is CONTROL_SOCKET_PATH");
-	if (o->oldstyle && o->connected_fd >= 0)
-		usage_error("--oldstyle is of no use with --connected-fd: nothing is negotiated");
-	if (o->exports > 0 && (o->oldstyle || o->connected_fd >= 0))
-		usage_error("with %s no client can ask for a name, --export does not belong to it",
-			    o->oldstyle ? "--oldstyle" : single);
-	if (o->cow_dir && o->cow_file)
-		usage_error("--cow-dir and --cow-file exclude each other");
-	if (o->create && o->readonly)
-		usage_error("--create and --readonly exclude each other");
 	if (o->unix_mode && !o->unix_path)
 		usage_error("--unix-mode needs --unix");
 	if (o->allows && o->unix_path && !o->lport_given && !o->laddrs)
 		usage_error("--allow is about TCP clients, and with --unix alone there are none");
-	if (!o->inetd && o->connected_fd < 0)
-		return;
-	if (o->lport_given || o->laddrs || o->unix_path)
-		usage_error("%s serves one client, --lport, --laddr and --unix do not belong to it",
-			    single);
-	if (o->daemonize)
-		usage_error("%s and --daemonize exclude each other", single);
-	if (o->threads || o->max_connections)
-		usage_error("%s serves one client, --threads and --max-connections do not belong "
-			    "to it", single);
 }
 
 /* What stands behind the options, in order, and where it goes. */
@@ -395,12 +493,12 @@ static void take_arguments(const char *const *name, const char **const *field, i
 		*field[i] = argv[optind + i];
 }
 
-static bool is_unix(const char *host)
+static bool is_unix(const char *what, const char *host)
 {
-	if (strncmp(host, "unix:", 5) != 0)
+	if (strncmp(host, "unix:", strlen("unix:")) != 0)
 		return false;
-	if (!host[5])
-		usage_error("REMOTE_HOST: '%s' has no path", host);
+	if (!host[strlen("unix:")])
+		usage_error("%s: '%s' has no path", what, host);
 	return true;
 }
 
@@ -412,13 +510,13 @@ static void take_proxy_arguments(struct options *o, int argc, char **argv)
 	unsigned long port;
 
 	/* A Unix socket has no port; it may be left out. */
-	if (optind < argc && is_unix(argv[optind]) && argc - optind < 5) {
+	if (optind < argc && is_unix("REMOTE_HOST", argv[optind]) && argc - optind < 5) {
 		o->host = argv[optind++];
 		take_arguments(name + 2, field + 2, 3, argc, argv);
 		return;
 	}
 	take_arguments(name, field, 5, argc, argv);
-	if (is_unix(o->host))
+	if (is_unix("REMOTE_HOST", o->host))
 		o->port = NULL;
 	else if (!parse_number(o->port, 1, 65535, &port))
 		usage_error("REMOTE_PORT: '%s' is not a number from 1 to 65535", o->port);
@@ -447,13 +545,74 @@ void options_parse(struct options *o, int argc, char **argv)
 	o->export_name = "";
 	o->origin_connections = 2;
 	o->origin_timeout = 15;
-	seen = parse_words(o, argc, argv);
-	check_modes(o, seen);
-	check_together(o);
+	seen = parse_words(&server, o, argc, argv);
+	o->lport_given = has(&server, seen, "lport");
+	o->create = has(&server, seen, "create");
+	check_modes(&server, o->mode, seen);
+	check_together(o, seen);
 	if (o->mode == MODE_PROXY)
 		take_proxy_arguments(o, argc, argv);
 	else
 		take_image(o, argc, argv);
+}
+
+/* It becomes a word of the line to the server. */
+static void check_word(const char *what, const char *word)
+{
+	if (!*word || strpbrk(word, " \r\n"))
+		usage_error("%s '%s': it must have a character, no blank and no line break", what,
+			    word);
+}
+
+/* The server may have another working directory. */
+static const char *from_root(const char *host)
+{
+	char *path = absolute_path(host + strlen("unix:")), *result;
+
+	if (!path || asprintf(&result, "unix:%s", path) < 0)
+		usage_error("HOST '%s': %s", host, strerror(errno));
+	free(path);
+	return result;
+}
+
+/* A Unix socket has no port; what stands there is left out. */
+static void take_remote(struct bgctl_options *o, int argc, char **argv)
+{
+	static const char *const name[] = { "CONTROL_SOCKET", "HOST", "PORT" };
+	const char **const field[] = { &o->socket, &o->host, &o->port };
+	bool local = argc - optind > 1 && is_unix("HOST", argv[optind + 1]);
+
+	take_arguments(name, field, local && argc - optind == 2 ? 2 : 3, argc, argv);
+	if (local) {
+		o->host = from_root(o->host);
+		o->port = "-";
+	}
+	check_word("HOST", o->host);
+	check_word("PORT", o->port);
+}
+
+void options_parse_bgctl(struct bgctl_options *o, int argc, char **argv)
+{
+	static const char *const name[] = { "CONTROL_SOCKET" };
+	const char **const field[] = { &o->socket };
+
+	uint64_t seen;
+
+	memset(o, 0, sizeof(*o));
+	seen = parse_words(&bgctl, o, argc, argv);
+	check_modes(&bgctl, o->command, seen);
+	if (o->export_name && strpbrk(o->export_name, "\r\n"))
+		usage_error("option '--exportname': the name must have no line break");
+	if (has(&bgctl, seen, "shutdown"))
+		log_line("--shutdown is deprecated, its name is --switch now");
+	if (o->command == COMMAND_WATCH && !o->seconds && argc - optind == 2)	/* --watch SECONDS */
+		set_number(row_of(&bgctl, "watch"), argv[optind++], &o->seconds);
+	if (!o->seconds)
+		o->seconds = 1;
+	if (o->command == COMMAND_RECONNECT)
+		take_remote(o, argc, argv);
+	else
+		take_arguments(name, field, 1, argc, argv);
 }
 
 void options_free(struct options *o)

@@ -1,5 +1,5 @@
 /*
- * options.h - the command line of xnbd-server.
+ * options.h - the command lines of xnbd-server and xnbd-bgctl.
  */
 #ifndef XNBD_OPTIONS_H
 #define XNBD_OPTIONS_H
@@ -23,9 +23,9 @@ struct named_image {
 	const char *path;
 };
 
-/* What the command line said.  Strings are those of argv, but for names of exports. */
+/* xnbd-server.  Strings are those of argv, but for names of exports. */
 struct options {
-	enum mode mode;
+	unsigned mode;			/* enum mode; the first member */
 	const char *image;		/* of a proxy: the cache; NULL: all exports have names */
 	struct named_image *export;	/* exports of them, no two of the same name */
 	unsigned exports;
@@ -73,13 +73,37 @@ struct options {
 	unsigned long stats;	/* seconds; 0 for never */
 };
 
+enum command {
+	COMMAND_QUERY = 1 << 0,
+	COMMAND_CACHE_ALL = 1 << 1,
+	COMMAND_CACHE_ALL2 = 1 << 2,
+	COMMAND_SWITCH = 1 << 3,
+	COMMAND_RECONNECT = 1 << 4,
+	COMMAND_SNAPSHOT = 1 << 5,
+	COMMAND_WATCH = 1 << 6,
+	COMMAND_ANY = (1 << 7) - 1,
+};
+
+/* xnbd-bgctl.  Strings are those of argv, but for a path of the host. */
+struct bgctl_options {
+	unsigned command;		/* enum command; the first member */
+	const char *socket;
+	bool json, progress, force;
+	unsigned long blocks;		/* per request; 0 for the default */
+	unsigned long seconds;		/* of --watch */
+	const char *export_name;	/* NULL for none; without line breaks */
+	const char *host;		/* --reconnect: one word; "unix:" and a path from the root */
+	const char *port;		/* one word; "-" for a Unix socket */
+};
+
 enum { EXIT_USAGE = 2 };
 
 /*
- * Read the command line, which has to outlive *o.  Does not return after --help and --version,
+ * Read the command line, which has to outlive *o.  These do not return after --help and --version,
  * and neither after an error, which is one line on stderr and exit status 2.
  */
 void options_parse(struct options *o, int argc, char **argv);
+void options_parse_bgctl(struct bgctl_options *o, int argc, char **argv);
 
 void options_free(struct options *o);
 

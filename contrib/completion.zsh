@@ -5,7 +5,7 @@ local -a options
 
 if [[ $PREFIX == -* ]]; then
 	options=(${(f)"$($words[1] --help 2>/dev/null |
-		sed -n 's/^  \(--[a-z0-9-]*\)\( [A-Z][A-Z]*\)\{0,1\}  *\(.*\)/\1:\3/p')"})
+		sed -n 's/^  [-A-Za-z, ]\{4\}\(--[a-z0-9-]*\)\( [][A-Z=]*\)\{0,1\}  *\(.*\)/\1:\3/p')"})
 	_describe -o option options
 else
 	_files

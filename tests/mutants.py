@@ -443,10 +443,10 @@ mutant("a file that is no socket is replaced", "a live Unix socket is stolen",
        "listen.c", "if (!S_ISSOCK(st.st_mode))\n\t\treturn -EEXIST;", "",
        tests="test_service.py::test_what_is_no_socket_is_not_replaced")
 mutant("a misspelt option is ignored", "a misspelt option is ignored",
-       "options.c", "bad_option(found, argv[optind - 1]);", "continue;",
+       "options.c", "bad_option(p, found, argv[optind - 1]);", "continue;",
        tests="test_service.py::test_wrong_usage_is_named")
 mutant("an option of another mode is ignored", "a misspelt option is ignored",
-       "options.c", "if (!(known[i].modes & o->mode))", "if (false)",
+       "options.c", "if (!(p->known[i].modes & mode))", "if (false)",
        tests="test_cow.py::test_cow_options_belong_to_cow_target")
 
 # Snapshots

@@ -243,13 +243,15 @@ def pretend(tmp_path):
 
 def test_help_tells_all_options():
     result = done(bgctl("--help"), out=None)
-    assert set(re.findall(r"(?m)^  --([a-z0-9-]+)", result.stdout)) == OPTIONS
+    assert set(re.findall(r"(?m)^  (?:-\w, |    )--([a-z0-9-]+)", result.stdout)) == OPTIONS
     assert all(len(line) <= 100 for line in result.stdout.splitlines())
 
 
 def test_version_is_the_servers(run_server):
     version = run_server("--version").stdout.split()[1]
-    done(bgctl("--version"), out=f"xnbd-bgctl {version}\n")
+    for option in "--version", "-V":
+        done(bgctl(option), out=f"xnbd-bgctl {version}\n")
+    assert bgctl("-h").stdout == bgctl("--help").stdout
 
 
 USAGE_ERRORS = [
@@ -258,10 +260,10 @@ USAGE_ERRORS = [
     (["ctl"], "--query"),
     (["--query"], "CONTROL_SOCKET"),
     (["--query", "ctl", "extra"], "extra"),
-    (["--query", "--switch", "ctl"], "--switch"),
+    (["--query", "--switch", "ctl"], "--switch"), (["-q", "-s", "ctl"], "--switch"), (["-qs", "ctl"], "--switch"),
     (["--query", "--query", "ctl"], "--query"),
     (["--switch", "--shutdown", "ctl"], "--shutdown"),
-    (["--query", "--bogus", "ctl"], "--bogus"),
+    (["--query", "--bogus", "ctl"], "--bogus"), (["--bogus", "-q", "ctl"], "--bogus"),
     (["--query", "-j", "ctl"], "-j"),
     (["--cache", "ctl"], "--cache"),
     (["--query=yes", "ctl"], "--query"),
@@ -306,10 +308,11 @@ def test_wrong_command_line_is_refused(arguments, named):
     (["--cache-all2", "--blocks-per-request", "8192"], "cache-all2 8192"),
     (["--switch"], "switch"), (["--force", "--switch"], "switch force"),
     (["--snapshot"], "snapshot"), (["--sn"], "snapshot"),
-    (["--sw", "--f"], "switch force")], ids=lambda a: " ".join(a) if isinstance(a, list) else "")
+    (["--sw", "--f"], "switch force"), (["-q"], "query"), (["-c"], "cache-all"),
+    (["-C", "--bl=7"], "cache-all2 7"), (["-s", "--force"], "switch force")], ids=lambda a: " ".join(a) if isinstance(a, list) else "")
 @pytest.mark.parametrize("last", [True, False], ids=["before", "behind"])
 def test_options_become_a_line(pretend, arguments, line, last):
-    """Abbreviated or not, before the socket's path or behind it."""
+    """Abbreviated, by letter or not, before the socket's path or behind it."""
     server = pretend(b"ok\n")
     result = bgctl(*([*arguments, server.path] if last else [server.path, *arguments]))
     done(result, out="{}\n" if "--js" in arguments else "")
@@ -328,8 +331,9 @@ def test_options_become_a_line(pretend, arguments, line, last):
 def test_remote_becomes_a_line(pretend, tmp_path, arguments, line):
     """A path is told from the root: the server may have another directory."""
     server = pretend(b"ok\n")
-    done(bgctl("--reconnect", server.path, *arguments, cwd=tmp_path))
-    assert server.lines == ["reconnect " + line.format(here=tmp_path) + "\n"]
+    for command in "--reconnect", "-r":
+        done(bgctl(command, server.path, *arguments, cwd=tmp_path))
+        assert server.lines.pop() == "reconnect " + line.format(here=tmp_path) + "\n"
 
 
 def test_old_name_of_switch_is_deprecated(pretend):

@@ -96,7 +96,7 @@ def test_installed_programs_run(prefix, image, server, monkeypatch):
 # Completion
 
 def options_of(program):
-    return set(re.findall(r"(?m)^  (--[a-z0-9-]+)", run(program, "--help")))
+    return set(re.findall(r"(?m)^  (?:-\w, |    )(--[a-z0-9-]+)", run(program, "--help")))
 
 
 BASH = """
@@ -142,7 +142,7 @@ def test_zsh_describes_options_and_completes_files(prefix, program):
         return run(need("zsh", "zsh"), "-fc", ZSH, "zsh", prefix / "share/zsh/site-functions",
                    program.name, word).splitlines()
 
-    told = re.findall(r"(?m)^  (--[a-z0-9-]+)(?: [A-Z]+)? +(.*)", run(program, "--help"))
+    told = re.findall(r"(?m)^  (?:-\w, |    )(--[a-z0-9-]+)(?: [][A-Z=]+)? +(.*)", run(program, "--help"))
     assert complete("--") == [":".join(option) for option in told] != []
     assert complete("di") == ["files"]
 

@@ -229,11 +229,12 @@ def test_moved_disk_has_what_was_written_during_the_move(place):
 # Options
 
 def told(page):
-    """{option: name of its value, be it needed or not, or None} of the page's lists."""
+    """{option: (letter, name of its value, be it needed or not)} of the page's lists; "" for none."""
     text = page.read_text().replace(" Ns = Ns Ar ", "=")
-    items = re.findall(rf"(?m)^\.It Fl {OPTION}(?: Ns Op = Ns)?(?: Ar (\S+))?$", text)
-    assert len(items) == len(dict(items)), "an option is told twice"
-    return {option: value or None for option, value in items}
+    items = re.findall(rf"(?m)^\.It (?:Fl (\w) , )?Fl {OPTION}(?: Ns Op = Ns)?(?: Ar (\S+))?$", text)
+    options = {option: (letter, value) for letter, option, value in items}
+    assert len(items) == len(options), "an option is told twice"
+    return options
 
 
 def help_of(program):
@@ -243,8 +244,8 @@ def help_of(program):
 
 def offered(program):
     """The same of --help."""
-    items = re.findall(rf"(?m)^  -{OPTION}(?: \[?([A-Z=]+)\]?(?= ))? +\S", help_of(program))
-    return {option: value.lower() or None for option, value in items}
+    items = re.findall(rf"(?m)^  (?:-(\w), |    )-{OPTION}(?: \[?([A-Z=]+)\]?(?= ))? +\S", help_of(program))
+    return {option: (letter, value.lower()) for letter, option, value in items}
 
 
 of_each_program = pytest.mark.parametrize("page, program", [

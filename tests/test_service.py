@@ -104,6 +104,8 @@ def test_version_is_told(run_server):
     done = run_server("--version")
     assert done.returncode == 0 and not done.stderr
     assert re.fullmatch(r"xnbd-server \d+(\.\d+)+\S*\n", done.stdout)
+    assert run_server("-V").stdout == done.stdout
+    assert run_server("-h").stdout == run_server("--help").stdout
 
 
 USAGE_ERRORS = [
@@ -112,7 +114,10 @@ USAGE_ERRORS = [
     (["--lport", "0"], "--target"),
     (["--target", "--bogus"], "--bogus"),
     (["--target", "--readonlyy"], "--readonlyy"),
-    (["--target", "-r"], "-r"),
+    (["--target", "-x"], "-x"),
+    (["-t", "-c"], "--cow-target"),
+    (["-tl"], "--lport"),
+    (["-t", "-l", "x"], "--lport"),
     (["--target", "--l", "0"], "--l"),
     (["--target", "--readonly=yes"], "--readonly"),
     (["--target", "--proxy"], "--proxy"),
@@ -180,6 +185,16 @@ def test_second_image_argument_is_named(run_server, image):
 def test_options_may_be_abbreviated_and_follow_the_image(server, image):
     s = server(args=["--target", image, "--laddr=127.0.0.1", "--lp", "0", "--read"])
     assert s.client().flags & NBD_FLAG_READ_ONLY
+
+
+def test_letters_of_the_original_are_understood(server, run_server, image):
+    s = server(args=["-tr", "-l0", "--laddr=127.0.0.1", image])
+    assert s.client().flags & NBD_FLAG_READ_ONLY
+    cow = server(args=["-c", *ANY_PORT, image])
+    assert not cow.client().flags & NBD_FLAG_READ_ONLY
+    refused(run_server("-p"), 2, "REMOTE_HOST")
+    refused(run_server("-t", "-L", "", image), 2, "--logpath")
+    refused(run_server("-t", "-i", "-d", image), 2, "--inetd", "--daemonize")
 
 
 def test_image_may_look_like_an_option(server, tmp_path):
