@@ -28,6 +28,15 @@ enum {
 	PREFETCH_MAX = 4 * 1024 * 1024,	/* bytes of a CACHE that are asked for at once */
 };
 
+/*
+ * A switch, each step begun by cache_tend() when the one before has ended:
+ *
+ *	ZEROING		only by force: zeros are stored where nothing is held, by a worker
+ *	COMPLETING	all that is held becomes durable, and then all blocks are held
+ *	then the origin is let go
+ */
+enum step { NO_SWITCH, ZEROING, COMPLETING, SWITCHED };
+
 struct cache {
 	struct backend backend;
 	struct layer layer;
@@ -36,6 +45,15 @@ struct cache {
 	struct ahead ahead;
 	struct copy *copy;
 	atomic_size_t written;		/* blocks */
+	void (*wake)(void);
+
+	/* The switch; the main thread's, but for the step that is under way. */
+	enum step step;
+	uint64_t zeroed;		/* blocks, by force */
+	struct job zero_job;
+	struct request commit;		/* the flush that COMPLETING waits for */
+	int error;			/* the outcome of a step, an errno */
+	atomic_bool step_done, copy_done;
 	atomic_bool stopping;		/* zero no more */
 };
 
@@ -308,6 +326,15 @@ static const struct backend_ops cache_ops = {
 	.close = op_close,
 };
 
+/* The background copy has ended.  Any thread. */
+static void copied(void *cache)
+{
+	struct cache *c = cache;
+
+	atomic_store(&c->copy_done, true);
+	c->wake();
+}
+
 static bool refuse(const char *path, const char *what, uint64_t held)
 {
 	log_failure("cache image %s %s, but the bitmap says that it holds %llu blocks "
@@ -396,7 +423,8 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 	c->layer.durable = true;
 	fetcher_init(&c->fetcher, &c->layer, origin);
 	ahead_init(&c->ahead, &c->fetcher);
-	c->copy = copy_new(&c->fetcher, o->copied);
+	c->wake = o->wake;
+	c->copy = copy_new(&c->fetcher, copied, c);
 	if (!c->copy) {
 		log_failure("cannot open cache image %s: %s", o->image, strerror(ENOMEM));
 	} else if (open_layer(c, o)) {
@@ -433,20 +461,123 @@ void cache_status(struct backend *b, struct cache_status *status)
 	status->written = atomic_load(&c->written);
 }
 
-int cache_zero_missing(struct backend *b, uint64_t *zeroed)
+unsigned cache_per_mille(const struct cache_status *status)
+{
+	return status->blocks ? (unsigned)(status->held * 1000 / status->blocks) : 1000;
+}
+
+/* The switch */
+
+/* A worker. */
+static void step_ended(struct cache *c, int error)
+{
+	c->error = error;
+	atomic_store(&c->step_done, true);
+	c->wake();
+}
+
+static void completed(struct request *r)
+{
+	step_ended(to_cache(r->backend), r->error);
+}
+
+static void begin_completing(struct cache *c)
+{
+	c->step = COMPLETING;
+	c->commit = (struct request){
+		.backend = &c->backend,
+		.done = completed,
+		.h.cmd = NBD_CMD_FLUSH,
+	};
+	layer_complete(&c->layer, &c->commit);
+}
+
+static void zero_missing(struct job *job)
+{
+	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, zero_job));
+
+	c->zeroed = layer_missing(&c->layer);
+	step_ended(c, -layer_zero_missing(&c->layer, &c->stopping));
+}
+
+const char *cache_switch(struct backend *b, bool force)
+{
+	static char why[128];
+	struct cache *c = to_cache(b);
+	struct cache_status s;
+	unsigned share;
+
+	if (c->step == SWITCHED)
+		return "this is a target already";
+	if (c->step != NO_SWITCH)
+		return NULL;
+	cache_status(b, &s);
+	share = cache_per_mille(&s);
+	if (s.held < s.blocks && !force) {
+		snprintf(why, sizeof(why), "%llu of %llu blocks are not here yet (%u.%u %% are)",
+			 (unsigned long long)(s.blocks - s.held), (unsigned long long)s.blocks,
+			 share / 10, share % 10);
+		return why;
+	}
+	log_line("switching to target mode");
+	c->zeroed = 0;
+	if (s.held == s.blocks) {
+		begin_completing(c);
+		return NULL;
+	}
+	copy_stop(c->copy);
+	c->step = ZEROING;
+	c->zero_job.run = zero_missing;
+	worker_submit(&c->zero_job);
+	return NULL;
+}
+
+static void end_switch(struct cache *c, struct cache_news *news)
+{
+	int error = c->error ? c->error : layer_missing(&c->layer) > 0 ? EAGAIN : 0;
+
+	news->switched = true;
+	news->zeroed = c->zeroed;
+	if (error) {
+		snprintf(news->error, sizeof(news->error), "%s: %s",
+			 c->step == ZEROING ? "cannot store zeros" : "cannot make the image durable",
+			 strerror(error));
+		c->step = NO_SWITCH;
+		log_error("cannot switch to target mode: %s", news->error);
+		return;
+	}
+	/* Nobody needs it any more; those who wait for it will find the blocks. */
+	origin_cancel(c->origin);
+	c->step = SWITCHED;
+	if (c->zeroed)
+		log_line("switched to target mode; %llu blocks were missing and read as zeros now",
+			 (unsigned long long)c->zeroed);
+	else
+		log_line("switched to target mode; the origin is not needed any more");
+}
+
+void cache_tend(struct backend *b, struct cache_news *news)
 {
 	struct cache *c = to_cache(b);
 
-	*zeroed = layer_missing(&c->layer);
-	return layer_zero_missing(&c->layer, &c->stopping);
+	*news = (struct cache_news){ .copied = atomic_exchange(&c->copy_done, false) };
+	if (!atomic_exchange(&c->step_done, false))
+		return;
+	if (c->step == ZEROING && !c->error)
+		begin_completing(c);
+	else
+		end_switch(c, news);
 }
 
-void cache_stop_zeroing(struct backend *b)
+bool cache_is_target(struct backend *b)
 {
-	atomic_store(&to_cache(b)->stopping, true);
+	return to_cache(b)->step == SWITCHED;
 }
 
-void cache_complete(struct backend *b, struct request *r)
+void cache_stop(struct backend *b)
 {
-	layer_complete(&to_cache(b)->layer, r);
+	struct cache *c = to_cache(b);
+
+	copy_stop(c->copy);
+	atomic_store(&c->stopping, true);
 }

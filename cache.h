@@ -15,7 +15,7 @@ struct cache_options {
 	const char *bitmap;		/* path of its bitmap file */
 	bool clear;			/* forget what is cached */
 	bool readonly;
-	void (*copied)(void);		/* the background copy has ended; any thread */
+	void (*wake)(void);		/* something has ended; any thread calls it */
 };
 
 /* Takes origin over, also when it fails.  NULL after logging why not. */
@@ -36,16 +36,31 @@ struct cache_status {
 
 void cache_status(struct backend *b, struct cache_status *status);
 
+/* Tenths of a percent that are held, rounded down: never 1000 while a block is missing. */
+unsigned cache_per_mille(const struct cache_status *status);
+
+/* The following are the main thread's. */
+
 /*
- * A forced switch: store zeros where nothing is held, which cache_complete() makes what is read there.
- * A worker's.  0 or -errno; *zeroed is set to the number of blocks.
+ * Become a target, if all blocks are held, or, by force, as if the others were zeros.  NULL if that
+ * has begun, or was under way, or why not.
  */
-int cache_zero_missing(struct backend *b, uint64_t *zeroed);
+const char *cache_switch(struct backend *b, bool force);
 
-/* The server stops: it ends soon, with -ECANCELED. */
-void cache_stop_zeroing(struct backend *b);
+/* Whether it has become a target. */
+bool cache_is_target(struct backend *b);
 
-/* All blocks are held when r is done without an error: see layer_complete(). */
-void cache_complete(struct backend *b, struct request *r);
+struct cache_news {
+	bool copied;			/* a background copy has ended */
+	bool switched;			/* a switch has: */
+	char error[128];		/* why it failed; "": it did not */
+	uint64_t zeroed;		/* blocks that were missing and read as zeros now */
+};
+
+/* Go on with a switch.  What has ended since the last call. */
+void cache_tend(struct backend *b, struct cache_news *news);
+
+/* The server stops: no more copying, nor switching. */
+void cache_stop(struct backend *b);
 
 #endif

@@ -3,17 +3,24 @@
  */
 #include "control.h"
 
+#include "cache.h"
 #include "exports.h"
 #include "loop.h"
-#include "proxy.h"
+#include "origin.h"
 #include "report.h"
 #include "util.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 static struct {
 	struct ctl *ctl;		/* NULL: there is no socket */
+	char *bitmap;			/* of a proxy, its path from the root */
+	void (*wake)(void);
+	char reconnect_error[256];	/* "" for none */
+	atomic_bool reconnect_done;
 	enum mode mode;
 	char snapshot_path[4096];	/* of the last one; "" for none, or if it failed */
 	char snapshot_error[128];	/* why it failed; "" if it did not */
@@ -23,9 +30,9 @@ static struct {
 
 static const char *mode_name(void)
 {
-	return proxy_is_one()			  ? "proxy" :
-	       control.mode == MODE_COW_TARGET ? "cow-target" :
-						    "target";
+	if (exports_cache() && !cache_is_target(exports_cache()))
+		return "proxy";
+	return control.mode == MODE_COW_TARGET ? "cow-target" : "target";
 }
 
 /* What waits, of all exports; a proxy has bounds for it, and one export. */
@@ -129,6 +136,88 @@ static void say_snapshot(struct ctl_reply *reply)
 		ctl_say(reply, "snapshot-error", "%s", control.snapshot_error);
 }
 
+static void say_origin(struct ctl_reply *reply, struct backend *b)
+{
+	struct origin_status s;
+
+	origin_status(cache_origin(b), &s);
+	ctl_say(reply, "origin", "%s", s.address);
+	ctl_say(reply, "origin-export", "%s", s.export_name);
+	if (cache_is_target(b))
+		ctl_say(reply, "origin-link", "closed");
+	else
+		ctl_say(reply, "origin-link", s.up ? "up" : "down");
+	if (!s.up && !cache_is_target(b))
+		ctl_say(reply, "origin-reason", "%s", s.reason);
+	ctl_say_number(reply, "origin-links", s.links);
+}
+
+static void say_blocks(struct ctl_reply *reply, struct backend *b)
+{
+	struct cache_status s;
+	unsigned share;
+
+	cache_status(b, &s);
+	share = cache_per_mille(&s);
+	ctl_say_number(reply, "block-size", BLOCK_SIZE);
+	ctl_say_number(reply, "blocks", s.blocks);
+	ctl_say_number(reply, "cached-blocks", s.held);
+	ctl_say(reply, "cached-percent", "%u.%u", share / 10, share % 10);
+	ctl_say_number(reply, "written-blocks", s.written);
+}
+
+static void say_fetched(struct ctl_reply *reply, struct backend *b)
+{
+	struct origin_status s;
+
+	origin_status(cache_origin(b), &s);
+	ctl_say_number(reply, "fetched-bytes", s.fetched);
+	ctl_say_number(reply, "origin-requests", s.waiting);
+}
+
+/* Why a copy ended early, in buf; NULL if it did not. */
+static const char *copy_error(const struct copy_status *s, char *buf, size_t size)
+{
+	if (s->state == COPY_RUNNING || s->state == COPY_DONE)
+		return NULL;
+	if (s->state == COPY_IDLE)
+		return "the copy was stopped";
+	if (s->error)
+		snprintf(buf, size, "cannot copy: %s", strerror(s->error));
+	else
+		snprintf(buf, size, "%llu blocks could not be copied",
+			 (unsigned long long)s->failed_blocks);
+	return buf;
+}
+
+static void say_copy(struct ctl_reply *reply, struct backend *b)
+{
+	static const char *const name[] = { [COPY_IDLE] = "idle", [COPY_RUNNING] = "running",
+					    [COPY_DONE] = "done", [COPY_FAILED] = "failed" };
+	static struct copy_status s;
+	char error[128];
+
+	copy_status(cache_copy(b), &s);
+	ctl_say(reply, "copy", "%s", name[s.state]);
+	ctl_say_number(reply, "copy-rate", s.rate);
+	ctl_say_number(reply, "copy-failed-blocks", s.failed_blocks);
+	if (s.state == COPY_FAILED)
+		ctl_say(reply, "copy-error", "%s", copy_error(&s, error, sizeof(error)));
+}
+
+static void say_proxy(struct ctl_reply *reply)
+{
+	struct backend *b = exports_cache();
+
+	if (!b)
+		return;
+	ctl_say(reply, "bitmap", "%s", control.bitmap);
+	say_origin(reply, b);
+	say_blocks(reply, b);
+	say_fetched(reply, b);
+	say_copy(reply, b);
+}
+
 static void query(struct ctl_reply *reply)
 {
 	ctl_say(reply, "mode", "%s", mode_name());
@@ -136,7 +225,7 @@ static void query(struct ctl_reply *reply)
 	ctl_say_number(reply, "uptime", report_uptime() / 1000);
 	ctl_say_number(reply, "clients", loops_load());
 	say_load(reply);
-	proxy_query(reply);
+	say_proxy(reply);
 	say_snapshot(reply);
 	say_report(reply);
 }
@@ -161,9 +250,105 @@ static void snapshot_ended(const struct export *e, const char *path, const char 
 		ctl_snapshot_ended(control.ctl, e, path, error);
 }
 
+/* A proxy */
+
+static void start_copy(unsigned blocks)
+{
+	copy_start(cache_copy(exports_cache()), (uint64_t)blocks * BLOCK_SIZE);
+}
+
+static void release_copy(void)
+{
+	copy_release(cache_copy(exports_cache()));
+}
+
+static void tell_copy(struct ctl_copy *copy)
+{
+	static struct copy_status s;
+	static struct ctl_range range[COPY_FAILURES];
+	static char error[128];
+	struct cache_status blocks;
+
+	copy_status(cache_copy(exports_cache()), &s);
+	cache_status(exports_cache(), &blocks);
+	for (unsigned i = 0; i < s.failures; i++)
+		range[i] = (struct ctl_range){ s.failure[i].off, s.failure[i].len };
+	*copy = (struct ctl_copy){
+		.running = s.state == COPY_RUNNING,
+		.cached = blocks.held,
+		.blocks = blocks.blocks,
+		.rate = s.rate,
+		.error = copy_error(&s, error, sizeof(error)),
+		.failures = s.failures,
+		.failed = range,
+		.failures_more = s.failures_more,
+	};
+}
+
+/* The origin's thread, or ours. */
+static void reconnected(void *unused, const char *error)
+{
+	(void)unused;
+	snprintf(control.reconnect_error, sizeof(control.reconnect_error), "%s", error ? error : "");
+	atomic_store(&control.reconnect_done, true);
+	control.wake();
+}
+
+static const char *reconnect(const char *host, const char *port, const char *export_name)
+{
+	if (cache_is_target(exports_cache()))
+		return "this is a target, it has no origin";
+	origin_redirect(cache_origin(exports_cache()), host, port, export_name, reconnected, NULL);
+	return NULL;
+}
+
+static const char *switch_over(bool force)
+{
+	return cache_switch(exports_cache(), force);
+}
+
+void control_switch(void)
+{
+	const char *error;
+
+	if (!exports_cache()) {
+		log_error("SIGUSR2 ignored: there is no proxy to switch");
+		return;
+	}
+	error = switch_over(false);
+	if (error)
+		log_error("cannot switch to target mode: %s", error);
+}
+
+void control_tend(void)
+{
+	struct cache_news news;
+
+	if (!exports_cache())
+		return;
+	if (atomic_exchange(&control.reconnect_done, false))
+		ctl_reconnected(control.ctl,
+				*control.reconnect_error ? control.reconnect_error : NULL);
+	cache_tend(exports_cache(), &news);
+	if (news.copied)
+		ctl_copied(control.ctl);
+	if (news.switched && !*news.error)
+		exports_have_disk();
+	if (news.switched)
+		ctl_switched(control.ctl, *news.error ? news.error : NULL, news.zeroed);
+}
+
+static const struct ctl_proxy_ops proxy_ops = {
+	.switch_over = switch_over,
+	.reconnect = reconnect,
+	.start_copy = start_copy,
+	.release_copy = release_copy,
+	.copy = tell_copy,
+};
+
 /* Life */
 
-bool control_open(const struct options *o)
+bool control_open(const struct options *o, void (*wake)(void))
 {
 	static struct ctl_ops ops = {
 		.query = query,
@@ -174,12 +359,13 @@ bool control_open(const struct options *o)
 	if (!o->control)
 		return true;
 	control.mode = o->mode;
-	ops.proxy = proxy_ops();
+	ops.proxy = exports_cache() ? &proxy_ops : NULL;
+	control.wake = wake;
+	control.bitmap = o->bitmap ? absolute_path(o->bitmap) : NULL;
 	control.ctl = ctl_open(o->control, &ops);
 	if (!control.ctl)
 		return false;
 	exports_on_snapshot(snapshot_ended);
-	proxy_serve(exports_first(), control.ctl);
 	return true;
 }
 
@@ -187,6 +373,8 @@ void control_close(void)
 {
 	ctl_close(control.ctl);
 	control.ctl = NULL;
+	free(control.bitmap);
+	control.bitmap = NULL;
 }
 
 size_t control_poll(struct pollfd *pfd)

@@ -13,11 +13,20 @@
 #include "ctl.h"
 #include "options.h"
 
-/* Listen, if the options name a socket; what is to be served is open.  False after logging why not. */
-bool control_open(const struct options *o);
+/*
+ * Listen, if the options name a socket; what is to be served is open.  wake is called by any thread
+ * when control_tend() has something to do.  False after logging why not.
+ */
+bool control_open(const struct options *o, void (*wake)(void));
 
 /* No more commands. */
 void control_close(void);
+
+/* A proxy is to become a target; the log says what comes of it. */
+void control_switch(void);
+
+/* Go on with what was waited for. */
+void control_tend(void);
 
 /* For poll(): as ctl_poll(), ctl_timeout() and ctl_turn(). */
 size_t control_poll(struct pollfd *pfd);

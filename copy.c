@@ -57,7 +57,8 @@ struct copy {
 	struct fetcher *fetcher;
 	struct layer *layer;
 	struct origin *origin;
-	void (*ended)(void);
+	void (*ended)(void *arg);
+	void *arg;
 	struct job job;			/* the pump */
 
 	pthread_mutex_t lock;		/* guards all that follows but the pump's own; a leaf */
@@ -478,13 +479,13 @@ static void pump(struct job *job)
 		ended = settle(c);
 		pthread_mutex_unlock(&c->lock);
 		if (ended)
-			c->ended();
+			c->ended(c->arg);
 	}
 }
 
 /* Control */
 
-struct copy *copy_new(struct fetcher *f, void (*ended)(void))
+struct copy *copy_new(struct fetcher *f, void (*ended)(void *arg), void *arg)
 {
 	struct copy *c = calloc(1, sizeof(*c));
 
@@ -494,6 +495,7 @@ struct copy *copy_new(struct fetcher *f, void (*ended)(void))
 	c->layer = f->layer;
 	c->origin = f->origin;
 	c->ended = ended;
+	c->arg = arg;
 	c->job.run = pump;
 	pthread_mutex_init(&c->lock, NULL);
 	c->map = malloc(sizeof(*c->map));	/* not touched before they are needed */

@@ -31,8 +31,8 @@ struct copy_status {
 	struct copy_failure failure[COPY_FAILURES];
 };
 
-/* ended is called, by any thread, when a copy ends.  NULL if out of memory. */
-struct copy *copy_new(struct fetcher *f, void (*ended)(void));
+/* ended(arg) is called, by any thread, when a copy ends.  NULL if out of memory. */
+struct copy *copy_new(struct fetcher *f, void (*ended)(void *arg), void *arg);
 
 /* When it is idle for good.  NULL is allowed. */
 void copy_free(struct copy *c);

@@ -10,9 +10,11 @@
  */
 #include "exports.h"
 
+#include "cache.h"
 #include "cow.h"
+#include "disk.h"
 #include "loop.h"
-#include "proxy.h"
+#include "origin.h"
 #include "snapshot.h"
 #include "util.h"
 
@@ -34,6 +36,7 @@ static struct {
 	size_t count;
 	const struct proto_export **entry;
 	struct proto_exports proto;
+	struct backend *cache;		/* of a proxy; else NULL */
 	void (*snapshot_ended)(const struct export *e, const char *path, const char *error);
 } table;
 
@@ -82,13 +85,37 @@ static struct backend *open_cow_target(const struct options *o, const char *imag
 	return cow_open(&cow);
 }
 
+static struct backend *open_proxy(const struct options *o)
+{
+	const struct cache_options cache = { o->image, o->bitmap, o->clear_bitmap, o->readonly,
+					     table.hooks->wake };
+	const struct origin_options remote = {
+		.host = o->host,
+		.port = o->port,
+		.export_name = o->export_name,
+		.connections = (unsigned)o->origin_connections,
+		.timeout_ms = (unsigned)o->origin_timeout * 1000,
+	};
+	struct origin *origin = origin_open(&remote);
+	struct origin_status status;
+
+	if (!origin)
+		return NULL;
+	origin_status(origin, &status);
+	table.cache = cache_open(&cache, origin);
+	if (table.cache)
+		log_line("origin %s: connected, %llu bytes", status.address,
+			 (unsigned long long)table.cache->size);
+	return table.cache;
+}
+
 static struct backend *open_backend(const struct options *o, struct served *e, const char *image)
 {
 	switch (o->mode) {
 	case MODE_COW_TARGET:
 		return open_cow_target(o, image);
 	case MODE_PROXY:
-		return proxy_open(o, table.hooks->wake);
+		return open_proxy(o);
 	default:
 		return open_target(o, e, image);
 	}
@@ -113,6 +140,9 @@ static bool add(const struct options *o, const char *name, const char *image)
 	export_init(&e->export, backend, name, describe_image(image), table.hooks->wake,
 		    loops_wake);
 	e->export.load.room = table.hooks->room;
+	e->export.load.requests_max = table.cache ? o->max_queue_size : 0;
+	e->export.load.bytes_max = !table.cache ? 0 :
+				   o->max_buf_size < SIZE_MAX ? (size_t)o->max_buf_size : SIZE_MAX;
 	table.entry[table.count++] = &e->export.proto;
 	return true;
 }
@@ -158,14 +188,19 @@ const struct proto_exports *exports_table(void)
 	return &table.proto;
 }
 
-struct export *exports_first(void)
+struct backend *exports_cache(void)
 {
-	return &table.all[0].export;
+	return table.cache;
 }
 
-void exports_have_disk(struct disk *d)
+bool exports_start(void)
 {
-	table.all[0].disk = d;
+	return !table.cache || origin_start(cache_origin(table.cache));
+}
+
+void exports_have_disk(void)
+{
+	table.all[0].disk = cache_disk(table.cache);
 }
 
 /* Snapshots */
@@ -173,7 +208,7 @@ void exports_have_disk(struct disk *d)
 const char *exports_snapshots_beside(size_t i)
 {
 	const struct served *e = &table.all[i];
-	const struct disk *d = e->disk ? e->disk : proxy_disk();
+	const struct disk *d = !e->disk && table.cache ? cache_disk(table.cache) : e->disk;
 
 	return d && disk_is_file(d) ? e->path : NULL;
 }
@@ -295,6 +330,20 @@ void exports_stop(void)
 			snapshot_abandon(e->snapshot);
 		gate_open(&e->export.gate);	/* nobody waits for it any more */
 	}
+	if (table.cache)
+		cache_stop(table.cache);
+}
+
+void exports_give_up(void)
+{
+	if (table.cache)
+		origin_cancel(cache_origin(table.cache));
+}
+
+void exports_end(void)
+{
+	if (table.cache)
+		origin_end(cache_origin(table.cache));
 }
 
 bool exports_are_busy(void)

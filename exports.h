@@ -9,7 +9,6 @@
 #include <stdbool.h>
 
 #include "backend.h"
-#include "disk.h"
 #include "options.h"
 
 /* To be called by any thread. */
@@ -24,11 +23,14 @@ bool exports_open(const struct options *o, const struct exports_hooks *hooks);
 /* For the handshake. */
 const struct proto_exports *exports_table(void);
 
-/* The first of them, which is the only one of a proxy. */
-struct export *exports_first(void);
+/* The backend of a proxy, which then is that of the first; or NULL. */
+struct backend *exports_cache(void);
 
-/* The first has become one that serves this disk, of which there can be snapshots. */
-void exports_have_disk(struct disk *d);
+/* Threads may be started.  False after logging why not. */
+bool exports_start(void);
+
+/* The proxy has become a target: there can be snapshots of its disk. */
+void exports_have_disk(void);
 
 /*
  * The path of the image of an export of which there may be snapshots now, or when a proxy has
@@ -68,8 +70,14 @@ void exports_on_snapshot(void (*ended)(const struct export *e, const char *path,
 /* Go on with snapshots. */
 void exports_tend(void);
 
-/* The server stops: give up snapshots, and let clients in who wait for one. */
+/* The server stops: give up snapshots and copies, and let clients in who wait for one. */
 void exports_stop(void);
+
+/* Let go of requests that still wait for an origin. */
+void exports_give_up(void);
+
+/* No request is left: nothing comes from an origin any more when this returns. */
+void exports_end(void);
 
 /* Whether a snapshot is being made. */
 bool exports_are_busy(void);

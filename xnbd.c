@@ -12,7 +12,6 @@
 #include "listen.h"
 #include "loop.h"
 #include "options.h"
-#include "proxy.h"
 #include "report.h"
 #include "util.h"
 #include "worker.h"
@@ -451,8 +450,8 @@ static bool start(struct server *s)
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
 	if (!setup_log(s) || !setup_signals() || !exports_open(&s->options, &hooks) ||
-	    !open_sockets(s) || !allow_is_of_use(s) || !control_open(&s->options) || !start_loops(s) ||
-	    !write_pidfile(s) || !give_up_rights(s) || !proxy_start())
+	    !open_sockets(s) || !allow_is_of_use(s) || !control_open(&s->options, wake_main) || !start_loops(s) ||
+	    !write_pidfile(s) || !give_up_rights(s) || !exports_start())
 		return false;
 	worker_begin();
 	if (s->connections_max < wanted)
@@ -614,7 +613,7 @@ static void take_wakeups(struct server *s)
 	}
 	if (usr2_signals) {
 		usr2_signals = 0;
-		proxy_switch();
+		control_switch();
 	}
 	if (info_signals) {
 		info_signals = 0;
@@ -622,8 +621,7 @@ static void take_wakeups(struct server *s)
 	}
 	if (atomic_exchange(&room_again, false))
 		loops_wake();
-	if (proxy_tend())
-		exports_have_disk(proxy_disk());
+	control_tend();
 	exports_tend();
 }
 
@@ -692,7 +690,6 @@ static bool stop_all(void)
 	struct pollfd pfd = { .fd = wake_pipe[0], .events = POLLIN };
 
 	control_close();
-	proxy_stop();
 	exports_stop();
 	loops_stop();
 	while (loops_load() > 0 || exports_are_busy()) {
@@ -701,7 +698,7 @@ static bool stop_all(void)
 		now = now_ms();
 		until += now < begun + GIVE_UP_MS ? GIVE_UP_MS : STOP_MS;
 		if (now >= begun + GIVE_UP_MS)
-			proxy_give_up();
+			exports_give_up();
 		if (now >= until)
 			return false;
 		if (wait_for(&pfd, 1, (int)(until - now)) > 0)
@@ -734,7 +731,7 @@ static void run(struct server *s)
 		_exit(EXIT_FAILURE);
 	}
 	loops_join();
-	proxy_end();
+	exports_end();
 	worker_stop();		/* one may be at its last words to a loop */
 	loops_free();
 }
