@@ -437,7 +437,7 @@ static int sync_file(const struct bitmap *b)
 }
 
 /* Called with the lock, once the file is open to others. */
-static int write_header(struct bitmap *b, bool clean)
+static int write_header(struct bitmap *b, bool clean, unsigned flags)
 {
 	uint8_t p[CHECKED_SIZE + 8] = { 0 };
 
@@ -449,23 +449,25 @@ static int write_header(struct bitmap *b, bool clean)
 	put_le(p + 32, b->id.fingerprint, 8);
 	memcpy(p + 40, b->boot_id, BOOT_ID_SIZE);
 	put_le(p + 56, clean, 4);
-	put_le(p + 60, atomic_load(&b->flags), 4);
+	put_le(p + 60, flags, 4);
 	put_le(p + 64, b->image_instance, 8);
 	put_le(p + 72, b->own_instance, 8);
 	put_le(p + 80, checksum(p, CHECKED_SIZE), 8);
 	return write_at(b->fd, p, sizeof(p), 0);
 }
 
-/* Set a flag in memory and in the file, which keeps it for a later process. */
+/* Set a flag in the file, which keeps it for a later process, and then in memory. */
 static int write_flag(struct bitmap *b, enum flag flag)
 {
+	unsigned flags;
 	int err = 0;
 
 	pthread_mutex_lock(&b->lock);
-	if (!(atomic_fetch_or(&b->flags, flag) & flag))
-		err = write_header(b, false);
-	if (err)
-		atomic_fetch_and(&b->flags, ~(unsigned)flag);
+	flags = atomic_load(&b->flags);
+	if (!(flags & flag))
+		err = write_header(b, false, flags | flag);
+	if (!err)
+		atomic_fetch_or(&b->flags, flag);
 	pthread_mutex_unlock(&b->lock);
 	return err;
 }
@@ -641,7 +643,7 @@ static int format(void *bitmap, int fd)
 
 	b->fd = fd;
 	if (!err)
-		err = write_header(b, false);
+		err = write_header(b, false, 0);
 	b->fd = -1;
 	return err;
 }
@@ -717,7 +719,7 @@ static bool prepare(struct bitmap *b, bool clear)
 	if (!err && !created && !take_over(b, &err))
 		return false;
 	if (!err)
-		err = write_header(b, false);
+		err = write_header(b, false, atomic_load(&b->flags));
 	if (!err)
 		err = sync_file(b);
 	if (err)
@@ -897,7 +899,7 @@ int bitmap_mark_clean(struct bitmap *b)
 	int err;
 
 	pthread_mutex_lock(&b->lock);
-	err = write_header(b, true);
+	err = write_header(b, true, atomic_load(&b->flags));
 	pthread_mutex_unlock(&b->lock);
 	return err ? err : sync_file(b);
 }

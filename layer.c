@@ -43,20 +43,20 @@ static void layer_fail(struct layer *l, int err)
 	committer_lost(&l->committer, err);
 }
 
-/* Be alone with all blocks, so that those without a bit stay as they are: zeros. */
+/*
+ * Be alone with all blocks, so that those without a bit stay as they are, zeros, and that all that
+ * was answered before is durable.
+ */
 static int complete(struct layer *l, bool *lost)
 {
 	struct change hold;
-	int err = 0;
+	int err = disk_sync(l->disk);	/* most of it, before anybody has to wait */
 
-	if (layer_missing(l) == 0)
-		return bitmap_complete(l->map, sync_image, l->disk, lost);
-	err = disk_sync(l->disk);	/* most of it, before anybody has to wait */
 	*lost = err != 0;
 	if (err)
 		return err;
 	order_hold(disk_order(l->disk), &hold, l->size, 0, true);
-	err = atomic_load(&l->spoilt) == l->spoilt_before ?
+	err = layer_missing(l) == 0 || atomic_load(&l->spoilt) == l->spoilt_before ?
 		      bitmap_complete(l->map, sync_image, l->disk, lost) :
 		      -EBUSY;
 	order_release(&hold);

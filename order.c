@@ -285,7 +285,8 @@ bool order_enter(struct order *o, uint64_t len, uint64_t off)
 	atomic_store_explicit(&s->len, len, memory_order_relaxed);
 	atomic_store(&s->order, o);
 	s->number = odd;
-	if (atomic_load(&o->count) == 0 && !is_in_slot(o, len, off))
+	/* In this order: who registers a change leaves its slot afterwards. */
+	if (!is_in_slot(o, len, off) && atomic_load(&o->count) == 0)
 		return true;
 	pthread_mutex_lock(&o->lock);
 	s->number = next_number(o);

@@ -2,8 +2,10 @@
  * fuzz_bitmap.c - fuzzes what bitmap.c opens: a file of any contents.
  *
  * The first bytes of an input choose the disk and what is done to the file; the rest is its
- * contents.  Whether it may be opened, and what it then says, is found here in another way: from
- * xnbd-bitmap(5).  bitmap.c is included for the boot id, and for what it says of a refusal.
+ * contents, and at the end of it what is done to the bitmap: bits, commits, kills, power cuts.
+ * Whether the file may be opened, and what it then says, is found here in another way: from
+ * xnbd-bitmap(5).  bitmap.c is included for the boot id, the instances of file systems, and for
+ * what it says of a refusal.
  *
  * TMPDIR should be in memory: much is synced.
  */
@@ -18,13 +20,29 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#undef log_line
 #define log_failure(...) ((void)snprintf(reason, sizeof(reason), __VA_ARGS__))
+#define log_line(...) ((void)snprintf(reason, sizeof(reason), __VA_ARGS__))
 static char reason[256];
 #include "../bitmap.c"
 
 enum {
-	CHANGES_MAX = 8,
+	EVENTS_MAX = 12,
+	TAIL = 64,			/* bytes of an input that choose events */
 	PAGE_BLOCKS = 8 * 4096,		/* of a page of a map */
+	HEADER_BYTES = 88,		/* of the header that mean something */
+};
+
+/* Where what is where in the header. */
+enum {
+	AT_VERSION = 8,
+	AT_BOOT = 40,
+	AT_CLEAN = 56,
+	AT_FLAGS = 60,
+	AT_IMAGE = 64,
+	AT_OWN = 72,
+	AT_CHECKSUM = 80,
+	AT_CHECKSUM_1 = 64,		/* of version 1 */
 };
 
 /* What is asked for, and the file that is there. */
@@ -32,6 +50,7 @@ struct scene {
 	struct bitmap_identity id;
 	bool clear;
 	bool sparse, allocated;		/* pages of zeros are not written; there is room for them */
+	bool raw;			/* flags and instances are what the contents say */
 	uint64_t blocks, map_bytes;
 	uint8_t *file;			/* NULL: there is none */
 	size_t len;
@@ -67,33 +86,65 @@ static uint64_t fnv1a(const uint8_t *p, size_t n)
 	return h;
 }
 
+static size_t checked_bytes(const uint8_t *header)
+{
+	return get_le(header + AT_VERSION, 4) == 1 ? AT_CHECKSUM_1 : AT_CHECKSUM;
+}
+
+static void seal(uint8_t *header)
+{
+	size_t n = checked_bytes(header);
+
+	put_le(header + n, fnv1a(header, n), 8);
+}
+
+static bool is_sealed(const uint8_t *header)
+{
+	size_t n = checked_bytes(header);
+
+	return get_le(header + n, 8) == fnv1a(header, n);
+}
+
 /* Make the header good, but for what bits say. */
 static void mend_header(struct scene *s, unsigned bits)
 {
-	if (s->len < 72 || !(bits & 1))
+	if (s->len < HEADER_BYTES || !(bits & 1))
 		return;
 	memcpy(s->file, "xnbdbmap", 8);
 	if (bits & 2) {
-		put_le(s->file + 8, 1, 4);
+		put_le(s->file + AT_VERSION, bits & 128 ? 1 : 2, 4);
 		put_le(s->file + 12, s->id.kind, 4);
 		put_le(s->file + 16, 4096, 8);
 		put_le(s->file + 24, s->id.disk_size, 8);
 		put_le(s->file + 32, s->id.fingerprint, 8);
 	}
 	if (bits & 4)
-		read_boot_id(s->file + 40);
+		read_boot_id(s->file + AT_BOOT);
+	if (!s->raw) {
+		put_le(s->file + AT_FLAGS, s->file[AT_FLAGS] & WRITTEN, 4);
+		put_le(s->file + AT_IMAGE, instance_of(s->id.image), 8);
+		put_le(s->file + AT_OWN, instance_of(path), 8);
+	}
 	if (bits & 8)
-		put_le(s->file + 64, fnv1a(s->file, 64), 8);
+		seal(s->file);
+}
+
+/* One of the sizes that are nearly right; the last one has no live map, and is right as well. */
+static size_t other_size(const struct scene *s, size_t n)
+{
+	size_t full = 4096 + 2 * s->map_bytes;
+
+	return n % 4 == 3 ? full - s->map_bytes : full + n % 4 - 1;
 }
 
 /* The contents go to the header, and repeated to both maps if the size shall be right. */
 static void make_file(struct scene *s, struct input *in, unsigned bits)
 {
 	unsigned empty = bits & 64 ? (unsigned)take(in, 1) : 0;		/* which pages of the maps */
-	size_t n = in->left, full = 4096 + 2 * s->map_bytes;
+	size_t n = in->left;
 	uint8_t *p = take_bytes(in, &n);
 
-	s->len = bits & 16 ? n : full + (bits & 32 ? n % 3 - 1 : 0);
+	s->len = bits & 16 ? n : bits & 32 ? other_size(s, n) : 4096 + 2 * s->map_bytes;
 	s->file = calloc(1, s->len ? s->len : 1);
 	assert(s->file);
 	if (n > 0)
@@ -143,6 +194,8 @@ static void make_scene(struct scene *s, struct input *in)
 	s->clear = what & 2;
 	s->sparse = what & 16;
 	s->allocated = what & 32;
+	s->id.image = what & 64 ? "/" : path;
+	s->raw = what & 128;
 	s->map_bytes = s->blocks ? (s->blocks + PAGE_BLOCKS - 1) / PAGE_BLOCKS * 4096 : 4096;
 	s->file = NULL;
 	s->len = 0;
@@ -173,11 +226,14 @@ static uint8_t *read_file(size_t *len)
 static bool is_good(const struct scene *s)
 {
 	const uint8_t *p = s->file;
+	size_t full = 4096 + 2 * s->map_bytes;
 
-	return s->len == 4096 + 2 * s->map_bytes && memcmp(p, "xnbdbmap", 8) == 0 &&
-	       get_le(p + 8, 4) == 1 && get_le(p + 12, 4) == s->id.kind &&
-	       get_le(p + 16, 8) == 4096 && get_le(p + 24, 8) == s->id.disk_size &&
-	       get_le(p + 32, 8) == s->id.fingerprint && get_le(p + 64, 8) == fnv1a(p, 64);
+	return (s->len == full || s->len == full - s->map_bytes) &&
+	       memcmp(p, "xnbdbmap", 8) == 0 &&
+	       (get_le(p + AT_VERSION, 4) == 1 || get_le(p + AT_VERSION, 4) == 2) &&
+	       get_le(p + 12, 4) == s->id.kind && get_le(p + 16, 8) == 4096 &&
+	       get_le(p + 24, 8) == s->id.disk_size && get_le(p + 32, 8) == s->id.fingerprint &&
+	       is_sealed(p);
 }
 
 /* Something that is no bitmap, and larger than one, is left alone even so. */
@@ -187,15 +243,59 @@ static bool is_clearable(const struct scene *s)
 	       (s->len >= 8 && memcmp(s->file, "xnbdbmap", 8) == 0);
 }
 
-/* The map that is to be believed; NULL: no bit is set. */
-static const uint8_t *believed(const struct scene *s)
+/* What a bitmap must say, and what it must say after a power cut. */
+struct truth {
+	uint8_t *now, *durable;		/* maps */
+	bool whole;			/* all bits are set: both maps are 0xff then */
+	bool written;			/* a client has changed the disk */
+};
+
+static bool is_same_place(const uint8_t *p, uint64_t instance)
 {
+	uint64_t then = get_le(p, 8);
+
+	return then == 0 || instance == 0 || then == instance;
+}
+
+/* Whether the live map of a file counts. */
+static bool live_counts(const struct scene *s)
+{
+	const uint8_t *p = s->file;
 	uint8_t id[16];
 
-	if (!s->file || s->clear)
-		return NULL;
 	read_boot_id(id);
-	return s->file + 4096 + (memcmp(s->file + 40, id, 16) == 0 ? s->map_bytes : 0);
+	if (s->len != 4096 + 2 * s->map_bytes || memcmp(p + AT_BOOT, id, 16) != 0)
+		return false;
+	return get_le(p + AT_VERSION, 4) == 1 ||
+	       (!(p[AT_FLAGS] & FAILED) && is_same_place(p + AT_IMAGE, instance_of(s->id.image)) &&
+		is_same_place(p + AT_OWN, instance_of(path)));
+}
+
+static void hold_all(const struct scene *s, struct truth *t)
+{
+	t->whole = true;
+	memset(t->now, 0xff, s->map_bytes);
+	memset(t->durable, 0xff, s->map_bytes);
+}
+
+/* What the file at the beginning says. */
+static void read_truth(const struct scene *s, struct truth *t)
+{
+	const uint8_t *p = s->file;
+
+	memset(t, 0, sizeof(*t));
+	t->now = calloc(1, s->map_bytes);
+	t->durable = calloc(1, s->map_bytes);
+	assert(t->now && t->durable);
+	if (!p || s->clear)
+		return;
+	for (uint64_t i = 0; i < s->map_bytes; i++) {
+		t->durable[i] = p[4096 + i];
+		t->now[i] = t->durable[i] | (live_counts(s) ? p[4096 + s->map_bytes + i] : 0);
+	}
+	t->written = get_le(p + AT_VERSION, 4) == 2 && p[AT_FLAGS] & WRITTEN;
+	if (get_le(p + AT_VERSION, 4) == 2 && p[AT_FLAGS] & WHOLE)
+		hold_all(s, t);
 }
 
 static void check_untouched(const struct scene *s)
@@ -212,109 +312,185 @@ static bool bit_of(const uint8_t *map, uint64_t blk)
 	return map && map[blk / 8] >> blk % 8 & 1;
 }
 
-/* Each bit, how many, and the runs that they make. */
-static void check_bits(const struct bitmap *b, const uint8_t *map, uint64_t blocks)
+/* The runs that bits make, and how many are set. */
+static void check_runs(const struct bitmap *b, const uint8_t *map, uint64_t blocks)
 {
-	uint64_t count = 0, run = 0;
-	bool set = false;
+	uint64_t count = 0, run;
+	bool set = false, last;
 
-	for (uint64_t blk = 0; blk < blocks; blk++, run--) {
-		assert(bitmap_test(b, blk) == bit_of(map, blk));
-		count += bit_of(map, blk);
-		if (run > 0) {
-			assert(bit_of(map, blk) == set);
-			continue;
-		}
-		assert(blk == 0 || bit_of(map, blk) != set);
+	for (uint64_t blk = 0; blk < blocks; blk += run) {
+		last = set;
 		run = bitmap_run(b, blk, blocks - blk, &set);
-		assert(run > 0 && run <= blocks - blk && set == bit_of(map, blk));
+		assert(run > 0 && run <= blocks - blk && (blk == 0 || set != last));
+		for (uint64_t i = blk; i < blk + run; i++)
+			assert(bit_of(map, i) == set);
+		count += set ? run : 0;
 	}
 	assert(bitmap_count(b) == count);
 }
 
-/* Set bits, in the bitmap and in the map that says what it must be. */
-static void change(struct bitmap *b, uint8_t *map, uint64_t blocks, struct input *in)
+/* Each bit as well. */
+static void check_bits(const struct bitmap *b, const uint8_t *map, uint64_t blocks)
 {
-	for (unsigned i = 0; i < CHANGES_MAX && blocks > 0 && in->left > 0; i++) {
-		uint64_t blk = take(in, 3) % blocks, n = take(in, 2) % (blocks - blk + 1), fresh = 0;
-
-		for (uint64_t k = blk; k < blk + n; k++) {
-			fresh += !bit_of(map, k);
-			map[k / 8] |= (uint8_t)(1 << k % 8);
-		}
-		assert(bitmap_set(b, blk, n) == fresh);
-		assert(!fresh || bitmap_is_dirty(b));
-	}
+	for (uint64_t blk = 0; blk < blocks; blk++)
+		assert(bitmap_test(b, blk) == bit_of(map, blk));
+	check_runs(b, map, blocks);
 }
 
-static int sync_data(void *arg)
+/* Set bits, in the bitmap and in the map that says what it must be. */
+static void change(struct bitmap *b, const struct scene *s, struct truth *t, struct input *in)
+{
+	uint64_t blk, n, fresh = 0, told = 1;
+
+	if (s->blocks == 0)
+		return;
+	blk = take(in, 3) % s->blocks;
+	n = take(in, 2) % (s->blocks - blk + 1);
+	for (uint64_t k = blk; k < blk + n; k++) {
+		fresh += !bit_of(t->now, k);
+		t->now[k / 8] |= (uint8_t)(1 << k % 8);
+	}
+	assert(bitmap_set(b, blk, n, &told) == 0 && told == fresh + 1);
+	assert(!fresh || bitmap_is_dirty(b));
+}
+
+static int succeed(void *arg)
 {
 	++*(unsigned *)arg;
 	return 0;
 }
 
-/* After a commit, and a reboot: all is there, and the file is what the manual says. */
-static void check_commit(struct bitmap *b, const struct scene *s, const uint8_t *map)
+static int do_not_succeed(void *arg)
 {
-	unsigned synced = 0;
-	size_t len;
-	uint8_t *p;
-
-	assert(bitmap_commit(b, sync_data, &synced) == 0 && synced > 0);
-	assert(!bitmap_is_dirty(b) && bitmap_mark_clean(b) == 0);
-	bitmap_close(b);
-	p = read_file(&len);
-	assert(len == 4096 + 2 * s->map_bytes && get_le(p + 56, 4) == 1);
-	assert(get_le(p + 64, 8) == fnv1a(p, 64));
-	assert(memcmp(p + 4096, p + 4096 + s->map_bytes, s->map_bytes) == 0);
-	for (uint64_t blk = 0; blk < s->blocks; blk++)
-		assert(bit_of(p + 4096, blk) == bit_of(map, blk));
-	free(p);
+	++*(unsigned *)arg;
+	return -EIO;
 }
 
-/* The machine has no memory of what was not committed: the boot id is another one. */
-static void forget_boot_id(void)
+/* Commit, or let all be held; or try to, when the data cannot be made durable. */
+static void make_durable(struct bitmap *b, const struct scene *s, struct truth *t, bool all,
+			 bool fails)
 {
-	uint8_t p[72];
+	int (*how)(struct bitmap *, int (*)(void *), void *, bool *) =
+		all ? bitmap_complete : bitmap_commit;
+	bool lost = true, dirty = bitmap_is_dirty(b);
+	unsigned synced = 0;
+
+	assert(how(b, fails ? do_not_succeed : succeed, &synced, &lost) == (fails ? -EIO : 0));
+	assert(synced > 0 && lost == fails);
+	if (fails || all)
+		assert(bitmap_is_dirty(b) == dirty);
+	else
+		assert(!bitmap_is_dirty(b));
+	if (!fails && all)
+		hold_all(s, t);
+	else if (!fails)
+		memcpy(t->durable, t->now, s->map_bytes);
+}
+
+/* Change a byte of the header of the file, which nobody has open. */
+static void change_header(unsigned at)
+{
+	uint8_t p[HEADER_BYTES];
 	int fd = open(path, O_RDWR);
 
 	assert(fd >= 0 && read_at(fd, p, sizeof(p), 0) == 0);
-	p[40] ^= 1;
-	put_le(p + 64, fnv1a(p, 64), 8);
+	assert(get_le(p + AT_VERSION, 4) == 2 && is_sealed(p));
+	p[at] ^= 1;
+	seal(p);
 	assert(write_at(fd, p, sizeof(p), 0) == 0);
 	close(fd);
 }
 
-static void use(struct bitmap *b, const struct scene *s, struct input *in)
-{
-	uint8_t *map = calloc(1, s->map_bytes);
-	bool kill = take(in, 1) & 1;
+enum end { KILL, POWER_CUT, FAILURE, REMOUNT, ENDS };
 
-	assert(map);
-	if (believed(s))
-		memcpy(map, believed(s), s->map_bytes);
-	check_bits(b, map, s->blocks);
-	change(b, map, s->blocks, in);
-	check_bits(b, map, s->blocks);
-	assert(!bitmap_open(path, &s->id, s->clear));	/* somebody has it */
-	if (kill) {
-		bitmap_close(b);
-		b = bitmap_open(path, &s->id, false);
-		assert(b);
-		check_bits(b, map, s->blocks);
-	}
-	check_commit(b, s, map);
-	forget_boot_id();
+/* It ends, and another one opens the file. */
+static struct bitmap *reopen(struct bitmap *b, const struct scene *s, struct truth *t, enum end how)
+{
+	unsigned instance = b->own_instance > 1 ? AT_OWN : b->image_instance > 1 ? AT_IMAGE : 0;
+
+	if (how == FAILURE)
+		bitmap_mark_failed(b);
+	bitmap_close(b);
+	if (how == POWER_CUT)
+		change_header(AT_BOOT);
+	if (how == REMOUNT && instance)
+		change_header(instance);
+	if (how != KILL && (how != REMOUNT || instance))
+		memcpy(t->now, t->durable, s->map_bytes);
 	b = bitmap_open(path, &s->id, false);
 	assert(b);
-	check_bits(b, map, s->blocks);
+	return b;
+}
+
+/* In order, after a commit: the file is what the manual says. */
+static void check_file(const struct scene *s, const struct truth *t)
+{
+	size_t len;
+	uint8_t *p = read_file(&len);
+
+	assert(len == 4096 + 2 * s->map_bytes && get_le(p + AT_VERSION, 4) == 2);
+	assert(is_sealed(p) && get_le(p + AT_CLEAN, 4) == 1);
+	assert(get_le(p + AT_FLAGS, 4) == (t->whole ? WHOLE : 0U) + (t->written ? WRITTEN : 0U));
+	for (uint64_t blk = 0; blk < s->blocks; blk++) {
+		assert(t->whole || bit_of(p + 4096, blk) == bit_of(t->now, blk));
+		assert(!bit_of(p + 4096 + s->map_bytes, blk) || bit_of(t->now, blk));
+	}
+	free(p);
+}
+
+static struct bitmap *do_event(struct bitmap *b, const struct scene *s, struct truth *t,
+			       struct input *in)
+{
+	unsigned event = (unsigned)take(in, 1);
+
+	switch (event % 8) {
+	case 0:
+	case 1:
+	case 2:
+		change(b, s, t, in);
+		return b;
+	case 3:
+		make_durable(b, s, t, false, event & 8);
+		return b;
+	case 4:
+		make_durable(b, s, t, true, event & 8);
+		return b;
+	case 5:
+		assert(bitmap_note_change(b) == 0);
+		t->written = true;
+		return b;
+	default:
+		return reopen(b, s, t, event / 8 % ENDS);
+	}
+}
+
+static void use(struct bitmap *b, const struct scene *s, struct input *in)
+{
+	struct truth t;
+
+	read_truth(s, &t);
+	check_bits(b, t.now, s->blocks);
+	assert(!bitmap_open(path, &s->id, s->clear));	/* somebody has it */
+	for (unsigned i = 0; i < EVENTS_MAX && in->left > 0; i++) {
+		b = do_event(b, s, &t, in);
+		check_runs(b, t.now, s->blocks);
+	}
+	make_durable(b, s, &t, false, false);
+	assert(bitmap_mark_clean(b) == 0);
 	bitmap_close(b);
-	free(map);
+	check_file(s, &t);
+	change_header(AT_BOOT);
+	b = bitmap_open(path, &s->id, false);
+	assert(b);
+	check_bits(b, t.now, s->blocks);
+	bitmap_close(b);
+	free(t.now);
+	free(t.durable);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 {
-	size_t tail = n > 32 ? 32 : 0;
+	size_t tail = n > TAIL ? TAIL : 0;
 	struct input in = { p, n - tail }, later = { p + n - tail, tail };
 	struct bitmap *b;
 	struct scene s;

@@ -17,9 +17,8 @@
  * first is durable at the second.  What was received is recorded before the server sees it, and
  * what is sent before anybody can answer to it.
  *
- * Stores through a small shared mapping are recorded with the next thing that is, and before it.
- * copy_file_range(), splice() and their like are not seen: the test compares the files with the
- * record, so that it does not miss a server that uses them.
+ * copy_file_range(), splice(), stores through a mapping and their like are not seen: the test
+ * compares the files with the record, so that it does not miss a server that uses them.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -36,7 +35,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -58,7 +56,6 @@ enum kind {
 	LINK,			/* likewise; file: that which had no name, the first is "" then */
 	RECEIVE,		/* file: the socket; bytes: the data */
 	SEND,
-	MAPPED,			/* at: offset; bytes: what a page of a mapping has become */
 	CLONE,			/* at: inode number of the file that it is a copy of now */
 	HELD,			/* a thread waits: POWERCUT_HOLD */
 };
@@ -82,20 +79,10 @@ typedef int ioctl_request;
 
 enum {
 	LOG_FD = 900,			/* where the server's own descriptors do not come */
-	PAGE = 4096,
-	MAPPINGS = 4,
-	MAPPING_MAX = 64 * 1024,	/* bytes; larger ones are not watched */
 };
 
 /* The lock, which guards all that follows it. */
 static pthread_mutex_t order = PTHREAD_MUTEX_INITIALIZER;
-
-static struct mapping {
-	volatile uint64_t *memory;	/* NULL: there is none */
-	size_t length;
-	uint64_t file;
-	uint64_t known[MAPPING_MAX / 8];	/* what was recorded of it */
-} mappings[MAPPINGS];
 
 static unsigned long moments, last_moment;
 static uint64_t temporary;		/* the inode of a new temporary file; 0: none */
@@ -143,37 +130,6 @@ static void append(enum kind kind, uint64_t file, uint64_t at, uint64_t length,
 	errno = saved;
 }
 
-/* Word by word, and not by memcpy(): others store there at the same time. */
-static bool has_changed(struct mapping *m, size_t page)
-{
-	bool changed = false;
-
-	for (size_t i = page / 8; i < (page + PAGE) / 8; i++) {
-		uint64_t word = m->memory[i];
-
-		changed |= word != m->known[i];
-		m->known[i] = word;
-	}
-	return changed;
-}
-
-static void put_mapping(struct mapping *m, bool all)
-{
-	for (size_t page = 0; page < m->length; page += PAGE) {
-		struct iovec iov = { m->known + page / 8, PAGE };
-
-		if (has_changed(m, page) || all)
-			append(MAPPED, m->file, page, 0, &iov, 1, PAGE);
-	}
-}
-
-static void put_mappings(void)
-{
-	for (int i = 0; i < MAPPINGS; i++)
-		if (mappings[i].memory)
-			put_mapping(&mappings[i], false);
-}
-
 /* Something was recorded, or will be. */
 static void moment(void)
 {
@@ -184,7 +140,6 @@ static void moment(void)
 static void put(enum kind kind, uint64_t file, uint64_t at, uint64_t length,
 		const struct iovec *data, int count, uint64_t bytes)
 {
-	put_mappings();
 	append(kind, file, at, length, data, count, bytes);
 	moment();
 }
@@ -201,7 +156,6 @@ static void put_bytes(enum kind kind, uint64_t file, const void *buf, size_t len
 static void begin_change(void)
 {
 	pthread_mutex_lock(&order);
-	put_mappings();
 	moment();
 }
 
@@ -459,60 +413,6 @@ int ioctl(int fd, ioctl_request what, ...)
 	return changed(&c, result, CLONE, fstat((int)(intptr_t)arg, &st) < 0 ? 0 : st.st_ino, 0);
 }
 
-/* Mappings */
-
-/* The mapping at that place, or with NULL a free entry; NULL if there is none. */
-static struct mapping *find_mapping(const void *memory)
-{
-	for (int i = 0; i < MAPPINGS; i++)
-		if (mappings[i].memory == memory)
-			return &mappings[i];
-	return NULL;
-}
-
-static void watch(void *memory, size_t length, uint64_t file)
-{
-	struct mapping *m = find_mapping(NULL);
-
-	if (!m || length > MAPPING_MAX || length % PAGE != 0)
-		return;
-	m->memory = memory;
-	m->length = length;
-	m->file = file;
-	put_mapping(m, true);
-}
-
-#define MMAP(mmap_name, off_type)								\
-void *mmap_name(void *at, size_t length, int protection, int flags, int fd, off_type off)	\
-{												\
-	void *memory = REAL(mmap_name)(at, length, protection, flags, fd, off);			\
-	uint64_t inode;										\
-												\
-	if (memory == MAP_FAILED || !(flags & MAP_SHARED) || !(protection & PROT_WRITE) ||	\
-	    off != 0 || fd < 0 || what_is(fd, &inode) != FILE_HERE)				\
-		return memory;									\
-	pthread_mutex_lock(&order);								\
-	watch(memory, length, inode);								\
-	pthread_mutex_unlock(&order);								\
-	return memory;										\
-}
-
-MMAP(mmap, off_t)
-
-int munmap(void *memory, size_t length)
-{
-	struct mapping *m;
-
-	pthread_mutex_lock(&order);
-	m = log_fd < 0 ? NULL : find_mapping(memory);
-	if (m) {
-		put_mapping(m, false);
-		m->memory = NULL;
-	}
-	pthread_mutex_unlock(&order);
-	return REAL(munmap)(memory, length);
-}
-
 /* Syncs: others go on meanwhile. */
 
 static void put_sync(const struct call *c, enum kind kind, bool ok)
@@ -724,5 +624,4 @@ SIZES(ftruncate64, fallocate64, posix_fallocate64, off64_t)
 OPEN(open64)
 TRUNCATES(truncate64, off64_t)
 TEMPORARY(mkostemp64)
-MMAP(mmap64, off64_t)
 #endif

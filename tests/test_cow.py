@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import make_disk, need, need_holes, need_module, need_punch, skip
+from conftest import is_portable, make_disk, need, need_holes, need_module, need_punch, skip
 from nbd import *
 from test_model import (ALLOCATION, DISKS, SECONDS, Model, dialect, exercise, extents, random_seed,
                         written_parts)
@@ -774,6 +774,10 @@ class Map:
     """The file PATH.map, to do to it what machines do."""
 
     HEADER = 4096
+    CHECKED = 80                        # bytes of the header, before the checksum
+    FAILED, WHOLE, WRITTEN = 1, 2, 4    # flags
+    # Offsets in the header.
+    VERSION, BOOT, CLEAN, FLAGS, IMAGE_INSTANCE, OWN_INSTANCE = 8, 40, 56, 60, 64, 72
 
     def __init__(self, path):
         self.path = Path(path)
@@ -783,10 +787,22 @@ class Map:
         with open(self.path, "r+b") as f:
             os.pwrite(f.fileno(), data, offset)
             if seal:
-                os.pwrite(f.fileno(), struct.pack("<Q", fnv1a(os.pread(f.fileno(), 64, 0))), 64)
+                checked = os.pread(f.fileno(), self.CHECKED, 0)
+                os.pwrite(f.fileno(), struct.pack("<Q", fnv1a(checked)), self.CHECKED)
+
+    def field(self, offset, form="<I"):
+        with open(self.path, "rb") as f:
+            header = f.read(self.HEADER)
+        return struct.unpack_from(form, header, offset)[0]
+
+    def flags(self):
+        return self.field(self.FLAGS)
+
+    def is_clean(self):
+        return self.field(self.CLEAN) == 1
 
     def another_boot(self):
-        self.change(40, uuid.uuid4().bytes)
+        self.change(self.BOOT, uuid.uuid4().bytes)
 
     def maps(self):
         """The committed map and the live map."""
@@ -795,6 +811,21 @@ class Map:
 
     def is_committed(self, block):
         return self.maps()[0][block // 8] >> block % 8 & 1
+
+    def lose_live_map(self):
+        """As a start leaves it that is killed while it empties the live map."""
+        os.truncate(self.path, self.HEADER + len(self.maps()[0]))
+
+    def make_version_1(self):
+        """As version 1.0.0 leaves it: no instances, no flags; and its live map has all
+        bits, those that are committed as well."""
+        committed, live = self.maps()
+        header = bytearray(self.path.read_bytes()[:self.HEADER])
+        header[self.VERSION:self.VERSION + 4] = struct.pack("<I", 1)
+        header[self.FLAGS:] = bytes(self.HEADER - self.FLAGS)
+        header[64:72] = struct.pack("<Q", fnv1a(header[:64]))
+        live = bytes(a | b for a, b in zip(committed, live))
+        self.path.write_bytes(header + committed + live)
 
     def scribble(self):
         """What a power cut may leave of the live map: anything."""
@@ -831,12 +862,16 @@ class Kept:
         were not committed."""
         self.map.another_boot()
         self.map.scribble()
-        size = self.path.stat().st_size
-        with open(self.path, "r+b") as f:
-            for block in range(-(-size // BLOCK)):
-                if not self.map.is_committed(block):
-                    junk = os.urandom(BLOCK)[:size - block * BLOCK]
-                    os.pwrite(f.fileno(), junk, block * BLOCK)
+        spoil_uncommitted(self.path, self.map)
+
+
+def spoil_uncommitted(path, bitmap):
+    """Fills what the committed map does not speak of with junk."""
+    committed, size = bitmap.maps()[0], path.stat().st_size
+    with open(path, "r+b") as f:
+        for block in range(-(-size // BLOCK)):
+            if not committed[block // 8] >> block % 8 & 1:
+                os.pwrite(f.fileno(), os.urandom(BLOCK)[:size - block * BLOCK], block * BLOCK)
 
 
 def refused(done, *words):
@@ -1050,15 +1085,18 @@ def fifo_instead(kept):
 SPOILERS = [
     other_size, other_base, base_changed_in_one_byte,
     map_missing, overlay_missing, overlay_truncated, overlay_empty, overlay_longer,
-    *[map_of_length(n) for n in (0, 1, 71, 4095, 4096, 8192, 12287, 12289, 100000)],
+    *[map_of_length(n) for n in (0, 1, 87, 4095, 4096, 8191, 8193, 12287, 12289, 100000)],
     map_of_zeros, map_of_garbage, map_is_the_overlay,
     named(header_with(0, b"xnbdBMAP", "bitmap", seal=False), "wrong_magic"),
-    named(header_with(8, b"\2\0\0\0", "version", " 2", " 1"), "later_version"),
+    named(header_with(8, b"\0\0\0\0", "version", " 0", " 2"), "version_0"),
+    named(header_with(8, b"\1\0\0\0", "checksum", seal=False), "version_1_with_another_checksum"),
+    named(header_with(8, b"\3\0\0\0", "version", " 3", " 2"), "later_version"),
     named(header_with(12, b"\2\0\0\0", "kind", " 2", " 1"), "bitmap_of_a_proxy"),
     named(header_with(16, b"\0\2", "block size", " 512", " 4096"), "other_block_size"),
     named(header_with(24, b"\0", "checksum", seal=False), "damaged_header"),
-    named(header_with(63, b"\1", "checksum", seal=False), "damaged_reserved"),
-    named(header_with(64, b"\0" * 8, "checksum", seal=False), "checksum_of_zeros"),
+    named(header_with(60, b"\1", "checksum", seal=False), "damaged_flags"),
+    named(header_with(79, b"\1", "checksum", seal=False), "damaged_instance"),
+    named(header_with(80, b"\0" * 8, "checksum", seal=False), "checksum_of_zeros"),
     link_instead("overlay"), link_instead("map"), directory_instead("overlay"),
     directory_instead("map"), fifo_instead,
 ]
@@ -1089,6 +1127,40 @@ def test_spoilt_overlay_is_refused_and_not_touched(kept, spoil):
             path.unlink()
         path.write_bytes(content)
     holds(kept)
+
+
+def test_overlay_of_version_1_goes_on(kept):
+    """Its map becomes one of this version."""
+    kept.map.make_version_1()
+    holds(kept).stop()
+    assert kept.map.field(Map.VERSION) == 2
+    holds(kept)
+
+
+def test_killed_server_of_version_1_loses_nothing(empty):
+    """Of the same boot: its live map is believed."""
+    s = empty.start()
+    with s.client() as c:
+        for at, length in WRITTEN.items():
+            c.pwrite(pattern(at, length, seed=1), at)
+    s.kill()
+    empty.map.make_version_1()
+    holds(empty)
+
+
+def test_live_map_of_version_1_is_not_believed_after_a_power_cut(empty):
+    s = empty.start()
+    with s.client() as c:
+        c.pwrite(pattern(0, 4096, seed=1))
+        c.flush()
+        c.pwrite(pattern(5 * BLOCK, BLOCK, seed=1), 5 * BLOCK)
+        s.kill()
+    empty.map.make_version_1()
+    with open(empty.map.path, "r+b") as f:
+        os.pwrite(f.fileno(), uuid.uuid4().bytes, Map.BOOT)
+        os.pwrite(f.fileno(), struct.pack("<Q", fnv1a(os.pread(f.fileno(), 64, 0))), 64)
+    spoil_uncommitted(empty.path, empty.map)
+    holds(empty, {0: 4096})
 
 
 def test_refusal_of_another_base_tells_both_fingerprints(kept):
@@ -1260,6 +1332,155 @@ def test_flush_after_a_kill_commits_what_the_one_before_wrote(empty):
     holds(empty)
 
 
+# What a start believes.  The committed map is never in doubt.
+
+SAFE, LATER = {0: 4096, 100000: 5000}, {5 * BLOCK: 4096, 200000: 7}
+
+
+@pytest.fixture
+def killed(cow, run_server, file_system, tmp_path):
+    """A Kept on a file system whose instance is known.  SAFE was flushed, LATER was not;
+    then it was killed."""
+    base = make_disk(tmp_path / "base.img", content=pattern(0, MIB + 77))
+    kept = Kept(cow, run_server, base, file_system("ext4", 16 * MIB))
+    with (s := kept.start()).client() as c:
+        for at, length in SAFE.items():
+            c.pwrite(pattern(at, length, seed=1), at)
+        c.flush()
+        for at, length in LATER.items():
+            c.pwrite(pattern(at, length, seed=1), at)
+        s.kill()
+    assert not bits(kept.map.maps()[0]) & {5, 200000 // BLOCK}, "it was committed too early"
+    return kept
+
+
+def bits(data):
+    """The blocks that a map has."""
+    return {8 * i + bit for i, byte in enumerate(data) if byte for bit in range(8)
+            if byte >> bit & 1}
+
+
+def shows_in_the_end(kept, written):
+    """It holds that, and so does the server after it: nothing comes back."""
+    for end in "kill", "stop":
+        s = holds(kept, written)
+        getattr(s, end)()
+    holds(kept, written)
+
+
+def test_instances_of_both_file_systems_are_in_the_header(killed):
+    """Here they lie on one."""
+    need_instances()
+    image, own = (killed.map.field(at, "<Q") for at in (Map.IMAGE_INSTANCE, Map.OWN_INSTANCE))
+    assert image == own != 0
+
+
+def need_instances():
+    """Such a server knows of none."""
+    if is_portable():
+        pytest.skip("this build knows no instances (XNBD_PORTABLE)")
+
+
+@hazard("the live map is believed after a reboot: of the file system alone")
+@pytest.mark.parametrize("which", [Map.IMAGE_INSTANCE, Map.OWN_INSTANCE], ids=["image", "map"])
+def test_live_map_of_another_instance_is_not_believed(killed, which):
+    """The page cache went with the file system.  The log says so, once."""
+    need_instances()
+    killed.map.change(which, struct.pack("<Q", killed.map.field(which, "<Q") + 1))
+    spoil_uncommitted(killed.path, killed.map)
+    with (s := killed.start()).client() as c:
+        assert c.pread(c.size) == expected_of(SAFE, c.size)
+        assert s.log().count("mounted again") == 1
+    s.kill()
+    shows_in_the_end(killed, SAFE)
+
+
+@pytest.mark.parametrize("which", [Map.IMAGE_INSTANCE, Map.OWN_INSTANCE], ids=["image", "map"])
+def test_live_map_of_an_unknown_instance_is_believed(killed, which):
+    """The boot id decides alone."""
+    killed.map.change(which, bytes(8))
+    shows_in_the_end(killed, SAFE | LATER)
+
+
+@hazard("fdatasync fails, the next one succeeds: in the next process")
+def test_live_map_is_not_believed_when_stable_storage_had_failed(killed):
+    """That is told once; the server after it starts from what there is then."""
+    killed.map.change(Map.FLAGS, struct.pack("<I", killed.map.flags() | Map.FAILED))
+    spoil_uncommitted(killed.path, killed.map)
+    with (s := killed.start()).client() as c:
+        assert c.pread(c.size) == expected_of(SAFE, c.size)
+        assert s.log().count("stable storage had failed") == 1
+        assert killed.map.flags() == Map.WRITTEN
+        for at, length in LATER.items():
+            c.pwrite(pattern(at, length, seed=1), at)
+    s.kill()
+    with (s := killed.start()).client() as c:
+        assert c.pread(c.size) == expected_of(SAFE | LATER, c.size)
+        assert "had failed" not in s.log()
+
+
+@hazard("the live map is believed after a reboot")
+def test_start_that_was_killed_while_it_emptied_the_live_map_goes_on(killed):
+    """The file has no live map then, and still says what it was not believed for."""
+    killed.map.another_boot()
+    killed.map.lose_live_map()
+    spoil_uncommitted(killed.path, killed.map)
+    s = holds(killed, SAFE)
+    assert len(killed.map.maps()[1]) == len(killed.map.maps()[0])
+    s.kill()
+    shows_in_the_end(killed, SAFE)
+
+
+def test_file_without_a_live_map_has_an_empty_one(killed):
+    """Whatever the header says."""
+    killed.map.lose_live_map()
+    spoil_uncommitted(killed.path, killed.map)
+    shows_in_the_end(killed, SAFE)
+
+
+def test_believed_live_map_outlives_another_kill(killed):
+    """Before anybody has committed it, and with new bits beside the old ones."""
+    s = holds(killed, SAFE | LATER)
+    with s.client() as c:
+        c.pwrite(pattern(6 * BLOCK, BLOCK, seed=1), 6 * BLOCK)
+        s.kill()
+    shows_in_the_end(killed, SAFE | LATER | {6 * BLOCK: BLOCK})
+
+
+def test_map_tells_whether_clients_have_written(empty):
+    """From the first change on, for good; not of what changes nothing."""
+    with (s := empty.start()).client() as c:
+        c.pread(BLOCK)
+        c.flush()
+        assert empty.map.flags() == 0
+        c.pwrite(b"x", 5000)
+        assert empty.map.flags() == Map.WRITTEN
+    s.stop()
+    assert empty.map.is_clean()
+    with empty.start().client() as c:
+        assert empty.map.flags() == Map.WRITTEN and not empty.map.is_clean()
+        assert c.pread(1, 5000) == b"x"
+
+
+@hazard("the live map is believed after a reboot: bits that were committed are gone")
+def test_record_after_a_restart_takes_nothing_from_the_committed_map(empty):
+    """A page of the map that only the live map had is committed, and then recorded in."""
+    s = empty.start()
+    with s.client() as c:
+        for at, length in WRITTEN.items():
+            c.pwrite(pattern(at, length, seed=1), at)
+    s.kill()
+    s = holds(empty)
+    with s.client() as c:
+        c.flush()
+        committed = bits(empty.map.maps()[0])
+        c.pwrite(b"x", 60 * BLOCK)
+        assert bits(empty.map.maps()[0]) >= committed > {0, 1}
+        s.kill()
+    empty.power_cut()
+    holds(empty)
+
+
 # The order of system calls, and what happens when one of them fails
 
 @contextlib.contextmanager
@@ -1279,42 +1500,103 @@ def traced(server, output, *options):
         strace.wait()
 
 
-@hazard("bitmap reaches the disk before the data")
+CALLS = "trace=fdatasync,fsync,pwrite64,sendmsg,sendto,writev,write"
+
+
+def calls_of(output):
+    return [name for name in map(call_of, output.read_text().splitlines()) if name]
+
+
+@hazard("bitmap reaches the disk before the data; kill -9 loses what was acknowledged")
 def test_flush_syncs_the_data_then_the_map_then_answers(empty, tmp_path):
-    """The order is what makes a power cut harmless: no other way to see it."""
+    """The order is what makes a power cut harmless, and kill -9: no other way to see it."""
     s, blocks = empty.start(), itertools.count(1)
 
     def flush(c):
         """Before the commit that comes by itself, after a second."""
         block = next(blocks)
         output = tmp_path / f"calls{block}"
-        with traced(s, output, "-e", "trace=fdatasync,fsync,pwrite64,sendmsg,sendto,writev,write"):
+        with traced(s, output, "-e", CALLS):
             c.pwrite(b"new", block * BLOCK + 5)
             c.flush()
-        calls = [name for name in map(call_of, output.read_text().splitlines()) if name]
-        assert calls == ["write overlay", "answer", "sync overlay", "write map", "sync map",
-                         "answer"], output.read_text()
+        assert calls_of(output) == [
+            "write overlay", "write live map", "answer",
+            "sync overlay", "write committed map", "sync map", "answer"], output.read_text()
 
     with s.client() as c:
+        c.pwrite(b"first")
+        c.flush()
         once(lambda: flush(c))
+
+
+@hazard("bitmap reaches the disk before the data")
+def test_first_change_is_told_and_has_its_space_before_it_is_recorded(cow, run_server, disk,
+                                                                      tmp_path):
+    """The header says that clients write, on stable storage before any bit of theirs is;
+    the committed map's page is taken before the live map has a bit of it."""
+    image, numbers = disk(content=pattern(0, MIB)), itertools.count()
+
+    def flush():
+        directory = tmp_path / str(next(numbers))
+        directory.mkdir()
+        s = Kept(cow, run_server, image, directory).start()
+        output = directory / "calls"
+        with s.client() as c, traced(s, output, "-e", CALLS):
+            c.pwrite(b"new", 5)
+            c.flush()
+        assert calls_of(output) == [
+            "write header", "write overlay", "write committed map", "write live map", "answer",
+            "sync overlay", "sync map", "write committed map", "sync map", "answer",
+        ], output.read_text()
+
+    once(flush)
+
+
+def test_write_to_a_block_that_is_held_needs_no_record(empty, tmp_path):
+    with (s := empty.start()).client() as c:
+        c.pwrite(b"first", 5)
+        with traced(s, tmp_path / "calls", "-e", "trace=pwrite64"):
+            c.pwrite(pattern(0, BLOCK, seed=1))
+            c.zero(100, 1000)
+        assert set(calls_of(tmp_path / "calls")) - {"write committed map"} == {"write overlay"}
 
 
 def call_of(line):
     """What a line of strace means to a FLUSH; None for others."""
-    found = re.match(r"\d+ +(\w+)\(\d+<([^>]*)>", line)
+    found = re.match(r"\d+ +(\w+)\(\d+<([^>]*)>(?:.*, (\d+)\) += )?", line)
     if not found:
         return None
-    call, path = found.groups()
-    file = {"overlay": "overlay", "overlay.map": "map"}.get(Path(path).name)
-    if file:
-        return f"{'sync' if 'sync' in call else 'write'} {file}"
+    call, path, at = found.groups()
+    name = Path(path).name
+    if name == "overlay.map":
+        return "sync map" if "sync" in call else f"write {part_of_map(path, int(at))}"
+    if name == "overlay":
+        return f"{'sync' if 'sync' in call else 'write'} overlay"
     return "answer" if path.startswith(("socket:", "TCP")) else None
 
 
+def part_of_map(path, at):
+    size = Path(path).stat().st_size
+    return ("header" if at < Map.HEADER else
+            "committed map" if at < (size + Map.HEADER) // 2 else "live map")
+
+
+def fails_for_good(client):
+    """Each request that has something to do is answered with EIO."""
+    for command in NBD_CMD_READ, WRITE, ZERO, NBD_CMD_TRIM, NBD_CMD_CACHE:
+        payload = pattern(0, BLOCK, seed=7) if command == WRITE else b""
+        assert client.error_of(command, 0, BLOCK, payload=payload) == NBD_EIO, command
+    assert client.error_of(WRITE, 0, flags=NBD_CMD_FLAG_FUA, payload=b"x") == NBD_EIO
+    assert client.error_of(NBD_CMD_FLUSH) == NBD_EIO
+
+
 @hazard("fdatasync fails, the next one succeeds")
-def test_failed_sync_is_sticky_and_its_data_is_never_committed(empty, tmp_path):
-    """The system tells once that it has lost data.  What it has lost does not
-    count after a power cut, though later blocks of the same map were written."""
+@pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.parametrize("then", ["restart", "power cut"])
+def test_failed_sync_ends_the_export_and_its_data_is_never_committed(empty, tmp_path, end, then):
+    """The system tells once that it has lost data, and may have dropped a page of any block
+    that was changed since the last good sync.  So nothing is answered any more, and the
+    next start believes what had been committed before, and says so."""
     s = empty.start()
     with s.client() as c, s.client() as other:
         c.pwrite(b"safe", 100)
@@ -1322,19 +1604,108 @@ def test_failed_sync_is_sticky_and_its_data_is_never_committed(empty, tmp_path):
         with traced(s, tmp_path / "calls", "-e", "inject=fdatasync:error=EIO:when=1"):
             c.pwrite(pattern(0, 5 * BLOCK, seed=1), BLOCK)
             assert c.error_of(NBD_CMD_FLUSH) == NBD_EIO
-        for i in range(3):
-            other.pwrite(b"later", (20 + i) * BLOCK)
-            assert other.error_of(NBD_CMD_FLUSH) == NBD_EIO
-        assert c.error_of(WRITE, 0, flags=NBD_CMD_FLAG_FUA, payload=b"x") == NBD_EIO
-        assert c.pread(5 * BLOCK, BLOCK) == pattern(0, 5 * BLOCK, seed=1)
-        assert s.log().count("not durable") == 1
-    s.stop()
+        for client in c, other, c:
+            fails_for_good(client)
+        with s.client() as later:
+            fails_for_good(later)
+        assert s.log().count("not on stable storage") == 1
+        assert empty.map.flags() == Map.FAILED | Map.WRITTEN and not empty.map.is_clean()
+    if end == "stop":
+        s.expected_status = 1
+        s.stop()
+    else:
+        s.kill()
+    assert bits(empty.map.maps()[0]) == {0}
     with open(empty.path, "r+b") as f:
         os.pwrite(f.fileno(), os.urandom(5 * BLOCK), BLOCK)
-    empty.power_cut()
-    with empty.start().client() as c:
+    if then == "power cut":
+        empty.power_cut()
+    s = empty.start()
+    with s.client() as c:
         assert c.pread(4, 100) == b"safe"
         assert c.pread(5 * BLOCK, BLOCK) == pattern(BLOCK, 5 * BLOCK)
+        assert s.log().count({"restart": "stable storage had failed",
+                              "power cut": "the machine was started again"}[then]) == 1
+        c.pwrite(b"again", BLOCK)
+        c.flush()
+    s.stop()
+
+
+@hazard("fdatasync fails, the next one succeeds: that of the map")
+@pytest.mark.parametrize("which", [1, 2])
+def test_failed_sync_of_the_map_ends_the_export_as_well(empty, tmp_path, which):
+    """The first commit syncs it twice."""
+    s = empty.start()
+    with s.client() as c:
+        with traced(s, tmp_path / "calls", "-P", empty.map.path, "-e", "trace=fdatasync", "-e",
+                    f"inject=fdatasync:error=EIO:when={which}"):
+            c.pwrite(pattern(0, 5 * BLOCK, seed=1), BLOCK)
+            assert c.error_of(NBD_CMD_FLUSH) == NBD_EIO
+        fails_for_good(c)
+        assert empty.map.flags() & Map.FAILED
+    s.expected_status = 1
+    s.stop()
+
+
+@hazard("overlay's disk full: the map's")
+@pytest.mark.parametrize("error", ["ENOSPC", "EDQUOT"])
+def test_record_that_finds_no_space_is_that_requests_error(empty, tmp_path, error):
+    """The bit is not set: a reader finds the base.  The next write is as any other."""
+    s = empty.start()
+    with s.client() as c:
+        c.pwrite(b"first", 5)
+        with traced(s, tmp_path / "calls", "-P", empty.map.path, "-e", "trace=pwrite64", "-e",
+                    f"inject=pwrite64:error={error}:when=1+"):
+            for at in 5 * BLOCK, 9 * BLOCK + 100:
+                assert c.error_of(WRITE, at, payload=pattern(at, 500, seed=1)) == NBD_ENOSPC
+                assert c.pread(2 * BLOCK, at) == pattern(at, 2 * BLOCK)
+            c.pwrite(b"held", 100)
+        c.flush()
+        c.pwrite(pattern(9 * BLOCK, 200, seed=1), 9 * BLOCK)
+    s.kill()
+    with empty.start().client() as c:
+        assert c.pread(5, 5) == b"first" and c.pread(4, 100) == b"held"
+        assert c.pread(BLOCK, 5 * BLOCK) == pattern(5 * BLOCK, BLOCK)
+        assert c.pread(BLOCK, 9 * BLOCK) == (pattern(9 * BLOCK, 200, seed=1)
+                                             + pattern(9 * BLOCK + 200, BLOCK - 200))
+
+
+@hazard("fdatasync fails, the next one succeeds: a record of bits was lost")
+def test_record_that_fails_ends_the_export(empty, tmp_path):
+    """Nobody knows what the live map is then."""
+    s = empty.start()
+    with s.client() as c:
+        c.pwrite(b"safe", 5)
+        c.flush()
+        with traced(s, tmp_path / "calls", "-P", empty.map.path, "-e", "trace=pwrite64", "-e",
+                    "inject=pwrite64:error=EIO:when=1"):
+            assert c.error_of(WRITE, 5 * BLOCK, payload=b"lost") == NBD_EIO
+        fails_for_good(c)
+        assert empty.map.flags() & Map.FAILED
+    s.expected_status = 1
+    s.stop()
+    with empty.start().client() as c:
+        assert c.pread(6 * BLOCK) == pattern(0, 5) + b"safe" + pattern(9, 6 * BLOCK - 9)
+
+
+@hazard("overlay's disk full: the map's, in a commit")
+def test_commit_that_finds_no_space_is_tried_again(empty, tmp_path):
+    """It is no lost durability: the flush fails, and a later one may succeed."""
+    s = empty.start()
+    with s.client() as c:
+        c.pwrite(b"first", 5)
+        c.flush()
+        c.pwrite(b"second", 5 * BLOCK)
+        with traced(s, tmp_path / "calls", "-P", empty.map.path, "-e", "trace=pwrite64", "-e",
+                    "inject=pwrite64:error=ENOSPC:when=1+"):
+            assert c.error_of(NBD_CMD_FLUSH) == NBD_ENOSPC
+            assert c.pread(6, 5 * BLOCK) == b"second"
+        c.flush()
+        assert s.log().count("not committed") == s.log().count("committed again") == 1
+        s.kill()
+    empty.power_cut()
+    with empty.start().client() as c:
+        assert c.pread(6, 5 * BLOCK) == b"second"
 
 
 # Real clients

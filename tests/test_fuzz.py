@@ -173,25 +173,44 @@ def ctl_seeds():
 
 
 def bitmap_seeds():
-    """What is done, how much of the header is mended, the disk; then the file."""
-    def header(size, kind=2, boot=b"b" * 16):
-        h = struct.pack("<8sIIQQQ16sII", b"xnbdbmap", 1, kind, 4096, size, 0, boot, 1, 0)
+    """What is done, how much of the header is mended, the disk; then the file, and in its
+    last 64 bytes what happens to the bitmap."""
+    def header(size, kind=2, boot=b"b" * 16, version=2, flags=0):
+        h = struct.pack("<8sIIQQQ16sII", b"xnbdbmap", version, kind, 4096, size, 0, boot, 1, flags)
+        h += struct.pack("<QQ", 5, 6) if version > 1 else b""
         return (h + struct.pack("<Q", fnv1a(h))).ljust(4096, b"\0")
 
+    def bits(first, count):
+        return bytes([0]) + struct.pack(">IH", first, count)[1:]
+
+    def ends(how):
+        return bytes([6 + 8 * how])
+
+    commit, complete, note, fails = b"\3", b"\4", b"\5", b"\13"
+    kill, power_cut, failure, remount = map(ends, range(4))
+    lives = [bits(1, 3) + kill + commit + bits(9, 1) + power_cut + bits(5, 1),
+             note + bits(0, 200) + commit + bits(201, 9) + power_cut + note + bits(7, 7) + kill,
+             bits(3, 5) + fails + failure + bits(40, 3) + commit + kill + remount,
+             bits(3, 5) + remount + bits(40, 3) + complete + power_cut + bits(1, 1) + commit,
+             b"\14" + bits(3, 5) + kill + complete + kill, commit + bits(32767, 3) + power_cut]
+    lives = [life.ljust(64, commit) for life in lives]
     for blocks, tail in [(1, 0), (200, 77), (224 + 16, 1), (255, 4095)]:
         disk = bytes([blocks]) + struct.pack(">H", tail)
-        for bits in (0x0f, 0x0b, 0x4b, 0x4f, 0x2f, 0x1f, 0x07):
-            for what, empty in [(0, 0x15), (16, 0x15), (16, 0x2a), (48, 0x2a)]:
-                yield (bytes([what, bits]) + disk + bytes([0, empty]) + b"\x5a\xff\0\x01" * 16
-                       + b"changes" * 5)
-        yield bytes([2, 0x0f]) + disk + bytes([0]) + b"changes" * 5
+        for mended in (0x0f, 0x0b, 0x4b, 0x4f, 0x2f, 0x1f, 0x07, 0x8f, 0xcf):
+            for i, (what, empty) in enumerate([(0, 0x15), (16, 0x15), (64, 0x2a), (176, 0x2a)]):
+                yield (bytes([what, mended]) + disk + bytes([0, empty]) + b"\x5a\xff\0\x01" * 16
+                       + lives[(i + mended) % len(lives)])
+        for life in lives:
+            yield bytes([2, 0x0f]) + disk + bytes([0]) + life
     disk = 200 * 4096 - 77
     for contents in (header(disk) + b"\xff" * 8192, header(disk, 1) + bytes(8192), bytes(100),
-                     header(disk)[:71]):
+                     header(disk, version=1) + b"\xff" * 8192,
+                     header(disk, version=3) + bytes(8192), header(disk, flags=3) + bytes(4096),
+                     header(disk)[:87]):
         for what in (0, 2):
             yield bytes([what, 0x10, 200, 0, 77, 0]) + contents
-    yield bytes([12, 0, 100, 0, 0, 0]) + b"changes" * 5
-
+    for life in lives:
+        yield bytes([12, 0, 100, 0, 0, 0]) + life
 
 SEEDS = {"server": server_seeds, "origin": origin_seeds, "link": link_seeds, "ctl": ctl_seeds,
          "bitmap": bitmap_seeds}
@@ -217,7 +236,8 @@ def dictionary(target, path):
         + [ALLOCATION.encode()],
         "ctl": [b"help\n", b"query\n", b"cache-all", b"cache-all2", b"stop-copy\n", b"snapshot\n",
                 b"switch", b" force\n", b"reconnect ", b"unix:", b"\r\n", b" "],
-        "link": [struct.pack(">I", NBD_STRUCTURED_REPLY_MAGIC)], "bitmap": [b"xnbdbmap"],
+        "link": [struct.pack(">I", NBD_STRUCTURED_REPLY_MAGIC)],
+        "bitmap": [b"xnbdbmap", b"\3", b"\4", b"\6", b"\x0e", b"\x16", b"\x1e"],
     }[target]
     path.write_text("".join('"%s"\n' % "".join(f"\\x{byte:02x}" for byte in word)
                             for word in words))

@@ -360,7 +360,7 @@ def switches(m, client, disk):
 
 
 @pytest.mark.parametrize("call", ["fallocate", "pwrite64", "fsync", "ftruncate", "fdatasync",
-                                  "flock", "openat", "mmap"])
+                                  "flock", "openat"])
 def test_kill_in_the_first_start_is_no_obstacle(mode, server, tmp_path, call):
     """Whatever it has created when it comes to that call, the next one goes on."""
     disk = Disk(content_of(10 * BLOCK))
@@ -370,6 +370,29 @@ def test_kill_in_the_first_start_is_no_obstacle(mode, server, tmp_path, call):
             break
         with another(server, m.arguments(m.directory)) as s:
             shows(s, [[disk.block(b)] for b in range(disk.count)])
+
+
+@hazard("the live map is believed after a reboot: the start that empties it is killed")
+@pytest.mark.parametrize("why", ["power_cut", "fail_storage"])
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite64", "fdatasync"])
+def test_kill_while_the_live_map_is_emptied(spoilt, server, tmp_path, call, why):
+    """Whatever was done by then, the next start believes the committed map alone."""
+    disk = Disk(content_of(MIB + 77))
+    m = spoilt("disk", disk.content)
+    s = start(server, m)
+    with s.client() as c:
+        perform(c, disk)
+        c.flush()
+    kill(s)
+    for number in range(1, 10):
+        getattr(m, why)()
+        if not killed_in_start(m, tmp_path / "told", call, number):
+            break
+        for _ in range(2):
+            with another(server, m.arguments(m.directory)) as s:
+                shows(s, [[disk.block(b)] for b in range(disk.count)])
+    assert 1 < number < 9
+    finish(server, m, disk)
 
 
 @pytest.mark.parametrize("call", ["rename", "fallocate", "pwrite64", "fsync", "fdatasync", "flock"])
@@ -500,6 +523,17 @@ def change_and_switch(scenario, client):
     perform(client, scenario.disk)
 
 
+def change_and_force_a_switch(scenario, client):
+    """Whole blocks are written, so that nothing else is here; it becomes zeros."""
+    for at in range(0, 30 * BLOCK, 3 * BLOCK):
+        op = Operation(NBD_CMD_WRITE, at, BLOCK)
+        op.begin(scenario.disk)
+        op.end(scenario.disk, client.collect(client.request(op.command, op.at, op.length, op.flags,
+                                                            op.payload())))
+    scenario.ask("switch force")
+    scenario.switched = True
+
+
 def change_and_take_a_snapshot(scenario, client):
     perform(client, scenario.disk)
     scenario.instant = scenario.disk.all()
@@ -532,3 +566,40 @@ def test_kill_at_each_moment(server, recorder, tmp_path, kind, work):
     assert moment > 40, "is the library not loaded?"
     print(f"killed at {(moment - first) // STRIDE} moments, the last is about {moment}")
     assert mode.base.read_bytes() == mode.content, "the origin was changed"
+
+
+@hazard("kill -9 loses what was acknowledged: in a forced switch")
+@pytest.mark.limit(240 + 4 * KILLS)
+def test_forced_switch_that_is_killed_has_happened_or_not(server, recorder, tmp_path):
+    """For all blocks that were not here at the same time: they are zeros then, or the
+    origin's as before; and what they are, they stay."""
+    need_punch(tmp_path)
+    rng = random.Random(random_seed())
+    mode = Proxy(server, tmp_path.resolve() / "disk", content_of(40 * BLOCK + 77))
+    scenario, seen = Scenario(server, recorder, mode, change_and_force_a_switch), set()
+    first, step = rng.randrange(1, STRIDE + 1), max(1, STRIDE // 3)
+    for moment in itertools.count(first, step):
+        killed = scenario.is_killed_at(moment)
+        switched = has_switched(scenario)
+        assert has_switched(scenario) == switched
+        seen.add(switched)
+        if not killed:
+            break
+    assert moment > 40 and seen == {False, True}
+
+
+def has_switched(scenario):
+    """Whether all that was not written is zeros; else all of it is the origin's."""
+    disk = scenario.disk
+    with another(scenario.start_server, scenario.mode.arguments(scenario.mode.directory)) as s:
+        with s.client() as c:
+            data = c.pread(disk.size)
+    touched = {*disk.blocks, *disk.flying}
+    absent = [b for b in range(disk.count) if b not in touched]
+    for b in touched:
+        zeros = [bytes(BLOCK)] if b in disk.flying else []
+        assert data[b * BLOCK:(b + 1) * BLOCK] in [*disk.legal(b), *zeros], f"block {b}"
+    found = b"".join(data[b * BLOCK:(b + 1) * BLOCK] for b in absent)
+    before = b"".join(disk.block(b) for b in absent)
+    assert found in ([bytes(len(before))] if scenario.switched else [before, bytes(len(before))])
+    return found != before

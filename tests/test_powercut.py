@@ -7,18 +7,20 @@ a file, of its size and of its name, what it was at the last completed sync or
 after any change since, one independently of the other.  And we know what the
 clients may rely on: the promise (class Promise).
 
-A block is read from its page in the image if the committed map has its bit,
-else from where the disk comes from: the base image, or the remote server.  So
-what it can read as depends on one page of the map and one of the image only,
-and looking at each pair of what these two may be covers all subsets of the
-changes that a power cut can lose.  Real servers are then started on some of
-the states, chosen at random; on all of those that a start can leave behind.
+A block is read from its page in the image if the header says that all are held,
+or if the committed map has its bit, else from where the disk comes from: the
+base image, or the remote server.  So what it can read as depends on the header,
+one page of the map and one of the image only, and looking at each combination of
+what these may be covers all subsets of the changes that a power cut can lose.
+Real servers are then started on some of the states, chosen at random; on all of
+those that a start can leave behind.
 
-A page is taken to be written whole or not at all.  The live map is a mapping:
-it is worth nothing after a power cut, and is filled with random bits.  After
-kill -9 the page cache has all, and the live map counts; so that each point of
-the record is checked for that, too, and then every acknowledged change is
-there (class Killed).
+A page is taken to be written whole or not at all.  The live map is worth nothing
+after a power cut, and is filled with random bits.  After kill -9 the page cache
+has all, and the live map counts beside the committed one; so that each point of
+the record is checked for that, too, and then every acknowledged change is there
+(class Killed).  It is written bit by bit, so that each record of bits is a point
+of its own, between the data and the reply.
 
 A snapshot of a target must have no name, or be complete (class SnapshotCuts).
 
@@ -55,8 +57,17 @@ CHANGES = (NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_CMD_TRIM)
 
 # powercut.c: the kinds of records, and the layout of what is before the bytes.
 (WRITE, TRUNCATE, ALLOCATE, ZERO, SYNC, SYNCED, CREATE, UNLINK, RENAME, LINK, RECEIVE,
- SEND, MAPPED, CLONE, HELD) = range(1, 16)
+ SEND, CLONE, HELD) = range(1, 15)
 RECORD = struct.Struct("=IIQQQQ")
+
+
+# The header of the bitmap file: how much of it its checksum covers, and its flags.
+CHECKED = 80
+FAILED, WHOLE, WRITTEN = 1, 2, 4
+
+
+def flags_of(header):
+    return struct.unpack_from("<I", header, 60)[0]
 
 
 class Log:
@@ -119,12 +130,10 @@ class Versions:
 
 
 class File:
-    """A file as it may be on the disk, page by page; mapped is what the page
-    cache has of those that are stored to through a mapping."""
+    """A file as it may be on the disk, page by page."""
 
     def __init__(self, data=b""):
         self.size = Versions(len(data))
-        self.mapped = {}
         self.pages = {}
         self.loose = set()          # pages that have changed since the last sync
         for page in range(-(-len(data) // BLOCK)):
@@ -172,7 +181,7 @@ class File:
 
     def cached(self, number):
         """A page of it in the page cache."""
-        return self.mapped.get(number) or self.page(number).last
+        return self.page(number).last
 
     def sync(self, begun):
         self.size.sync(begun)
@@ -426,6 +435,7 @@ class PowerCuts:
     """Plays the record back, and checks the promise at each point of it.
 
     served      a client was greeted: from now on every state can be opened
+    starting    no client of this server was greeted yet
     switched    the image must be right without the bitmap, too
     held        a thread waits at the recorder's
     checked     how many values of blocks were looked at
@@ -437,6 +447,7 @@ class PowerCuts:
         self.directory = Directory(mode.directory, [n for n in (mode.image, mode.bitmap) if n])
         self.time, self.checked = 0, 0
         self.served = self.switched = self.held = False
+        self.starting = True
         self.killed_now = Killed(self)
         self.sockets, self.syncs = {}, {}
         self.forgotten = {}         # by --clear-bitmap, when a client is greeted
@@ -463,8 +474,6 @@ class PowerCuts:
             self.renamed(kind, inode, data.decode().split("\0"))
         elif kind == HELD:
             self.held = True
-        elif kind == MAPPED:
-            self.mapped(self.directory.files[inode], at // BLOCK, data)
         elif inode in self.directory.files:
             self.changed(self.directory.files[inode], kind, at, length, data)
         for watch in self.watchers:
@@ -489,7 +498,7 @@ class PowerCuts:
         self.check_all()
 
     def changed(self, file, kind, at, length, data):
-        before = file.pages[1].last if 1 in file.pages else ZEROS
+        before = {n: file.page(n).last for n in self.mode.map_pages}
         if kind == WRITE:
             pages = file.write(self.time, at, data)
         elif kind == ZERO:
@@ -509,18 +518,19 @@ class PowerCuts:
         self.check_files()
 
     def map_changed(self, file, pages, before):
+        """A power cut leaves nothing of the live map; after kill -9 it counts."""
+        everything = range(len(self.promise.values))
         if 0 in pages:
-            self.killed_now.check(range(len(self.promise.values)))
-        if 1 in pages:
-            assert not int.from_bytes(file.pages[1].last, "little") >> len(self.promise.values), (
+            self.check(everything)
+            self.killed_now.check(everything)
+        for n in set(pages) & set(self.mode.map_pages):
+            page = file.page(n).last
+            assert not int.from_bytes(page, "little") >> len(everything), (
                 "a bit behind the last block")
-            self.check(self.changed_bits(before, file.pages[1].last))
-
-    def mapped(self, file, page, data):
-        before = file.cached(page)
-        file.mapped[page] = data
-        if file is self.directory.last(self.mode.bitmap) and page == self.mode.live_page:
-            self.killed_now.check(self.changed_bits(before, data))
+            blocks = self.changed_bits(before[n], page)
+            if n == 1:
+                self.check(blocks)
+            self.killed_now.check(blocks)
 
     def changed_bits(self, before, after):
         bits = int.from_bytes(before, "little") ^ int.from_bytes(after, "little")
@@ -529,6 +539,7 @@ class PowerCuts:
     # Requests and replies
 
     def on_client(self):
+        self.starting = False
         if not self.served:
             self.served = True
             self.promise.durable(self.forgotten)
@@ -570,12 +581,13 @@ class PowerCuts:
 
     def states(self, block):
         """What the block may read as."""
-        maps = [version for file in self.directory.candidates(self.mode.bitmap)
-                for version in (file.page(1).values() if file else [ZEROS])]
-        bits = {version[block // 8] >> block % 8 & 1 for version in maps}
-        if 0 in bits:
+        held = {bool(self.mode.is_held(header, bits, block))
+                for file in self.directory.candidates(self.mode.bitmap)
+                for header in (file.page(0).values() if file else [ZEROS])
+                for bits in (file.page(1).values() if file else [ZEROS])}
+        if False in held:
             yield self.promise.origin[block], "its bit is not set"
-        if 1 not in bits and not self.switched:
+        if True not in held and not self.switched:
             return
         size = len(self.promise.origin[block])
         for file in self.directory.candidates(self.mode.image):
@@ -613,7 +625,8 @@ class PowerCuts:
             assert None not in image, "the image may not be there"
             assert all(size >= self.mode.size for file in image for size in file.size.values())
         for file in bitmap:
-            assert set(file.size.values()) == {BLOCK + 2 * self.mode.map_bytes}
+            sizes = self.mode.map_sizes if self.starting else {self.mode.map_size}
+            assert set(file.size.values()) <= sizes, file.size.values()
             assert all(self.mode.is_header(page) for page in file.page(0).values())
 
     # Between two servers
@@ -636,7 +649,6 @@ class PowerCuts:
         for name, file in self.files():
             for page in self.differences(name, file):
                 file.write(self.time, page * BLOCK, self.real_page(name, page))
-            file.mapped = {page: self.real_page(name, page) for page in file.mapped}
         self.killed_now.check(range(len(self.promise.values)))
 
     def files(self):
@@ -650,10 +662,9 @@ class PowerCuts:
         """Pages that are not as the record says."""
         size = (self.directory.path / name).stat().st_size
         assert size == file.size.last, f"{name}: {size} bytes, {file.size.last} by the record"
-        end = BLOCK + self.mode.map_bytes if name == self.mode.bitmap else size
-        data = (self.directory.path / name).read_bytes()[:end]
-        return [n for n in range(-(-end // BLOCK)) if data[n * BLOCK:(n + 1) * BLOCK]
-                != file.page(n).last[:end - n * BLOCK]]
+        data = (self.directory.path / name).read_bytes()
+        return [n for n in range(-(-size // BLOCK)) if data[n * BLOCK:(n + 1) * BLOCK]
+                != file.page(n).last[:size - n * BLOCK]]
 
     def compare(self):
         """The recorder has missed nothing."""
@@ -665,23 +676,27 @@ class PowerCuts:
 
 
 class Killed:
-    """What kill -9 would leave now: the page cache, and with it the live map, if
-    the header says that it is of this boot."""
+    """What kill -9 would leave now: the page cache, and with it both maps, of which the
+    live one counts if the header says that it is of this boot, and that stable storage
+    has not failed."""
 
     def __init__(self, cuts):
         self.cuts, self.checked = cuts, 0
         self.boot = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
 
-    def map(self):
+    def header_and_map(self):
         file = self.cuts.directory.last(self.cuts.mode.bitmap)
         if not file:
-            return ZEROS
-        is_live = file.cached(0)[40:56] == self.boot
-        return file.cached(self.cuts.mode.live_page) if is_live else file.cached(1)
+            return ZEROS, ZEROS
+        header, committed = file.cached(0), file.cached(1)
+        if header[40:56] != self.boot or flags_of(header) & FAILED:
+            return header, committed
+        live = file.cached(self.cuts.mode.live_page)
+        return header, bytes(a | b for a, b in zip(committed, live))
 
-    def value(self, bits, block):
+    def value(self, header, bits, block):
         elsewhere = self.cuts.promise.origin[block]
-        if not self.cuts.mode.is_held(bits, block):
+        if not self.cuts.mode.is_held(header, bits, block):
             return elsewhere
         return self.cuts.directory.last(self.cuts.mode.image).cached(block)[:len(elsewhere)]
 
@@ -689,10 +704,10 @@ class Killed:
         """Every acknowledged change is there."""
         if not self.cuts.served or not blocks:
             return
-        promise, bits = self.cuts.promise, self.map()
+        promise, found = self.cuts.promise, self.header_and_map()
         for b in blocks:
             self.checked += 1
-            value, legal = self.value(bits, b), promise.acknowledged(b)
+            value, legal = self.value(*found, b), promise.acknowledged(b)
             assert value in legal, (
                 f"after kill -9 at {when or f'record {self.cuts.time}'} block {b} is "
                 f"{promise.describe(b, value)}; legal: "
@@ -778,33 +793,39 @@ class Mode:
         self.base = make_sparse(directory.with_suffix(".base"), self.size, content)
         self.map_bytes = max(1, -(-self.size // (BLOCK * BLOCK * 8))) * BLOCK
         self.live_page = 1 + self.map_bytes // BLOCK
+        self.map_pages = (1, self.live_page)        # that are looked at
+        self.map_size = BLOCK + 2 * self.map_bytes
+        # The other one is that of a start that is killed while it empties the live map.
+        self.map_sizes = {self.map_size, BLOCK + self.map_bytes}
 
     def make_files(self):
         """What has to be there before a server is."""
 
     @staticmethod
-    def is_held(bits, block):
-        return bits[block // 8] >> block % 8 & 1
+    def is_held(header, bits, block):
+        return flags_of(header) & WHOLE or bits[block // 8] >> block % 8 & 1
 
     def is_header(self, page):
         """xnbd-bitmap(5)."""
         magic, version, kind, block, size = struct.unpack_from("<8sIIQQ", page)
         return ((magic, version, kind, block, size)
-                == (b"xnbdbmap", 1, self.kind, BLOCK, self.size)
-                and struct.unpack_from("<Q", page, 64)[0] == fnv1a(page[:64]))
+                == (b"xnbdbmap", 2, self.kind, BLOCK, self.size)
+                and flags_of(page) in (0, WRITTEN, WHOLE, WHOLE | WRITTEN)
+                and struct.unpack_from("<Q", page, CHECKED)[0] == fnv1a(page[:CHECKED]))
 
     def is_sound(self, state):
         """Whether the files are all there, as a server leaves them."""
         size, pages = state.get(self.bitmap, (0, {}))
         return (self.image in state and state[self.image][0] >= self.size
-                and size == BLOCK + 2 * self.map_bytes and self.is_header(pages.get(0, ZEROS)))
+                and size in self.map_sizes and self.is_header(pages.get(0, ZEROS)))
 
     def interpret(self, state, origin):
         """What each block reads as."""
-        bits = state[self.bitmap][1].get(1, ZEROS) if self.bitmap in state else ZEROS
+        pages = state[self.bitmap][1] if self.bitmap in state else {}
+        header, bits = pages.get(0, ZEROS), pages.get(1, ZEROS)
         image = state[self.image][1] if self.image in state else {}
-        return [image.get(b, ZEROS)[:len(origin[b])] if self.is_held(bits, b) else origin[b]
-                for b in range(len(origin))]
+        return [image.get(b, ZEROS)[:len(origin[b])] if self.is_held(header, bits, b)
+                else origin[b] for b in range(len(origin))]
 
     def write(self, state, directory):
         """The state as files: the machine has booted again, and the live map is junk."""
@@ -829,12 +850,27 @@ class Mode:
     def power_cut(self):
         """Does to the real files what a power cut certainly does."""
         with open(self.directory / self.bitmap, "r+b") as f:
-            self.reboot(f.fileno(), BLOCK + 2 * self.map_bytes, os.pread(f.fileno(), BLOCK, 0))
+            self.reboot(f.fileno(), os.fstat(f.fileno()).st_size, os.pread(f.fileno(), BLOCK, 0))
+
+    def fail_storage(self):
+        """The last server has said that stable storage had failed; its live map is worth
+        as little."""
+        with open(self.directory / self.bitmap, "r+b") as f:
+            header = os.pread(f.fileno(), CHECKED, 0)
+            flags = struct.pack("<I", flags_of(header) | FAILED)
+            self.seal(f.fileno(), header[:60] + flags + header[64:])
+            self.scribble(f.fileno(), BLOCK + 2 * self.map_bytes)
 
     def reboot(self, fd, size, header):
         if self.is_header(header):
-            checked = header[:40] + uuid.uuid4().bytes + header[56:64]
-            os.pwrite(fd, checked + struct.pack("<Q", fnv1a(checked)), 0)
+            self.seal(fd, header[:40] + uuid.uuid4().bytes + header[56:CHECKED])
+        self.scribble(fd, size)
+
+    @staticmethod
+    def seal(fd, checked):
+        os.pwrite(fd, checked + struct.pack("<Q", fnv1a(checked)), 0)
+
+    def scribble(self, fd, size):
         live = BLOCK + self.map_bytes
         os.pwrite(fd, os.urandom(max(0, size - live)), live)
 
@@ -882,7 +918,7 @@ class Target(Mode):
         return ["--target", *ADDRESS, *options, directory / self.image]
 
     @staticmethod
-    def is_held(bits, block):
+    def is_held(header, bits, block):
         return True
 
     def is_sound(self, state):
@@ -954,6 +990,7 @@ class Rig:
                 f"POWERCUT_HOLD_{self.hold_what}": str(self.hold)}
 
     def start(self, *options):
+        self.cuts.starting = True
         self.server = self.start_server(
             args=self.mode.arguments(self.mode.directory, *options), env=self.environment())
         self.client = self.server.client()

@@ -33,9 +33,10 @@ from test_clients import (
     test_nbdinfo_maps_holes, test_qemu_img_compares, test_qemu_img_converts_out,
     test_qemu_img_maps_holes, test_qemu_io_may_not_write_a_readonly_export)
 from test_cow import (
-    BLOCK, DATA, HOLE, RACES, WRITE, ZERO, Map, at_once, check_places, check_race, cleared, digest,
-    directory_instead, everything, fifo_instead, header_with, link_instead, map_is_the_overlay,
-    map_of_garbage, map_of_length, map_of_zeros, named, requests_of, status_of_blocks, traced,
+    BLOCK, DATA, HOLE, RACES, WRITE, ZERO, Map, at_once, bits, check_places, check_race, cleared,
+    digest, directory_instead, everything, fails_for_good, fifo_instead, header_with, link_instead,
+    map_is_the_overlay, map_of_garbage, map_of_length, map_of_zeros, named, requests_of,
+    spoil_uncommitted, status_of_blocks, traced,
     test_client_that_dies_in_a_payload_leaves_each_block_old_or_new,
     test_holes_of_base_and_overlay_are_read_as_zeros,
     test_nbdcopy_reads_the_disk_with_many_connections, test_nbdcopy_writes_the_disk,
@@ -923,7 +924,7 @@ def test_end_does_not_wait_for_a_long_command(proxy, original, command):
             with contextlib.suppress(Closed):
                 assert not c.collect(cookie).error
         p.wait()
-        assert is_clean(p.bitmap)
+        assert p.map.is_clean()
 
 
 def test_end_does_not_wait_for_the_origin(proxy, image):
@@ -939,7 +940,7 @@ def test_end_does_not_wait_for_the_origin(proxy, image):
         c.expect_closed()
         writer.expect_closed()
     p.wait()
-    assert is_clean(p.bitmap)
+    assert p.map.is_clean()
 
 
 # The command line
@@ -1343,23 +1344,11 @@ def test_kill_loses_nothing(proxy, image):
         assert p.query("fetched-bytes") == 0
 
 
-def bits(data):
-    return {block for block in range(8 * len(data)) if data[block // 8] >> block % 8 & 1}
-
-
-def is_clean(bitmap):
-    return struct.unpack_from("<I", bitmap.read_bytes(), 56)[0] == 1
-
-
 def power_cut(p):
     """What is left of a stopped proxy's cache: only what was committed."""
     p.map.another_boot()
     p.map.scribble()
-    size = p.image.stat().st_size
-    with open(p.image, "r+b") as f:
-        for block in range(-(-size // BLOCK)):
-            if not p.map.is_committed(block):
-                os.pwrite(f.fileno(), os.urandom(BLOCK)[:size - block * BLOCK], block * BLOCK)
+    spoil_uncommitted(p.image, p.map)
 
 
 @hazard("what was not flushed is never committed: at the end")
@@ -1371,12 +1360,12 @@ def test_orderly_end_commits_what_is_cached(proxy, image, number):
         c.pread(5 * BLOCK, MIB)
         c.pwrite(b"new", 100)
         c.zero(BLOCK, 50 * BLOCK)
-        assert not is_clean(p.bitmap)
+        assert not p.map.is_clean()
         cached = p.quiet().cached()
         p.terminate(number)
         p.wait()
     committed, live = map(bits, p.map.maps())
-    assert is_clean(p.bitmap) and committed == live and len(committed) == cached
+    assert p.map.is_clean() and committed == live and len(committed) == cached
     assert committed >= {0, 50, *range(256, 261)}
     power_cut(p)
     p = proxy(p.origin)
@@ -1430,6 +1419,46 @@ def test_power_cut_keeps_what_was_flushed(proxy, image, how):
     with proxy(p.origin).client() as c:
         assert c.pread(SIZE) == CONTENT[:5] + pattern(5, 3 * BLOCK, seed=1) + CONTENT[
             5 + 3 * BLOCK:]
+
+
+@hazard("fdatasync fails, the next one succeeds: in the next process")
+def test_restart_after_a_failed_sync_has_what_was_committed_before(proxy, image, tmp_path):
+    """What was fetched or written since is the origin's again; and the log says so."""
+    p = proxy(image)
+    with p.client() as c:
+        c.pwrite(b"safe", 100)
+        c.flush()
+        committed = bits(p.map.maps()[0])
+        with traced(p, tmp_path / "calls", "-e", "inject=fdatasync:error=EIO:when=1"):
+            c.pwrite(pattern(0, 5 * BLOCK, seed=1), MIB)
+            c.pread(BLOCK, 2 * MIB)
+            assert c.error_of(FLUSH) == NBD_EIO
+        fails_for_good(c)
+        assert c.error_of(READ, 3 * MIB, 100) == NBD_EIO        # also what the origin has
+        assert p.map.flags() == Map.FAILED | Map.WRITTEN
+    p.expected_status = 1
+    p.stop()
+    assert bits(p.map.maps()[0]) == committed and not p.map.is_clean()
+    spoil_uncommitted(p.image, p.map)
+    p = proxy(p.origin)
+    assert p.log().count("stable storage had failed") == 1 and p.cached() == len(committed)
+    with p.client() as c:
+        assert c.pread(SIZE) == CONTENT[:100] + b"safe" + CONTENT[104:]
+        p.migrate()
+
+
+@hazard("fdatasync fails, the next one succeeds: that of a commit without a request")
+def test_failed_commit_that_comes_by_itself_ends_the_export(proxy, image, tmp_path):
+    """Nobody has asked for a flush: the clients learn it by the next request."""
+    p = proxy(image)
+    with p.client() as c:
+        with traced(p, tmp_path / "calls", "-e", "inject=fdatasync:error=EIO:when=1"):
+            c.pwrite(pattern(0, 5 * BLOCK, seed=1), MIB)
+            until(lambda: "not on stable storage" in p.log(), what="a commit")
+        fails_for_good(c)
+        assert p.map.flags() & Map.FAILED
+    p.expected_status = 1
+    p.stop()
 
 
 @hazard("block marked before its data arrived: kill -9 leaves zeros that count as cached")
@@ -1496,10 +1525,10 @@ def shorter_image(length):
 # --clear-bitmap is the way out.
 CLEARABLE = [
     missing_image, shorter_image(0), shorter_image(500000), shorter_image(MIB + 76),
-    *[map_of_length(n) for n in (0, 1, 71, 4095, 4096, 8192, 12287, 12289, 100000)],
+    *[map_of_length(n) for n in (0, 1, 87, 4095, 4096, 8191, 8193, 12287, 12289, 100000)],
     map_of_zeros, map_of_garbage,
     named(header_with(0, b"xnbdBMAP", "bitmap", seal=False), "wrong_magic"),
-    named(header_with(8, b"\2\0\0\0", "version", " 2", " 1"), "later_version"),
+    named(header_with(8, b"\3\0\0\0", "version", " 3", " 2"), "later_version"),
     named(header_with(12, b"\1\0\0\0", "kind", " 1", " 2"), "bitmap_of_an_overlay"),
     named(header_with(16, b"\0\2", "block size", " 512", " 4096"), "other_block_size"),
     named(header_with(24, b"\0", "checksum", seal=False), "damaged_header"),
@@ -2058,7 +2087,8 @@ def test_deaf_client_does_not_delay_the_switch(proxy, image):
 
 @hazard("fdatasync fails, the next one succeeds")
 def test_switch_is_refused_when_the_data_cannot_be_made_durable(proxy, image, tmp_path):
-    """The system tells once that it has lost data; it stays a proxy for good."""
+    """The system tells once that it has lost data; it stays a proxy, which serves nothing any
+    more.  The origin is still there for the next one."""
     p = proxy(image)
     with p.client() as c:
         p.cache_all()
@@ -2066,13 +2096,138 @@ def test_switch_is_refused_when_the_data_cannot_be_made_durable(proxy, image, tm
             c.pwrite(b"new", 5)
             with pytest.raises(Refused, match="nput/output error|durable"):
                 p.switch()
-        with pytest.raises(Refused):
-            p.switch()
-        assert c.error_of(FLUSH) == NBD_EIO
+        for force in False, True:
+            with pytest.raises(Refused):
+                p.switch(force)
+        fails_for_good(c)
         assert p.query("mode") == "proxy"
-        assert c.pread(SIZE) == CONTENT[:5] + b"new" + CONTENT[8:]
-    p.expected_status = None
+        assert p.map.flags() == Map.FAILED | Map.WRITTEN
+    p.expected_status = 1
     p.stop()
+    spoil_uncommitted(p.image, p.map)
+    p = proxy(p.origin)
+    with p.client() as c:
+        assert c.pread(SIZE) in (CONTENT, CONTENT[:5] + b"new" + CONTENT[8:])
+        p.migrate()
+
+
+def calls_of_switch(p, output):
+    """What it does to its files up to its answer; "header" writes that of the map."""
+    for line in output.read_text().splitlines():
+        found = re.match(r"\d+ +(\w+)\(\d+<([^>]*)>(?:.*, (\d+)\) += )?", line)
+        if 'ok\\n"' in line:
+            yield "ok"
+        elif found and Path(found[2]) in (p.image, p.bitmap):
+            name = "image" if Path(found[2]) == p.image else "map"
+            is_header = name == "map" and found[3] == "0"
+            yield ("sync " + name if "sync" in found[1] else
+                   "header" if is_header else "write " + name)
+
+
+@hazard("switch without fdatasync of the image: or of the map, or in the wrong order")
+@pytest.mark.parametrize("force", [False, True], ids=["complete", "forced"])
+def test_switch_holds_all_blocks_once_the_image_is_durable(proxy, image, tmp_path, force):
+    """Whatever the maps say: by one sector, which is written last."""
+    p, output = proxy(image), tmp_path / "calls"
+    with p.client() as c, Control(p.control) as control:
+        c.pwrite(b"new", 5)
+        if not force:
+            p.cache_all()
+        c.flush()
+        p.quiet()
+        with traced(p, output, "-e", "trace=fdatasync,fsync,pwrite64,sendto,sendmsg,write"):
+            control.ask("switch force" if force else "switch")
+            assert p.map.flags() == Map.WHOLE | Map.WRITTEN
+    calls = list(calls_of_switch(p, output))
+    assert calls[-4:] == ["sync image", "header", "sync map", "ok"], calls
+    assert "header" not in calls[:-3] and "write map" not in calls, calls
+
+
+def test_switched_cache_outlives_a_power_cut_without_any_bit(proxy, image):
+    """A switch does not commit bits: the header alone says that all is here."""
+    p = proxy(image)
+    with p.client() as c:
+        c.pwrite(b"new", 5)
+        p.migrate()
+        c.pwrite(b"later", 3 * MIB)
+        c.flush()
+    p.kill()
+    p.map.another_boot()
+    with open(p.bitmap, "r+b") as f:
+        os.pwrite(f.fileno(), bytes(p.bitmap.stat().st_size - Map.HEADER), Map.HEADER)
+    p = proxy(p.origin)
+    blocks = -(-SIZE // BLOCK)
+    assert p.query("cached-blocks", "cached-percent") == [blocks, "100.0"]
+    with p.client() as c:
+        expected = CONTENT[:5] + b"new" + CONTENT[8:3 * MIB] + b"later" + CONTENT[3 * MIB + 5:]
+        assert c.pread(SIZE) == expected
+        p.origin.kill()
+        assert c.pread(SIZE) == expected
+
+
+@hazard("the live map is believed after a reboot: zeros of a forced switch that was cut")
+def test_forced_switch_whose_sync_fails_leaves_the_origins_blocks(proxy, image, tmp_path):
+    """The zeros are in the image by then; they count for nothing."""
+    p = proxy(image)
+    with p.client() as c:
+        c.pwrite(b"new", 5)
+        c.flush()
+        with traced(p, tmp_path / "calls", "-e", "inject=fdatasync:error=EIO:when=1"):
+            with pytest.raises(Refused):
+                p.switch(force=True)
+        assert not p.map.flags() & Map.WHOLE
+        fails_for_good(c)
+    p.expected_status = 1
+    p.stop()
+    with proxy(p.origin).client() as c:
+        assert c.pread(SIZE) == CONTENT[:5] + b"new" + CONTENT[8:]
+
+
+@hazard("fdatasync fails, the next one succeeds: what a switch had made durable is gone")
+def test_second_switch_that_fails_takes_nothing_from_the_first(proxy, image, tmp_path):
+    """By a server that was started again on the cache: all blocks are held for good."""
+    p = proxy(image)
+    with p.client() as c:
+        p.switch(force=True)
+        c.pwrite(b"flushed", 5)
+        c.flush()
+    p.stop()
+    p = proxy(p.origin)
+    with p.client() as c:
+        with traced(p, tmp_path / "calls", "-e", "inject=fdatasync:error=EIO:when=1"):
+            with pytest.raises(Refused):
+                p.switch()
+        fails_for_good(c)
+    p.expected_status = 1
+    p.stop()
+    p = proxy(p.origin)
+    assert p.query("cached-percent") == "100.0"
+    with p.client() as c:
+        assert c.pread(SIZE) == bytes(5) + b"flushed" + bytes(SIZE - 12)
+
+
+@hazard("switch without fdatasync of the image")
+@pytest.mark.parametrize("force", [False, True], ids=["complete", "forced"])
+def test_switch_that_finds_no_space_for_the_header_may_be_tried_again(proxy, image, tmp_path,
+                                                                      force):
+    """Nothing has been lost: clients notice nothing, and nothing counts as zeros."""
+    p = proxy(image)
+    with p.client() as c:
+        c.pwrite(b"new", 5)
+        if not force:
+            p.cache_all()
+        c.flush()
+        p.quiet()
+        with traced(p, tmp_path / "calls", "-P", p.bitmap, "-e", "trace=pwrite64", "-e",
+                    "inject=pwrite64:error=ENOSPC:when=1+"):
+            with pytest.raises(Refused, match="space"):
+                p.switch(force)
+        assert not p.map.flags() & Map.WHOLE
+        assert c.pread(SIZE) == CONTENT[:5] + b"new" + CONTENT[8:]
+        p.migrate()
+        assert p.map.flags() & Map.WHOLE
+    p.stop()
+    assert p.image.read_bytes() == CONTENT[:5] + b"new" + CONTENT[8:]
 
 
 @hazard("switch without fdatasync of the image")
