@@ -7,7 +7,7 @@
 #include "exports.h"
 #include "loop.h"
 #include "origin.h"
-#include "report.h"
+#include "stats.h"
 #include "util.h"
 
 #include <stdatomic.h>
@@ -71,53 +71,49 @@ static void say_exports(struct ctl_reply *reply)
 	}
 }
 
-static const char *const sum_name[] = { "reads", "writes", "flushes", "others", "read-bytes",
-					"written-bytes", "errors", "max-us", "p50-us", "p99-us" };
-
-_Static_assert(sizeof(struct tally_sums) == ARRAY_SIZE(sum_name) * sizeof(uint64_t),
-	       "the names are those of its members, in their order");
-
 /* "address reads 1 writes 2 ..." */
-static void say_client(struct ctl_reply *reply, const struct report_client *c)
+static void say_client(struct ctl_reply *reply, const struct survey_client *c)
 {
+	struct stats_field field[STATS_FIELDS];
 	char text[512];
 	int n = snprintf(text, sizeof(text), "%s", c->peer);
 
-	for (unsigned i = 0; i < ARRAY_SIZE(sum_name); i++)
-		n += snprintf(text + n, sizeof(text) - (size_t)n, " %s %llu", sum_name[i],
-			      (unsigned long long)((const uint64_t *)&c->sums)[i]);
+	tally_fields(&c->all, field);
+	for (unsigned i = 0; i < STATS_FIELDS; i++)
+		n += snprintf(text + n, sizeof(text) - (size_t)n, " %s %llu", field[i].name,
+			      (unsigned long long)field[i].value);
 	ctl_say(reply, "client", "%s in-flight %u", text, c->in_flight);
 }
 
-/* "4:17 5:3": requests that took up to 4 us, and up to 5. */
+/* "7:17 15:3": 17 requests took up to 7 us, and 3 more up to 15. */
 static void say_delays(struct ctl_reply *reply, const struct tally *t)
 {
-	char text[STATS_BUCKETS * 32];
+	char text[STATS_DELAYS * 36];
 	int n = 0;
 
 	*text = '\0';
-	for (unsigned i = 0; i < STATS_BUCKETS; i++)
+	for (unsigned i = 0; i < STATS_DELAYS; i++)
 		if (t->delay[i])
 			n += snprintf(text + n, sizeof(text) - (size_t)n, "%s%llu:%llu",
-				      n ? " " : "", (unsigned long long)bucket_top(i),
+				      n ? " " : "", (unsigned long long)delay_top(i),
 				      (unsigned long long)t->delay[i]);
 	ctl_say(reply, "delays-us", "%s", text);
 }
 
-static void say_report(struct ctl_reply *reply)
+static void say_clients(struct ctl_reply *reply)
 {
-	const struct report *r = report_take();
-	struct tally_sums sums;
+	const struct survey *s = stats_take();
+	struct stats_field field[STATS_FIELDS];
 
-	tally_sum(&r->total, &sums);
-	for (unsigned i = 0; i < ARRAY_SIZE(sum_name); i++)
-		ctl_say_number(reply, sum_name[i], ((const uint64_t *)&sums)[i]);
-	say_delays(reply, &r->total);
-	if (r->missing)
-		ctl_say_number(reply, "threads-missing", r->missing);
-	for (size_t i = 0; i < r->count; i++)
-		say_client(reply, &r->client[i]);
-	report_release();
+	tally_fields(&s->total, field);
+	for (unsigned i = 0; i < STATS_FIELDS; i++)
+		ctl_say_number(reply, field[i].name, field[i].value);
+	say_delays(reply, &s->total);
+	if (s->missing)
+		ctl_say_number(reply, "threads-missing", s->missing);
+	for (size_t i = 0; i < s->count; i++)
+		say_client(reply, &s->client[i]);
+	stats_release();
 }
 
 static void say_snapshot(struct ctl_reply *reply)
@@ -222,12 +218,12 @@ static void query(struct ctl_reply *reply)
 {
 	ctl_say(reply, "mode", "%s", mode_name());
 	say_exports(reply);
-	ctl_say_number(reply, "uptime", report_uptime() / 1000);
+	ctl_say_number(reply, "uptime", stats_uptime() / 1000);
 	ctl_say_number(reply, "clients", loops_load());
 	say_load(reply);
 	say_proxy(reply);
 	say_snapshot(reply);
-	say_report(reply);
+	say_clients(reply);
 }
 
 /* Snapshots */
@@ -352,7 +348,7 @@ bool control_open(const struct options *o, void (*wake)(void))
 {
 	static struct ctl_ops ops = {
 		.query = query,
-		.gather = report_gather,
+		.gather = stats_gather,
 		.snapshot = snapshot,
 	};
 

@@ -33,7 +33,7 @@ size_t control_poll(struct pollfd *pfd);
 int control_timeout(void);
 void control_turn(const struct pollfd *pfd, size_t n);
 
-/* report_gather() is complete. */
+/* stats_gather() is complete. */
 void control_gathered(void);
 
 #endif

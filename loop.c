@@ -46,12 +46,6 @@ static struct {
 	void (*ended)(void);
 } loops;	/* changed by the main thread before it hands out what depends on it */
 
-static struct {
-	stats_see *see;
-	void (*ended)(void);
-	atomic_uint missing;
-} survey;	/* changed by the main thread when no loop is at it */
-
 static atomic_uint spinners;
 static atomic_size_t loops_total;	/* connections; */
 static atomic_size_t loops_places;	/* those of clients that are not gone */
@@ -232,23 +226,16 @@ static void stop_all(struct loop *l)
 		conn_stop(l->conn[i]);
 }
 
-/* Done by one more. */
-static void survey_leave(void)
-{
-	if (atomic_fetch_sub(&survey.missing, 1) == 1)
-		survey.ended();
-}
-
 static void tell_survey(struct loop *l)
 {
 	for (size_t i = 0; i < l->count; i++) {
 		struct conn *c = l->conn[i];
 
 		if (c->stats)
-			survey.see(c->state == CONN_DEAD ? NULL : c->peer, c->stats, c->in_flight);
+			stats_tell(c->state == CONN_DEAD ? NULL : c->peer, c->stats, c->in_flight);
 	}
-	survey.see(NULL, &l->gone, 0);
-	survey_leave();
+	stats_tell(NULL, &l->gone, 0);
+	stats_told();
 }
 
 static void turn_dirty(struct loop *l)
@@ -553,25 +540,17 @@ size_t loops_clients(void)
 	return atomic_load(&loops_places);
 }
 
-void loops_survey(stats_see *see, void (*ended)(void))
+void loops_survey(void)
 {
-	survey.see = see;
-	survey.ended = ended;
-	atomic_store(&survey.missing, loops.count + 1);
 	for (unsigned i = 0; i < loops.count; i++) {
 		struct loop *l = &loops.loop[i];
 
+		stats_expect();
 		pthread_mutex_lock(&l->lock);
 		l->surveyed = true;
 		pthread_mutex_unlock(&l->lock);
 		wake(l);
 	}
-	survey_leave();
-}
-
-unsigned loops_missing(void)
-{
-	return atomic_load(&survey.missing);
 }
 
 void loops_stop(void)

@@ -76,14 +76,8 @@ size_t loops_clients(void);
 /* Let connections that a gate turned away, or that had no room, try again.  Main thread. */
 void loops_wake(void);
 
-/*
- * Have each loop call see() for its clients and for those that have left, on its thread, and the
- * last of them ended().  One at a time.  Main thread.
- */
-void loops_survey(stats_see *see, void (*ended)(void));
-
-/* How many loops have not done so yet. */
-unsigned loops_missing(void);
+/* Have each loop tell what its clients, and those that have left, did: see stats.h.  Main thread. */
+void loops_survey(void);
 
 /* Ask all connections to finish.  Does not wait. */
 void loops_stop(void);

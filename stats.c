@@ -1,14 +1,13 @@
 /*
  * stats.c - what clients ask for, and how long that takes: see stats.h.
- *
- * Delays are counted in buckets: one for each microsecond below 4, then 4 for each doubling, so
- * that what is told is at most a fifth too much.
  */
 #include "stats.h"
 
 #include "backend.h"
 
 #include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,26 +16,24 @@ enum { SAY_AGAIN_MS = 1000 };	/* between lines about the errors of one client */
 
 /* Counting */
 
-static unsigned bucket_of(uint64_t us)
+/* Delays are counted by their length in bits. */
+static unsigned delay_bits(uint64_t us)
 {
-	unsigned doublings = 0, bucket;
+	unsigned bits = 0;
 
-	for (; us >= 8; us >>= 1)
-		doublings++;
-	bucket = 4 * doublings + (unsigned)us;
-	return bucket < STATS_BUCKETS ? bucket : STATS_BUCKETS - 1;
+	for (; us > 0 && bits < STATS_DELAYS - 1; us >>= 1)
+		bits++;
+	return bits;
 }
 
-uint64_t bucket_top(unsigned bucket)
+uint64_t delay_top(unsigned i)
 {
-	unsigned doublings = bucket < 4 ? 0 : bucket / 4 - 1;
-
-	return ((uint64_t)(bucket - 4 * doublings + 1) << doublings) - 1;
+	return (UINT64_C(1) << i) - 1;
 }
 
 static void count_delay(struct stats *s, uint64_t us, uint64_t n)
 {
-	s->all.delay[bucket_of(us)] += n;
+	s->all.delay[delay_bits(us)] += n;
 	if (us > s->all.longest)
 		s->all.longest = us;
 	if (us > s->longest)
@@ -58,33 +55,31 @@ void stats_end_turn(struct stats *s)
 
 void stats_free(struct stats *s)
 {
-	if (s)
-		free(s->before);
 	free(s);
 }
 
-/* Sums: all of a tally is numbers, and all but one of them can be added. */
+/* Sums */
 
-enum { TALLY_NUMBERS = sizeof(struct tally) / sizeof(uint64_t) };
-
-_Static_assert(sizeof(struct tally) == TALLY_NUMBERS * sizeof(uint64_t), "numbers alone");
-
-void tally_add(struct tally *sum, const struct tally *t)
+static void tally_add(struct tally *sum, const struct tally *t)
 {
-	uint64_t longest = sum->longest > t->longest ? sum->longest : t->longest;
-
-	for (unsigned i = 0; i < TALLY_NUMBERS; i++)
-		((uint64_t *)sum)[i] += ((const uint64_t *)t)[i];
-	sum->longest = longest;
+	for (unsigned i = 0; i < STATS_COUNTS; i++)
+		sum->count[i] += t->count[i];
+	for (unsigned i = 0; i < STATS_DELAYS; i++)
+		sum->delay[i] += t->delay[i];
+	if (t->longest > sum->longest)
+		sum->longest = t->longest;
 }
 
-void tally_subtract(struct tally *t, const struct tally *before)
+/* What was done since before, of which the longest time is that. */
+static struct tally tally_since(const struct tally *now, const struct tally *before, uint64_t longest)
 {
-	uint64_t longest = t->longest;
+	struct tally t = { .longest = longest };
 
-	for (unsigned i = 0; i < TALLY_NUMBERS; i++)
-		((uint64_t *)t)[i] -= ((const uint64_t *)before)[i];
-	t->longest = longest;
+	for (unsigned i = 0; i < STATS_COUNTS; i++)
+		t.count[i] = now->count[i] - before->count[i];
+	for (unsigned i = 0; i < STATS_DELAYS; i++)
+		t.delay[i] = now->delay[i] - before->delay[i];
+	return t;
 }
 
 void stats_leave(struct stats *gone, const struct stats *s)
@@ -96,26 +91,16 @@ void stats_leave(struct stats *gone, const struct stats *s)
 
 uint64_t tally_requests(const struct tally *t)
 {
-	uint64_t n = 0;
-
-	for (unsigned i = 0; i < STATS_KINDS; i++)
-		n += t->count[i];
-	return n;
+	return t->count[STATS_READS] + t->count[STATS_WRITES] + t->count[STATS_FLUSHES] +
+	       t->count[STATS_OTHERS];
 }
 
-uint64_t tally_percentile(const struct tally *t, unsigned percent)
+/* Microseconds within which that share of requests was answered, rounded up to a power of two. */
+static uint64_t tally_percentile(const struct tally *t, unsigned percent)
 {
-	uint64_t n = 0, before = 0;
-	unsigned i;
+	uint64_t top = delay_top(percentile_index(t->delay, STATS_DELAYS, percent));
 
-	for (i = 0; i < STATS_BUCKETS; i++)
-		n += t->delay[i];
-	for (i = 0; i < STATS_BUCKETS - 1; i++) {
-		before += t->delay[i];
-		if (before >= n - n * (100 - percent) / 100)
-			break;
-	}
-	return bucket_top(i) < t->longest && i < STATS_BUCKETS - 1 ? bucket_top(i) : t->longest;
+	return top < t->longest ? top : t->longest;
 }
 
 /* Text */
@@ -135,18 +120,39 @@ static unsigned long long scale(uint64_t bytes, const char **unit)
 void tally_describe(const struct tally *t, char *line)
 {
 	const char *read_unit, *write_unit;
-	unsigned long long read = scale(t->bytes[STATS_READ], &read_unit);
-	unsigned long long written = scale(t->bytes[STATS_WRITE], &write_unit);
+	unsigned long long read = scale(t->count[STATS_READ_BYTES], &read_unit);
+	unsigned long long written = scale(t->count[STATS_WRITTEN_BYTES], &write_unit);
 
 	snprintf(line, STATS_LINE,
 		 "%llu reads %llu %s, %llu writes %llu %s, %llu flushes, %llu others, "
 		 "%llu errors, p50 %llu us, p99 %llu us, max %llu us",
-		 (unsigned long long)t->count[STATS_READ], read, read_unit,
-		 (unsigned long long)t->count[STATS_WRITE], written, write_unit,
-		 (unsigned long long)t->count[STATS_FLUSH],
-		 (unsigned long long)t->count[STATS_OTHER], (unsigned long long)t->errors,
+		 (unsigned long long)t->count[STATS_READS], read, read_unit,
+		 (unsigned long long)t->count[STATS_WRITES], written, write_unit,
+		 (unsigned long long)t->count[STATS_FLUSHES],
+		 (unsigned long long)t->count[STATS_OTHERS],
+		 (unsigned long long)t->count[STATS_ERRORS],
 		 (unsigned long long)tally_percentile(t, 50),
 		 (unsigned long long)tally_percentile(t, 99), (unsigned long long)t->longest);
+}
+
+void tally_fields(const struct tally *t, struct stats_field field[STATS_FIELDS])
+{
+	static const char *const names[] = {
+		[STATS_READS] = "reads",
+		[STATS_WRITES] = "writes",
+		[STATS_FLUSHES] = "flushes",
+		[STATS_OTHERS] = "others",
+		[STATS_READ_BYTES] = "read-bytes",
+		[STATS_WRITTEN_BYTES] = "written-bytes",
+		[STATS_ERRORS] = "errors",
+	};
+	struct stats_field *f = field;
+
+	for (unsigned i = 0; i < STATS_COUNTS; i++)
+		*f++ = (struct stats_field){ names[i], t->count[i] };
+	*f++ = (struct stats_field){ "max-us", t->longest };
+	*f++ = (struct stats_field){ "p50-us", tally_percentile(t, 50) };
+	*f++ = (struct stats_field){ "p99-us", tally_percentile(t, 99) };
 }
 
 /* Errors */
@@ -217,4 +223,197 @@ uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now)
 	s->unsaid = 0;
 	s->say_again = now + SAY_AGAIN_MS;
 	return 0;
+}
+
+/* The survey: loops */
+
+enum {
+	INTERVAL = 1 << 0,	/* to the log: since the last time */
+	TOTALS = 1 << 1,	/* to the log: since the beginning */
+	ANSWER = 1 << 2,	/* to who asks */
+};
+
+static struct {
+	uint64_t started;		/* now_ms() */
+	uint64_t interval, due;		/* ms, now_ms(); 0 for none */
+	void (*ask)(void);
+	void (*wake)(void);
+	unsigned wanted, running;	/* what for */
+	struct tally before;		/* the total at the end of the last interval */
+
+	atomic_uint missing;		/* who have not told: loops, and stats_begin() */
+	atomic_bool ended;		/* all have told */
+
+	pthread_mutex_t lock;		/* guards the rest; a leaf */
+	struct survey found;
+	uint64_t longest;		/* us; of this interval */
+} survey = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+static void log_tally(const char *name, const struct tally *t)
+{
+	char line[STATS_LINE];
+
+	tally_describe(t, line);
+	log_at(LOG_ASKED, "%s: %s", name, line);
+}
+
+/* Nothing of a client that did nothing. */
+static void log_client(const char *peer, const struct tally *t)
+{
+	if (peer && tally_requests(t) > 0)
+		log_tally(peer, t);
+}
+
+static void end_interval(const char *peer, struct stats *s)
+{
+	struct tally t = tally_since(&s->all, &s->before, s->longest);
+
+	log_client(peer, &t);
+	s->before = s->all;
+	s->longest = 0;
+}
+
+/* Out of memory: that one is left out. */
+static void add_client(struct survey *f, const char *peer, const struct stats *s, unsigned in_flight)
+{
+	size_t room = f->room ? 2 * f->room : 16;
+	struct survey_client *client;
+
+	if (f->count == f->room) {
+		client = realloc(f->client, room * sizeof(*client));
+		if (!client)
+			return;
+		f->client = client;
+		f->room = room;
+	}
+	client = &f->client[f->count++];
+	memcpy(client->peer, peer, ADDRESS_MAX);
+	client->all = s->all;
+	client->in_flight = in_flight;
+}
+
+void stats_expect(void)
+{
+	atomic_fetch_add(&survey.missing, 1);
+}
+
+void stats_tell(const char *peer, struct stats *s, unsigned in_flight)
+{
+	pthread_mutex_lock(&survey.lock);
+	tally_add(&survey.found.total, &s->all);
+	if (s->longest > survey.longest)
+		survey.longest = s->longest;
+	if (peer)
+		add_client(&survey.found, peer, s, in_flight);
+	pthread_mutex_unlock(&survey.lock);
+	if (survey.running & INTERVAL)
+		end_interval(peer, s);
+	if (survey.running & TOTALS)
+		log_client(peer, &s->all);
+}
+
+void stats_told(void)
+{
+	if (atomic_fetch_sub(&survey.missing, 1) > 1)
+		return;
+	atomic_store(&survey.ended, true);
+	survey.wake();
+}
+
+/* The survey: the main thread */
+
+void stats_init(unsigned seconds, void (*ask)(void), void (*wake)(void))
+{
+	survey.started = now_ms();
+	survey.interval = seconds * UINT64_C(1000);
+	survey.ask = ask;
+	survey.wake = wake;
+}
+
+/* An interval begins with the first client. */
+int stats_timeout(bool clients)
+{
+	uint64_t now;
+
+	if (!survey.interval || !clients) {
+		survey.due = 0;
+		return -1;
+	}
+	now = now_ms();
+	if (!survey.due)
+		survey.due = now + survey.interval;
+	return survey.due > now ? (int)(survey.due - now) : 0;
+}
+
+void stats_log(void)
+{
+	survey.wanted |= TOTALS;
+}
+
+void stats_gather(void)
+{
+	survey.wanted |= ANSWER;
+	survey.wake();
+}
+
+static void stats_begin(void)
+{
+	survey.running = survey.wanted;
+	survey.wanted = 0;
+	pthread_mutex_lock(&survey.lock);
+	survey.found.total = (struct tally){ 0 };
+	survey.found.count = 0;
+	survey.longest = 0;
+	pthread_mutex_unlock(&survey.lock);
+	stats_expect();
+	survey.ask();
+	stats_told();
+}
+
+/* Nobody tells any more.  Returns whether somebody asked. */
+static bool stats_end(void)
+{
+	const struct tally *total = &survey.found.total;
+	bool answered = survey.running & ANSWER;
+	struct tally t;
+
+	if (survey.running & INTERVAL) {
+		t = tally_since(total, &survey.before, survey.longest);
+		log_client("all clients", &t);
+		survey.before = *total;
+	}
+	if (survey.running & TOTALS)
+		log_tally("all clients", total);
+	survey.running = 0;
+	return answered;
+}
+
+bool stats_tend(void)
+{
+	if (survey.due && now_ms() >= survey.due) {
+		survey.wanted |= INTERVAL;
+		survey.due = now_ms() + survey.interval;
+	}
+	if (atomic_exchange(&survey.ended, false) && stats_end())
+		return true;	/* it is taken before the next one begins */
+	if (!survey.running && survey.wanted)
+		stats_begin();
+	return false;
+}
+
+const struct survey *stats_take(void)
+{
+	pthread_mutex_lock(&survey.lock);
+	survey.found.missing = atomic_load(&survey.missing);
+	return &survey.found;
+}
+
+void stats_release(void)
+{
+	pthread_mutex_unlock(&survey.lock);
+}
+
+uint64_t stats_uptime(void)
+{
+	return now_ms() - survey.started;
 }

@@ -1,7 +1,7 @@
 /*
- * stats.h - what clients ask for, and how long that takes.
+ * stats.h - what clients ask for, and how long that takes: of one client, and of all.
  *
- * The statistics of a client are those of its loop's thread, but for a survey.
+ * The statistics of a client belong to its loop's thread.
  */
 #ifndef XNBD_STATS_H
 #define XNBD_STATS_H
@@ -13,30 +13,32 @@
 #include "util.h"
 #include "xnbd.h"
 
+/* What is counted of the requests that were answered. */
 enum {
-	STATS_READ,
-	STATS_WRITE,
-	STATS_FLUSH,
-	STATS_OTHER,
-	STATS_KINDS,
+	STATS_READS,			/* by NBD_CMD_READ, NBD_CMD_WRITE */
+	STATS_WRITES,
+	STATS_FLUSHES,
+	STATS_OTHERS,
+	STATS_READ_BYTES,		/* likewise */
+	STATS_WRITTEN_BYTES,
+	STATS_ERRORS,
+	STATS_COUNTS,
 
-	STATS_BUCKETS = 100,		/* up to 67 s; the last one has what is more */
+	STATS_FIELDS = STATS_COUNTS + 3,
+	STATS_DELAYS = 40,		/* up to 6 days */
 	STATS_LINE = 256,		/* room for a description */
 };
 
-/* Requests that were answered. */
 struct tally {
-	uint64_t count[STATS_KINDS];
-	uint64_t bytes[STATS_WRITE + 1];	/* that were read, and written */
-	uint64_t errors;
-	uint64_t longest;			/* us */
-	uint64_t delay[STATS_BUCKETS];		/* how many took how long, see bucket_top() */
+	uint64_t count[STATS_COUNTS];
+	uint64_t longest;		/* us */
+	uint64_t delay[STATS_DELAYS];	/* how many took how long, see delay_top() */
 };
 
 /* Of one client. */
 struct stats {
 	struct tally all;		/* since it connected */
-	struct tally *before;		/* as they were at the last report; NULL if there was none */
+	struct tally before;		/* as they were at the last interval's end */
 	uint64_t longest;		/* us; since then */
 	uint64_t now;			/* now_us() of the turn; 0: none has been needed */
 	uint64_t fresh;			/* of this turn's requests that it has answered already */
@@ -45,9 +47,6 @@ struct stats {
 	uint64_t say_again;		/* now_ms() when there may be another line */
 	uint64_t unsaid;		/* errors since the last one */
 };
-
-/* What a client, or all of them, did.  NULL as peer: those that have left. */
-typedef void stats_see(const char *peer, struct stats *s, unsigned in_flight);
 
 /* For loops, with as little as can be for each request. */
 
@@ -68,11 +67,11 @@ static inline void stats_count(struct stats *s, const struct request *r)
 	unsigned cmd = r->h.cmd;
 	struct tally *t = &s->all;
 
-	t->count[cmd <= NBD_CMD_WRITE ? cmd : cmd == NBD_CMD_FLUSH ? STATS_FLUSH : STATS_OTHER]++;
+	t->count[cmd <= NBD_CMD_WRITE ? cmd : cmd == NBD_CMD_FLUSH ? STATS_FLUSHES : STATS_OTHERS]++;
 	if (r->error)
-		t->errors++;
+		t->count[STATS_ERRORS]++;
 	else if (cmd <= NBD_CMD_WRITE)
-		t->bytes[cmd] += r->h.len;
+		t->count[STATS_READ_BYTES + cmd] += r->h.len;
 	if (r->begun == s->now)
 		s->fresh++;
 	else
@@ -82,35 +81,36 @@ static inline void stats_count(struct stats *s, const struct request *r)
 /* A READ is answered in the turn in which it came. */
 static inline void stats_count_read(struct stats *s, uint64_t len)
 {
-	s->all.count[STATS_READ]++;
-	s->all.bytes[STATS_READ] += len;
+	s->all.count[STATS_READS]++;
+	s->all.count[STATS_READ_BYTES] += len;
 	s->fresh++;
 }
 
 /* The turn's requests have taken all of it. */
 void stats_end_turn(struct stats *s);
 
-/* The rest */
-
-/* Add to sum, and take off what is in before. */
-void tally_add(struct tally *sum, const struct tally *t);
-void tally_subtract(struct tally *t, const struct tally *before);
+/* One tally */
 
 uint64_t tally_requests(const struct tally *t);
 
-/* Microseconds within which that share of requests was answered, rounded up to a bucket. */
-uint64_t tally_percentile(const struct tally *t, unsigned percent);
+/* The longest delay that is counted in delay[i], in microseconds. */
+uint64_t delay_top(unsigned i);
 
-/* The top of a bucket, in microseconds. */
-uint64_t bucket_top(unsigned bucket);
+/* A tally in names and numbers, as the control socket tells it. */
+struct stats_field {
+	const char *name;
+	uint64_t value;
+};
+void tally_fields(const struct tally *t, struct stats_field field[STATS_FIELDS]);
 
-/* For people, in line of STATS_LINE bytes. */
+/* The same for people, in line of STATS_LINE bytes. */
 void tally_describe(const struct tally *t, char *line);
+
+/* One client */
 
 /* A client leaves: add what it did to those of all that have left. */
 void stats_leave(struct stats *gone, const struct stats *s);
 
-/* Forget them, with what belongs to them. */
 void stats_free(struct stats *s);
 
 /* The log is told of an error that a client has got, but not of too many. */
@@ -118,5 +118,53 @@ void stats_complain(struct stats *s, const char *peer, const struct request *r);
 
 /* Say how many errors were not told, if it is time to.  Returns when it is; 0 for never. */
 uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now);
+
+/*
+ * The survey of all clients.  Each loop tells those of its own clients on its own thread.  A loop
+ * may be late, if a disk keeps it.
+ */
+
+/* Loops: expect one more to tell; tell a client, or as peer NULL those that have left; told all. */
+void stats_expect(void);
+void stats_tell(const char *peer, struct stats *s, unsigned in_flight);
+void stats_told(void);
+
+/*
+ * The rest is the main thread's.  The log gets what was done every so often, 0 for never.  ask()
+ * has each loop be expected and tell; wake() makes the main thread tend, from any thread.
+ */
+void stats_init(unsigned seconds, void (*ask)(void), void (*wake)(void));
+
+/* Milliseconds until stats_tend() has something to do, -1 for never; whether there are clients. */
+int stats_timeout(bool clients);
+
+/* Log what each client did since it connected. */
+void stats_log(void);
+
+/* Gather what clients did for who asks; stats_tend() tells when that is complete. */
+void stats_gather(void);
+
+/*
+ * Go on with what is due.  True once for each survey that was asked for by stats_gather(): it is
+ * complete, and stays so until the next call, which must follow.
+ */
+bool stats_tend(void);
+
+/* What was gathered, complete or not; stats_release() must follow. */
+struct survey {
+	struct tally total;
+	struct survey_client {
+		char peer[ADDRESS_MAX];
+		struct tally all;
+		unsigned in_flight;
+	} *client;
+	size_t count, room;		/* of clients */
+	unsigned missing;		/* loops that have not told */
+};
+const struct survey *stats_take(void);
+void stats_release(void);
+
+/* Milliseconds since stats_init(). */
+uint64_t stats_uptime(void);
 
 #endif

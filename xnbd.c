@@ -12,7 +12,7 @@
 #include "listen.h"
 #include "loop.h"
 #include "options.h"
-#include "report.h"
+#include "stats.h"
 #include "util.h"
 #include "worker.h"
 
@@ -446,7 +446,7 @@ static bool start(struct server *s)
 	size_t wanted = s->options.max_connections;
 
 	s->connections_max = raise_limits(wanted ? wanted : CONNECTIONS_MAX, s->options.exports);
-	report_init((unsigned)s->options.stats, wake_main);
+	stats_init((unsigned)s->options.stats, loops_survey, wake_main);
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
 	if (!setup_log(s) || !setup_signals() || !exports_open(&s->options, &hooks) ||
@@ -617,7 +617,7 @@ static void take_wakeups(struct server *s)
 	}
 	if (info_signals) {
 		info_signals = 0;
-		report_now();
+		stats_log();
 	}
 	if (atomic_exchange(&room_again, false))
 		loops_wake();
@@ -643,7 +643,7 @@ static void serve(struct server *s)
 		pfd[i + 1].events = POLLIN;
 	while (!stop_signals && !(single && loops_load() == 0)) {
 		int timeout = earlier(earlier(pause_left(s), control_timeout()),
-				      earlier(refused_left(s), report_timeout()));
+				      earlier(refused_left(s), stats_timeout(loops_load() > 0)));
 
 		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = s->accept_again ? -1 : s->listeners.all[i].fd;
@@ -652,7 +652,7 @@ static void serve(struct server *s)
 			continue;
 		if (pfd[0].revents)
 			take_wakeups(s);
-		while (report_tend())
+		while (stats_tend())
 			control_gathered();
 		accept_clients(s, pfd + 1);
 		control_turn(pfd + 1 + listeners, controls);

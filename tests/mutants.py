@@ -445,7 +445,7 @@ mutant("each error of a client is logged", "a client floods the log",
        "stats.c", "if (now < s->say_again) {", "if (false) {",
        tests="test_stats.py::test_errors_do_not_flood_the_log")
 mutant("statistics of nobody are told", "a timer that ticks for nobody",
-       "report.c", "if (!report.interval || loops_load() == 0) {", "if (!report.interval) {",
+       "stats.c", "if (!survey.interval || !clients) {", "if (!survey.interval) {",
        tests="test_stats.py::test_no_timer_ticks_for_nobody")
 mutant("a stale socket stops the next start", "a stale Unix socket stops the next start",
        "listen.c", "if (unlink(sun->sun_path) < 0)\n\t\treturn -errno;", "return -EADDRINUSE;",

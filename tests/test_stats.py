@@ -366,6 +366,22 @@ def test_query_tells_what_each_client_did(controlled, image, mode):
             values["errors"]) == (1, 1, 1, 1, 1)
 
 
+def test_delays_are_counted_by_powers_of_two(controlled, image):
+    """Half and 99 of 100 are rounded up to these, but not above the longest."""
+    s = controlled()
+    with s.client() as c:
+        for n in range(100):
+            c.pread(BLOCK, n * BLOCK)
+        values = check_state(state(s.control))
+    delays = dict(tuple(map(int, step.split(":"))) for step in values["delays-us"].split())
+    assert sum(delays.values()) == values["reads"] == 100
+    assert all(top & (top + 1) == 0 for top in delays)
+    for percent in 50, 99:
+        reached = min(top for top in delays
+                      if sum(n for t, n in delays.items() if t <= top) >= percent)
+        assert values[f"p{percent}-us"] == min(reached, values["max-us"])
+
+
 @hazard("an answer that is older than its question")
 @modes
 def test_query_counts_what_was_answered_before(controlled, mode):
