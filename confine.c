@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <pwd.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,88 +27,56 @@
 
 /* The user */
 
-enum { FIELDS = 4, USER_GROUP = 3 };
-
-/* Cut a line at its colons.  False if it has too few fields. */
-static bool split(char *line, char **field, unsigned n)
-{
-	for (unsigned i = 0; i < n; i++) {
-		if (!line)
-			return false;
-		field[i] = line;
-		line = strchr(line, ':');
-		if (line)
-			*line++ = '\0';
-	}
-	return true;
-}
-
-/* All of a file as a string, in memory that the caller frees, or NULL. */
-static char *read_text(const char *path)
-{
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	struct stat st;
-	char *text = NULL;
-
-	if (fd >= 0 && fstat(fd, &st) == 0)
-		text = calloc(1, (size_t)st.st_size + 1);
-	if (text && read_at(fd, (uint8_t *)text, (uint64_t)st.st_size, 0) < 0) {
-		free(text);
-		text = NULL;
-	}
-	if (fd >= 0)
-		close(fd);
-	return text;
-}
-
 static bool parse_id(const char *s, unsigned long *id)
 {
 	return parse_number(s, 0, UINT32_MAX - 1, id);
 }
 
-/*
- * Find the line of /etc/passwd or /etc/group that has that name or that number: its number, and
- * the one behind it, where that is asked for.
- */
-static bool look_up(const char *path, const char *name, unsigned long *id, unsigned long *group)
+/* By name or by number; with a group a number need not be that of a known user. */
+static bool find_user(const char *name, bool has_group, struct confine_user *user)
 {
-	char *text = read_text(path), *next = text, *line, *field[FIELDS];
-	bool found = false;
+	const struct passwd *pw = getpwnam(name);
+	unsigned long id = 0;
+	bool is_number = parse_id(name, &id);
 
-	while (!found && (line = next)) {
-		next = strchr(line, '\n');
-		if (next)
-			*next++ = '\0';
-		found = split(line, field, group ? FIELDS : FIELDS - 1) &&
-			(strcmp(field[0], name) == 0 || strcmp(field[2], name) == 0) &&
-			parse_id(field[2], id) && (!group || parse_id(field[USER_GROUP], group));
-	}
-	free(text);
-	return found;
+	if (!pw && is_number)
+		pw = getpwuid((uid_t)id);
+	if (pw)
+		*user = (struct confine_user){ pw->pw_uid, pw->pw_gid };
+	else
+		user->uid = (uid_t)id;
+	return pw || (is_number && has_group);
+}
+
+static bool find_group(const char *name, gid_t *gid)
+{
+	const struct group *gr = getgrnam(name);
+	unsigned long id = 0;
+	bool is_number = parse_id(name, &id);
+
+	*gid = gr ? gr->gr_gid : (gid_t)id;
+	return gr || is_number;
 }
 
 bool confine_find_user(const char *name, struct confine_user *user)
 {
-	unsigned long uid, gid, unused;
 	const char *group = strchr(name, ':');
 	char *only = group ? strndup(name, (size_t)(group - name)) : strdup(name);
-	bool known = only && look_up("/etc/passwd", only, &uid, group ? &unused : &gid);
+	bool found = false;
 
-	if (!known && only && group)
-		known = parse_id(only, &uid);
 	if (geteuid() != 0)
 		log_failure("--user %s: only root can become another user", name);
-	else if (!known)
-		log_failure("--user %s: there is no such user in /etc/passwd%s", name,
+	else if (!only || !find_user(only, group, user))
+		log_failure("--user %s: there is no such user%s", name,
 			    group ? "" : "; a number needs a group, as in 1000:1000");
-	else if (group && !look_up("/etc/group", group + 1, &gid, NULL) && !parse_id(group + 1, &gid))
-		log_failure("--user %s: there is no such group in /etc/group", name);
-	else if (uid == 0)
+	else if (group && !find_group(group + 1, &user->gid))
+		log_failure("--user %s: there is no such group", name);
+	else if (user->uid == 0)
 		log_failure("--user %s: that is root, and root is to be given up", name);
 	else
-		*user = (struct confine_user){ (uid_t)uid, (gid_t)gid };
+		found = true;
 	free(only);
-	return user->uid != 0;
+	return found;
 }
 
 bool confine_give_socket(const char *path, const struct confine_user *user)
@@ -132,47 +101,14 @@ bool confine_give_socket(const char *path, const struct confine_user *user)
 	return err == 0;
 }
 
-/*
- * The C library's calls would have all threads make them, by a machinery of its own.  There is
- * this thread only, and the kernel's calls are about one.
- */
-#if defined(__linux__) && !defined(XNBD_PORTABLE)
-#ifndef SYS_setresuid32
-#define SYS_setgroups32 SYS_setgroups
-#define SYS_setresgid32 SYS_setresgid
-#define SYS_setresuid32 SYS_setresuid
-#endif
-
-static bool set_groups(gid_t gid)
-{
-	return syscall(SYS_setgroups32, 1, &gid) == 0 &&
-	       syscall(SYS_setresgid32, gid, gid, gid) == 0;
-}
-
-static bool set_user(uid_t uid)
-{
-	return syscall(SYS_setresuid32, uid, uid, uid) == 0;
-}
-#else
-static bool set_groups(gid_t gid)
-{
-	return setgroups(1, &gid) == 0 && setgid(gid) == 0;
-}
-
-static bool set_user(uid_t uid)
-{
-	return setuid(uid) == 0;
-}
-#endif
-
 bool confine_become(const struct confine_user *user)
 {
-	if (!set_groups(user->gid) || !set_user(user->uid)) {
+	if (setgroups(1, &user->gid) < 0 || setgid(user->gid) < 0 || setuid(user->uid) < 0) {
 		log_failure("cannot become user %lu: %s", (unsigned long)user->uid,
 			    strerror(errno));
 		return false;
 	}
-	if (set_user(0) || getuid() != user->uid || geteuid() != user->uid ||
+	if (setuid(0) == 0 || getuid() != user->uid || geteuid() != user->uid ||
 	    getgid() != user->gid || getegid() != user->gid) {
 		log_failure("cannot become user %lu for good", (unsigned long)user->uid);
 		return false;

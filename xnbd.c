@@ -224,15 +224,6 @@ static bool setup_log(struct server *s)
 	return true;
 }
 
-static void set_limit(const struct rlimit *r)
-{
-#if defined(__linux__) && !defined(XNBD_PORTABLE)
-	prlimit(0, RLIMIT_NOFILE, r, NULL);	/* musl's setrlimit() stops all threads, in 2 KB */
-#else
-	setrlimit(RLIMIT_NOFILE, r);
-#endif
-}
-
 /*
  * As many descriptors as that many connections, and exports, need; how many connections there can
  * be.
@@ -246,7 +237,7 @@ static size_t raise_limits(size_t wanted, unsigned exports)
 		return wanted < 256 ? wanted : 256;
 	if (r.rlim_cur < r.rlim_max && r.rlim_cur < files) {
 		r.rlim_cur = r.rlim_max < files ? r.rlim_max : files;
-		set_limit(&r);
+		setrlimit(RLIMIT_NOFILE, &r);
 		getrlimit(RLIMIT_NOFILE, &r);
 	}
 	if (r.rlim_cur >= files)
