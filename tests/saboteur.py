@@ -390,8 +390,9 @@ class Story:
 
     .options        [(number, "ok", "error" or "close")] in order
     .operations     [Operation] in order
-    .fate           "left": DISC, or the end between two messages: all is answered;
-                    "lost": the connection may end at once, and take replies with it
+    .fate           "left": DISC: all before it is carried out and answered;
+                    "lost": an end without it, wherever: what has been answered is done, and the
+                    rest may be, or not; the connection may end within a reply
     """
 
     def __init__(self, data, size, readonly=False):
@@ -495,9 +496,6 @@ class Story:
 
     def _request(self):
         """Takes one request; returns whether another one may follow."""
-        if self.at == len(self.data):
-            self.fate = "left"
-            return False
         magic, flags, command, cookie, offset, length = self._get(">IHHQQI")
         if magic != NBD_REQUEST_MAGIC:
             return False

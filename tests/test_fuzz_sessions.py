@@ -4,9 +4,11 @@ A session is made of good messages, of which some fields, bytes or places are
 then changed.  Several sessions go on at the same time, in pieces.  Whatever
 they send:
 
-* each gets answers that the protocol allows, to each of its requests, and the
-  error that its request deserves, for as long as it is understood; and each
-  comes to an end
+* each gets answers that the protocol allows, and the error that its request
+  deserves, for as long as it is understood; and each comes to an end
+* one that ends in DISC gets an answer to each of its requests, also if it has
+  closed its side long before; one that closes its side without DISC is gone,
+  and gets the answers that were on their way
 * what none of them could change reads as before, for them and for others
 * the server lives, ends well in order, and did not grow
 
@@ -197,7 +199,7 @@ class Writer:
         first = self.dice.randrange(1 << 62)
         count = self.dice.choice([0, 1, 3, 8, 20])
         messages += [self.request(first + i) for i in range(count)]
-        if self.chance(0.3):
+        if self.chance(0.8):            # else it is gone at its end
             messages.append(request(NBD_CMD_DISC, cookie=first + count,
                                     extended=self.extended))
         return messages
@@ -540,7 +542,8 @@ class Session:
             if command == NBD_CMD_READ and 0 in sent[cookie]:
                 sent[cookie] |= set(errors)
             answers.expect(cookie, Request(command, offset, length, flags))
-        self._must_be_complete = self.stays and (orderly or at == len(data))
+        # Who leaves without DISC may be on another connection already, and is owed nothing.
+        self._must_be_complete = self.stays and orderly
         while answers.pending:
             self._answer(answers, answers.collect(), sent)
         return self._must_be_complete
@@ -928,13 +931,15 @@ def spoil_handshakes(origin, dice):
 
 
 def reads(writer):
-    """A session that reads here and there: most of it is a block that the origin is asked for."""
+    """A session that reads here and there: most of it is a block that the origin is asked for.
+    It ends in DISC, so that all of it is answered, whatever the origin does."""
     messages = [[(4, FIXED)], option(NBD_OPT_STRUCTURED_REPLY),
                 option(NBD_OPT_GO, *name_field(""), (2, 0))]
     for cookie in range(30):
         block = BLOCK * writer.dice.randrange(SIZE // BLOCK)
         place = (block, BLOCK) if writer.chance(0.9) else writer.range()
         messages.append(request(NBD_CMD_READ, *place, cookie=cookie))
+    messages.append(request(NBD_CMD_DISC, cookie=30))
     return b"".join(map(encode, messages))
 
 

@@ -119,7 +119,7 @@ def structured_session(region, seed):
         option_step(NBD_OPT_SET_META_CONTEXT, meta_data("", [ALLOCATION]), note_contexts),
         option_step(NBD_OPT_GO, info_data("", [NBD_INFO_BLOCK_SIZE]), note_size),
         request_step(0x4101, NBD_CMD_READ, region + 100, 16),
-        request_step(0x4202, NBD_CMD_READ, HOLE_AT, HOLE),
+        request_step(0x4202, NBD_CMD_READ, HOLE_AT, 200),      # zeros, which are sent as data
         request_step(0x4303, NBD_CMD_BLOCK_STATUS, HOLE_AT - BLOCK, 2 * BLOCK),
         request_step(0x4404, NBD_CMD_WRITE, place, payload=pattern(place, 16, seed)),
         request_step(0x4505, NBD_CMD_FLUSH),
@@ -429,7 +429,8 @@ modes = pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["cut", "reset"])
 def test_line_that_breaks_at_any_byte_costs_one_connection(grounds, mode, session, how):
     """Of the requests and of the replies.  What was answered is there, of what was not
-    each block is old or new."""
+    each block is old or new: before DISC all is carried out; without one the client is gone, and
+    what has not begun is dropped, and a reply that is on its way."""
     made = grounds(mode)
     lengths = lengths_of(made, session)
     share(made, lambda g, damage: g.attempt(session, damage), [
