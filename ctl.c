@@ -26,12 +26,13 @@ enum {
 	GATHER_US = 1000000,		/* then a query is answered with what is there */
 	ACCEPT_PAUSE_US = 1000000,	/* when the system has no more descriptors */
 	BLOCKS_PER_REQUEST_MAX = 8192,
+	ANSWER_LINE_MAX = 16384,	/* bytes; more than there are to say */
 	LINE_END = 2,			/* "\r\n" */
 };
 
 struct ctl_reply {
 	char *text;
-	size_t len, room;
+	size_t len;
 	bool failed;			/* out of memory: there is no answer */
 };
 
@@ -70,60 +71,36 @@ struct ctl {
 
 /* Answers */
 
-static bool make_room(struct ctl_reply *r, size_t more)
+static void add_line(struct ctl_reply *r, const char *line)
 {
-	size_t room = 2 * (r->len + more);
-	char *text;
+	size_t len = strlen(line);
+	char *text = r->failed ? NULL : realloc(r->text, r->len + len + 1);
 
-	if (r->room - r->len >= more)
-		return true;
-	text = realloc(r->text, room);
-	if (!text) {
-		r->failed = true;
-		return false;
-	}
-	r->text = text;
-	r->room = room;
-	return true;
-}
-
-static void say_va(struct ctl_reply *r, const char *name, const char *fmt, va_list ap)
-{
-	int name_len = snprintf(NULL, 0, "%s: ", name), len;
-	va_list again;
-
-	va_copy(again, ap);
-	len = vsnprintf(NULL, 0, fmt, again);
-	va_end(again);
-	if (r->failed || !make_room(r, (size_t)(name_len + len + 1)))
+	r->failed = !text;
+	if (!text)
 		return;
-	snprintf(r->text + r->len, (size_t)name_len + 1, "%s: ", name);
-	vsnprintf(r->text + r->len + name_len, (size_t)len + 1, fmt, ap);
-	r->len += (size_t)(name_len + len);
-	mask_control_characters(r->text + r->len - len, (size_t)len);	/* no other line */
-	r->text[r->len++] = '\n';
+	memcpy(text + r->len, line, len);
+	text[r->len + len] = '\n';
+	r->text = text;
+	r->len += len + 1;
 }
 
 void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
 {
+	char line[ANSWER_LINE_MAX];
+	int len = snprintf(line, sizeof(line), "%s: ", name);
 	va_list ap;
 
 	va_start(ap, fmt);
-	say_va(reply, name, fmt, ap);
+	vsnprintf(line + len, sizeof(line) - (size_t)len, fmt, ap);
 	va_end(ap);
+	mask_control_characters(line, strlen(line));	/* a value must not end the line */
+	add_line(reply, line);
 }
 
 void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n)
 {
 	ctl_say(reply, name, "%" PRIu64, n);
-}
-
-static void say_ok(struct ctl_reply *r)
-{
-	if (r->failed || !make_room(r, 3))
-		return;
-	memcpy(r->text + r->len, "ok\n", 3);
-	r->len += 3;
 }
 
 /* The command has been carried out: NULL, or why it was not. */
@@ -132,16 +109,9 @@ static void answer(struct client *cl, const char *error)
 	if (error)
 		ctl_say(&cl->out, "error", "%s", error);
 	else
-		say_ok(&cl->out);
+		add_line(&cl->out, "ok");
 	cl->state = STATE_IDLE;
 	cl->due = now_us() + IDLE_US;
-}
-
-/* The last thing to be said to a client. */
-static void dismiss(struct client *cl, const char *error)
-{
-	answer(cl, error);
-	cl->state = STATE_CLOSING;
 }
 
 static void flush(struct client *cl)
@@ -190,15 +160,6 @@ static void run_snapshot(struct ctl *c, struct client *cl, char *arguments)
 		cl->state = STATE_SNAPSHOT;
 }
 
-static void say_failures(struct client *cl, const struct ctl_copy *copy)
-{
-	for (unsigned i = 0; i < copy->failures; i++)
-		ctl_say(&cl->out, "failed", "%" PRIu64 " %" PRIu64, copy->failed[i].off,
-			copy->failed[i].len);
-	if (copy->failures_more)
-		ctl_say(&cl->out, "failed-more", "%" PRIu64, copy->failures_more);
-}
-
 static void answer_copy(struct client *cl, const struct ctl_copy *copy)
 {
 	char missing[64];
@@ -207,7 +168,11 @@ static void answer_copy(struct client *cl, const struct ctl_copy *copy)
 		answer(cl, NULL);
 		return;
 	}
-	say_failures(cl, copy);
+	for (unsigned i = 0; i < copy->failures; i++)
+		ctl_say(&cl->out, "failed", "%" PRIu64 " %" PRIu64, copy->failed[i].off,
+			copy->failed[i].len);
+	if (copy->failures_more)
+		ctl_say_number(&cl->out, "failed-more", copy->failures_more);
 	snprintf(missing, sizeof(missing), "%" PRIu64 " blocks could not be copied",
 		 copy->blocks - copy->cached);
 	answer(cl, copy->error ? copy->error : missing);
@@ -230,25 +195,22 @@ static void tell_copy(struct ctl *c, struct client *cl)
 }
 
 /* False after answering what is wrong. */
-static bool parse_blocks(struct client *cl, const char *arguments, unsigned *blocks)
+static bool begin_copy(struct ctl *c, struct client *cl, const char *arguments)
 {
-	unsigned long n = 0;
+	unsigned long blocks = 0;
 
-	if (arguments && !parse_number(arguments, 1, BLOCKS_PER_REQUEST_MAX, &n)) {
+	if (arguments && !parse_number(arguments, 1, BLOCKS_PER_REQUEST_MAX, &blocks)) {
 		answer(cl, "BLOCKS_PER_REQUEST has to be a number from 1 to 8192");
 		return false;
 	}
-	*blocks = (unsigned)n;
+	c->ops->proxy->start_copy((unsigned)blocks);
 	return true;
 }
 
 static void run_cache_all(struct ctl *c, struct client *cl, char *arguments)
 {
-	unsigned blocks;
-
-	if (!parse_blocks(cl, arguments, &blocks))
+	if (!begin_copy(c, cl, arguments))
 		return;
-	c->ops->proxy->start_copy(blocks);
 	cl->state = STATE_COPYING;
 	tell_copy(c, cl);
 }
@@ -263,11 +225,8 @@ static void give_up_background(struct ctl *c)
 /* It may have to start again, even if the end of the last one has not been told yet. */
 static void run_cache_all2(struct ctl *c, struct client *cl, char *arguments)
 {
-	unsigned blocks;
-
-	if (!parse_blocks(cl, arguments, &blocks))
+	if (!begin_copy(c, cl, arguments))
 		return;
-	c->ops->proxy->start_copy(blocks);
 	give_up_background(c);
 	c->background = true;
 	answer(cl, NULL);
@@ -357,19 +316,14 @@ static void run_help(struct ctl *c, struct client *cl, char *arguments)
 	answer(cl, NULL);
 }
 
-static const struct command *find_command(const char *name)
-{
-	for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
-		if (strcmp(commands[i].name, name) == 0)
-			return &commands[i];
-	return NULL;
-}
-
 static void run_line(struct ctl *c, struct client *cl, char *line)
 {
 	char *arguments = line, *name = take_word(&arguments);
-	const struct command *command = find_command(name);
+	const struct command *command = NULL;
 
+	for (size_t i = 0; i < ARRAY_SIZE(commands) && !command; i++)
+		if (strcmp(commands[i].name, name) == 0)
+			command = &commands[i];
 	if (!command)
 		answer(cl, "unknown command, try help");
 	else if (arguments && !*command->arguments)
@@ -391,7 +345,8 @@ static ssize_t take_line(struct client *cl, char *line)
 	if (len > 0 && cl->input[len - 1] == '\r')
 		len--;
 	if (len > CTL_LINE_MAX || (!end && cl->len == sizeof(cl->input))) {
-		dismiss(cl, "the line is too long");
+		answer(cl, "the line is too long");
+		cl->state = STATE_CLOSING;
 		return -1;
 	}
 	if (!end)
@@ -612,29 +567,25 @@ size_t ctl_poll(struct ctl *c, struct pollfd *pfd)
 	return CTL_FDS;
 }
 
-static void make_earlier(int *timeout, uint64_t due, uint64_t now)
-{
-	int left = due > now ? (int)((due - now) / 1000 + 1) : 0;
-
-	if (*timeout < 0 || left < *timeout)
-		*timeout = left;
-}
-
 int ctl_timeout(const struct ctl *c)
 {
-	uint64_t now = now_us();
-	int timeout = -1;
+	uint64_t now = now_us(), first = c->accept_again ? c->accept_again : UINT64_MAX;
 
-	if (c->accept_again)
-		make_earlier(&timeout, c->accept_again, now);
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
 		const struct client *cl = c->client[i];
+		uint64_t due = UINT64_MAX;
 
-		if (cl && (!is_busy(cl) || cl->state == STATE_COPYING ||
-			   cl->state == STATE_QUERYING))
-			make_earlier(&timeout, cl->out.failed ? 0 : cl->due, now);
+		if (cl && cl->out.failed)
+			due = now;
+		else if (cl && (!is_busy(cl) || cl->state == STATE_COPYING ||
+				cl->state == STATE_QUERYING))
+			due = cl->due;
+		if (due < first)
+			first = due;
 	}
-	return timeout;
+	if (first == UINT64_MAX)
+		return -1;
+	return first > now ? (int)((first - now) / 1000 + 1) : 0;
 }
 
 void ctl_turn(struct ctl *c, const struct pollfd *pfd, size_t n)
@@ -653,26 +604,29 @@ void ctl_turn(struct ctl *c, const struct pollfd *pfd, size_t n)
  * output now.
  */
 
-void ctl_switched(struct ctl *c, const char *error, uint64_t zeroed)
+static void answer_all(struct ctl *c, enum state state, const char *error, uint64_t zeroed)
 {
-	c->switching = false;
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
 		struct client *cl = c->client[i];
 
-		if (!cl || cl->state != STATE_SWITCHING)
+		if (!cl || cl->state != state)
 			continue;
 		if (!error && zeroed)
-			ctl_say(&cl->out, "zeroed", "%" PRIu64, zeroed);
+			ctl_say_number(&cl->out, "zeroed", zeroed);
 		answer(cl, error);
 	}
+}
+
+void ctl_switched(struct ctl *c, const char *error, uint64_t zeroed)
+{
+	c->switching = false;
+	answer_all(c, STATE_SWITCHING, error, zeroed);
 }
 
 void ctl_reconnected(struct ctl *c, const char *error)
 {
 	c->reconnecting = false;
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++)
-		if (c->client[i] && c->client[i]->state == STATE_RECONNECTING)
-			answer(c->client[i], error);
+	answer_all(c, STATE_RECONNECTING, error, 0);
 }
 
 /* Whether cl is in that state and its turn has come, of which there is one for each end. */
