@@ -13,7 +13,6 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -21,11 +20,12 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 enum {
-	ANSWER_MS = 30000,		/* for commands that do not take long */
+	SILENCE_SECONDS = 30,		/* then a server will not answer any more */
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than a server says */
 	FIELDS_MAX = 8192,		/* of a query; likewise: one for each client */
 	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
@@ -37,11 +37,9 @@ enum {
 struct server {
 	const char *path;
 	char aim[300];			/* "host:port: ", the subject of its errors; or "" */
-	int fd;
 	bool known;			/* it has answered before, over another connection */
-	uint64_t deadline;		/* now_ms() when the answer must be here; 0 for never */
-	size_t used, len;		/* of buf: what was taken, what is there */
-	char buf[ANSWER_LINE_MAX];
+	FILE *in;
+	char line[ANSWER_LINE_MAX];
 };
 
 /* Whether the cursor is at the end of the progress bar. */
@@ -75,83 +73,69 @@ static _Noreturn void fail_garbage(const struct server *s, const char *text)
 	fail("%s: the server sends '%.100s', which is not an answer", s->path, text);
 }
 
-static void connect_to(struct server *s, const char *path)
+/* How long to wait for the server; 0: for as long as it takes. */
+static void limit_silence(int fd, unsigned seconds)
+{
+	struct timeval limit = { .tv_sec = seconds };
+
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+}
+
+/* Returns the descriptor. */
+static int connect_to(const struct server *s)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	int fd;
 
-	s->path = path;
-	if (strlen(path) >= sizeof(sun.sun_path))
-		fail("cannot connect to %s: the path has %zu bytes, %zu is the most", path,
-		     strlen(path), sizeof(sun.sun_path) - 1);
-	strcpy(sun.sun_path, path);
-	s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (s->fd >= 0 && connect(s->fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
-		return;
+	if (strlen(s->path) >= sizeof(sun.sun_path))
+		fail("cannot connect to %s: the path has %zu bytes, %zu is the most", s->path,
+		     strlen(s->path), sizeof(sun.sun_path) - 1);
+	strcpy(sun.sun_path, s->path);
+	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd >= 0)
+		limit_silence(fd, SILENCE_SECONDS);
+	if (fd >= 0 && connect(fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
+		return fd;
 	if (s->known && (errno == ECONNREFUSED || errno == ENOENT))
-		fail("%s: the server has ended", path);
-	fail("cannot connect to %s: %s", path,
+		fail("%s: the server has ended", s->path);
+	fail("cannot connect to %s: %s", s->path,
 	     errno == ECONNREFUSED ? "no server listens there" :
 	     errno == EAGAIN       ? "the server does not answer" :
 				     strerror(errno));
 }
 
-/* A fresh connection takes a short line; one that does not has a reason to tell, or has ended. */
-static void send_line(struct server *s, const char *line, size_t len)
+/* Send a line.  That it cannot be sent has a reason which the server tells, or is its end. */
+static void ask(struct server *s, const char *line)
 {
-	ssize_t n = send(s->fd, line, len, MSG_NOSIGNAL);
+	int fd = connect_to(s);
 
-	if (n >= 0 && (size_t)n < len)
-		fail("%s: the server does not take the command", s->path);
-}
-
-static void wait_for_input(const struct server *s)
-{
-	struct pollfd pfd = { .fd = s->fd, .events = POLLIN };
-	uint64_t now = now_ms();
-	int left = -1, n;
-
-	if (s->deadline)
-		left = s->deadline > now ? (int)(s->deadline - now) : 0;
-	n = poll(&pfd, 1, left);
-	if (n == 0)
-		fail("%s: the server did not answer in %d s", s->path, ANSWER_MS / 1000);
-	if (n < 0 && errno != EINTR)
-		fail("%s: %s", s->path, strerror(errno));
-}
-
-static void receive(struct server *s)
-{
-	ssize_t n;
-
-	memmove(s->buf, s->buf + s->used, s->len - s->used);
-	s->len -= s->used;
-	s->used = 0;
-	if (s->len == sizeof(s->buf))
-		fail("%s: the server sends lines that are too long", s->path);
-	wait_for_input(s);
-	n = recv(s->fd, s->buf + s->len, sizeof(s->buf) - s->len, 0);
-	if (n == 0 || (n < 0 && errno == ECONNRESET))
-		fail("%s: the server closed the connection", s->path);
-	if (n > 0)
-		s->len += (size_t)n;
-	else if (errno != EAGAIN && errno != EINTR)
-		fail("%s: %s", s->path, strerror(errno));
+	send(fd, line, strlen(line), MSG_NOSIGNAL);
+	s->in = fdopen(fd, "r");
+	if (!s->in)
+		fail("out of memory");
 }
 
 /* The next line, which is good until the next call. */
 static char *next_line(struct server *s)
 {
-	char *line, *end;
+	size_t len;
 
-	while (!(end = memchr(s->buf + s->used, '\n', s->len - s->used)))
-		receive(s);
-	line = s->buf + s->used;
-	s->used = (size_t)(end - s->buf) + 1;
-	*end = '\0';
-	if (strlen(line) < (size_t)(end - line))
-		fail_garbage(s, line);
-	mask_control_characters(line, strlen(line));
-	return line;
+	errno = 0;
+	if (!fgets(s->line, sizeof(s->line), s->in) && (errno == EAGAIN || errno == EWOULDBLOCK))
+		fail("%s: the server did not answer in %d s", s->path, SILENCE_SECONDS);
+	if (ferror(s->in) && errno != ECONNRESET)
+		fail("%s: %s", s->path, strerror(errno));
+	if (ferror(s->in) || feof(s->in))
+		fail("%s: the server closed the connection", s->path);
+	len = strlen(s->line);
+	if (len == sizeof(s->line) - 1)
+		fail("%s: the server sends lines that are too long", s->path);
+	if (len == 0 || s->line[len - 1] != '\n')
+		fail_garbage(s, s->line);
+	s->line[len - 1] = '\0';
+	mask_control_characters(s->line, len - 1);
+	return s->line;
 }
 
 /* The next line of an answer: its name, and *value; NULL for "ok".  "error" ends the program. */
@@ -249,22 +233,19 @@ static void free_fields(struct fields *f)
 {
 	for (size_t i = 0; i < f->count; i++) {
 		free(f->all[i].name);
+		free(f->all[i].value);
 		free(f->all[i].key);
 		free(f->all[i].pairs.all);
 	}
 	free(f->all);
-	*f = (struct fields){ 0 };
 }
 
 static void take_field(struct fields *f, const char *name, const char *value)
 {
-	size_t len = strlen(name) + 1, value_len = strlen(value) + 1;
 	struct field *field = add_field(f);
 
-	field->name = not_null(malloc(len + value_len));
-	field->value = field->name + len;
-	memcpy(field->name, name, len);
-	memcpy(field->value, value, value_len);
+	field->name = not_null(strdup(name));
+	field->value = not_null(strdup(value));
 	for (size_t i = 0; i < ARRAY_SIZE(arrays); i++)
 		if (strcmp(name, arrays[i].name) == 0)
 			parse_item(field, &arrays[i]);
@@ -273,20 +254,16 @@ static void take_field(struct fields *f, const char *name, const char *value)
 /* Over a connection of its own; the fields are to be freed. */
 static struct fields ask_state(struct server *s)
 {
-	static const char query[] = "query\n";
 	struct fields f = { 0 };
 	const char *name, *value;
 
-	s->used = s->len = 0;
-	s->deadline = now_ms() + ANSWER_MS;
-	connect_to(s, s->path);
-	send_line(s, query, strlen(query));
+	ask(s, "query\n");
 	while ((name = next_value(s, &value))) {
 		if (f.count == FIELDS_MAX)
 			fail("%s: the server's answer is too long", s->path);
 		take_field(&f, name, value);
 	}
-	close(s->fd);
+	fclose(s->in);
 	s->known = true;
 	return f;
 }
@@ -497,23 +474,16 @@ static void describe(const struct progress *p, char *text, size_t size)
 static void draw_bar(const struct progress *p)
 {
 	enum { BAR_MIN = 6 };
-	size_t room = terminal_size(STDERR_FILENO).ws_col - 1, text_len, bar;
-	char text[128], line[WIDTH_MAX];
+	int room = terminal_size(STDERR_FILENO).ws_col - 1, bar;
+	char text[128], full[WIDTH_MAX];
 
 	describe(p, text, sizeof(text));
-	text_len = strlen(text);
-	memset(line, ' ', sizeof(line));
-	line[0] = '\r';
-	if (room >= text_len + BAR_MIN + 4) {
-		bar = room - text_len - 4;
-		line[1] = '[';
-		memset(line + 2, '=', bar * permille(p) / 1000);
-		line[2 + bar] = ']';
-		memcpy(line + bar + 5, text, text_len);
-	} else {
-		memcpy(line + 1, text, text_len < room ? text_len : room);
-	}
-	fwrite(line, 1, room + 1, stderr);
+	memset(full, '=', sizeof(full));
+	bar = room - (int)strlen("[]  ") - (int)strlen(text);
+	if (bar >= BAR_MIN)
+		fprintf(stderr, "\r[%-*.*s]  %s", bar, bar * (int)permille(p) / 1000, full, text);
+	else
+		fprintf(stderr, "\r%-*.*s", room, room, text);
 	bar_is_shown = true;
 }
 
@@ -562,7 +532,7 @@ static void follow_copy(struct server *s, bool show)
 	const char *name, *value;
 
 	while ((name = next_value(s, &value))) {
-		s->deadline = 0;	/* it is alive, and may take as long as it needs */
+		limit_silence(fileno(s->in), 0);	/* it is alive, and works */
 		if (strcmp(name, "progress") == 0)
 			take_progress(s, value, show, &progress);
 		else if (strcmp(name, "failed") == 0)
@@ -742,10 +712,9 @@ static void run(const struct bgctl_options *o, struct server *s)
 	if (o->command == COMMAND_RECONNECT)
 		snprintf(s->aim, sizeof(s->aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
 			 o->host, o->port);
-	if (o->command & (COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2))
-		s->deadline = now_ms() + ANSWER_MS;
-	connect_to(s, s->path);
-	send_line(s, line, (size_t)len);
+	ask(s, line);
+	if (!(o->command & (COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2)))
+		limit_silence(fileno(s->in), 0);
 	if (o->command == COMMAND_CACHE_ALL)
 		follow_copy(s, o->progress);
 	else
@@ -754,8 +723,8 @@ static void run(const struct bgctl_options *o, struct server *s)
 
 int main(int argc, char **argv)
 {
+	static struct bgctl_options o;	/* what it refers to lasts as long as the program */
 	static struct server server;
-	struct bgctl_options o;
 
 	log_name("xnbd-bgctl");
 	options_parse_bgctl(&o, argc, argv);

@@ -25,8 +25,7 @@ enum { DEFAULT_PORT = 8520 };
 enum kind {
 	KIND_MODE,	/* unsigned, the first member: the mode, or command; a value is a number */
 	KIND_FLAG,	/* bool */
-	KIND_STRING,	/* const char *, not empty */
-	KIND_NAME,	/* const char * */
+	KIND_STRING,	/* const char *, of min bytes at least */
 	KIND_NUMBER,	/* unsigned long, or long; from min to max */
 	KIND_SIZE,	/* uint64_t, bytes */
 	KIND_OCTAL,	/* unsigned long, a mode of a file */
@@ -50,7 +49,7 @@ struct known {
 
 /* Kind, field, min and max. */
 #define FLAG(field) KIND_FLAG, FIELD(field), 0, 0
-#define TEXT(field) KIND_STRING, FIELD(field), 0, 0
+#define TEXT(field) KIND_STRING, FIELD(field), 1, 0
 #define NUMBER(field, min, max) KIND_NUMBER, FIELD(field), min, max
 #define VALUE(kind, field) kind, FIELD(field), 0, 0
 #define OTHER(kind) kind, 0, 0, 0
@@ -95,7 +94,7 @@ static const struct known server_known[] = {
 	  "where the overlay goes, which has no name (beside the base)" },
 	{ 0, "cow-file", "PATH", MODE_COW_TARGET, TEXT(cow_file),
 	  "keep the overlay in PATH and PATH.map, and go on from there" },
-	{ 0, "target-exportname", "NAME", MODE_PROXY, VALUE(KIND_NAME, export_name),
+	{ 0, "target-exportname", "NAME", MODE_PROXY, VALUE(KIND_STRING, export_name),
 	  "name of the remote server's export (the empty name)" },
 	{ 0, "clear-bitmap", NULL, MODE_PROXY, FLAG(clear_bitmap), "forget what is cached" },
 	{ 0, "max-queue-size", "N", MODE_PROXY, NUMBER(max_queue_size, 0, INT_MAX),
@@ -151,7 +150,7 @@ static const struct known bgctl_known[] = {
 	  "ask the origin for N blocks of 4096 bytes at once (64)" },
 	{ 0, "force", NULL, COMMAND_SWITCH, FLAG(force),
 	  "even if blocks are missing, which read as zeros then" },
-	{ 0, "exportname", "NAME", COMMAND_RECONNECT | COMMAND_SNAPSHOT, VALUE(KIND_NAME, export_name),
+	{ 0, "exportname", "NAME", COMMAND_RECONNECT | COMMAND_SNAPSHOT, VALUE(KIND_STRING, export_name),
 	  "the export: there (the present one), or here (the only one)" },
 	{ 'h', "help", NULL, COMMAND_ANY, OTHER(KIND_HELP), "show this text" },
 	{ 'V', "version", NULL, COMMAND_ANY, OTHER(KIND_VERSION), "show the version" },
@@ -332,11 +331,8 @@ static void set_option(const struct program *p, void *o, const struct known *k, 
 		*(bool *)field = true;
 		break;
 	case KIND_STRING:
-		if (!*value)
+		if (strlen(value) < k->min)
 			usage_error("option '--%s' needs a value that is not empty", k->name);
-		*(const char **)field = value;
-		break;
-	case KIND_NAME:
 		*(const char **)field = value;
 		break;
 	case KIND_NUMBER:
