@@ -584,7 +584,7 @@ static void show_rates(const struct fields *now, const struct fields *before, ui
 		 mib(since(now, before, "written-bytes") * 1000 / ms, written), what);
 }
 
-/* How many requests took up to that many microseconds, by "4:17 5:3". */
+/* How many requests took up to that many microseconds, by "7:17 15:3". */
 static uint64_t count_up_to(const struct fields *f, uint64_t us)
 {
 	uint64_t count = 0;
