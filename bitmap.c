@@ -67,6 +67,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <sys/sysmacros.h>
@@ -79,6 +80,7 @@ enum {
 	COMMIT_PAGES = 64,		/* at most, for one sync of the data */
 	VERSION = 2,
 	BOOT_ID_SIZE = 16,
+	LOCK_NS = 1000 * 1000,		/* that a loop waits at most */
 	CHECKED_SIZE = 80,		/* of the header */
 	CHECKED_SIZE_1 = 64,		/* of version 1 */
 };
@@ -238,12 +240,29 @@ static int record(struct bitmap *b, uint64_t blk, uint64_t end)
 	return write_at(b->fd, buf, bytes, HEADER_SIZE + b->map_bytes + first);
 }
 
+/* Whoever has the lock is in a pwrite(), mostly for less than a microsecond. */
+static bool take_lock(struct bitmap *b, bool wait)
+{
+	struct timespec until;
+
+	if (pthread_mutex_trylock(&b->lock) == 0)
+		return true;
+	if (wait)
+		return pthread_mutex_lock(&b->lock) == 0;
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_nsec += LOCK_NS;
+	until.tv_sec += until.tv_nsec / 1000000000;
+	until.tv_nsec %= 1000000000;
+	return pthread_mutex_timedlock(&b->lock, &until) == 0;
+}
+
 /* The page is marked after its bits: a commit that misses a bit finds the mark next time. */
-static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, uint64_t *fresh)
+static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, bool wait, uint64_t *fresh)
 {
 	int err = 0;
 
-	pthread_mutex_lock(&b->lock);
+	if (!take_lock(b, wait))
+		return -EAGAIN;
 	if (!are_set(b, blk, end)) {
 		err = record(b, blk, end);
 		if (!err) {
@@ -255,7 +274,7 @@ static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, uint64_t *
 	return err;
 }
 
-int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, uint64_t *fresh)
+int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait, uint64_t *fresh)
 {
 	uint64_t end = blk + n, to;
 	int err = 0;
@@ -270,7 +289,7 @@ int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, uint64_t *fresh)
 		to = (blk / 8 / MAP_PAGE + 1) * MAP_PAGE * 8;
 		if (to > end)
 			to = end;
-		err = set_recorded(b, blk, to, fresh);
+		err = set_recorded(b, blk, to, wait, fresh);
 	}
 	return err;
 }

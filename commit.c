@@ -46,19 +46,19 @@ void committer_lost(struct committer *c, int err)
 }
 
 /* An error of the moment is told once, and again when there was none in between. */
-static void note(struct committer *c, int err)
+static void note(struct committer *c, int err, bool last)
 {
 	char more[128];
 
-	snprintf(more, sizeof(more), ": %s; trying again", strerror(-err));
-	if (err && !c->told)
+	snprintf(more, sizeof(more), ": %s%s", strerror(-err), last ? "" : "; trying again");
+	if (err && (last || !c->told))
 		tell(c, LOG_ERROR, "not committed", more);
 	if (!err && c->told)
 		tell(c, LOG_EVENT, "committed again", "");
 	c->told = err != 0;
 }
 
-int committer_run(struct committer *c)
+static int run_commit(struct committer *c, bool last)
 {
 	bool lost = false;
 	int err = c->commit(c, &lost);
@@ -67,10 +67,15 @@ int committer_run(struct committer *c)
 		committer_lost(c, err);
 		return err;
 	}
-	note(c, err);
-	if (err)
+	note(c, err, last);
+	if (err && !last)
 		committer_soon(c);
 	return err;
+}
+
+int committer_finish(struct committer *c)
+{
+	return run_commit(c, true);
 }
 
 static void run_job(struct job *job)
@@ -91,7 +96,7 @@ static void run_job(struct job *job)
 			return;
 		}
 		pthread_mutex_unlock(&c->lock);
-		error = committer_run(c);
+		error = run_commit(c, false);
 		for (; r; r = next) {
 			next = r->next;
 			request_done(r, error);

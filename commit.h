@@ -41,8 +41,8 @@ int committer_flush(struct committer *c, struct request *r);
 /* Something has to be committed, within about a second.  Any thread; cheap. */
 void committer_soon(struct committer *c);
 
-/* Commit now, on this thread; no request may be waiting.  0 or -errno. */
-int committer_run(struct committer *c);
+/* Commit for the last time, on this thread; no request may be waiting.  0 or -errno. */
+int committer_finish(struct committer *c);
 
 /* Stable storage has failed: the log is told, once.  Any thread. */
 void committer_lost(struct committer *c, int err);

@@ -112,9 +112,11 @@ void layer_destroy(struct layer *l)
 
 int layer_finish(struct layer *l)
 {
-	int err = committer_run(&l->committer);
+	int err = committer_finish(&l->committer);
 
-	return err ? err : bitmap_mark_clean(l->map);
+	if (!err)
+		bitmap_mark_clean(l->map);	/* or the next start looks at more than it has to */
+	return err;
 }
 
 uint64_t layer_run(const struct layer *l, uint64_t len, uint64_t off, bool *held)
@@ -156,13 +158,14 @@ uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off)
  * The blocks that a range touches, which may not be held, have been stored, if ret is 0: hold them.
  * *fresh grows by the number of those that were not held.
  */
-static int set_held(struct layer *l, uint64_t len, uint64_t off, int ret, uint64_t *fresh)
+static int set_held(struct layer *l, uint64_t len, uint64_t off, int ret, enum how how,
+		    uint64_t *fresh)
 {
 	uint64_t blk = off / BLOCK_SIZE;
 
 	if (ret == 0) {
-		ret = bitmap_set(l->map, blk, bitmap_blocks(off + len) - blk, fresh);
-		if (ret != 0 && !is_momentary(ret))
+		ret = bitmap_set(l->map, blk, bitmap_blocks(off + len) - blk, how == WAIT, fresh);
+		if (ret != 0 && ret != -EAGAIN && !is_momentary(ret))
 			layer_fail(l, ret);
 		if (l->durable)
 			committer_soon(&l->committer);
@@ -199,7 +202,7 @@ static int write_part(struct layer *l, const uint8_t *buf, uint64_t len, uint64_
 		return ret;
 	memcpy(block + at, buf, len);
 	ret = disk_write(l->disk, block, bytes, start, how);
-	return set_held(l, bytes, start, ret, fresh);
+	return set_held(l, bytes, start, ret, how, fresh);
 }
 
 /* Store blocks that may not be held as yet. */
@@ -213,7 +216,7 @@ static int write_first(struct layer *l, const uint8_t *buf, uint64_t len, uint64
 
 		if (n > 0) {
 			ret = disk_write(l->disk, buf, n, off, how);
-			ret = set_held(l, n, off, ret, fresh);
+			ret = set_held(l, n, off, ret, how, fresh);
 		} else {
 			n = BLOCK_SIZE - off % BLOCK_SIZE;
 			if (n > len)
@@ -246,7 +249,7 @@ static int zero_whole(struct layer *l, uint64_t len, uint64_t off, unsigned flag
 	if (len == 0)
 		return 0;
 	ret = disk_zero(l->disk, len, off, flags);
-	return ret == -EOPNOTSUPP ? ret : set_held(l, len, off, ret, fresh);
+	return ret == -EOPNOTSUPP ? ret : set_held(l, len, off, ret, WAIT, fresh);
 }
 
 /* Whole blocks first: for FAST_ZERO that is what may fail, and then nothing may have changed. */
@@ -290,7 +293,7 @@ static int fill_run(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t 
 	uint64_t fresh = 0;
 	int ret = buf ? disk_write(l->disk, buf, len, off, how) : disk_zero(l->disk, len, off, 0);
 
-	return set_held(l, len, off, ret, &fresh);
+	return set_held(l, len, off, ret, how, &fresh);
 }
 
 int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)

@@ -155,7 +155,7 @@ static void copy_first(struct snapshot *s, uint64_t off, uint64_t end)
 		fail(s, err);
 	else
 		bitmap_set(s->copied, off / BLOCK_SIZE, bitmap_blocks(end) - off / BLOCK_SIZE,
-			   &fresh);
+			   true, &fresh);
 	free(buf);
 }
 

@@ -268,6 +268,10 @@ void worker_submit_later(struct job *job, unsigned ms)
 
 	job->due = now_ms() + ms;
 	pthread_mutex_lock(&pool.lock);
+	if (pool.stop) {	/* or a job that submits itself again would go on for ever */
+		pthread_mutex_unlock(&pool.lock);
+		return;
+	}
 	while (*p && (*p)->due <= job->due)
 		p = &(*p)->next;
 	job->next = *p;

@@ -38,7 +38,7 @@ void worker_submit(struct job *job);
 /* Take back a job that no thread has begun with.  False if that is too late, or it is none. */
 bool worker_take_back(struct job *job);
 
-/* Submit it when ms milliseconds have passed, or when the pool stops. */
+/* Submit it when ms milliseconds have passed, or when the pool stops; never after that. */
 void worker_submit_later(struct job *job, unsigned ms);
 
 /* Finish all jobs and end the threads.  No job may be submitted from outside any more. */

@@ -350,7 +350,7 @@ static void change(struct bitmap *b, const struct scene *s, struct truth *t, str
 		fresh += !bit_of(t->now, k);
 		t->now[k / 8] |= (uint8_t)(1 << k % 8);
 	}
-	assert(bitmap_set(b, blk, n, &told) == 0 && told == fresh + 1);
+	assert(bitmap_set(b, blk, n, true, &told) == 0 && told == fresh + 1);
 	assert(!fresh || bitmap_is_dirty(b));
 }
 
