@@ -3,7 +3,7 @@
 #   make                    build
 #   make check              build and test (installs what the tests need, where it may)
 #   make asan, make tsan    the same with sanitizers
-#   make static             small static programs in build/static, with musl-gcc
+#   make static             static programs in build/static, with musl-gcc
 #   make PORTABLE=1         in build/portable, without what only Linux has
 #   make coverage           which lines and branches the tests reach
 #   make mutants            whether the tests notice the faults of others (hours)
@@ -22,12 +22,16 @@ ZSHDIR = $(PREFIX)/share/zsh/site-functions
 EXAMPLEDIR = $(PREFIX)/share/doc/xnbd/examples
 
 CC = cc
-CFLAGS = -O2 -g
+CFLAGS = -O2 -g -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2
 LDFLAGS =
 
 # What the code needs whatever CFLAGS the user gives.
 XCFLAGS = -std=c11 -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64 -Wall -Wextra -Wshadow \
 	-Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith -Wwrite-strings -pthread -MMD -MP
+
+# Hardening, before CFLAGS and LDFLAGS, which can take it back: -fno-stack-protector, -no-pie.
+HARDEN_CFLAGS = -fPIE -fstack-protector-strong
+HARDEN_LDFLAGS = $(if $(filter -static,$(LDFLAGS)),,-pie) -Wl,-z,relro,-z,now
 
 # Objects and programs go here; "make asan" and the like use folders of their own.
 ifdef PORTABLE
@@ -46,9 +50,7 @@ SERVER_OBJS = xnbd.o options.o exports.o access.o confine.o listen.o conn.o loop
 	proto_client.o
 BGCTL_OBJS = bgctl.o options.o access.o proto.o util.o
 
-# Where the C library is musl, small.o takes the place of parts of it: see small.c and "make static".
-SMALL =
-OBJS = $(addprefix $(BUILD)/,$(SERVER_OBJS) $(SMALL))
+OBJS = $(addprefix $(BUILD)/,$(SERVER_OBJS))
 PROGRAMS = $(BUILD)/xnbd-server $(BUILD)/xnbd-bgctl
 
 PYTHON = python3
@@ -61,17 +63,14 @@ MUTANTFLAGS =
 all: $(PROGRAMS)
 
 $(BUILD)/xnbd-server: $(OBJS)
-	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $(OBJS) $(LIBATOMIC)
+	$(CC) $(CFLAGS) -pthread $(HARDEN_LDFLAGS) $(LDFLAGS) -o $@ $(OBJS) $(LIBATOMIC)
 
-$(BUILD)/xnbd-bgctl: $(addprefix $(BUILD)/,$(BGCTL_OBJS) $(SMALL))
-	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ $^ $(LIBATOMIC)
+$(BUILD)/xnbd-bgctl: $(addprefix $(BUILD)/,$(BGCTL_OBJS))
+	$(CC) $(CFLAGS) -pthread $(HARDEN_LDFLAGS) $(LDFLAGS) -o $@ $^ $(LIBATOMIC)
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(BUILD)
-	$(CC) $(CPPFLAGS) $(XCFLAGS) $(CFLAGS) -c -o $@ $<
-
-# Calls of it come from the C library, which link-time optimization does not know.
-$(BUILD)/small.o: override CFLAGS += -fno-lto -fno-builtin
+	$(CC) $(CPPFLAGS) $(XCFLAGS) $(HARDEN_CFLAGS) $(CFLAGS) -c -o $@ $<
 
 -include $(OBJS:.o=.d) $(BUILD)/bgctl.d
 
@@ -111,21 +110,18 @@ fuzz:
 		XNBD_SERVER=$(abspath build/asan/xnbd-server) PYTHON=$(PYTHON) \
 		tests/run -k test_fuzz -rP
 
-# Tables for unwinding are left out, since nothing unwinds, and so is the padding between segments.
-# A failed assert() tells where it stands, but not its text.
+# A static PIE: musl's rcrt1.o relocates it.  It is named here, since musl-gcc knows no -static-pie,
+# and would link the start files of a dynamic program.  Nothing unwinds: no tables for that.
 STATIC_CC = musl-gcc
 STATIC_BUILD = build/static
-STATIC_CFLAGS = -Oz -flto -flto-partition=one -fno-pie -ffunction-sections -fdata-sections \
-	-fno-tree-sra -fno-tree-fre -fno-tree-loop-im -fno-move-loop-invariants -fno-caller-saves \
-	-fno-asynchronous-unwind-tables -fno-unwind-tables \
-	"-D__assert_fail(what,file,line,function)=assert_failed(file,line)"
-STATIC_LDFLAGS = -static -no-pie -s -Wl,--gc-sections -Wl,--build-id=none \
-	-Wl,-z,noseparate-code -Wl,-z,norelro -Wl,-z,common-page-size=64 \
-	-Wl,--sort-section=alignment
+STATIC_CFLAGS = -Os -flto=auto -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables \
+	-D_FORTIFY_SOURCE=2
+STATIC_LDFLAGS = -nostartfiles -l:rcrt1.o -static -Wl,-pie,--no-dynamic-linker,-z,text \
+	-Wl,--gc-sections -s
 
 static:
 	$(MAKE) BUILD=$(STATIC_BUILD) CC=$(STATIC_CC) CFLAGS='$(STATIC_CFLAGS)' \
-		LDFLAGS='$(STATIC_LDFLAGS)' SMALL=small.o all
+		LDFLAGS='$(STATIC_LDFLAGS)' all
 
 tests/load: tests/load.c
 	$(CC) $(CPPFLAGS) -std=c11 -Wall -Wextra -pthread -O2 -g $(LDFLAGS) -o $@ tests/load.c

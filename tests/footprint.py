@@ -194,7 +194,7 @@ def binary(site):
     if site.opts.static:
         stripped = site.path("stripped")
         subprocess.run(["strip", "-o", stripped, site.opts.static], check=True)
-        yield "static program, stripped", os.path.getsize(stripped), "KiB", 160 * KIB
+        yield "static program, stripped", os.path.getsize(stripped), "KiB", 200 * KIB
 
 
 def start(site):

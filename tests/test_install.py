@@ -93,6 +93,78 @@ def test_installed_programs_run(prefix, image, server, monkeypatch):
     in_step(server(image).client())
 
 
+# Flags and static programs
+
+def dry_run(tmp_path, *arguments):
+    """What would be called: (compile, link) of the server."""
+    lines = make("-n", f"BUILD={tmp_path}/build", *arguments).splitlines()
+    return ([line for line in lines if " -c " in line],
+            [line for line in lines if " -o " in line and " -c " not in line])
+
+
+def test_flags_of_the_user_take_nothing_away_that_is_needed(tmp_path):
+    """They come last, so that they can take hardening back."""
+    compiled, linked = dry_run(tmp_path, "CFLAGS=-O0 -fno-stack-protector", "LDFLAGS=-no-pie",
+                               "CPPFLAGS=-DX")
+    assert len(compiled) > 20 and len(linked) == 2
+    for line in compiled:
+        words = line.split()
+        assert {"-std=c11", "-D_FILE_OFFSET_BITS=64", "-pthread", "-fPIE", "-DX", "-O0"} <= set(words)
+        assert words.index("-fstack-protector-strong") < words.index("-fno-stack-protector")
+    for line in linked:
+        words = line.split()
+        assert "-pthread" in words and words.index("-pie") < words.index("-no-pie")
+
+
+def elf(program):
+    return run(need("readelf", "binutils"), "-hlWd", program, env={**os.environ, "LC_ALL": "C"})
+
+
+def is_hardened(program):
+    """A PIE whose relocated data is read-only before main()."""
+    said = elf(program)
+    return bool(re.search(r"Type: +DYN", said) and "GNU_RELRO" in said
+                and re.search(r"FLAGS.*NOW", said) and re.search(r"GNU_STACK.* RW ", said))
+
+
+def test_programs_are_hardened(tmp_path):
+    make("all", f"BUILD={tmp_path}", "-j2")
+    for program in tmp_path / "xnbd-server", tmp_path / "xnbd-bgctl":
+        assert is_hardened(program)
+        symbols = run("readelf", "--dyn-syms", "-W", program)
+        assert "__stack_chk_fail" in symbols and "_chk@GLIBC" in symbols
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory):
+    """The folder with both programs, linked with musl."""
+    need("musl-gcc", "musl-tools")
+    where = tmp_path_factory.mktemp("static")
+    make("static", f"STATIC_BUILD={where}", "-j2")
+    return where
+
+
+@pytest.mark.parametrize("program", ["xnbd-server", "xnbd-bgctl"])
+def test_static_programs_are_hardened_and_need_no_library(static, program):
+    assert is_hardened(static / program)
+    said = elf(static / program)
+    assert "INTERP" not in said and "NEEDED" not in said
+
+
+def test_static_server_is_under_200_kib(static):
+    """What embedded systems have room for."""
+    assert (static / "xnbd-server").stat().st_size < 200 * 1024
+
+
+def test_static_server_knows_names_of_hosts_and_users(static, image, server, monkeypatch):
+    user = ["--user", "nobody"] if os.getuid() == 0 else []
+    monkeypatch.setattr(conftest, "SERVER", str(static / "xnbd-server"))
+    s = server(args=["--target", "--laddr", "localhost", "--lport", "0", *user, image])
+    in_step(s.client())
+    if user:
+        assert s.status("Uid") == pwd.getpwnam("nobody").pw_uid
+
+
 # Completion
 
 def options_of(program):
