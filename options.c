@@ -214,7 +214,7 @@ static _Noreturn void usage_error(const char *fmt, ...)
 
 static void say(const char *fmt, ...) PRINTF_LIKE(1, 2);
 
-/* On standard output, without what stdio takes for it. */
+/* On standard output; the end if that takes nothing. */
 static void say(const char *fmt, ...)
 {
 	va_list ap;

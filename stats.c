@@ -98,9 +98,14 @@ uint64_t tally_requests(const struct tally *t)
 /* Microseconds within which that share of requests was answered, rounded up to a power of two. */
 static uint64_t tally_percentile(const struct tally *t, unsigned percent)
 {
-	uint64_t top = delay_top(percentile_index(t->delay, STATS_DELAYS, percent));
+	uint64_t all = 0, seen = t->delay[0];
+	unsigned i;
 
-	return top < t->longest ? top : t->longest;
+	for (i = 0; i < STATS_DELAYS; i++)
+		all += t->delay[i];
+	for (i = 0; i < STATS_DELAYS - 1 && seen < all - all * (100 - percent) / 100; i++)
+		seen += t->delay[i + 1];
+	return delay_top(i) < t->longest ? delay_top(i) : t->longest;
 }
 
 /* Text */

@@ -270,21 +270,6 @@ bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned 
 	return !errno && !*end && *value >= min && *value <= max;
 }
 
-unsigned percentile_index(const uint64_t *count, unsigned n, unsigned percent)
-{
-	uint64_t all = 0, seen = 0;
-	unsigned i;
-
-	for (i = 0; i < n; i++)
-		all += count[i];
-	for (i = 0; i < n - 1; i++) {
-		seen += count[i];
-		if (seen >= all - all * (100 - percent) / 100)
-			break;
-	}
-	return i;
-}
-
 char *absolute_path(const char *path)
 {
 	char *cwd, *result;

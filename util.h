@@ -77,9 +77,6 @@ bool parse_size(const char *s, uint64_t *value);
 /* A decimal number from min to max.  False if it is none. */
 bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned long *value);
 
-/* The index at which count[], of n numbers, has reached that share of their sum; n - 1 at most. */
-unsigned percentile_index(const uint64_t *count, unsigned n, unsigned percent);
-
 /* The path from the root, in memory that the caller frees; NULL if out of memory. */
 char *absolute_path(const char *path);
 
