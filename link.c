@@ -1,25 +1,41 @@
 /*
- * link.c - one connection to the origin, in transmission: see link.h.
+ * link.c - one connection to the origin: see link.h.
  *
- * Each request has a slot from when it is asked to when it is answered; its cookie is the number
- * of the slot and one that never comes again.  Heads of replies and small data are received
- * through a buffer, large data straight to where it belongs.
+ *	LINK_NEW
+ *	LINK_RESOLVE	a thread looks the name up
+ *	LINK_CONNECT	to an address; from here and the next state to the next one, if it fails
+ *	LINK_NEGOTIATE	the handshake
+ *	LINK_UP		transmission
+ *
+ * In transmission each request has a slot from when it is asked to when it is answered; its cookie
+ * is the number of the slot and one that never comes again.  Heads of replies and small data are
+ * received through a buffer, large data straight to where it belongs.
  */
 #define _GNU_SOURCE
 #include "link.h"
 
 #include "buffer.h"
+#include "util.h"
 
 #include <assert.h>
 #include <errno.h>
+#include <netdb.h>
 #include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 enum {
+	LOOKUP_STACK = 256 * 1024,	/* resolvers are greedy */
+	LOOKUPS_MAX = 32,		/* more than that hang */
+	ADDRESSES_MAX = 24,		/* of one name */
+
 	SLOTS = 512,			/* requests outstanding; a power of two */
 	RX_BYTES = 256 * 1024,
 
@@ -30,6 +46,28 @@ enum {
 	PROGRESS = 1024,		/* bytes; who sends less in the time allowed counts as silent */
 };
 
+static const char NBD_PORT[] = "10809";
+
+enum link_state { LINK_NEW, LINK_RESOLVE, LINK_CONNECT, LINK_NEGOTIATE, LINK_UP };
+
+/* What a name stands for: small enough that a pipe takes all of it at once. */
+struct link_addresses {
+	char error[64];			/* why there is none, or "" */
+	unsigned count;
+	struct {
+		socklen_t len;
+		struct sockaddr_storage sa;
+	} address[ADDRESSES_MAX];
+};
+
+/* A thread that looks a name up.  Nobody waits for it: it may hang for as long as it pleases. */
+struct lookup {
+	int fd;				/* struct link_addresses goes there */
+	struct link_target *target;
+};
+
+static atomic_uint lookups;
+
 struct slot {
 	struct origin_request *r;	/* NULL if it is free */
 	struct slot *older, *newer;	/* in the order of asking; or the next free one */
@@ -39,13 +77,25 @@ struct slot {
 };
 
 struct link {
-	int fd;
-	struct proto_offer offer;
-	char reason[48];		/* room for what is said of its end */
+	enum link_state state;
+	int fd;				/* the socket; or a pipe, while the name is looked up */
+	unsigned timeout_ms;
+	char reason[PROTO_REASON_MAX];	/* of its end */
+
+	/* The attempt. */
+	const struct link_target *target;
+	uint64_t end;			/* of all of it; now_ms() */
+	uint64_t deadline;		/* of this state, or this address */
+	struct link_addresses found;
+	unsigned next;			/* address to try */
+	bool answered;			/* by a server, and the reason is about what it said */
+	struct proto_client client;	/* its offer stays */
+
+	/* Transmission. */
 	uint64_t cookies;		/* given out */
 	uint64_t heard;			/* when an answer, or PROGRESS bytes of one, came last */
 	size_t unheard;			/* bytes since then */
-	uint64_t answered;		/* the latest time of asking of what was answered */
+	uint64_t latest;		/* time of asking of what was answered */
 	uint64_t fetched;		/* bytes of data, not reported yet */
 	struct origin_request **finished;	/* the next answered request goes here */
 
@@ -68,17 +118,72 @@ struct link {
 	uint8_t rx[RX_BYTES];
 };
 
-struct link *link_new(int fd, const struct proto_offer *offer)
+_Static_assert(PROTO_CLIENT_ROOM <= (SLOTS + 1) * PROTO_REQUEST_SIZE, "tx holds a handshake's part");
+_Static_assert((size_t)PROTO_CLIENT_TAKE_MAX <= RX_BYTES, "rx holds a handshake's part");
+_Static_assert(sizeof(struct link_addresses) <= 4096, "a pipe takes all addresses at once");
+
+/* Targets */
+
+static char *copy_host(const char *host, bool local)
+{
+	size_t len = strlen(host);
+
+	if (local)
+		return absolute_path(host + 5);
+	if (len > 2 && host[0] == '[' && host[len - 1] == ']')
+		return strndup(host + 1, len - 2);
+	return strdup(host);
+}
+
+static void name_address(struct link_target *t)
+{
+	size_t room = sizeof(t->address);
+	const char *format = !t->port ? "unix:%s" : strchr(t->host, ':') ? "[%s]:%s" : "%s:%s";
+	int n = snprintf(t->address, room, format, t->host, t->port);
+
+	if (n < 0 || (size_t)n >= room)
+		strcpy(t->address + room - 4, "...");
+}
+
+struct link_target *link_target_new(const char *host, const char *port, const char *export_name)
+{
+	struct link_target *t = calloc(1, sizeof(*t));
+	bool local = strncmp(host, "unix:", 5) == 0;
+
+	if (!t)
+		return NULL;
+	t->host = copy_host(host, local);
+	t->port = local ? NULL : strdup(port ? port : NBD_PORT);
+	t->export_name = strdup(export_name);
+	if (!t->host || !t->export_name || (!local && !t->port)) {
+		link_target_free(t);
+		return NULL;
+	}
+	name_address(t);
+	return t;
+}
+
+void link_target_free(struct link_target *t)
+{
+	if (!t)
+		return;
+	free(t->host);
+	free(t->port);
+	free(t->export_name);
+	free(t);
+}
+
+struct link *link_new(const struct link_target *t, unsigned timeout_ms)
 {
 	struct link *l = malloc(sizeof(*l));
 
-	if (!l) {
-		close(fd);
+	if (!l)
 		return NULL;
-	}
 	memset(l, 0, offsetof(struct link, slot));
-	l->fd = fd;
-	l->offer = *offer;
+	l->fd = -1;
+	l->target = t;
+	l->timeout_ms = timeout_ms;
+	l->end = l->deadline = now_ms() + timeout_ms;
 	return l;
 }
 
@@ -87,15 +192,278 @@ int link_fd(const struct link *l)
 	return l->fd;
 }
 
-const struct proto_offer *link_offer(const struct link *l)
-{
-	return &l->offer;
-}
-
 short link_events(const struct link *l)
 {
-	return POLLIN | (l->tx_from < l->tx_to ? POLLOUT : 0);
+	bool sends = l->tx_from < l->tx_to || l->state == LINK_CONNECT;
+
+	if (!sends)
+		return POLLIN;
+	return l->state == LINK_UP ? POLLIN | POLLOUT : POLLOUT;
 }
+
+const struct proto_offer *link_offer(const struct link *l)
+{
+	return l->state == LINK_UP ? &l->client.offer : NULL;
+}
+
+/* Sending, in a handshake and later */
+
+static const char closed[] = "it closed the connection";
+
+static bool would_block(int err)
+{
+	return err == EAGAIN || err == EWOULDBLOCK || err == EINTR || err == ENOBUFS;
+}
+
+const char *link_send(struct link *l)
+{
+	ssize_t n;
+
+	if (l->tx_from == l->tx_to)
+		return NULL;
+	n = send(l->fd, l->tx + l->tx_from, l->tx_to - l->tx_from, MSG_NOSIGNAL);
+	if (n < 0 && errno == EPIPE)
+		return closed;
+	if (n < 0)
+		return would_block(errno) ? NULL : strerror(errno);
+	l->tx_from += (size_t)n;
+	if (l->tx_from == l->tx_to)
+		l->tx_from = l->tx_to = 0;
+	return NULL;
+}
+
+/* Addresses */
+
+/* Returns what getaddrinfo() does. */
+static int find_addresses(const struct link_target *t, int flags, struct link_addresses *found)
+{
+	const struct addrinfo hints = {
+		.ai_flags = flags, .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM,
+	};
+	struct addrinfo *list;
+	int err = getaddrinfo(t->host, t->port, &hints, &list);
+
+	memset(found, 0, sizeof(*found));
+	if (err) {
+		snprintf(found->error, sizeof(found->error), "%s",
+			 err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err));
+		return err;
+	}
+	for (struct addrinfo *i = list; i && found->count < ADDRESSES_MAX; i = i->ai_next) {
+		found->address[found->count].len = i->ai_addrlen;
+		memcpy(&found->address[found->count++].sa, i->ai_addr, i->ai_addrlen);
+	}
+	freeaddrinfo(list);
+	return 0;
+}
+
+static void lookup_free(struct lookup *k)
+{
+	close(k->fd);
+	link_target_free(k->target);
+	free(k);
+	atomic_fetch_sub(&lookups, 1);
+}
+
+/* The thread. */
+static void *lookup_main(void *arg)
+{
+	struct lookup *k = arg;
+	struct link_addresses found;
+	ssize_t n;
+
+	find_addresses(k->target, 0, &found);
+	n = write(k->fd, &found, sizeof(found));
+	(void)n;	/* the link may have been given up */
+	lookup_free(k);
+	return NULL;
+}
+
+static int lookup_start_thread(struct lookup *k)
+{
+	pthread_attr_t attr;
+	pthread_t thread;
+	int err;
+
+	pthread_attr_init(&attr);
+	pthread_attr_setstacksize(&attr, LOOKUP_STACK);
+	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+	err = pthread_create(&thread, &attr, lookup_main, k);
+	pthread_attr_destroy(&attr);
+	return err;
+}
+
+/* Have the name looked up.  The result comes from the descriptor that is returned, or -1. */
+static int lookup_start(const struct link_target *t)
+{
+	struct lookup *k = malloc(sizeof(*k));
+	int fds[2];
+
+	if (!k || make_pipe(fds) < 0) {
+		free(k);
+		return -1;
+	}
+	k->fd = fds[1];
+	k->target = link_target_new(t->host, t->port, "");
+	if (atomic_fetch_add(&lookups, 1) < LOOKUPS_MAX && k->target &&
+	    lookup_start_thread(k) == 0)
+		return fds[0];
+	lookup_free(k);
+	close(fds[0]);
+	return -1;
+}
+
+/* The attempt: a function for each state */
+
+static int link_connect(struct link *l)
+{
+	unsigned i = l->next++;
+	const struct sockaddr *sa = (const struct sockaddr *)&l->found.address[i].sa;
+
+	l->state = LINK_CONNECT;
+	l->fd = socket(sa->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (l->fd >= 0 && connect(l->fd, sa, l->found.address[i].len) == 0)
+		return 0;
+	return l->fd >= 0 && (errno == EINPROGRESS || errno == EINTR) ? 0 : errno;
+}
+
+/*
+ * Try the next address, since the last one is of no use: each has its share of the time that is left.
+ * What a server answered is not forgotten for another that cannot be reached.
+ */
+static const char *link_try_next(struct link *l, const char *reason)
+{
+	int err = 0;
+
+	do {
+		uint64_t now = now_ms();
+
+		if (err)
+			reason = strerror(err);
+		if (reason && !l->answered)
+			snprintf(l->reason, sizeof(l->reason), "%s", reason);
+		l->answered |= l->state == LINK_NEGOTIATE;
+		if (l->fd >= 0)
+			close(l->fd);
+		l->fd = -1;
+		if (l->next == l->found.count || now >= l->end)
+			return l->reason;
+		l->deadline = now + (l->end - now) / (l->found.count - l->next);
+		err = link_connect(l);
+	} while (err);
+	return NULL;
+}
+
+static const char *link_begin_local(struct link *l)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	size_t len = strlen(l->target->host);
+
+	if (len >= sizeof(sun.sun_path)) {
+		snprintf(l->reason, sizeof(l->reason), "the path has %zu bytes, %zu is the most",
+			 len, sizeof(sun.sun_path) - 1);
+		return l->reason;
+	}
+	memcpy(sun.sun_path, l->target->host, len);
+	memcpy(&l->found.address[0].sa, &sun, sizeof(sun));
+	l->found.address[0].len = sizeof(sun);
+	l->found.count = 1;
+	return link_try_next(l, NULL);
+}
+
+/* Only a name takes a thread to find out what it stands for. */
+static const char *link_begin(struct link *l)
+{
+	const struct link_target *t = l->target;
+
+	if (!t->port)
+		return link_begin_local(l);
+	if (find_addresses(t, AI_NUMERICHOST | AI_NUMERICSERV, &l->found) == 0)
+		return link_try_next(l, NULL);
+	l->state = LINK_RESOLVE;
+	l->fd = lookup_start(t);
+	return l->fd < 0 ? "out of memory or descriptors" : NULL;
+}
+
+static const char *link_resolved(struct link *l)
+{
+	ssize_t n = read(l->fd, &l->found, sizeof(l->found));
+
+	if (n != (ssize_t)sizeof(l->found))
+		return n < 0 && errno == EINTR ? NULL : "the name was not looked up";
+	return l->found.error[0] ? l->found.error : link_try_next(l, NULL);
+}
+
+static const char *link_connected(struct link *l)
+{
+	socklen_t size = sizeof(int);
+	int err;
+
+	if (getsockopt(l->fd, SOL_SOCKET, SO_ERROR, &err, &size) < 0)
+		err = errno;
+	if (err)
+		return link_try_next(l, strerror(err));
+	tune_socket(l->fd);
+	proto_client_begin(&l->client, l->target->export_name);
+	l->tx_from = l->tx_to = l->rx_to = 0;
+	l->state = LINK_NEGOTIATE;
+	return NULL;
+}
+
+/* A part of the handshake is in rx, or some of it is. */
+static const char *link_haggle(struct link *l)
+{
+	if (l->rx_to < l->client.want)
+		return NULL;
+	l->rx_to = 0;
+	switch (proto_client_take(&l->client, l->rx, l->tx, &l->tx_to)) {
+	case PROTO_CLOSE:
+		return link_try_next(l, l->client.reason);
+	case PROTO_TRANSMIT:
+		l->state = LINK_UP;
+		return NULL;
+	default:
+		return NULL;
+	}
+}
+
+static const char *link_negotiate(struct link *l)
+{
+	const char *wrong = link_send(l);
+	ssize_t n;
+
+	if (wrong)
+		return link_try_next(l, wrong);
+	if (l->tx_from < l->tx_to)
+		return NULL;
+	n = recv(l->fd, l->rx + l->rx_to, l->client.want - l->rx_to, 0);
+	if (n == 0)
+		return link_try_next(l, l->client.state == PROTO_CLIENT_EXPORT ?
+				     "it closed the connection: it may not have such an export" :
+				     "it closed the connection in the handshake");
+	if (n < 0)
+		return would_block(errno) ? NULL : link_try_next(l, strerror(errno));
+	l->rx_to += (size_t)n;
+	return link_haggle(l);
+}
+
+const char *link_advance(struct link *l)
+{
+	switch (l->state) {
+	case LINK_NEW:
+		return link_begin(l);
+	case LINK_RESOLVE:
+		return link_resolved(l);
+	case LINK_CONNECT:
+		return link_connected(l);
+	case LINK_NEGOTIATE:
+		return link_negotiate(l);
+	default:
+		return NULL;
+	}
+}
+
+/* Asking */
 
 bool link_has_room(const struct link *l)
 {
@@ -106,8 +474,6 @@ uint64_t link_owes(const struct link *l)
 {
 	return l->owes;
 }
-
-/* Asking */
 
 static uint64_t answer_bytes(const struct origin_request *r)
 {
@@ -180,30 +546,6 @@ void link_ask(struct link *l, struct origin_request *r, uint64_t now)
 	put_request(l, &h);
 }
 
-static const char closed[] = "it closed the connection";
-
-static bool would_block(int err)
-{
-	return err == EAGAIN || err == EWOULDBLOCK || err == EINTR || err == ENOBUFS;
-}
-
-const char *link_send(struct link *l)
-{
-	ssize_t n;
-
-	if (l->tx_from == l->tx_to)
-		return NULL;
-	n = send(l->fd, l->tx + l->tx_from, l->tx_to - l->tx_from, MSG_NOSIGNAL);
-	if (n < 0 && errno == EPIPE)
-		return closed;
-	if (n < 0)
-		return would_block(errno) ? NULL : strerror(errno);
-	l->tx_from += (size_t)n;
-	if (l->tx_from == l->tx_to)
-		l->tx_from = l->tx_to = 0;
-	return NULL;
-}
-
 /* Answers */
 
 /* The data does not remain what it was: it is asked for again, or not at all. */
@@ -224,7 +566,7 @@ static int error_of(const struct proto_answer *a)
 	return a->error ? -EIO : 0;
 }
 
-static void finish(struct link *l, struct slot *s)
+static void link_finish(struct link *l, struct slot *s)
 {
 	struct origin_request *r = s->r;
 
@@ -233,8 +575,8 @@ static void finish(struct link *l, struct slot *s)
 		drop_data(r);
 	if (r->extent)
 		r->extents = s->extents;
-	if (s->asked > l->answered)
-		l->answered = s->asked;
+	if (s->asked > l->latest)
+		l->latest = s->asked;
 	release_slot(l, s);
 	r->next = NULL;
 	*l->finished = r;
@@ -273,7 +615,7 @@ static const char *end_answer(struct link *l, struct slot *s)
 		return wrong;
 	if (s->answer.error == NBD_ESHUTDOWN)
 		return "it is shutting down";
-	finish(l, s);
+	link_finish(l, s);
 	return NULL;
 }
 
@@ -302,7 +644,7 @@ static const char *take_head(struct link *l, bool *more)
 	s = find_slot(l, r->cookie);
 	if (!s)
 		return "it answered what was not asked";
-	wrong = proto_answer_add(&s->answer, &l->offer, r);
+	wrong = proto_answer_add(&s->answer, &l->client.offer, r);
 	if (wrong)
 		return wrong;
 	l->rx_from += r->head;
@@ -378,38 +720,23 @@ static const char *take_replies(struct link *l)
 	return wrong;
 }
 
-/* Where the next bytes go.  Returns how many entries of iov there are. */
-static int where_to(struct link *l, struct iovec *iov)
+/*
+ * Receive once, and what is left of large data straight to its place.  Returns what recvmsg() does;
+ * *room is how much could have come.
+ */
+static ssize_t link_recv(struct link *l, size_t *room)
 {
-	bool direct = l->current && l->place && l->left > 0;
-	size_t room = RX_BYTES - l->rx_to;
+	bool large = l->count > 0 && l->owes / l->count >= LARGE;
+	size_t direct = l->current && l->place ? l->left : 0;
+	struct iovec iov[2] = {
+		{ .iov_base = l->place, .iov_len = direct },
+		{ .iov_base = l->rx + l->rx_to,
+		  .iov_len = large ? LARGE_RX_BYTES : RX_BYTES - l->rx_to },
+	};
+	struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
+	ssize_t n = recvmsg(l->fd, &msg, 0);
 
-	if (l->count > 0 && l->owes / l->count >= LARGE)
-		room = LARGE_RX_BYTES;
-	if (direct) {
-		iov[0].iov_base = l->place;
-		iov[0].iov_len = l->left;
-	}
-	iov[direct].iov_base = l->rx + l->rx_to;
-	iov[direct].iov_len = room;
-	return 1 + direct;
-}
-
-/* Receive once.  Returns what recvmsg() does; *wanted is what there was room for. */
-static ssize_t receive(struct link *l, size_t *wanted)
-{
-	struct iovec iov[2];
-	struct msghdr msg = { .msg_iov = iov };
-	size_t direct = 0;
-	ssize_t n;
-
-	msg.msg_iovlen = (unsigned)where_to(l, iov);
-	*wanted = iov[0].iov_len;
-	if (msg.msg_iovlen == 2) {
-		direct = l->left;
-		*wanted += iov[1].iov_len;
-	}
-	n = recvmsg(l->fd, &msg, 0);
+	*room = iov[0].iov_len + iov[1].iov_len;
 	if (n > 0) {
 		direct = (size_t)n < direct ? (size_t)n : direct;
 		took_data(l, direct);
@@ -422,8 +749,8 @@ const char *link_receive(struct link *l, uint64_t now, struct origin_request **f
 			 bool *more, uint64_t *bytes)
 {
 	const char *wrong;
-	size_t wanted;
-	ssize_t n = receive(l, &wanted);
+	size_t room;
+	ssize_t n = link_recv(l, &room);
 
 	*finished = NULL;
 	*more = false;
@@ -437,28 +764,43 @@ const char *link_receive(struct link *l, uint64_t now, struct origin_request **f
 	l->unheard += (size_t)n;
 	if (*finished || l->unheard >= PROGRESS)
 		note_progress(l, now);
-	*more = !wrong && (size_t)n == wanted;
+	*more = !wrong && (size_t)n == room;
 	*bytes = l->fetched;
 	l->fetched = 0;
 	return wrong;
 }
 
 /* Not only who is silent is dead: an answer may be lost among others that come. */
-const char *link_check(struct link *l, uint64_t now, unsigned timeout_ms, uint64_t *left)
+static const char *link_check_answers(struct link *l, uint64_t now, uint64_t *left)
 {
 	uint64_t silent = now - l->heard;
 
 	if (l->count == 0)
 		return NULL;
-	if (silent >= timeout_ms) {
-		snprintf(l->reason, sizeof(l->reason), "no answer for %u s", timeout_ms / 1000);
+	if (silent >= l->timeout_ms) {
+		snprintf(l->reason, sizeof(l->reason), "no answer for %u s", l->timeout_ms / 1000);
 		return l->reason;
 	}
-	if (l->answered >= l->oldest->asked + timeout_ms)
+	if (l->latest >= l->oldest->asked + l->timeout_ms)
 		return "an answer is overdue";
-	if (timeout_ms - silent < *left)
-		*left = timeout_ms - silent;
+	if (l->timeout_ms - silent < *left)
+		*left = l->timeout_ms - silent;
 	return NULL;
+}
+
+static const char *link_check_attempt(struct link *l, uint64_t now, uint64_t *left)
+{
+	const char *wrong = now >= l->deadline ? link_try_next(l, "no answer") : NULL;
+
+	if (!wrong && l->deadline - now < *left)
+		*left = l->deadline - now;
+	return wrong;
+}
+
+const char *link_check(struct link *l, uint64_t now, uint64_t *left)
+{
+	return l->state == LINK_UP ? link_check_answers(l, now, left) :
+				     link_check_attempt(l, now_ms(), left);
 }
 
 /* "Terminating the transmission phase": a server that is not told so may think it an accident. */
@@ -472,15 +814,19 @@ static void send_farewell(struct link *l)
 
 struct origin_request *link_free(struct link *l)
 {
-	struct origin_request *first = NULL;
+	struct origin_request *owed = NULL;
 
-	send_farewell(l);
-	close(l->fd);
-	for (struct slot *s = l->newest; s; s = s->older) {
+	if (!l)
+		return NULL;
+	if (l->state == LINK_UP)
+		send_farewell(l);
+	if (l->fd >= 0)
+		close(l->fd);
+	for (struct slot *s = l->oldest; s; s = s->newer) {
 		drop_data(s->r);
-		s->r->next = first;
-		first = s->r;
+		s->r->next = owed;
+		owed = s->r;
 	}
 	free(l);
-	return first;
+	return owed;
 }

@@ -1,8 +1,8 @@
 /*
  * origin.c - the proxy's connections to the remote server: see origin.h.
  *
- * One thread polls a pipe, the links, and attempts to make links.  Others leave it requests and
- * wishes in a mailbox, and write to the pipe only while it sleeps, as in loop.c.  It reads no
+ * One thread polls a pipe and the links, also those that are being made.  Others leave it
+ * requests and wishes in a mailbox, and write to the pipe only while it sleeps, as in loop.c.  It reads no
  * more while too much of what it delivered has not been put away; a clock stops meanwhile, so
  * that nobody seems silent who is not listened to.
  *
@@ -12,7 +12,6 @@
 #define _GNU_SOURCE
 #include "origin.h"
 
-#include "dial.h"
 #include "link.h"
 #include "util.h"
 
@@ -33,26 +32,25 @@ enum {
 	ROUND_BYTES = 256 * 1024,	/* then it is the others' turn */
 	BACKOFF_MIN = 100,	/* ms */
 	BACKOFF_MAX = 5000,
-	GRACE_MS = 1000,	/* after which an attempt that does not end is given up */
+	LINES_MAX = ORIGIN_CONNECTIONS_MAX + 1,
 };
 
 struct queue {
 	struct origin_request *first, **last;
 };
 
-/* A place for a link: it is up, or an attempt is under way, or one will be. */
+/* A place for a link, that may be up, or on its way there.  The last one is for a redirect's. */
 struct line {
 	struct link *link;
-	struct dial *dial;
-	uint64_t deadline;	/* of the attempt; or when to make one; now_ms() */
-	uint64_t since;		/* it has been up */
+	bool up;		/* to the same disk as ever */
+	uint64_t since;		/* it has been up; now_ms() */
+	uint64_t deadline;	/* when to make one */
 	unsigned backoff;	/* ms */
 };
 
+/* To another origin. */
 struct redirect {
-	struct dial_target *target;
-	struct dial *dial;
-	uint64_t deadline;
+	struct link_target *target;	/* NULL: there is none */
 	void (*done)(void *arg, const char *error);
 	void *arg;
 };
@@ -66,31 +64,32 @@ struct origin {
 	/* The mailbox; see loop.c for mail and sleeping. */
 	pthread_mutex_t lock;		/* guards what follows; a leaf */
 	struct queue inbox;
-	struct redirect *redirect;	/* one under way */
-	struct dial_target *target;	/* written by the thread, which reads it without the lock */
+	struct redirect redirect;	/* the thread ends it */
+	struct link_target *target;	/* written by the thread, which reads it without the lock */
 	char reason[PROTO_REASON_MAX];	/* why there is no link; likewise */
-	uint64_t fetched;		/* bytes of data */
 	bool cancelled, ended;
-	bool opened;			/* the first link is there; written before the thread is */
 
 	int wake[2];
 	atomic_bool mail, sleeping;
 	atomic_uint up;			/* links */
+	atomic_uint_least64_t fetched;	/* bytes of data */
 	atomic_bool tells_extents;
 	atomic_size_t unstored;		/* bytes delivered, and not put away */
 	atomic_uint waiting;		/* requests that are not done */
 
 	/* The thread's own. */
 	struct queue queue[ORIGIN_PRIORITIES];
-	struct line *line;
-	struct pollfd *pfd;		/* the pipe, the lines, the redirect */
+	struct line line[LINES_MAX];
+	struct pollfd pfd[1 + LINES_MAX];	/* the pipe, the lines */
 	unsigned lines;
+	const struct link_target *next;	/* the redirect's */
+	char change[PROTO_REASON_MAX];	/* room for find_change() */
 	bool over;			/* cancelled */
 	uint64_t stopped_at;		/* when the clock was stopped; 0: it goes */
 	uint64_t stopped_ms;		/* for how long it was, before that */
 };
 
-static void wake(struct origin *o)
+static void origin_wake(struct origin *o)
 {
 	atomic_store(&o->mail, true);
 	if (atomic_exchange(&o->sleeping, false))
@@ -134,28 +133,26 @@ static void queue_all(struct queue *q, struct origin_request *r)
 	}
 }
 
-/* Put requests, oldest first, back before those that wait. */
+/* Put requests, newest first, back before those that wait. */
 static void queue_again(struct origin *o, struct origin_request *r)
 {
-	struct queue again[ORIGIN_PRIORITIES];
+	struct origin_request *next;
 
-	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
-		queue_init(&again[i]);
-	queue_all(again, r);
-	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++) {
-		if (!again[i].first)
-			continue;
-		*again[i].last = o->queue[i].first;
-		if (!o->queue[i].first)
-			o->queue[i].last = again[i].last;
-		o->queue[i].first = again[i].first;
+	for (; r; r = next) {
+		struct queue *q = &o->queue[r->priority];
+
+		next = r->next;
+		r->next = q->first;
+		if (!q->first)
+			q->last = &r->next;
+		q->first = r;
 	}
 }
 
 /* Requests that are done */
 
 /* The asker may free it, or ask again, in done(). */
-static void finish(struct origin *o, struct origin_request *r, int error)
+static void request_finish(struct origin *o, struct origin_request *r, int error)
 {
 	r->error = error;
 	if (!error && !r->extent)
@@ -164,13 +161,13 @@ static void finish(struct origin *o, struct origin_request *r, int error)
 	r->done(r);
 }
 
-static void finish_all(struct origin *o, struct origin_request *r)
+static void requests_finish(struct origin *o, struct origin_request *r)
 {
 	struct origin_request *next;
 
 	for (; r; r = next) {
 		next = r->next;
-		finish(o, r, r->error);
+		request_finish(o, r, r->error);
 	}
 }
 
@@ -203,7 +200,7 @@ static uint64_t clock_ms(const struct origin *o)
 static struct link *first_link(const struct origin *o)
 {
 	for (unsigned i = 0; i < o->lines; i++)
-		if (o->line[i].link)
+		if (o->line[i].up)
 			return o->line[i].link;
 	return NULL;
 }
@@ -215,7 +212,7 @@ static void publish(struct origin *o)
 	unsigned up = 0;
 
 	for (unsigned i = 0; i < o->lines; i++)
-		up += o->line[i].link != NULL;
+		up += o->line[i].up;
 	if (first)
 		atomic_store(&o->tells_extents, link_offer(first)->allocation);
 	atomic_store(&o->up, up);
@@ -242,193 +239,175 @@ static void back_off(struct line *line)
 {
 	uint64_t now = now_ms();
 
-	if (line->link && now - line->since > BACKOFF_MAX)
+	if (line->up && now - line->since > BACKOFF_MAX)
 		line->backoff = BACKOFF_MIN;
 	line->deadline = now + line->backoff;
 	line->backoff = line->backoff > BACKOFF_MAX / 2 ? BACKOFF_MAX : line->backoff * 2;
 }
 
-static void lose(struct origin *o, struct line *line, const char *reason)
+/* Of the attempt, or of the link. */
+static void line_lose(struct origin *o, struct line *line, const char *reason)
 {
-	struct link *link = line->link;
+	const char *what = "cannot connect";
 
 	back_off(line);
+	if (line->up) {
+		line->up = false;
+		publish(o);
+		if (!first_link(o))
+			set_reason(o, "");
+		what = first_link(o) ? "one of the links lost" : "link lost";
+	}
+	complain(o, what, reason);
+	queue_again(o, link_free(line->link));
 	line->link = NULL;
-	publish(o);
-	if (!first_link(o))
-		set_reason(o, "");
-	complain(o, first_link(o) ? "one of the links lost" : "link lost", reason);
-	queue_again(o, link_free(link));
-}
-
-/* NULL, or why this is not the disk that it was. */
-static const char *find_change(const struct origin *o, const struct proto_offer *offer,
-			       char *reason)
-{
-	const struct origin_limits *l = &o->limits;
-
-	if (offer->size != l->size)
-		snprintf(reason, PROTO_REASON_MAX, "its size is %llu bytes, and must be %llu",
-			 (unsigned long long)offer->size, (unsigned long long)l->size);
-	else if (offer->min_block > l->min_block || offer->max_block < l->max_block)
-		snprintf(reason, PROTO_REASON_MAX,
-			 "its block sizes are %lu to %lu bytes, and must allow %lu to %lu",
-			 (unsigned long)offer->min_block, (unsigned long)offer->max_block,
-			 (unsigned long)l->min_block, (unsigned long)l->max_block);
-	else
-		return NULL;
-	return reason;
-}
-
-/* A link is up.  Takes fd over; false if out of memory. */
-static bool attach(struct origin *o, struct line *line, int fd, const struct proto_offer *offer)
-{
-	bool first = !first_link(o);
-
-	line->link = link_new(fd, offer);
-	if (!line->link)
-		return false;
-	line->since = now_ms();
-	publish(o);
-	if (first && o->opened) {
-		log_line("origin %s: connected, %llu bytes", o->target->address,
-			 (unsigned long long)offer->size);
-		set_reason(o, "");
-	}
-	return true;
-}
-
-/*
- * The socket of an attempt that has ended, if it leads to the same disk; or -1, and why, in
- * reason of PROTO_REASON_MAX bytes.
- */
-static int take_socket(const struct origin *o, struct dial *dial, struct proto_offer *offer,
-		       char *reason)
-{
-	int fd = dial_take(dial, offer, reason);
-
-	if (fd >= 0 && find_change(o, offer, reason)) {
-		close(fd);
-		fd = -1;
-	}
-	return fd;
-}
-
-static void end_dial(struct origin *o, struct line *line)
-{
-	char reason[PROTO_REASON_MAX];
-	struct proto_offer offer;
-	int fd = take_socket(o, line->dial, &offer, reason);
-
-	dial_free(line->dial);
-	line->dial = NULL;
-	if (fd >= 0 && attach(o, line, fd, &offer))
-		return;
-	back_off(line);
-	complain(o, "cannot connect", fd < 0 ? reason : "out of memory");
-}
-
-/* More than one link is made only to a server that is up and allows it. */
-static bool may_dial(const struct origin *o, const struct line *line)
-{
-	const struct link *first = first_link(o);
-
-	return line == o->line || (first && link_offer(first)->flags & NBD_FLAG_CAN_MULTI_CONN);
-}
-
-static void start_dial(struct origin *o, struct line *line)
-{
-	line->dial = dial_start(o->target, o->timeout_ms);
-	if (line->dial) {
-		line->deadline = now_ms() + o->timeout_ms + GRACE_MS;
-		return;
-	}
-	back_off(line);
-	complain(o, "cannot connect", "out of memory or descriptors");
-}
-
-/* Going over to another origin */
-
-static struct redirect *get_redirect(struct origin *o)
-{
-	struct redirect *r;
-
-	pthread_mutex_lock(&o->lock);
-	r = o->redirect;
-	pthread_mutex_unlock(&o->lock);
-	return r;
-}
-
-static void free_redirect(struct redirect *r)
-{
-	dial_free(r->dial);
-	dial_target_free(r->target);
-	free(r);
-}
-
-static void end_redirect(struct origin *o, struct redirect *r, const char *error)
-{
-	pthread_mutex_lock(&o->lock);
-	o->redirect = NULL;
-	pthread_mutex_unlock(&o->lock);
-	r->done(r->arg, error);
-	free_redirect(r);
 }
 
 /* Leave all that leads to the old one. */
 static void hang_up(struct origin *o)
 {
 	for (unsigned i = 0; i < o->lines; i++) {
-		struct line *line = &o->line[i];
-
-		if (line->link)
-			queue_again(o, link_free(line->link));
-		dial_free(line->dial);
-		*line = (struct line){ .backoff = BACKOFF_MIN };
+		queue_again(o, link_free(o->line[i].link));
+		o->line[i] = (struct line){ .backoff = BACKOFF_MIN };
 	}
 	publish(o);
 }
 
-static void change_target(struct origin *o, struct redirect *r)
+/* NULL, or why this is not the disk that it was. */
+static const char *find_change(struct origin *o, const struct proto_offer *offer)
 {
-	struct dial_target *old = o->target;
+	const struct origin_limits *l = &o->limits;
 
-	pthread_mutex_lock(&o->lock);
-	o->target = r->target;
-	pthread_mutex_unlock(&o->lock);
-	r->target = old;
+	if (offer->size != l->size)
+		snprintf(o->change, sizeof(o->change), "its size is %llu bytes, and must be %llu",
+			 (unsigned long long)offer->size, (unsigned long long)l->size);
+	else if (offer->min_block > l->min_block || offer->max_block < l->max_block)
+		snprintf(o->change, sizeof(o->change),
+			 "its block sizes are %lu to %lu bytes, and must allow %lu to %lu",
+			 (unsigned long)offer->min_block, (unsigned long)offer->max_block,
+			 (unsigned long)l->min_block, (unsigned long)l->max_block);
+	else
+		return NULL;
+	return o->change;
 }
 
-static void try_redirect(struct origin *o, struct redirect *r)
+static void line_up(struct origin *o, struct line *line, struct link *link)
 {
-	char reason[PROTO_REASON_MAX];
-	struct proto_offer offer;
-	int fd = take_socket(o, r->dial, &offer, reason);
+	line->link = link;
+	line->up = true;
+	line->since = now_ms();
+	publish(o);
+}
 
-	if (fd < 0) {
-		end_redirect(o, r, reason);
+/* Use a link from now on. */
+static void line_use(struct origin *o, struct line *line, struct link *link)
+{
+	bool first = !first_link(o);
+
+	line_up(o, line, link);
+	if (!first)
 		return;
-	}
+	log_line("origin %s: connected, %llu bytes", o->target->address,
+		 (unsigned long long)o->limits.size);
+	set_reason(o, "");
+}
+
+/* Going over to another origin */
+
+static struct line *redirect_line(struct origin *o)
+{
+	return &o->line[o->lines - 1];
+}
+
+static void redirect_end(struct origin *o, const char *error)
+{
+	struct redirect r;
+
+	pthread_mutex_lock(&o->lock);
+	r = o->redirect;
+	o->redirect.target = NULL;
+	pthread_mutex_unlock(&o->lock);
+	o->next = NULL;
+	r.done(r.arg, error);
+	link_free(redirect_line(o)->link);
+	redirect_line(o)->link = NULL;
+	link_target_free(r.target);
+}
+
+/* There is a link: leave the old origin. */
+static void redirect_go(struct origin *o)
+{
+	struct link *link = redirect_line(o)->link;
+	struct link_target *old = o->target;
+
+	redirect_line(o)->link = NULL;
 	hang_up(o);
-	change_target(o, r);
-	attach(o, o->line, fd, &offer);
-	end_redirect(o, r, NULL);
+	pthread_mutex_lock(&o->lock);
+	o->target = o->redirect.target;
+	o->redirect.target = old;
+	pthread_mutex_unlock(&o->lock);
+	line_use(o, o->line, link);
+	redirect_end(o, NULL);
+}
+
+/* Attempts */
+
+static void line_fail(struct origin *o, struct line *line, const char *reason)
+{
+	if (line == redirect_line(o))
+		redirect_end(o, reason);
+	else
+		line_lose(o, line, reason);
+}
+
+/* More than one link is made only to a server that is up and allows it. */
+static bool may_connect(struct origin *o, const struct line *line)
+{
+	const struct link *first = first_link(o);
+
+	if (line == redirect_line(o))
+		return o->next != NULL;
+	return line == o->line || (first && link_offer(first)->flags & NBD_FLAG_CAN_MULTI_CONN);
+}
+
+static void line_advance(struct origin *o, struct line *line)
+{
+	const char *wrong = link_advance(line->link);
+
+	if (!wrong && !link_offer(line->link))
+		return;
+	if (!wrong)
+		wrong = find_change(o, link_offer(line->link));
+	if (wrong)
+		line_fail(o, line, wrong);
+	else if (line == redirect_line(o))
+		redirect_go(o);
+	else
+		line_use(o, line, line->link);
+}
+
+static void line_start(struct origin *o, struct line *line)
+{
+	line->link = link_new(line == redirect_line(o) ? o->next : o->target, o->timeout_ms);
+	if (line->link)
+		line_advance(o, line);
+	else
+		line_fail(o, line, "out of memory or descriptors");
 }
 
 /* The thread */
 
 static void cancel_all(struct origin *o)
 {
-	struct redirect *redirect = get_redirect(o);
 	struct origin_request *r;
 
 	o->over = true;
 	hang_up(o);
 	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
 		while ((r = queue_take(&o->queue[i])))
-			finish(o, r, -ECANCELED);
-	if (redirect)
-		end_redirect(o, redirect, "the origin is not needed any more");
+			request_finish(o, r, -ECANCELED);
+	if (o->next)
+		redirect_end(o, "the origin is not needed any more");
 }
 
 /* Returns false when it is time to end. */
@@ -442,6 +421,7 @@ static bool take_mail(struct origin *o)
 	pthread_mutex_lock(&o->lock);
 	arrived = o->inbox.first;
 	queue_init(&o->inbox);
+	o->next = o->redirect.target;
 	cancelled = o->cancelled;
 	ended = o->ended;
 	pthread_mutex_unlock(&o->lock);
@@ -459,7 +439,7 @@ static struct link *choose_link(const struct origin *o, enum origin_priority pri
 	for (unsigned i = 0; i < o->lines && priority == ORIGIN_COPY; i++) {
 		struct link *l = o->line[i].link;
 
-		if (l && l != first && (!best || link_owes(l) < link_owes(best)))
+		if (o->line[i].up && l != first && (!best || link_owes(l) < link_owes(best)))
 			best = l;
 	}
 	if (!best)
@@ -467,35 +447,28 @@ static struct link *choose_link(const struct origin *o, enum origin_priority pri
 	return best && link_has_room(best) ? best : NULL;
 }
 
-static void ask(struct origin *o, struct link *l, struct origin_request *r, uint64_t now)
+static void origin_ask(struct origin *o, struct link *l, struct origin_request *r, uint64_t now)
 {
 	r->sent = now_us();
 	if (r->extent && !link_offer(l)->allocation)
-		finish(o, r, -ENOTSUP);
+		request_finish(o, r, -ENOTSUP);
 	else
 		link_ask(l, r, now);
 }
 
 /* Hand requests to the links, in the order of their priority. */
-static void feed(struct origin *o)
+static void feed_links(struct origin *o)
 {
 	uint64_t now = clock_ms(o);
 	struct link *l;
 
 	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
 		while (o->queue[i].first && (l = choose_link(o, (enum origin_priority)i)))
-			ask(o, l, queue_take(&o->queue[i]), now);
-}
-
-static void count_bytes(struct origin *o, uint64_t bytes)
-{
-	pthread_mutex_lock(&o->lock);
-	o->fetched += bytes;
-	pthread_mutex_unlock(&o->lock);
+			origin_ask(o, l, queue_take(&o->queue[i]), now);
 }
 
 /* Receive, for a while.  NULL, or why the link must be given up. */
-static const char *receive(struct origin *o, struct line *line)
+static const char *line_receive(struct origin *o, struct line *line)
 {
 	const char *wrong = NULL;
 	bool more = true;
@@ -506,111 +479,74 @@ static const char *receive(struct origin *o, struct line *line)
 		uint64_t bytes;
 
 		wrong = link_receive(line->link, clock_ms(o), &finished, &more, &bytes);
-		count_bytes(o, bytes);
+		atomic_fetch_add(&o->fetched, bytes);
 		sum += bytes;
 		if (finished)
 			line->backoff = BACKOFF_MIN;	/* it is of use */
-		finish_all(o, finished);
+		requests_finish(o, finished);
 	}
 	return wrong;
 }
 
-static void turn_line(struct origin *o, struct line *line, short revents)
+/* Send, and see whether it is still alive. */
+static const char *line_check(struct origin *o, struct line *line, uint64_t *left)
 {
-	const char *wrong = NULL;
+	const char *wrong = line->up ? link_send(line->link) : NULL;
 
-	if (line->dial && revents)
-		end_dial(o, line);
-	if (!line->link)
-		return;
-	if (revents & ~POLLOUT)
-		wrong = receive(o, line);
-	if (wrong)
-		lose(o, line, wrong);
+	if (!wrong && !(line->up && o->stopped_at))
+		wrong = link_check(line->link, clock_ms(o), left);
+	return wrong;
 }
 
-/* Look after a link.  False if it was lost. */
-static bool tend_link(struct origin *o, struct line *line, uint64_t *left)
-{
-	const char *wrong = link_send(line->link);
-
-	if (!wrong && !o->stopped_at)
-		wrong = link_check(line->link, clock_ms(o), o->timeout_ms, left);
-	if (wrong)
-		lose(o, line, wrong);
-	return !wrong;
-}
-
-/* End an attempt, or make one, if it is time.  False if that happened. */
-static bool tend_dial(struct origin *o, struct line *line, uint64_t *left)
+/* What is due.  False if a link was lost or begun. */
+static bool line_tend(struct origin *o, struct line *line, uint64_t *left)
 {
 	uint64_t now = now_ms();
+	const char *wrong;
 
-	if (!line->dial && !may_dial(o, line))
-		return true;
-	if (line->deadline > now) {
-		if (line->deadline - now < *left)
-			*left = line->deadline - now;
-		return true;
+	if (line->link) {
+		wrong = line_check(o, line, left);
+		if (wrong)
+			line_fail(o, line, wrong);
+		return !wrong;
 	}
-	if (line->dial)
-		end_dial(o, line);
-	else
-		start_dial(o, line);
-	return false;
-}
-
-/* False if the redirect has ended. */
-static bool tend_redirect(struct origin *o, struct redirect *r, uint64_t *left)
-{
-	uint64_t now = now_ms();
-
-	if (r->deadline <= now) {
-		try_redirect(o, r);
+	if (!may_connect(o, line))
+		return true;
+	if (line->deadline <= now) {
+		line_start(o, line);
 		return false;
 	}
-	if (r->deadline - now < *left)
-		*left = r->deadline - now;
+	if (line->deadline - now < *left)
+		*left = line->deadline - now;
 	return true;
 }
 
 /* All that is to be done between two sleeps.  Returns for how long to sleep, in ms. */
 static uint64_t work(struct origin *o)
 {
-	struct redirect *redirect = get_redirect(o);
 	uint64_t left = UINT64_MAX;
 	bool settled = true;
 
 	set_clock(o);
-	feed(o);
-	for (unsigned i = 0; i < o->lines; i++) {
-		struct line *line = &o->line[i];
-
-		settled &= line->link ? tend_link(o, line, &left) : tend_dial(o, line, &left);
-	}
-	if (redirect)
-		settled &= tend_redirect(o, redirect, &left);
+	feed_links(o);
+	for (unsigned i = 0; i < o->lines; i++)
+		settled &= line_tend(o, &o->line[i], &left);
 	return settled ? left : 0;
 }
 
 /* What to poll for. */
 static void prepare_poll(struct origin *o)
 {
-	const struct redirect *redirect = get_redirect(o);
-	struct pollfd *p = o->pfd;
-
-	*p++ = (struct pollfd){ .fd = o->wake[0], .events = POLLIN };
-	for (unsigned i = 0; i < o->lines; i++, p++) {
+	o->pfd[0] = (struct pollfd){ .fd = o->wake[0], .events = POLLIN };
+	for (unsigned i = 0; i < o->lines; i++) {
 		const struct line *line = &o->line[i];
+		struct pollfd *p = &o->pfd[i + 1];
 
-		p->fd = line->link ? link_fd(line->link) : line->dial ? dial_fd(line->dial) : -1;
-		p->events = line->link ? link_events(line->link) : POLLIN;
-		if (line->link && o->stopped_at)
+		p->events = line->link ? link_events(line->link) : 0;
+		if (line->up && o->stopped_at)
 			p->events &= POLLOUT;
-		if (!p->events)
-			p->fd = -1;
+		p->fd = p->events ? link_fd(line->link) : -1;
 	}
-	*p = (struct pollfd){ .fd = redirect ? dial_fd(redirect->dial) : -1, .events = POLLIN };
 }
 
 /* Sleep until something happens, unless there is mail. */
@@ -621,22 +557,25 @@ static void sleep_in_poll(struct origin *o, uint64_t left)
 	atomic_store(&o->sleeping, true);
 	if (atomic_load(&o->mail))
 		timeout = 0;
-	n = poll(o->pfd, o->lines + 2, timeout);
+	n = poll(o->pfd, o->lines + 1, timeout);
 	atomic_store(&o->sleeping, false);
 	if (n > 0 && o->pfd[0].revents)
 		drain_pipe(o->wake[0]);
-	for (unsigned i = 0; n <= 0 && i < o->lines + 2; i++)
+	for (unsigned i = 0; n <= 0 && i <= o->lines; i++)
 		o->pfd[i].revents = 0;
 }
 
-static void turn_ready(struct origin *o)
+/* What poll() told of a link. */
+static void line_turn(struct origin *o, struct line *line, short revents)
 {
-	struct redirect *redirect = get_redirect(o);
+	const char *wrong = NULL;
 
-	for (unsigned i = 0; i < o->lines; i++)
-		turn_line(o, &o->line[i], o->pfd[i + 1].revents);
-	if (redirect && o->pfd[o->lines + 1].revents)
-		try_redirect(o, redirect);
+	if (line->up && revents & ~POLLOUT)
+		wrong = line_receive(o, line);
+	else if (line->link && !line->up && revents)
+		line_advance(o, line);
+	if (wrong)
+		line_lose(o, line, wrong);
 }
 
 static void *origin_main(void *arg)
@@ -648,42 +587,44 @@ static void *origin_main(void *arg)
 
 		prepare_poll(o);
 		sleep_in_poll(o, left);
-		turn_ready(o);
+		for (unsigned i = 0; i < o->lines; i++)
+			line_turn(o, &o->line[i], o->pfd[i + 1].revents);
 	}
 	return NULL;
 }
 
 /* Opening and closing */
 
-/* Wait until the attempt has ended or its time is over. */
-static void wait_for_dial(struct dial *dial, unsigned timeout_ms)
+/* Wait until a link is up.  NULL, or why it never will be. */
+static const char *wait_for_link(struct link *l)
 {
-	struct pollfd p = { .fd = dial_fd(dial), .events = POLLIN };
-	uint64_t end = now_ms() + timeout_ms + GRACE_MS, now;
+	const char *wrong = link_advance(l);
 
-	while ((now = now_ms()) < end && poll(&p, 1, (int)(end - now)) < 0 && errno == EINTR)
-		;
+	while (!wrong && !link_offer(l)) {
+		uint64_t left = INT32_MAX;
+		struct pollfd p;
+
+		wrong = link_check(l, 0, &left);
+		p = (struct pollfd){ .fd = link_fd(l), .events = link_events(l) };
+		if (!wrong && poll(&p, 1, (int)left) > 0)
+			wrong = link_advance(l);
+	}
+	return wrong;
 }
 
-/* Make the first link.  False, and why, in reason. */
-static bool connect_first(struct origin *o, char *reason)
+/* Make the first link.  NULL, or why there is none. */
+static const char *connect_first(struct origin *o)
 {
-	struct dial *dial = dial_start(o->target, o->timeout_ms);
-	struct proto_offer offer;
-	int fd;
+	struct link *l = o->line[0].link = link_new(o->target, o->timeout_ms);
+	const char *wrong = l ? wait_for_link(l) : "out of memory or descriptors";
+	const struct proto_offer *offer;
 
-	snprintf(reason, PROTO_REASON_MAX, "out of memory or descriptors");
-	if (!dial)
-		return false;
-	wait_for_dial(dial, o->timeout_ms);
-	fd = dial_take(dial, &offer, reason);
-	dial_free(dial);
-	if (fd < 0)
-		return false;
-	o->limits.size = offer.size;
-	o->limits.min_block = offer.min_block;
-	o->limits.max_block = offer.max_block;
-	return attach(o, o->line, fd, &offer);
+	if (wrong)
+		return wrong;
+	offer = link_offer(l);
+	o->limits = (struct origin_limits){ offer->size, offer->min_block, offer->max_block };
+	line_up(o, o->line, l);
+	return NULL;
 }
 
 bool origin_start(struct origin *o)
@@ -701,58 +642,47 @@ bool origin_start(struct origin *o)
 	return err == 0;
 }
 
-static struct origin *make_origin(const struct origin_options *options)
+/* 0 or -errno; to be freed in any case. */
+static int origin_init(struct origin *o, const struct origin_options *options)
 {
-	struct origin *o = calloc(1, sizeof(*o));
-
-	if (!o)
-		return NULL;
+	assert(options->connections <= ORIGIN_CONNECTIONS_MAX);
 	pthread_mutex_init(&o->lock, NULL);
-	o->wake[0] = o->wake[1] = -1;
 	o->timeout_ms = options->timeout_ms;
-	o->lines = options->connections;
-	o->line = calloc(o->lines, sizeof(*o->line));
-	o->pfd = calloc(o->lines + 2, sizeof(*o->pfd));
-	o->target = dial_target_new(options->host, options->port, options->export_name);
-	for (unsigned i = 0; o->line && i < o->lines; i++)
+	o->lines = options->connections + 1;
+	for (unsigned i = 0; i < o->lines; i++)
 		o->line[i].backoff = BACKOFF_MIN;
 	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
 		queue_init(&o->queue[i]);
 	queue_init(&o->inbox);
-	return o;
+	o->wake[0] = o->wake[1] = -1;
+	o->target = link_target_new(options->host, options->port, options->export_name);
+	return o->target ? make_pipe(o->wake) : -ENOMEM;
 }
 
-static void free_origin(struct origin *o)
+static void origin_free(struct origin *o)
 {
-	if (!o)
-		return;
-	if (o->line)
-		hang_up(o);
+	hang_up(o);
 	for (unsigned i = 0; i < 2; i++)
 		if (o->wake[i] >= 0)
 			close(o->wake[i]);
 	pthread_mutex_destroy(&o->lock);
-	dial_target_free(o->target);
-	free(o->line);
-	free(o->pfd);
+	link_target_free(o->target);
 	free(o);
 }
 
 struct origin *origin_open(const struct origin_options *options)
 {
-	char reason[PROTO_REASON_MAX] = "out of memory";
-	struct origin *o = make_origin(options);
-	int err = o && o->line && o->pfd && o->target ? make_pipe(o->wake) : -ENOMEM;
+	struct origin *o = calloc(1, sizeof(*o));
+	int err = o ? origin_init(o, options) : -ENOMEM;
+	const char *wrong = err ? strerror(-err) : connect_first(o);
 
-	if (!err && connect_first(o, reason)) {
-		o->opened = true;
+	if (!wrong)
 		return o;
-	}
 	log_failure("cannot reach origin %s%s%s: %s",
 		    o && o->target ? o->target->address : options->host,
-		    *options->export_name ? ", export " : "", options->export_name,
-		    err ? strerror(-err) : reason);
-	free_origin(o);
+		    *options->export_name ? ", export " : "", options->export_name, wrong);
+	if (o)
+		origin_free(o);
 	return NULL;
 }
 
@@ -780,9 +710,9 @@ void origin_submit(struct origin *o, struct origin_request *r)
 		queue_add(&o->inbox, r);
 	pthread_mutex_unlock(&o->lock);
 	if (cancelled)
-		finish(o, r, -ECANCELED);
+		request_finish(o, r, -ECANCELED);
 	else
-		wake(o);
+		origin_wake(o);
 }
 
 void origin_stored(struct origin *o, uint64_t bytes)
@@ -790,7 +720,7 @@ void origin_stored(struct origin *o, uint64_t bytes)
 	size_t before = atomic_fetch_sub(&o->unstored, (size_t)bytes);
 
 	if (before > UNSTORED_MAX && before - bytes <= UNSTORED_MAX)
-		wake(o);
+		origin_wake(o);
 }
 
 void origin_cancel(struct origin *o)
@@ -798,84 +728,41 @@ void origin_cancel(struct origin *o)
 	pthread_mutex_lock(&o->lock);
 	o->cancelled = true;
 	pthread_mutex_unlock(&o->lock);
-	wake(o);
+	origin_wake(o);
 }
 
-/* NULL if out of memory or descriptors. */
-static struct redirect *make_redirect(struct origin *o, struct dial_target *target)
+/* Leave it to the thread.  NULL, or why not.  Called with the lock. */
+static const char *set_redirect(struct origin *o, const char *host, const char *port,
+				const char *export_name)
 {
-	struct redirect *r = calloc(1, sizeof(*r));
-
-	if (!r || !target) {
-		dial_target_free(target);
-		free(r);
-		return NULL;
-	}
-	r->target = target;
-	r->dial = dial_start(target, o->timeout_ms);
-	r->deadline = now_ms() + o->timeout_ms + GRACE_MS;
-	if (!r->dial) {
-		free_redirect(r);
-		return NULL;
-	}
-	return r;
-}
-
-/* Another address; without a name, the export keeps its own. */
-static struct dial_target *new_target(struct origin *o, const char *host, const char *port,
-				      const char *export_name)
-{
-	struct dial_target *target;
-
-	pthread_mutex_lock(&o->lock);
-	if (!export_name)
-		export_name = o->target->export_name;
-	target = dial_target_new(host, port, export_name);
-	pthread_mutex_unlock(&o->lock);
-	return target;
-}
-
-/* Give it to the thread.  NULL, or why not. */
-static const char *hand_over(struct origin *o, struct redirect *r)
-{
-	const char *error = NULL;
-
-	pthread_mutex_lock(&o->lock);
+	if (export_name && !proto_is_string(export_name))
+		return "the name of the export is not UTF-8 or too long";
 	if (o->cancelled)
-		error = "the origin is not needed any more";
-	else if (o->redirect)
-		error = "another one is under way";
-	else
-		o->redirect = r;
-	pthread_mutex_unlock(&o->lock);
-	return error;
+		return "the origin is not needed any more";
+	if (o->redirect.target)
+		return "another one is under way";
+	o->redirect.target = link_target_new(host, port, export_name ? export_name :
+							 o->target->export_name);
+	return o->redirect.target ? NULL : "out of memory or descriptors";
 }
 
 void origin_redirect(struct origin *o, const char *host, const char *port,
 		     const char *export_name, void (*done)(void *arg, const char *error),
 		     void *arg)
 {
-	const char *error = "the name of the export is not UTF-8 or too long";
-	struct redirect *r;
+	const char *error;
 
-	if (export_name && !proto_is_string(export_name)) {
+	pthread_mutex_lock(&o->lock);
+	error = set_redirect(o, host, port, export_name);
+	if (!error) {
+		o->redirect.done = done;
+		o->redirect.arg = arg;
+	}
+	pthread_mutex_unlock(&o->lock);
+	if (error)
 		done(arg, error);
-		return;
-	}
-	r = make_redirect(o, new_target(o, host, port, export_name));
-	if (!r) {
-		done(arg, "out of memory or descriptors");
-		return;
-	}
-	r->done = done;
-	r->arg = arg;
-	error = hand_over(o, r);
-	if (error) {
-		done(arg, error);
-		free_redirect(r);
-	} else {
-		wake(o);
-	}
+	else
+		origin_wake(o);
 }
 
 /* Copy a string, shortened if need be. */
@@ -891,8 +778,8 @@ void origin_status(struct origin *o, struct origin_status *status)
 	copy_short(status->address, sizeof(status->address), o->target->address);
 	copy_short(status->export_name, sizeof(status->export_name), o->target->export_name);
 	copy_short(status->reason, sizeof(status->reason), o->reason);
-	status->fetched = o->fetched;
 	pthread_mutex_unlock(&o->lock);
+	status->fetched = atomic_load(&o->fetched);
 	status->links = atomic_load(&o->up);
 	status->up = status->links > 0;
 	status->waiting = atomic_load(&o->waiting);
@@ -908,7 +795,7 @@ void origin_end(struct origin *o)
 	pthread_mutex_unlock(&o->lock);
 	if (ended || !o->started)
 		return;
-	wake(o);
+	origin_wake(o);
 	pthread_join(o->thread, NULL);
 }
 
@@ -917,5 +804,5 @@ void origin_close(struct origin *o)
 	if (!o)
 		return;
 	origin_end(o);
-	free_origin(o);
+	origin_free(o);
 }

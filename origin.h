@@ -1,10 +1,10 @@
 /*
  * origin.h - the proxy's connections to the remote server, the origin.
  *
- * One thread does all that waits for the network, another one while a connection is made.  The
- * origin is read, never written to, and not trusted: what it says is checked against what was
- * asked.  A link that is lost, silent or wrong is made again for as long as it takes, and what
- * it owed is asked for again.
+ * One thread does all that waits for the network; a name is looked up by another.  The origin is
+ * read, never written to, and not trusted: what it says is checked against what was asked.
+ * A link that is lost, silent or wrong is made again for as long as it takes, and what it owed is
+ * asked for again.
  */
 #ifndef XNBD_ORIGIN_H
 #define XNBD_ORIGIN_H
@@ -56,11 +56,13 @@ struct origin_request {
 	bool allocated;
 };
 
+enum { ORIGIN_CONNECTIONS_MAX = 16 };
+
 struct origin_options {
 	const char *host;		/* a name, an address (brackets are allowed), or "unix:PATH" */
 	const char *port;		/* NULL for a Unix socket */
 	const char *export_name;	/* "" for the default one */
-	unsigned connections;		/* at most, where the origin allows more than one */
+	unsigned connections;		/* at most, where the origin allows more than one; 1 to 16 */
 	unsigned timeout_ms;		/* a link that owes something and is silent so long is dead */
 };
 

@@ -890,38 +890,31 @@ mutant("a hole counts as zeros in the copy", "extents that are wrong",
        "copy.c", "return e->flags & NBD_STATE_ZERO;", "return e->flags & NBD_STATE_HOLE;",
        tests="test_origin.py::test_unusual_extents_are_understood")
 mutant("what a lost link owed is not asked again", "origin closes at every byte",
-       "origin.c", "queue_again(o, link_free(link));\n}\n\n/* NULL, or why",
-       "link_free(link);\n}\n\n/* NULL, or why",
+       "origin.c", "queue_again(o, link_free(line->link));", "link_free(line->link);",
        tests="test_origin.py::test_links_that_come_and_go_lose_nothing")
 mutant("an origin that closed at the start is waited for", "origin closes at every byte",
-       "dial.c", "if (n == 0)\n\t\t\treturn fail(d, d->client.state",
-       "if (n == 0 && wait_for(d, d->thread, POLLIN, deadline))\n\t\t\treturn fail(d, "
-       "d->client.state",
+       "link.c", "if (n == 0)\n\t\treturn link_try_next(l, l->client.state",
+       "if (n == 0 && now_ms() < l->deadline)\n\t\treturn NULL;\n"
+       "\tif (n == 0)\n\t\treturn link_try_next(l, l->client.state",
        tests="test_origin.py::test_origin_that_closes_at_every_byte_of_the_handshake_is_refused")
 mutant("an origin that says nothing is waited for", "origin never answers",
-       "dial.c", "n = poll(pfd, 2, (int)(deadline - now));", "n = poll(pfd, 2, -1);",
-       "origin.c", "while ((now = now_ms()) < end && poll(&p, 1, (int)(end - now)) < 0",
-       "while ((now = now_ms()) < end && poll(&p, 1, -1) < 0",
+       "link.c", "now >= l->deadline ? link_try_next", "false ? link_try_next",
        tests="test_origin.py::test_silent_origin_is_refused_at_start")
 mutant("an origin's handshake may go on for ever", "origin never ends its answer",
        "proto_client.c", "|| ++c->replies > REPLIES_MAX)", ")",
-       "dial.c",
-       "if (now >= deadline)\n\t\tn = 0;\n\telse\n\t\tn = poll(pfd, 2, (int)(deadline - now));",
-       "(void)now, (void)deadline;\n\tn = poll(pfd, 2, -1);",
-       "origin.c", "while ((now = now_ms()) < end && poll(&p, 1, (int)(end - now)) < 0",
-       "while ((now = now_ms()) < end && poll(&p, 1, -1) < 0",
+       "link.c", "now >= l->deadline ? link_try_next", "false ? link_try_next",
        tests="test_origin.py::test_handshake_that_never_ends_is_given_up")
 mutant("a lock is held while the origin is waited for", "origin black-holed",
-       "origin.c", "n = poll(o->pfd, o->lines + 2, timeout);",
-       "pthread_mutex_lock(&o->lock);\n\tn = poll(o->pfd, o->lines + 2, timeout);\n"
+       "origin.c", "n = poll(o->pfd, o->lines + 1, timeout);",
+       "pthread_mutex_lock(&o->lock);\n\tn = poll(o->pfd, o->lines + 1, timeout);\n"
        "\tpthread_mutex_unlock(&o->lock);",
        tests="test_control.py::test_commands_work_while_the_origin_is_frozen")
 mutant("a silent origin is waited for", "noticed by a deadline",
-       "link.c", "if (silent >= timeout_ms) {", "if (false) {",
+       "link.c", "if (silent >= l->timeout_ms) {", "if (false) {",
        tests="test_origin.py::test_silence_is_noticed_in_time "
              "test_proxy.py::test_silent_origin_is_noticed_by_the_deadline")
 mutant("an answer that is lost among others is waited for", "noticed by a deadline",
-       "link.c", "if (l->answered >= l->oldest->asked + timeout_ms)", "if (false)",
+       "link.c", "if (l->latest >= l->oldest->asked + l->timeout_ms)", "if (false)",
        tests="test_origin.py::test_answer_that_is_lost_among_others_is_noticed")
 mutant("a lost origin is not tried again", "origin restarted with other clients connected",
        "origin.c", "line->deadline = now + line->backoff;", "line->deadline = UINT64_MAX;",

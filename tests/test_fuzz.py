@@ -31,7 +31,7 @@ SECONDS = int(os.environ.get("XNBD_FUZZ_SECONDS") or 5)
 TARGETS = {
     "server": (["proto.c", "proto_client.c"], 4096),
     "origin": (["proto.c", "proto_client.c"], 4096),
-    "link": (["proto.c", "proto_client.c"], 1024),
+    "link": (["proto.c", "proto_client.c", "util.c"], 1024),
     "ctl": (["util.c"], 1024),
     "bitmap": (["util.c"], 1024),
 }
