@@ -12,7 +12,6 @@
 #define _GNU_SOURCE
 #include "cache.h"
 
-#include "ahead.h"
 #include "fetch.h"
 #include "layer.h"
 #include "util.h"
@@ -42,7 +41,6 @@ struct cache {
 	struct layer layer;
 	struct origin *origin;
 	struct fetcher fetcher;
-	struct ahead ahead;
 	struct copy *copy;
 	atomic_size_t written;		/* blocks */
 	void (*wake)(void);
@@ -169,7 +167,7 @@ static int op_fetch(struct backend *b, struct request *r, enum how how)
 
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
-		ahead_missed(&c->ahead, r->h.len, r->h.off);
+		fetch_missed(&c->fetcher, r->h.len, r->h.off);
 		return r->h.len > READ_PIECE ? fetch_next(c, r) : fetch_read(c, r, how);
 	case NBD_CMD_CACHE:
 		return fetch_next(c, r);
@@ -197,7 +195,7 @@ static int op_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, 
 	if (!layer_holds(&c->layer, len, off))
 		return ABSENT;
 	if (how == TRY)
-		ahead_hit(&c->ahead, len, off);
+		fetch_hit(&c->fetcher, len, off);
 	return disk_read(c->layer.disk, buf, len, off, how);
 }
 
@@ -297,7 +295,6 @@ static void free_cache(struct cache *c)
 	copy_free(c->copy);
 	origin_close(c->origin);
 	fetcher_destroy(&c->fetcher);
-	ahead_destroy(&c->ahead);
 	layer_destroy(&c->layer);
 	free(c);
 }
@@ -422,7 +419,6 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 	layer_init(&c->layer, &c->backend, c->backend.size, "the cache");
 	c->layer.durable = true;
 	fetcher_init(&c->fetcher, &c->layer, origin);
-	ahead_init(&c->ahead, &c->fetcher);
 	c->wake = o->wake;
 	c->copy = copy_new(&c->fetcher, copied, c);
 	if (!c->copy) {

@@ -27,6 +27,11 @@
 enum {
 	ZERO_PIECE = 64 * 1024,		/* zeros are looked for in pieces of this */
 	STORE_HERE = 256 * 1024,	/* at most, by the origin's thread, if that does not block */
+
+	SEQUENTIAL_READS = 3,		/* this many make a stream */
+	NEAR_READS = 8,			/* how far reads overtake each other, in reads */
+	WINDOW_MIN = 256 * 1024,
+	WINDOW_MAX = 8 * 1024 * 1024,
 };
 
 struct fetch {
@@ -362,6 +367,13 @@ int fetch_copy(struct fetcher *f, struct waiter *w)
 	return 0;
 }
 
+/*
+ * Read-ahead.  A read that misses belongs to a stream if it is near the place where that expects its
+ * next one: near, since a client's reads are handled by several threads, in any order.  After some
+ * such reads a window ahead of the reader is fetched, which grows as the stream goes on.  The
+ * reads that follow find their blocks; one of them, at the mark, lets the window move on.
+ */
+
 /* A new fetch for the beginning of a run that is not held nor on its way; NULL if there is none. */
 static struct fetch *ahead(struct fetcher *f, uint64_t *off, uint64_t end)
 {
@@ -383,10 +395,9 @@ static struct fetch *ahead(struct fetcher *f, uint64_t *off, uint64_t end)
 	return fetch;
 }
 
-void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off)
+/* Fetch what is not held of a range, nor on its way. */
+static void fetch_ahead(struct fetcher *f, uint64_t off, uint64_t end)
 {
-	uint64_t end = off + len;
-
 	while (off < end) {
 		struct fetch *fetch;
 
@@ -395,6 +406,104 @@ void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off)
 		pthread_mutex_unlock(&f->lock);
 		if (fetch)
 			origin_submit(f->origin, &fetch->ask);
+	}
+}
+
+/* Called with the lock, as are the next ones. */
+static void stream_mark(struct fetcher *f, struct stream *s, uint64_t off)
+{
+	size_t mark = (size_t)(off / BLOCK_SIZE);
+	size_t old = atomic_exchange(&f->mark[s - f->stream], mark);
+
+	if (!old && mark)
+		atomic_fetch_add(&f->marks, 1);
+	if (old && !mark)
+		atomic_fetch_sub(&f->marks, 1);
+}
+
+/* The stream that a read belongs to, or in its place the one that was used longest ago. */
+static struct stream *stream_find(struct fetcher *f, uint64_t len, uint64_t off)
+{
+	struct stream *oldest = f->stream;
+
+	for (struct stream *s = f->stream; s < f->stream + FETCH_STREAMS; s++) {
+		uint64_t distance = off > s->next ? off - s->next : s->next - off;
+
+		if (s->reads > 0 && distance <= NEAR_READS * len) {
+			s->reads++;
+			return s;
+		}
+		if (s->used < oldest->used)
+			oldest = s;
+	}
+	stream_mark(f, oldest, 0);
+	*oldest = (struct stream){ .reads = 1 };
+	return oldest;
+}
+
+static void stream_read(struct fetcher *f, struct stream *s, uint64_t end)
+{
+	s->used = ++f->reads;
+	if (end > s->next)
+		s->next = end;
+}
+
+/* Move the window on.  Returns where what is to be fetched begins; it ends at s->end. */
+static uint64_t stream_advance(struct fetcher *f, struct stream *s)
+{
+	uint64_t size = f->layer->size, from = s->end > s->next ? s->end : s->next, to;
+
+	s->window = s->window ? s->window * 2 : WINDOW_MIN;
+	if (s->window > WINDOW_MAX)
+		s->window = WINDOW_MAX;
+	to = size - s->next > s->window ? s->next + s->window : size;
+	s->end = to > from ? to : from;
+	stream_mark(f, s, to < size && layer_missing(f->layer) ? to - s->window / 2 : 0);
+	return from;
+}
+
+void fetch_missed(struct fetcher *f, uint64_t len, uint64_t off)
+{
+	uint64_t from = 0, end = 0;
+	struct stream *s;
+
+	pthread_mutex_lock(&f->lock);
+	s = stream_find(f, len, off);
+	stream_read(f, s, off + len);
+	if (s->reads >= SEQUENTIAL_READS && s->end < s->next + s->window / 2 + len) {
+		from = stream_advance(f, s);
+		end = s->end;
+	}
+	pthread_mutex_unlock(&f->lock);
+	fetch_ahead(f, from, end);
+}
+
+/* A read that may have come to the mark of stream i. */
+static void fetch_at_mark(struct fetcher *f, unsigned i, uint64_t len, uint64_t off)
+{
+	struct stream *s = &f->stream[i];
+	uint64_t from = 0, end = 0;
+
+	pthread_mutex_lock(&f->lock);
+	if (atomic_load(&f->mark[i]) && off < s->end) {
+		stream_read(f, s, off + len);
+		from = stream_advance(f, s);
+		end = s->end;
+	}
+	pthread_mutex_unlock(&f->lock);
+	fetch_ahead(f, from, end);
+}
+
+void fetch_hit(struct fetcher *f, uint64_t len, uint64_t off)
+{
+	if (atomic_load_explicit(&f->marks, memory_order_relaxed) == 0)
+		return;
+	for (unsigned i = 0; i < FETCH_STREAMS; i++) {
+		size_t mark = atomic_load_explicit(&f->mark[i], memory_order_relaxed);
+		uint64_t at = (uint64_t)mark * BLOCK_SIZE;
+
+		if (mark && off + len > at && off < at + WINDOW_MAX)
+			fetch_at_mark(f, i, len, off);
 	}
 }
 

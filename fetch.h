@@ -18,21 +18,35 @@ enum {
 	FETCH_MAX = 1024 * 1024,		/* bytes that are asked for at once for clients */
 	FETCH_REGION = 32 * 1024 * 1024,	/* a fetch lies within a region: its most */
 	FETCH_BUCKETS = 64,
+	FETCH_STREAMS = 8,			/* sequential readers that are told from others */
 };
 
 struct fetch;
+
+/* Somebody who reads one piece after the other. */
+struct stream {
+	uint64_t next;			/* where the next read is expected */
+	uint64_t end;			/* up to here all has been asked for */
+	uint64_t window;		/* bytes to be ahead */
+	unsigned reads;			/* that were where they were expected */
+	uint64_t used;			/* when it was last: a count of reads */
+};
 
 struct fetcher {
 	struct layer *layer;
 	struct origin *origin;
 	atomic_bool cannot_store;	/* has been logged */
 	atomic_uint demanded;		/* fetches that were begun for clients, who wait */
+	atomic_uint marks;		/* streams that have one */
+	atomic_size_t mark[FETCH_STREAMS];	/* the block whose read lets the stream go on, 0: none */
 	pthread_mutex_t lock;		/* guards all that follows, and who waits; a leaf */
 	struct fetch *bucket[FETCH_BUCKETS];	/* by region */
 	struct fetch *arrived[ORIGIN_PRIORITIES];	/* to be stored, oldest first ... */
 	struct fetch **last[ORIGIN_PRIORITIES];		/* ... and where the next one goes */
 	bool storing;			/* job is with a worker */
 	struct job job;
+	struct stream stream[FETCH_STREAMS];
+	uint64_t reads;			/* of streams */
 };
 
 /* Something that waits for a range that is being fetched. */
@@ -64,8 +78,12 @@ int fetch_copy(struct fetcher *f, struct waiter *w);
 /* The most of len bytes at off that one request can have. */
 uint64_t fetch_fit(const struct fetcher *f, uint64_t len, uint64_t off, uint64_t max);
 
-/* Fetch what is not held of a range, nor on its way, since a client may want it soon. */
-void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off);
+/*
+ * A client's read found blocks that were not held; or it found all, which costs next to nothing.  What
+ * a sequential reader will want next is fetched ahead of it.  Does not block.
+ */
+void fetch_missed(struct fetcher *f, uint64_t len, uint64_t off);
+void fetch_hit(struct fetcher *f, uint64_t len, uint64_t off);
 
 /*
  * A client's request that waits for blocks.  When all has arrived a READ up to READ_PIECE is done,

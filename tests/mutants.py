@@ -991,7 +991,7 @@ mutant("what the copy brings is stored before what a client waits for", "the cop
        "fetch.c", "atomic_load(&fetch->f->demanded) == 0", "true",
        tests="test_faults.py::test_copy_that_waits_for_the_disk_does_not_keep_a_miss_waiting")
 mutant("random reads are read ahead", "the copy starves clients",
-       "ahead.c", "SEQUENTIAL_READS = 3,", "SEQUENTIAL_READS = 1,",
+       "fetch.c", "SEQUENTIAL_READS = 3,", "SEQUENTIAL_READS = 1,",
        tests="test_origin.py::test_random_reads_are_not_read_ahead")
 
 # The switch
