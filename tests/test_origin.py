@@ -8,17 +8,20 @@ After each test the cache image is compared, too, once its server has ended.
 
 import contextlib
 import itertools
+import os
 import random
 import re
 import select
 import socket
 import struct
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from conftest import need
 from nbd import *
 from origin import (BAD_HANDSHAKES, BAD_REPLIES, BAD_SIMPLE_REPLIES, BAD_STATUSES, CLOSE, RESET,
                     SILENCE, Fault, ODD_HANDSHAKES, ODD_REPLIES, ODD_STATUSES, Origin, failing,
@@ -323,11 +326,11 @@ def test_host_name_with_several_addresses(origin, proxy):
 
 
 class Named:
-    """An Origin by the name of the host."""
+    """An Origin by a name of the host."""
 
-    def __init__(self, origin):
+    def __init__(self, origin, name="localhost"):
         self.origin = origin
-        self.arguments = ["localhost", str(origin.port)]
+        self.arguments = [name, str(origin.port)]
 
     def __getattr__(self, name):
         return getattr(self.origin, name)
@@ -796,6 +799,55 @@ def test_nobody_at_the_address_is_refused_at_start(origin, refused):
     o.die()
     line = refused(o)
     assert o.label in line and "refused" in line.lower()
+
+
+SILENT_NAME = "silent.example"
+SILENT_RESOLVER = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <netdb.h>
+#include <string.h>
+#include <unistd.h>
+
+int getaddrinfo(const char *name, const char *port, const struct addrinfo *hints,
+		struct addrinfo **list)
+{
+	__typeof__(&getaddrinfo) real = (__typeof__(&getaddrinfo))dlsym(RTLD_NEXT, "getaddrinfo");
+
+	while (!(hints->ai_flags & AI_NUMERICHOST) && strcmp(name, "silent.example") == 0)
+		pause();
+	return real(name, port, hints, list);
+}
+"""
+
+
+@pytest.fixture
+def silent_resolver(tmp_path, monkeypatch):
+    """For servers, looking SILENT_NAME up never ends."""
+    library = tmp_path / "silent.so"
+    subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-xc", "-", "-o", library, "-ldl"],
+                   input=SILENT_RESOLVER, text=True, check=True)
+    monkeypatch.setenv("ASAN_OPTIONS",
+                       os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0")
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+
+
+def test_name_that_is_looked_up_for_ever_is_refused_at_start(origin, refused, silent_resolver):
+    o = Named(origin(), SILENT_NAME)
+    with within(1 + SLACK, "a refusal"):
+        assert "no answer" in refused(o, "--origin-timeout", "1")
+
+
+def test_name_that_is_looked_up_for_ever_holds_nobody_up(origin, proxy, silent_resolver):
+    """Nor the end."""
+    p = proxy(origin(), "--origin-timeout", "1")
+    with p.client() as c, Control(p.control) as control, within(1 + SLACK, "a refusal"):
+        control.send(f"reconnect {SILENT_NAME} 10809")
+        p.right(c, MIB, BLOCK)
+        assert not select.select([control.sock], [], [], 0)[0], "a miss had to wait"
+        assert "no answer" in control.answer()[-1]
+    with p.client() as c:
+        p.right(c)
 
 
 @hazard("origin never ends its answer to an option")
