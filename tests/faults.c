@@ -34,7 +34,7 @@
 /* The order is known to test_faults.py. */
 enum call {
 	PREAD, PWRITE, FDATASYNC, FSYNC, FALLOCATE, RECV, SEND, MALLOC, ACCEPT, OPEN, MMAP, THREAD,
-	PIPE, SOCKET, CONNECT, LSEEK, TRUNCATE, LINK, POLL, STAT, MINCORE, READ, WRITE, FLOCK,
+	PIPE, SOCKET, CONNECT, LSEEK, TRUNCATE, LINK, POLL, STAT, READ, WRITE, FLOCK,
 	UNLINK, CALLS
 };
 
@@ -361,11 +361,6 @@ void *mmap_name(void *at, size_t len, int prot, int flags, int fd, off_type off)
 }
 
 MAPS(mmap, off_t)
-
-int mincore(void *at, size_t len, unsigned char *vec)
-{
-	return fails(MINCORE) ? -1 : REAL(mincore)(at, len, vec);
-}
 
 /* Sockets, pipes, threads */
 

@@ -60,13 +60,6 @@ WAITING(fallocate64, (int fd, int mode, off64_t at, off64_t len), fd, mode, at, 
 
 /* The page cache has nothing, and no file system is in memory. */
 
-int mincore(void *at, size_t len, unsigned char *vec)
-{
-	(void)at, (void)len, (void)vec;
-	errno = EAGAIN;
-	return -1;
-}
-
 int fstatfs(int fd, struct statfs *st)
 {
 	(void)fd, (void)st;

@@ -10,8 +10,11 @@ Every reply that says success must be right by a model of the disk.  A request
 may be answered with the error of the call if it needs that call, and nobody
 else may notice.  A change that was answered with an error leaves old bytes or
 new ones.  When the fault is over, a fresh client is served as ever, and the
-files that the server leaves hold what was read.  What stays is a failed sync:
-from then on every flush fails.
+files that the server leaves hold what was read.  What stays is an error of
+stable storage (xnbd-server(8), "When the disk fails"): a target fails every
+flush from then on, and an export with a bitmap file every request; the log
+says so once, and the exit status is 1.  After a restart, what had been flushed
+is there, and each other block is as it was then or newer.
 
 The suite takes a part of all calls.  XNBD_FAULTS=all takes every one.
 """
@@ -57,7 +60,7 @@ hazard = pytest.mark.hazard
 # faults.c: the functions, and the kinds that are no errno.
 CALLS = ["pread", "pwrite", "fdatasync", "fsync", "fallocate", "recv", "send", "malloc", "accept",
          "open", "mmap", "thread", "pipe", "socket", "connect", "lseek", "truncate", "link", "poll",
-         "stat", "mincore", "read", "write", "flock", "unlink"]
+         "stat", "read", "write", "flock", "unlink"]
 HALF, ONE, HOLD, SLOW = 1000, 1001, 1002, 1003
 KINDS = {"half": HALF, "one": ONE, "hold": HOLD}
 EVER = (1 << 32) - 1
@@ -138,6 +141,10 @@ class Fault(collections.namedtuple("Fault", "call kind number times")):
         """A sync that fails is an error for good."""
         return self.call == "fdatasync" and not self.is_silent
 
+    def may_end(self, mode):
+        """Whether the export may end by it: a bitmap file cannot be written, or not be synced."""
+        return mode.has_maps and (self.is_sticky or self.call == "pwrite" and self.kind == "EIO")
+
     def __str__(self):
         times = {1: "", EVER: " and all later ones"}.get(self.times, f" and {self.times - 1} more")
         return f"{self.call} number {self.number}{times}: {self.kind}"
@@ -181,11 +188,13 @@ class Disk:
     """What each byte may be: what it is in one of the versions.
 
     loose       a change may still be under way, whose client was disconnected
+    flushed     the versions when a flush was answered last
     """
 
     def __init__(self, content):
         self.versions = [bytearray(content)]
         self.loose = False
+        self.flush()
 
     def change(self, at, data):
         for v in self.versions:
@@ -196,6 +205,13 @@ class Disk:
         v = bytearray(self.versions[0])
         v[at:at + len(data)] = data
         self.versions.append(v)
+
+    def flush(self):
+        self.flushed = [bytearray(v) for v in self.versions]
+
+    def lose(self):
+        """Stable storage has failed, and only what had been committed was believed after that."""
+        self.versions += self.flushed
 
     def check(self, at, data, what):
         """These bytes are legal; they are known from then on, unless they may still change."""
@@ -267,6 +283,8 @@ class Operation:
             disk.perhaps(self.at, self.data)
         elif self.command == STATUS:
             self.check_holes(disk, *reply.extents.values())
+        if self.command == FLUSH or self.flags & FUA:
+            disk.flush()
 
     def check_holes(self, disk, extents):
         at = self.at
@@ -305,7 +323,7 @@ class Mode:
     """A server of one kind, with files in a directory of its own."""
 
     steps = [*OPERATIONS, *TOGETHER, *LAST]
-    has_maps = True             # a flush writes a bitmap
+    has_maps = True             # a flush writes a bitmap: without stable storage the export ends
 
     def __init__(self, directory, library, origin=None):
         self.directory, self.origin = directory, origin
@@ -340,6 +358,10 @@ class Mode:
             return
         for path in self.directory.iterdir():
             path.unlink()
+
+    def says(self, text):
+        """How often the log does."""
+        return self.server.log().count(text)
 
     def files(self):
         return {p.name for p in self.directory.iterdir()} - {"control"} - {
@@ -424,10 +446,18 @@ class Proxy(Mode):
 
 
 MODES = {"target": Target, "cow": Cow, "cow-file": Kept, "proxy": Proxy}
+LOST = "is not on stable storage"
+# After an error of the moment: no space for the map.
+WAITS, GOES_ON = "is not committed", "is committed again"
 
 
 def check_restart(mode, disk):
+    """If stable storage had failed, that is not forgotten."""
+    lost = mode.says(LOST)
+    if lost:
+        disk.lose()
     assert mode.start(), mode.server.log()
+    assert mode.says("stable storage had failed") == lost, mode.server.log()
     with mode.server.client() as c:
         disk.check(0, c.pread(SIZE), "after a restart")
     mode.server.stop()
@@ -445,6 +475,7 @@ class Session:
     errors      [(operation, error)]
     lost        connections
     refused     commands of the control socket
+    ended       stable storage has failed under a bitmap file
     """
 
     BEGUN = re.compile(r"snapshot \S+: started|snapshot of \S+: failed")
@@ -452,6 +483,7 @@ class Session:
     def __init__(self, mode, disk, fault=None):
         self.mode, self.disk, self.fault = mode, disk, fault
         self.client, self.errors, self.lost, self.refused = None, [], 0, []
+        self.ended = False
         self.snapshots = []
 
     def run(self, steps):
@@ -484,6 +516,7 @@ class Session:
         client, sent = self.connected(), {}
         if not client:
             return
+        self.ended = self.mode.has_maps and self.mode.says(LOST)
         try:
             for o in operations:
                 sent[o] = None      # a part of it may be sent
@@ -500,9 +533,13 @@ class Session:
 
     def answered(self, o, reply):
         if not reply.error:
+            assert not self.ended, f"{o} succeeds without stable storage"
             o.succeeded(self.disk, reply)
             return
-        assert reply.error in may_fail(self.fault, o), f"{o} fails with {reply}"
+        if reply.error not in may_fail(self.fault, o):
+            assert self.fault and self.fault.may_end(self.mode) and reply.error == NBD_EIO, (
+                f"{o} fails with {reply}")
+            until(lambda: self.mode.says(LOST), what="a word about that in the log")
         self.errors.append((o, reply.error))
         o.failed(self.disk)
 
@@ -525,7 +562,7 @@ class Session:
         assert fault.call in COSTS_CONNECTIONS or not self.lost, problems
         assert not fault.is_silent or not problems, problems
         if fault.times == 1 and not fault.is_sticky and not (
-                self.mode.has_maps and fault.call == "pwrite"):
+                self.mode.has_maps and fault.call == "pwrite"):     # a commit's, for all who wait
             assert len(problems) <= 1, problems
 
 
@@ -557,13 +594,32 @@ def run_session(mode, fault):
     session.leave()
     if injected:
         session.check_cost()
-    check_service(mode, session)
+    if injected and has_ended(mode, fault):
+        check_end_of_export(mode)
+    else:
+        check_service(mode, session)
     before["socket"] += LINKS if isinstance(mode, Proxy) else 0     # some may have been down
     until(lambda: not descriptors(mode.server) - before, what="descriptors that come back")
+    mode.server.expected_status = int(mode.says(LOST) > 0)
     mode.server.stop()
     check_snapshots(mode, session)
     mode.check_files(disk)
     return injected
+
+
+def has_ended(mode, fault):
+    """Whether that was the end of the export; a sync that was nobody's may be just now."""
+    if fault.is_sticky and mode.has_maps:
+        until(lambda: mode.says(LOST), what="a word about a failed sync")
+    return fault.may_end(mode) and mode.says(LOST) > 0
+
+
+def check_end_of_export(mode):
+    """Nobody knows which blocks have been lost: nothing is read, or written."""
+    with mode.server.client(structured=True, contexts=[ALLOCATION]) as c:
+        for o in (Operation(*words) for words in itertools.chain(*OPERATIONS)):
+            assert c.collect(o.send(c)).error == NBD_EIO, o
+    assert mode.says(LOST) == 1, mode.server.log()
 
 
 def check_service(mode, session):
@@ -583,13 +639,15 @@ def check_service(mode, session):
 
 
 def check_flush(mode, session, error):
-    """A commit that failed was logged, and every flush fails; also one that came by itself."""
-    lost = mode.server.log().count("is not durable")
+    """A sync that failed was logged, and every flush fails; also one that came by itself.  A disk
+    that was full is forgotten when there is room."""
+    lost = mode.says(LOST)
     assert bool(error) == lost <= 1, (error, mode.server.log())
-    failed = {e for o, e in session.errors if o.command == FLUSH}
-    assert failed <= {error}, f"flush: {error}, before that: {failed}"
+    until(lambda: mode.says(WAITS) == mode.says(GOES_ON), what="a word about a commit")
     if session.fault.is_sticky and mode.control.injected:
         assert error == NBD_ERRORS[session.fault.kind]
+        failed = {e for o, e in session.errors if o.command == FLUSH}
+        assert failed <= {error}, f"flush: {error}, before that: {failed}"
 
 
 def descriptors(server):
@@ -625,7 +683,8 @@ def is_legal(disk, found):
 
 
 def run_end(mode, fault):
-    """A fault while the server stops: it ends in time, and what it was told is kept."""
+    """A fault while the server stops: it ends in time, and what it was told is kept.  If something
+    could not be made durable, the log and the status say so."""
     disk = Disk(CONTENT)
     assert mode.start(), mode.server.log()
     session = Session(mode, disk)
@@ -633,9 +692,12 @@ def run_end(mode, fault):
     mode.control.arm(*arming(fault))
     mode.server.terminate()
     session.leave()
-    mode.server.stop()
+    mode.server.expected_status = None
+    status = mode.server.stop()
     injected = mode.control.injected
     mode.control.disarm()
+    assert status == (mode.says(LOST) + mode.says(WAITS) > 0), f"status {status}"
+    assert not injected or not fault.is_sticky or mode.says(LOST) == 1
     mode.check_files(disk)
     return injected
 
@@ -699,15 +761,14 @@ FAULTS = {
     "link": {"EIO": ONCE_AND_EVER, "EPERM": [1]},
     "poll": {"EINTR": [1], "ENOMEM": [1, 20]},
     "stat": {"EIO": ONCE_AND_EVER},
-    "mincore": {"EAGAIN": ONCE_AND_EVER},
     "read": {"EINTR": [1]},
     "write": {"EINTR": [1]},
     "flock": {"EWOULDBLOCK": [1]},
     "unlink": {"EIO": ONCE_AND_EVER},
 }
 GROUPS = {
-    "disk": ["pread", "pwrite", "fdatasync", "fsync", "fallocate", "lseek", "mincore", "truncate",
-             "link", "unlink", "stat", "flock"],
+    "disk": ["pread", "pwrite", "fdatasync", "fsync", "fallocate", "lseek", "truncate", "link",
+             "unlink", "stat", "flock"],
     "network": ["recv", "send", "accept", "socket", "connect", "poll"],
     "resources": ["malloc", "mmap", "thread", "pipe", "open", "read", "write"],
 }
@@ -833,6 +894,7 @@ def running(request, bench):
 
 # An overlay that is thrown away is never synced.
 synced = pytest.mark.parametrize("running", ["target", "cow-file", "proxy"], indirect=True)
+with_map = pytest.mark.parametrize("running", ["cow-file", "proxy"], indirect=True)
 
 
 def carry_out(mode, *steps):
@@ -844,8 +906,9 @@ def carry_out(mode, *steps):
 
 
 @hazard("fdatasync fails, the next one succeeds")
-@synced
+@pytest.mark.parametrize("running", ["target"], indirect=True)
 def test_failed_sync_is_told_once_in_the_log_and_with_every_flush(running):
+    """A target goes on reading and writing."""
     carry_out(running, *OPERATIONS)
     running.control.arm("fdatasync", errno.EIO)
     with running.server.client() as c, running.server.client() as other:
@@ -855,7 +918,20 @@ def test_failed_sync_is_told_once_in_the_log_and_with_every_flush(running):
         assert c.pread(10, 2) == running.disk.versions[0][2:12]
     assert running.control.injected == 1
     carry_out(running, *OPERATIONS[:8], *OPERATIONS[11:])       # but for flush and FUA
-    assert running.server.log().count("not durable") == 1
+    assert running.says(LOST) == 1
+    running.server.expected_status = 1
+
+
+@with_map
+def test_failed_sync_ends_an_export_that_has_a_bitmap_file(running):
+    """For who flushes and for all others; a restart believes what had been flushed."""
+    carry_out(running, *OPERATIONS, op(FLUSH), op(WRITE, 90 * BLOCK, 2 * BLOCK))
+    running.control.arm("fdatasync", errno.EIO)
+    with running.server.client() as c, running.server.client() as other:
+        assert c.error_of(FLUSH) == other.error_of(FLUSH) == NBD_EIO
+        assert other.error_of(WRITE, 5, payload=b"new") == c.error_of(READ, 0, 10) == NBD_EIO
+    check_end_of_export(running)
+    running.server.expected_status = 1
 
 
 def held_up(running):
@@ -901,12 +977,15 @@ def test_flush_that_is_done_in_time_is_answered_though_the_server_stops(running)
 
 @hazard("SIGTERM with a disk that hangs")
 def test_sync_that_does_not_end_does_not_keep_the_server_from_ending(bench):
-    """What was answered before is kept."""
+    """What was answered before is kept.  Whether the rest is on stable storage is not known: the
+    status says so."""
     def hang(mode):
         mode.disk = Disk(CONTENT)
         assert mode.start(), mode.server.log()
         stop_while_held_up(mode)[0].close()
+        mode.server.expected_status = 1
         mode.server.wait(DEADLINE)
+        assert "1 connections wait for the disk" in mode.server.log()
         mode.control.disarm()
         mode.check_files(mode.disk)
         mode.end()
@@ -964,8 +1043,10 @@ def test_write_of_a_client_that_was_disconnected_does_not_bury_a_newer_one(bench
 
 @hazard("the copy starves clients")
 def test_copy_that_waits_for_the_disk_does_not_keep_a_miss_waiting(library, tmp_path):
-    """While a client waits for the origin, what the copy brings is stored by a worker."""
-    with Origin(CONTENT, unix=tmp_path / "origin") as origin:
+    """While a client waits for the origin, what the copy brings is stored by a worker.  (What is
+    held up is data, so there is no hole: that would only be recorded.)"""
+    content = pattern(0, SIZE)
+    with Origin(content, unix=tmp_path / "origin") as origin:
         mode = Proxy(tmp_path / "proxy", library, origin)
         assert mode.start(), mode.server.log()
         origin.hold(lambda r: r.length == BLOCK)
@@ -976,11 +1057,11 @@ def test_copy_that_waits_for_the_disk_does_not_keep_a_miss_waiting(library, tmp_
             mode.ask("cache-all2")
             until(lambda: mode.control.injected == 1, what="a store that waits")
             origin.release()
-            assert c.collect(cookie).data == CONTENT[100 * BLOCK:101 * BLOCK]
+            assert c.collect(cookie).data == content[100 * BLOCK:101 * BLOCK]
             mode.control.release()
         assert mode.ask("cache-all")
         mode.server.stop()
-        assert mode.path("cache").read_bytes() == CONTENT
+        assert mode.path("cache").read_bytes() == content
         mode.end()
 
 
