@@ -71,12 +71,16 @@ def threads(s):
 
 
 def of_threads(s, field):
-    """What /proc says of that field: the values of all threads, without doubles.  A
-    sanitizer's own thread is there before ours, and stays what it was."""
+    """What /proc says of that field: the values of all threads, without doubles.  One that ends
+    while they are listed has none.  A sanitizer's own thread is there before ours, and stays what
+    it was."""
     own = sorted(threads(s))
     if SANITIZED:
         del own[1:2]
-    texts = [Path(f"/proc/{s.proc.pid}/task/{tid}/status").read_text() for tid in own]
+    texts = []
+    for tid in own:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            texts.append(Path(f"/proc/{s.proc.pid}/task/{tid}/status").read_text())
     return {re.search(rf"(?m)^{field}:\s*(.*?)\s*$", text)[1] for text in texts}
 
 

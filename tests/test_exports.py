@@ -562,12 +562,14 @@ def test_snapshot_of_another_export_does_not_wait_for_a_disk_that_hangs(stuck):
 
 @hazard("SIGTERM with a disk that hangs, and another export")
 def test_server_ends_in_time_though_a_disk_hangs(stuck):
+    """A disk that kept a thread is told by the status."""
     s, a, cookies, flag, b = stuck
     use(b, "b", MIB)
     b.close()
     a.close()
+    s.expected_status = 1
     s.stop()
-    assert "wait for the disk" in s.log()
+    assert "1 connections wait for the disk" in s.log()
 
 
 # Many
