@@ -12,6 +12,7 @@ XNBD_RESTARTS=<number> restarts more often; XNBD_SEED=<seed> repeats the operati
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import signal
 import socket
 import struct
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -190,6 +192,22 @@ def all_end_in_time(servers, status=0):
     latest = time.monotonic() + STOP_LIMIT + 0.5    # what this process may be late
     for s in servers:
         s.wait(max(0.1, latest - time.monotonic()))
+
+
+def is_taken(client):
+    """Whether the server has received all that this client has sent.  A Unix socket counts what
+    its peer has not received; TCP what its host has not, and there the queue of the server's."""
+    count = fcntl.ioctl(client.sock, termios.TIOCOUTQ, bytes(4))
+    if struct.unpack("i", count)[0]:
+        return False
+    if client.sock.family == socket.AF_UNIX:
+        return True
+    ends = [f"{name[1]:04X}" for name in (client.sock.getpeername(), client.sock.getsockname())]
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, queues, *_ = line.split()
+        if [local.split(":")[1], remote.split(":")[1]] == ends:
+            return int(queues.split(":")[1], 16) == 0
+    return False
 
 
 # Nothing is owed
@@ -565,7 +583,8 @@ def test_origin_that_answers_during_the_stop_harms_nothing(behind, remote):
 # The disk
 
 def stuck(mode, library, directory):
-    """A server, its clients, who wait for a disk, and what the disk waits for."""
+    """A server, its clients, whose requests it has received and who wait for a disk, and what
+    the disk waits for."""
     flag = directory / f"{mode.directory.name}.while"
     held = mode.path("cache.img") if isinstance(mode, Proxied) else mode.file
     asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
@@ -578,6 +597,7 @@ def stuck(mode, library, directory):
     for c in clients:
         ask(c)
     until(lambda: s.status("Threads") >= 16, what="reads that wait")
+    until(lambda: all(map(is_taken, clients)), what="requests that are received")
     return s, clients, flag
 
 
