@@ -197,7 +197,7 @@ static unsigned char bits_of(uint64_t at, uint64_t blk, uint64_t end)
 	return (unsigned char)(0xffU << first & 0xffU >> (8 - last));
 }
 
-static uint64_t set_bits(struct bitmap *b, uint64_t blk, uint64_t end)
+static void set_bits(struct bitmap *b, uint64_t blk, uint64_t end)
 {
 	uint64_t fresh = 0;
 
@@ -208,7 +208,6 @@ static uint64_t set_bits(struct bitmap *b, uint64_t blk, uint64_t end)
 		fresh += count_bits(bits & ~(unsigned)old);
 	}
 	atomic_fetch_add_explicit(&b->set, fresh, memory_order_relaxed);
-	return fresh;
 }
 
 static bool are_set(const struct bitmap *b, uint64_t blk, uint64_t end)
@@ -257,7 +256,7 @@ static bool take_lock(struct bitmap *b, bool wait)
 }
 
 /* The page is marked after its bits: a commit that misses a bit finds the mark next time. */
-static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, bool wait, uint64_t *fresh)
+static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, bool wait)
 {
 	int err = 0;
 
@@ -266,7 +265,7 @@ static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, bool wait,
 	if (!are_set(b, blk, end)) {
 		err = record(b, blk, end);
 		if (!err) {
-			*fresh += set_bits(b, blk, end);
+			set_bits(b, blk, end);
 			atomic_fetch_or(&b->page[blk / 8 / MAP_PAGE], DIRTY);
 		}
 	}
@@ -274,7 +273,7 @@ static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, bool wait,
 	return err;
 }
 
-int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait, uint64_t *fresh)
+int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait)
 {
 	uint64_t end = blk + n, to;
 	int err = 0;
@@ -282,14 +281,14 @@ int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait, uint64_t *
 	if (n == 0 || atomic_load_explicit(&b->whole, memory_order_acquire))
 		return 0;
 	if (b->fd < 0) {
-		*fresh += set_bits(b, blk, end);
+		set_bits(b, blk, end);
 		return 0;
 	}
 	for (; blk < end && !err; blk = to) {
 		to = (blk / 8 / MAP_PAGE + 1) * MAP_PAGE * 8;
 		if (to > end)
 			to = end;
-		err = set_recorded(b, blk, to, wait, fresh);
+		err = set_recorded(b, blk, to, wait);
 	}
 	return err;
 }
@@ -572,16 +571,15 @@ static bool next_part(const struct bitmap *b, uint64_t map, uint64_t *at, uint64
 static void add_page(struct bitmap *b, uint64_t page, const uint8_t *p, enum page_state state)
 {
 	for (uint64_t i = 0; i < MAP_PAGE; i++) {
-		uint64_t at = page * MAP_PAGE + i, blk = at * 8;
+		uint64_t at = page * MAP_PAGE + i;
+		unsigned bits = at * 8 < b->blocks ? p[i] & bits_of(at, at * 8, b->blocks) : 0;
 
-		/* Bits behind the last block do not count. */
-		if (p[i] && blk < b->blocks &&
-		    (p[i] & ~(unsigned)b->live[at] & bits_of(at, blk, b->blocks))) {
-			atomic_fetch_add(&b->set, count_bits(p[i] & ~(unsigned)b->live[at] &
-							     bits_of(at, blk, b->blocks)));
-			b->live[at] |= p[i] & bits_of(at, blk, b->blocks);
-			b->page[page] |= state;
-		}
+		bits &= ~(unsigned)b->live[at];
+		if (!bits)
+			continue;
+		atomic_fetch_add(&b->set, count_bits(bits));
+		b->live[at] |= (unsigned char)bits;
+		b->page[page] |= state;
 	}
 }
 

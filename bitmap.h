@@ -48,10 +48,9 @@ uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *se
 
 /*
  * Set n bits, whose blocks' data has been stored.  In a file they are recorded first, so that they
- * outlive the process.  *fresh grows by the number of those that were not set.  0, or -errno and
- * then some may not be set; -EAGAIN, without wait, if the file's disk holds up somebody else.
+ * outlive the process.  0, or -errno and then some may not be set; -EAGAIN, without wait, if the file's disk holds up somebody else.
  */
-int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait, uint64_t *fresh);
+int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait);
 
 /* How many bits are set. */
 uint64_t bitmap_count(const struct bitmap *b);

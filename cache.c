@@ -42,7 +42,6 @@ struct cache {
 	struct origin *origin;
 	struct fetcher fetcher;
 	struct copy *copy;
-	atomic_size_t written;		/* blocks */
 	void (*wake)(void);
 
 	/* The switch; the main thread's, but for the step that is under way. */
@@ -212,46 +211,23 @@ static bool lacks_edges(const struct cache *c, uint64_t len, uint64_t off)
 	return end % BLOCK_SIZE != 0 && end != l->size && !layer_holds(l, 1, end - 1);
 }
 
-static void count_written(struct cache *c, uint64_t fresh)
-{
-	if (fresh > 0)
-		atomic_fetch_add_explicit(&c->written, fresh, memory_order_relaxed);
-}
-
 static int op_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	struct cache *c = to_cache(b);
-	uint64_t fresh = 0;
-	int ret;
 
-	if (lacks_edges(c, len, off))
-		return ABSENT;
-	ret = layer_write(&c->layer, buf, len, off, how, &fresh);
-	count_written(c, fresh);
-	return ret;
+	return lacks_edges(c, len, off) ? ABSENT : layer_write(&c->layer, buf, len, off, how);
 }
 
 static int op_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
 	struct cache *c = to_cache(b);
-	uint64_t fresh = 0;
-	int ret;
 
-	if (lacks_edges(c, len, off))
-		return ABSENT;
-	ret = layer_zero(&c->layer, len, off, flags, &fresh);
-	count_written(c, fresh);
-	return ret;
+	return lacks_edges(c, len, off) ? ABSENT : layer_zero(&c->layer, len, off, flags);
 }
 
 static int op_trim(struct backend *b, uint64_t len, uint64_t off)
 {
-	struct cache *c = to_cache(b);
-	uint64_t fresh = 0;
-	int ret = layer_trim(&c->layer, len, off, &fresh);
-
-	count_written(c, fresh);
-	return ret;
+	return layer_trim(&to_cache(b)->layer, len, off);
 }
 
 static int op_flush(struct backend *b, struct request *r)
@@ -454,7 +430,7 @@ void cache_status(struct backend *b, struct cache_status *status)
 
 	status->blocks = bitmap_blocks(b->size);
 	status->held = status->blocks - layer_missing(&c->layer);
-	status->written = atomic_load(&c->written);
+	status->written = layer_written(&c->layer);
 }
 
 unsigned cache_per_mille(const struct cache_status *status)

@@ -63,23 +63,17 @@ static int op_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, 
 
 static int op_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	uint64_t fresh = 0;
-
-	return layer_write(layer_of(b), buf, len, off, how, &fresh);
+	return layer_write(layer_of(b), buf, len, off, how);
 }
 
 static int op_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
-	uint64_t fresh = 0;
-
-	return layer_zero(layer_of(b), len, off, flags, &fresh);
+	return layer_zero(layer_of(b), len, off, flags);
 }
 
 static int op_trim(struct backend *b, uint64_t len, uint64_t off)
 {
-	uint64_t fresh = 0;
-
-	return layer_trim(layer_of(b), len, off, &fresh);
+	return layer_trim(layer_of(b), len, off);
 }
 
 static int op_flush(struct backend *b, struct request *r)

@@ -50,15 +50,19 @@ static void layer_fail(struct layer *l, int err)
 static int complete(struct layer *l, bool *lost)
 {
 	struct change hold;
+	uint64_t missing;
 	int err = disk_sync(l->disk);	/* most of it, before anybody has to wait */
 
 	*lost = err != 0;
 	if (err)
 		return err;
 	order_hold(disk_order(l->disk), &hold, l->size, 0, true);
-	err = layer_missing(l) == 0 || atomic_load(&l->spoilt) == l->spoilt_before ?
+	missing = layer_missing(l);
+	err = missing == 0 || atomic_load(&l->spoilt) == l->spoilt_before ?
 		      bitmap_complete(l->map, sync_image, l->disk, lost) :
 		      -EBUSY;
+	if (!err)
+		atomic_fetch_add(&l->brought, missing);
 	order_release(&hold);
 	return err;
 }
@@ -98,6 +102,7 @@ void layer_init(struct layer *l, struct backend *backend, uint64_t size, const c
 void layer_begin(struct layer *l)
 {
 	l->backend->order = disk_order(l->disk);
+	atomic_init(&l->brought, bitmap_count(l->map));
 	if (l->durable && bitmap_is_dirty(l->map))
 		committer_soon(&l->committer);
 }
@@ -140,6 +145,11 @@ uint64_t layer_missing(const struct layer *l)
 	return bitmap_blocks(l->size) - bitmap_count(l->map);
 }
 
+uint64_t layer_written(const struct layer *l)
+{
+	return bitmap_count(l->map) - atomic_load(&l->brought);
+}
+
 uint64_t layer_head(uint64_t len, uint64_t off)
 {
 	uint64_t head = (BLOCK_SIZE - off % BLOCK_SIZE) % BLOCK_SIZE;
@@ -156,15 +166,13 @@ uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off)
 
 /*
  * The blocks that a range touches, which may not be held, have been stored, if ret is 0: hold them.
- * *fresh grows by the number of those that were not held.
  */
-static int set_held(struct layer *l, uint64_t len, uint64_t off, int ret, enum how how,
-		    uint64_t *fresh)
+static int set_held(struct layer *l, uint64_t len, uint64_t off, int ret, enum how how)
 {
 	uint64_t blk = off / BLOCK_SIZE;
 
 	if (ret == 0) {
-		ret = bitmap_set(l->map, blk, bitmap_blocks(off + len) - blk, how == WAIT, fresh);
+		ret = bitmap_set(l->map, blk, bitmap_blocks(off + len) - blk, how == WAIT);
 		if (ret != 0 && ret != -EAGAIN && !is_momentary(ret))
 			layer_fail(l, ret);
 		if (l->durable)
@@ -187,7 +195,7 @@ static uint64_t block_bytes(const struct layer *l, uint64_t off)
  * Store a part of one block.  The rest is added from the base, but never once the block is held.
  */
 static int write_part(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off,
-		      enum how how, uint64_t *fresh)
+		      enum how how)
 {
 	uint64_t at = off % BLOCK_SIZE, start = off - at, bytes = block_bytes(l, off);
 	uint8_t block[BLOCK_SIZE];
@@ -202,12 +210,12 @@ static int write_part(struct layer *l, const uint8_t *buf, uint64_t len, uint64_
 		return ret;
 	memcpy(block + at, buf, len);
 	ret = disk_write(l->disk, block, bytes, start, how);
-	return set_held(l, bytes, start, ret, how, fresh);
+	return set_held(l, bytes, start, ret, how);
 }
 
 /* Store blocks that may not be held as yet. */
 static int write_first(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off,
-		       enum how how, uint64_t *fresh)
+		       enum how how)
 {
 	int ret = 0;
 
@@ -216,12 +224,12 @@ static int write_first(struct layer *l, const uint8_t *buf, uint64_t len, uint64
 
 		if (n > 0) {
 			ret = disk_write(l->disk, buf, n, off, how);
-			ret = set_held(l, n, off, ret, how, fresh);
+			ret = set_held(l, n, off, ret, how);
 		} else {
 			n = BLOCK_SIZE - off % BLOCK_SIZE;
 			if (n > len)
 				n = len;
-			ret = write_part(l, buf, n, off, how, fresh);
+			ret = write_part(l, buf, n, off, how);
 		}
 		buf += n;
 		off += n;
@@ -230,51 +238,50 @@ static int write_first(struct layer *l, const uint8_t *buf, uint64_t len, uint64
 	return ret;
 }
 
-int layer_write(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how,
-		uint64_t *fresh)
+int layer_write(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	int err = bitmap_note_change(l->map);
 
 	if (err)
 		return err;
 	return layer_holds(l, len, off) ? disk_write(l->disk, buf, len, off, how) :
-					  write_first(l, buf, len, off, how, fresh);
+					  write_first(l, buf, len, off, how);
 }
 
 /* Zero whole blocks: they become holes of the image where it can have holes. */
-static int zero_whole(struct layer *l, uint64_t len, uint64_t off, unsigned flags, uint64_t *fresh)
+static int zero_whole(struct layer *l, uint64_t len, uint64_t off, unsigned flags)
 {
 	int ret;
 
 	if (len == 0)
 		return 0;
 	ret = disk_zero(l->disk, len, off, flags);
-	return ret == -EOPNOTSUPP ? ret : set_held(l, len, off, ret, WAIT, fresh);
+	return ret == -EOPNOTSUPP ? ret : set_held(l, len, off, ret, WAIT);
 }
 
 /* Whole blocks first: for FAST_ZERO that is what may fail, and then nothing may have changed. */
-static int zero_range(struct layer *l, uint64_t len, uint64_t off, unsigned flags, uint64_t *fresh)
+static int zero_range(struct layer *l, uint64_t len, uint64_t off, unsigned flags)
 {
 	static uint8_t zeros[BLOCK_SIZE];	/* never written */
 	uint64_t head = layer_head(len, off), whole = layer_whole(l, len - head, off + head);
 	uint64_t tail = len - head - whole;
-	int ret = zero_whole(l, whole, off + head, flags, fresh);
+	int ret = zero_whole(l, whole, off + head, flags);
 
 	if (ret == 0 && head > 0)
-		ret = write_part(l, zeros, head, off, WAIT, fresh);
+		ret = write_part(l, zeros, head, off, WAIT);
 	if (ret == 0 && tail > 0)
-		ret = write_part(l, zeros, tail, off + head + whole, WAIT, fresh);
+		ret = write_part(l, zeros, tail, off + head + whole, WAIT);
 	return ret;
 }
 
-int layer_zero(struct layer *l, uint64_t len, uint64_t off, unsigned flags, uint64_t *fresh)
+int layer_zero(struct layer *l, uint64_t len, uint64_t off, unsigned flags)
 {
 	int err = bitmap_note_change(l->map);
 
-	return err ? err : zero_range(l, len, off, flags, fresh);
+	return err ? err : zero_range(l, len, off, flags);
 }
 
-int layer_trim(struct layer *l, uint64_t len, uint64_t off, uint64_t *fresh)
+int layer_trim(struct layer *l, uint64_t len, uint64_t off)
 {
 	uint64_t head = layer_head(len, off), whole = layer_whole(l, len - head, off + head);
 	int ret;
@@ -283,17 +290,19 @@ int layer_trim(struct layer *l, uint64_t len, uint64_t off, uint64_t *fresh)
 		return 0;
 	ret = bitmap_note_change(l->map);
 	if (ret == 0)
-		ret = zero_whole(l, whole, off + head, NBD_CMD_FLAG_FAST_ZERO, fresh);
+		ret = zero_whole(l, whole, off + head, NBD_CMD_FLAG_FAST_ZERO);
 	return ret;
 }
 
 /* A run that is not held and stays so, since its range is. */
 static int fill_run(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	uint64_t fresh = 0;
 	int ret = buf ? disk_write(l->disk, buf, len, off, how) : disk_zero(l->disk, len, off, 0);
 
-	return set_held(l, len, off, ret, how, &fresh);
+	ret = set_held(l, len, off, ret, how);
+	if (ret == 0)
+		atomic_fetch_add(&l->brought, bitmap_blocks(len));
+	return ret;
 }
 
 int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)

@@ -24,6 +24,7 @@ struct layer {
 	struct bitmap *map;
 	struct disk *base;		/* has the other blocks; NULL: whoever writes brings them */
 	bool durable;			/* the map is a file, and bits have to be committed */
+	atomic_size_t brought;		/* blocks that are held, but not by a client of this run */
 	atomic_uint spoilt;		/* blocks without a bit have got data that is worth nothing */
 	atomic_bool completing;		/* layer_complete() */
 	unsigned spoilt_before;		/* the last layer_zero_missing() */
@@ -51,6 +52,9 @@ bool layer_holds(const struct layer *l, uint64_t len, uint64_t off);
 /* The number of blocks that are not held.  Costs nothing. */
 uint64_t layer_missing(const struct layer *l);
 
+/* The number of blocks that are held since clients changed them, in this run. */
+uint64_t layer_written(const struct layer *l);
+
 /* Bytes from off to the next block boundary, at most len. */
 uint64_t layer_head(uint64_t len, uint64_t off);
 
@@ -60,16 +64,15 @@ uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off);
 /*
  * Change a range, for a client, which has begun with it in the image's order.  A block of which a
  * part is changed must be held, or there must be a base to take the rest from.  0, -errno, or
- * -EAGAIN for TRY.  *fresh is increased by the number of blocks that were not held before.
+ * -EAGAIN for TRY.
  */
-int layer_write(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how,
-		uint64_t *fresh);
+int layer_write(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 
 /* The same for zeros; flags as in disk_zero().  Blocks. */
-int layer_zero(struct layer *l, uint64_t len, uint64_t off, unsigned flags, uint64_t *fresh);
+int layer_zero(struct layer *l, uint64_t len, uint64_t off, unsigned flags);
 
 /* Whole blocks of the range become holes; -EOPNOTSUPP where there are none.  Blocks. */
-int layer_trim(struct layer *l, uint64_t len, uint64_t off, uint64_t *fresh);
+int layer_trim(struct layer *l, uint64_t len, uint64_t off);
 
 /*
  * Hold what is not held of a range of whole blocks; what is held stays as it is.  buf has the

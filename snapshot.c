@@ -145,7 +145,6 @@ static void copy_first(struct snapshot *s, uint64_t off, uint64_t end)
 {
 	uint64_t position = atomic_load(&s->position);
 	uint8_t *buf = malloc(PIECE);
-	uint64_t fresh = 0;
 	int err;
 
 	if (off < position)
@@ -154,8 +153,7 @@ static void copy_first(struct snapshot *s, uint64_t off, uint64_t end)
 	if (err)
 		fail(s, err);
 	else
-		bitmap_set(s->copied, off / BLOCK_SIZE, bitmap_blocks(end) - off / BLOCK_SIZE,
-			   true, &fresh);
+		bitmap_set(s->copied, off / BLOCK_SIZE, bitmap_blocks(end) - off / BLOCK_SIZE, true);
 	free(buf);
 }
 

@@ -340,7 +340,7 @@ static void check_bits(const struct bitmap *b, const uint8_t *map, uint64_t bloc
 /* Set bits, in the bitmap and in the map that says what it must be. */
 static void change(struct bitmap *b, const struct scene *s, struct truth *t, struct input *in)
 {
-	uint64_t blk, n, fresh = 0, told = 1;
+	uint64_t blk, n, fresh = 0, before = bitmap_count(b);
 
 	if (s->blocks == 0)
 		return;
@@ -350,7 +350,7 @@ static void change(struct bitmap *b, const struct scene *s, struct truth *t, str
 		fresh += !bit_of(t->now, k);
 		t->now[k / 8] |= (uint8_t)(1 << k % 8);
 	}
-	assert(bitmap_set(b, blk, n, true, &told) == 0 && told == fresh + 1);
+	assert(bitmap_set(b, blk, n, true) == 0 && bitmap_count(b) == before + fresh);
 	assert(!fresh || bitmap_is_dirty(b));
 }
 
