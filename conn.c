@@ -105,14 +105,14 @@ static void unload(const struct load *load, atomic_size_t *count, size_t n, size
 /* Data that a request needs, or will: the connection has a bound for it, and maybe all have one. */
 static void charge(struct conn *c, struct request *r)
 {
-	if (r->counted > 0)
+	if (r->counted > 0 || r->h.cmd > NBD_CMD_WRITE)
 		return;
-	r->counted = r->h.len;
+	r->counted = r->h.len < READ_PIECE ? r->h.len : READ_PIECE;	/* more is done in pieces */
 	c->buffered += r->counted;
 	atomic_fetch_add(&c->export->load.bytes, r->counted);
 }
 
-/* It is with others no more, nor will be. */
+/* It is with others no more, nor will be: what it waits for now, if anything, is its client. */
 static void take_home(struct conn *c, struct request *r)
 {
 	struct load *load = &c->export->load;
@@ -122,17 +122,13 @@ static void take_home(struct conn *c, struct request *r)
 	r->lent = false;
 	c->in_flight--;
 	unload(load, &load->requests, 1, load->requests_max);
+	unload(load, &load->bytes, r->counted, load->bytes_max);
 }
 
 static void free_request(struct conn *c, struct request *r)
 {
-	struct load *load = &c->export->load;
-
 	take_home(c, r);
-	if (r->counted > 0) {
-		c->buffered -= r->counted;
-		unload(load, &load->bytes, r->counted, load->bytes_max);
-	}
+	c->buffered -= r->counted;
 	if (r->buf_len > 0)
 		buffer_put(r->buf, r->buf_len);
 	if (r->change.order)
@@ -794,6 +790,7 @@ static void start_read(struct conn *c, struct request *r)
 	if (r->h.len > READ_PIECE) {
 		ret = request_try(r);
 		if (ret == 0) {
+			take_home(c, r);
 			c->stream = r;
 			c->stream_sent = c->stream_asked = 0;
 		} else if (ret == -EAGAIN) {

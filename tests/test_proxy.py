@@ -2557,3 +2557,27 @@ def test_fio_verifies_what_it_wrote_during_a_migration(proxy, original, options)
     migration = later(0.2, p.migrate)
     fio(p, *options, "--verify=crc32c-intel", "--verify_fatal=1", "--verify_backlog=256")
     migration.result()
+
+
+@pytest.mark.parametrize("option, value", [("--max-queue-size", "1"), ("--max-buf-size", "1M")])
+def test_client_that_does_not_read_its_reply_holds_up_nobody(proxy, original, option, value):
+    """The bounds are for what waits for the origin or the disk, not for a client."""
+    content = pattern(0, 32 * MIB)
+    p = proxy(original(content=content), option, value)
+    with p.client() as deaf, p.client() as c:
+        deaf.request(READ, 0, 32 * MIB)
+        until(lambda: p.query("cached-blocks") == 32 * MIB // BLOCK, what="all blocks")
+        for at in range(0, 32 * MIB, 4 * MIB):
+            assert c.pread(BLOCK, at) == content[at:at + BLOCK]
+        c.pwrite(b"new", 5)
+        c.flush()
+        assert deaf.collect_all()
+
+
+def test_long_change_leaves_room_for_others_of_its_client(server, disk, tmp_path):
+    """It needs no data, however long it is."""
+    with server(disk(GIB)).client() as c:
+        for i in range(20):
+            long = c.request(ZERO, 0, GIB - BLOCK)
+            assert c.pread(512) == bytes(512)
+            assert not c.collect(long).error
