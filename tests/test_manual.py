@@ -338,8 +338,8 @@ def test_messages_that_readme_explains_are_said():
     said, found = "\n".join(strings_of_the_programs()), []
     for message in re.findall(r"(?m)^\| (?:a client says |writes fail with )?`(.*?)`", part):
         message = re.sub("|".join(of_libc), "...", message)
-        found += [(piece, message) for piece in re.split(r"(?: is )?\.\.\.|^the image |\bunix:|\d+ s|: | (?=\()", message)
+        found += [(piece, message) for piece in re.split(r"(?: is )?\.\.\.|^the (?:image|cache) is |\bunix:|\d+ s|: | (?=\()", message)
                   if len(piece) > 3]
     assert len(found) > 15
     for piece, message in found:
-        assert piece.strip(" )(") in said, (piece, message)
+        assert piece.strip(" )(;") in said, (piece, message)
