@@ -7,9 +7,9 @@
  *	LINK_NEGOTIATE	the handshake
  *	LINK_UP		transmission
  *
- * In transmission each request has a slot from when it is asked to when it is answered; its cookie
- * is the number of the slot and one that never comes again.  Heads of replies and small data are
- * received through a buffer, large data straight to where it belongs.
+ * In transmission each request has a slot from when it is asked to when it is answered; its
+ * cookie is the number of the slot and one that never comes again.  Heads of replies and small
+ * data are received through a buffer, large data straight to where it belongs.
  */
 #define _GNU_SOURCE
 #include "link.h"
@@ -20,7 +20,6 @@
 #include <assert.h>
 #include <errno.h>
 #include <netdb.h>
-#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -187,18 +186,14 @@ struct link *link_new(const struct link_target *t, unsigned timeout_ms)
 	return l;
 }
 
-int link_fd(const struct link *l)
+struct pollfd link_poll(const struct link *l)
 {
-	return l->fd;
-}
+	bool sends = l->state == LINK_CONNECT || l->tx_from < l->tx_to;
+	bool receives = l->state == LINK_UP || !sends;
 
-short link_events(const struct link *l)
-{
-	bool sends = l->tx_from < l->tx_to || l->state == LINK_CONNECT;
-
-	if (!sends)
-		return POLLIN;
-	return l->state == LINK_UP ? POLLIN | POLLOUT : POLLOUT;
+	return (struct pollfd){
+		.fd = l->fd, .events = (receives ? POLLIN : 0) | (sends ? POLLOUT : 0),
+	};
 }
 
 const struct proto_offer *link_offer(const struct link *l)
@@ -328,8 +323,8 @@ static int link_connect(struct link *l)
 }
 
 /*
- * Try the next address, since the last one is of no use: each has its share of the time that is left.
- * What a server answered is not forgotten for another that cannot be reached.
+ * Try the next address, since the last one is of no use: each has its share of the time that is
+ * left.  What a server answered is not forgotten for another that cannot be reached.
  */
 static const char *link_try_next(struct link *l, const char *reason)
 {
@@ -413,18 +408,15 @@ static const char *link_connected(struct link *l)
 /* A part of the handshake is in rx, or some of it is. */
 static const char *link_haggle(struct link *l)
 {
+	enum proto_next next;
+
 	if (l->rx_to < l->client.want)
 		return NULL;
+	next = proto_client_take(&l->client, l->rx, l->tx, &l->tx_to);
 	l->rx_to = 0;
-	switch (proto_client_take(&l->client, l->rx, l->tx, &l->tx_to)) {
-	case PROTO_CLOSE:
-		return link_try_next(l, l->client.reason);
-	case PROTO_TRANSMIT:
+	if (next == PROTO_TRANSMIT)
 		l->state = LINK_UP;
-		return NULL;
-	default:
-		return NULL;
-	}
+	return next == PROTO_CLOSE ? link_try_next(l, l->client.reason) : NULL;
 }
 
 static const char *link_negotiate(struct link *l)
@@ -721,8 +713,8 @@ static const char *take_replies(struct link *l)
 }
 
 /*
- * Receive once, and what is left of large data straight to its place.  Returns what recvmsg() does;
- * *room is how much could have come.
+ * Receive once, and what is left of large data straight to its place.  Returns what recvmsg()
+ * does; *room is how much could have come.
  */
 static ssize_t link_recv(struct link *l, size_t *room)
 {

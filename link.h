@@ -1,5 +1,5 @@
 /*
- * link.h - one connection to the origin: resolve, connect, negotiate; then requests out, answers in.
+ * link.h - one connection to the origin: made step by step; then requests out, answers in.
  *
  * It never blocks, and belongs to one thread.  Functions that return a string return NULL, or why
  * the link is of no use any more, in words that last as long as the link.
@@ -7,6 +7,7 @@
 #ifndef XNBD_LINK_H
 #define XNBD_LINK_H
 
+#include <poll.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -40,8 +41,7 @@ struct link *link_new(const struct link_target *t, unsigned timeout_ms);
 struct origin_request *link_free(struct link *l);
 
 /* What to poll() for: POLLIN, POLLOUT, or both. */
-int link_fd(const struct link *l);
-short link_events(const struct link *l);
+struct pollfd link_poll(const struct link *l);
 
 /* Begin the attempt, or go on with it when poll() says so, until the link is up. */
 const char *link_advance(struct link *l);
@@ -69,9 +69,9 @@ const char *link_receive(struct link *l, uint64_t now, struct origin_request **f
 			 bool *more, uint64_t *bytes);
 
 /*
- * A link that owes something and has been silent for too long is dead, and so is an attempt.  now is
- * in milliseconds of a clock that its owner may stop; an attempt goes by now_ms().  *left becomes the
- * time until then, or stays as it is.
+ * A link that owes something and has been silent for too long is dead, and so is an attempt.
+ * now is in milliseconds of a clock that its owner may stop; an attempt goes by now_ms().  *left
+ * becomes the time until then, or stays as it is.
  */
 const char *link_check(struct link *l, uint64_t now, uint64_t *left);
 

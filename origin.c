@@ -2,9 +2,9 @@
  * origin.c - the proxy's connections to the remote server: see origin.h.
  *
  * One thread polls a pipe and the links, also those that are being made.  Others leave it
- * requests and wishes in a mailbox, and write to the pipe only while it sleeps, as in loop.c.  It reads no
- * more while too much of what it delivered has not been put away; a clock stops meanwhile, so
- * that nobody seems silent who is not listened to.
+ * requests and wishes in a mailbox, and write to the pipe only while it sleeps, as in loop.c.
+ * It reads no more while too much of what it delivered has not been put away; a clock stops
+ * meanwhile, so that nobody seems silent who is not listened to.
  *
  * The first link that is up serves clients, the others the background copy; a single one serves
  * all.  What a lost link owed goes back to the front of the queues.
@@ -17,7 +17,6 @@
 
 #include <assert.h>
 #include <errno.h>
-#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -173,14 +172,14 @@ static void requests_finish(struct origin *o, struct origin_request *r)
 
 /* The clock */
 
-static bool is_full(struct origin *o)
+static bool is_clogged(struct origin *o)
 {
 	return atomic_load(&o->unstored) > UNSTORED_MAX;
 }
 
 static void set_clock(struct origin *o)
 {
-	bool full = is_full(o);
+	bool full = is_clogged(o);
 
 	if (full && !o->stopped_at) {
 		o->stopped_at = now_ms();
@@ -206,7 +205,7 @@ static struct link *first_link(const struct origin *o)
 }
 
 /* Tell others which links there are. */
-static void publish(struct origin *o)
+static void publish_links(struct origin *o)
 {
 	const struct link *first = first_link(o);
 	unsigned up = 0;
@@ -253,7 +252,7 @@ static void line_lose(struct origin *o, struct line *line, const char *reason)
 	back_off(line);
 	if (line->up) {
 		line->up = false;
-		publish(o);
+		publish_links(o);
 		if (!first_link(o))
 			set_reason(o, "");
 		what = first_link(o) ? "one of the links lost" : "link lost";
@@ -270,7 +269,7 @@ static void hang_up(struct origin *o)
 		queue_again(o, link_free(o->line[i].link));
 		o->line[i] = (struct line){ .backoff = BACKOFF_MIN };
 	}
-	publish(o);
+	publish_links(o);
 }
 
 /* NULL, or why this is not the disk that it was. */
@@ -296,7 +295,7 @@ static void line_up(struct origin *o, struct line *line, struct link *link)
 	line->link = link;
 	line->up = true;
 	line->since = now_ms();
-	publish(o);
+	publish_links(o);
 }
 
 /* Use a link from now on. */
@@ -361,7 +360,7 @@ static void line_fail(struct origin *o, struct line *line, const char *reason)
 }
 
 /* More than one link is made only to a server that is up and allows it. */
-static bool may_connect(struct origin *o, const struct line *line)
+static bool line_may_connect(struct origin *o, const struct line *line)
 {
 	const struct link *first = first_link(o);
 
@@ -411,7 +410,7 @@ static void cancel_all(struct origin *o)
 }
 
 /* Returns false when it is time to end. */
-static bool take_mail(struct origin *o)
+static bool origin_take_mail(struct origin *o)
 {
 	struct origin_request *arrived;
 	bool cancelled, ended;
@@ -474,7 +473,7 @@ static const char *line_receive(struct origin *o, struct line *line)
 	bool more = true;
 	uint64_t sum = 0;
 
-	for (unsigned i = 0; i < ROUNDS && sum < ROUND_BYTES && more && !wrong && !is_full(o); i++) {
+	for (unsigned i = 0; i < ROUNDS && sum < ROUND_BYTES && more && !wrong && !is_clogged(o); i++) {
 		struct origin_request *finished;
 		uint64_t bytes;
 
@@ -510,7 +509,7 @@ static bool line_tend(struct origin *o, struct line *line, uint64_t *left)
 			line_fail(o, line, wrong);
 		return !wrong;
 	}
-	if (!may_connect(o, line))
+	if (!line_may_connect(o, line))
 		return true;
 	if (line->deadline <= now) {
 		line_start(o, line);
@@ -535,22 +534,23 @@ static uint64_t work(struct origin *o)
 }
 
 /* What to poll for. */
-static void prepare_poll(struct origin *o)
+static void origin_prepare_poll(struct origin *o)
 {
 	o->pfd[0] = (struct pollfd){ .fd = o->wake[0], .events = POLLIN };
 	for (unsigned i = 0; i < o->lines; i++) {
 		const struct line *line = &o->line[i];
 		struct pollfd *p = &o->pfd[i + 1];
 
-		p->events = line->link ? link_events(line->link) : 0;
+		*p = line->link ? link_poll(line->link) : (struct pollfd){ .fd = -1 };
 		if (line->up && o->stopped_at)
 			p->events &= POLLOUT;
-		p->fd = p->events ? link_fd(line->link) : -1;
+		if (!p->events)
+			p->fd = -1;
 	}
 }
 
 /* Sleep until something happens, unless there is mail. */
-static void sleep_in_poll(struct origin *o, uint64_t left)
+static void origin_sleep(struct origin *o, uint64_t left)
 {
 	int timeout = left > INT32_MAX ? -1 : (int)left, n;
 
@@ -582,11 +582,11 @@ static void *origin_main(void *arg)
 {
 	struct origin *o = arg;
 
-	while (take_mail(o)) {
+	while (origin_take_mail(o)) {
 		uint64_t left = o->over ? UINT64_MAX : work(o);
 
-		prepare_poll(o);
-		sleep_in_poll(o, left);
+		origin_prepare_poll(o);
+		origin_sleep(o, left);
 		for (unsigned i = 0; i < o->lines; i++)
 			line_turn(o, &o->line[i], o->pfd[i + 1].revents);
 	}
@@ -605,7 +605,7 @@ static const char *wait_for_link(struct link *l)
 		struct pollfd p;
 
 		wrong = link_check(l, 0, &left);
-		p = (struct pollfd){ .fd = link_fd(l), .events = link_events(l) };
+		p = link_poll(l);
 		if (!wrong && poll(&p, 1, (int)left) > 0)
 			wrong = link_advance(l);
 	}
