@@ -338,8 +338,10 @@ def race(clients, parts, places):
 
 
 def check_race(got, parts, before, at):
-    """Each byte is that of a client who wrote it, or the old one if nobody did."""
-    edges = sorted({0, len(got), *(e for _, first, last in parts for e in (first, last))})
+    """Each byte is that of a client who wrote it, or the old one if nobody did.  A payload that
+    comes in pieces, which end with blocks, is ordered by piece: so each block has one winner."""
+    edges = sorted({*range(0, len(got), BLOCK), len(got),
+                    *(e for _, first, last in parts for e in (first, last))})
     for a, b in zip(edges, edges[1:]):
         legal = [pattern(at + a, b - a, seed=i + 1) if command == WRITE else bytes(b - a)
                  for i, (command, first, last) in enumerate(parts) if first <= a and b <= last]
