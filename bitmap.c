@@ -605,18 +605,30 @@ static bool is_same_instance(uint64_t a, uint64_t b)
 	return a == 0 || b == 0 || a == b;
 }
 
+/* Whether the image, or this file, has an error that nobody was told of, as after kill -9. */
+static bool has_lost(const struct bitmap *b)
+{
+	int fd = open(b->id.image, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+	bool lost = (fd >= 0 && check_stored(fd) != 0) || check_stored(b->fd) != 0;
+
+	if (fd >= 0)
+		close(fd);
+	return lost;
+}
+
 /* Whether the live map was written to the page cache that is there now; the log says why not. */
 static bool believes_live_map(const struct bitmap *b, const uint8_t *header)
 {
 	static const uint8_t unknown[BOOT_ID_SIZE];
 	bool is_2 = get_le(header + 8, 4) == VERSION, clean = get_le(header + 56, 4);
+	bool lost = has_lost(b);
 	const char *why = NULL;
 
 	if (memcmp(b->boot_id, unknown, BOOT_ID_SIZE) == 0)
 		return false;
 	if (memcmp(b->boot_id, header + 40, BOOT_ID_SIZE) != 0)
 		why = "the machine was started again";
-	else if (is_2 && get_le(header + 60, 4) & FAILED)
+	else if (lost || (is_2 && get_le(header + 60, 4) & FAILED))
 		why = "stable storage had failed";
 	else if (is_2 && (!is_same_instance(b->image_instance, get_le(header + 64, 8)) ||
 			  !is_same_instance(b->own_instance, get_le(header + 72, 8))))

@@ -1286,6 +1286,8 @@ static bool receive_rest(struct conn *c)
 		n = recv(c->fd, rx, LOOP_RX_CHUNK, MSG_DONTWAIT);
 		if (n < 0 && errno == EINTR)
 			continue;
+		if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && !c->end)
+			c->end = strerror(errno);
 		if (n <= 0)
 			return true;
 		kept = realloc(c->kept, c->kept_len + (size_t)n);

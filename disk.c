@@ -186,11 +186,8 @@ int disk_check(struct disk *d)
 {
 	int err = disk_error(d), none = 0;
 
-#if defined(__linux__) && !defined(XNBD_PORTABLE)
-	while (!err && sync_file_range(d->fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE) < 0 && errno != ENOSYS)
-		if (errno != EINTR)
-			err = errno == ESPIPE || errno == EINVAL ? 0 : -errno;
-#endif
+	if (!err)
+		err = check_stored(d->fd);
 	if (err)
 		atomic_compare_exchange_strong(&d->image->error, &none, err);
 	return err;

@@ -97,15 +97,8 @@ static struct backend *open_proxy(const struct options *o)
 		.timeout_ms = (unsigned)o->origin_timeout * 1000,
 	};
 	struct origin *origin = origin_open(&remote);
-	struct origin_status status;
 
-	if (!origin)
-		return NULL;
-	origin_status(origin, &status);
-	table.cache = cache_open(&cache, origin);
-	if (table.cache)
-		log_line("origin %s: connected, %llu bytes", status.address,
-			 (unsigned long long)table.cache->size);
+	table.cache = origin ? cache_open(&cache, origin) : NULL;
 	return table.cache;
 }
 
@@ -195,7 +188,14 @@ struct backend *exports_cache(void)
 
 bool exports_start(void)
 {
-	return !table.cache || origin_start(cache_origin(table.cache));
+	struct origin_status status;
+
+	if (!table.cache)
+		return true;
+	origin_status(cache_origin(table.cache), &status);
+	log_line("origin %s: connected, %llu bytes", status.address,
+		 (unsigned long long)table.cache->size);
+	return origin_start(cache_origin(table.cache));
 }
 
 void exports_have_disk(void)

@@ -334,6 +334,18 @@ int write_at(int fd, const uint8_t *buf, uint64_t len, uint64_t off)
 	return 0;
 }
 
+int check_stored(int fd)
+{
+#if defined(__linux__) && !defined(XNBD_PORTABLE)
+	while (sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE) < 0)
+		if (errno != EINTR)	/* others say that the file or the kernel has no such thing */
+			return errno == EIO || errno == ENOSPC || errno == EDQUOT ? -errno : 0;
+#else
+	(void)fd;
+#endif
+	return 0;
+}
+
 bool is_momentary(int err)
 {
 	return err == -ENOSPC || err == -EDQUOT || err == -EFBIG || err == -ENOMEM;

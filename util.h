@@ -90,6 +90,12 @@ char *directory_of(const char *path);
 int read_at(int fd, uint8_t *buf, uint64_t len, uint64_t off);
 int write_at(int fd, const uint8_t *buf, uint64_t len, uint64_t off);
 
+/*
+ * Whether the kernel could store what it has tried to store of that file, and nobody was told
+ * otherwise: 0 or -errno, once for each descriptor.  Waits for what is under way, and begins nothing.
+ */
+int check_stored(int fd);
+
 /* Whether an error of write_at() is one of that moment: there may be room, or memory, later. */
 bool is_momentary(int err);
 

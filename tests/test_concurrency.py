@@ -312,6 +312,8 @@ class Proxy(Target):
         elif life == 1:
             yield from self.say("--cache-all")
             yield from self.begin_to("--switch")
+            while "switching to target mode" not in crowd.server.log():     # not the next server
+                yield from turns(1)
         else:
             yield from self.migrate(crowd)
 
