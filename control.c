@@ -18,7 +18,6 @@
 static struct {
 	struct ctl *ctl;		/* NULL: there is no socket */
 	char *bitmap;			/* of a proxy, its path from the root */
-	void (*wake)(void);
 	char reconnect_error[256];	/* "" for none */
 	atomic_bool reconnect_done;
 	enum mode mode;
@@ -35,40 +34,35 @@ static const char *mode_name(void)
 	return control.mode == MODE_COW_TARGET ? "cow-target" : "target";
 }
 
-/* What waits, of all exports; a proxy has bounds for it, and one export. */
+/* Pending requests, summed over exports; a proxy has bounds for them, and one export. */
 static void say_load(struct ctl_reply *reply)
 {
 	size_t requests = 0, bytes = 0;
-	struct exports_state e = { 0 };
 
 	for (size_t i = 0; i < exports_table()->count; i++) {
-		exports_state(i, &e);
-		requests += atomic_load(&e.export->load.requests);
-		bytes += atomic_load(&e.export->load.bytes);
+		requests += atomic_load(&exports_at(i)->export.load.requests);
+		bytes += atomic_load(&exports_at(i)->export.load.bytes);
 	}
 	ctl_say_number(reply, "pending-requests", requests);
-	ctl_say_number(reply, "pending-requests-limit", e.export->load.requests_max);
+	ctl_say_number(reply, "pending-requests-limit", exports_at(0)->export.load.requests_max);
 	ctl_say_number(reply, "buffer-bytes", bytes);
-	ctl_say_number(reply, "buffer-bytes-limit", e.export->load.bytes_max);
+	ctl_say_number(reply, "buffer-bytes-limit", exports_at(0)->export.load.bytes_max);
 }
 
 /* The only image has lines of its own; of several each has one: "name size 1048576 snapshot 0". */
 static void say_exports(struct ctl_reply *reply)
 {
 	size_t count = exports_table()->count;
-	struct exports_state e;
+	const struct exported *e = exports_at(0);
 
-	exports_state(0, &e);
 	if (count == 1) {
-		ctl_say(reply, "image", "%s", e.path);
-		ctl_say_number(reply, "size", e.export->proto.size);
+		ctl_say(reply, "image", "%s", e->path);
+		ctl_say_number(reply, "size", e->export.proto.size);
 	}
-	ctl_say(reply, "readonly", e.export->backend->readonly ? "yes" : "no");
-	for (size_t i = 0; count > 1 && i < count; i++) {
-		exports_state(i, &e);
-		ctl_say(reply, "export", "%s size %llu snapshot %d", e.export->proto.name,
-			(unsigned long long)e.export->proto.size, e.snapshot);
-	}
+	ctl_say(reply, "readonly", e->export.backend->readonly ? "yes" : "no");
+	for (; count > 1 && e < exports_at(count); e++)
+		ctl_say(reply, "export", "%s size %llu snapshot %d", e->export.proto.name,
+			(unsigned long long)e->export.proto.size, e->snapshot != NULL);
 }
 
 /* "address reads 1 writes 2 ..." */
@@ -118,13 +112,10 @@ static void say_clients(struct ctl_reply *reply)
 
 static void say_snapshot(struct ctl_reply *reply)
 {
-	struct exports_state e;
 	bool running = false;
 
-	for (size_t i = 0; i < exports_table()->count; i++) {
-		exports_state(i, &e);
-		running |= e.snapshot;
-	}
+	for (size_t i = 0; i < exports_table()->count; i++)
+		running |= exports_at(i)->snapshot != NULL;
 	ctl_say(reply, "snapshot", running ? "running" : "idle");
 	if (*control.snapshot_path)
 		ctl_say(reply, "snapshot-last", "%s", control.snapshot_path);
@@ -287,7 +278,7 @@ static void reconnected(void *unused, const char *error)
 	(void)unused;
 	snprintf(control.reconnect_error, sizeof(control.reconnect_error), "%s", error ? error : "");
 	atomic_store(&control.reconnect_done, true);
-	control.wake();
+	wake_main();
 }
 
 static const char *reconnect(const char *host, const char *port, const char *export_name)
@@ -344,7 +335,7 @@ static const struct ctl_proxy_ops proxy_ops = {
 
 /* Life */
 
-bool control_open(const struct options *o, void (*wake)(void))
+bool control_open(const struct options *o)
 {
 	static struct ctl_ops ops = {
 		.query = query,
@@ -356,7 +347,6 @@ bool control_open(const struct options *o, void (*wake)(void))
 		return true;
 	control.mode = o->mode;
 	ops.proxy = exports_cache() ? &proxy_ops : NULL;
-	control.wake = wake;
 	control.bitmap = o->bitmap ? absolute_path(o->bitmap) : NULL;
 	control.ctl = ctl_open(o->control, &ops);
 	if (!control.ctl)

@@ -13,11 +13,8 @@
 #include "ctl.h"
 #include "options.h"
 
-/*
- * Listen, if the options name a socket; what is to be served is open.  wake is called by any thread
- * when control_tend() has something to do.  False after logging why not.
- */
-bool control_open(const struct options *o, void (*wake)(void));
+/* Listen, if the options name a socket; what is to be served is open.  False after logging why not. */
+bool control_open(const struct options *o);
 
 /* No more commands. */
 void control_close(void);

@@ -21,18 +21,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct served {
-	struct export export;
-	char *path;			/* of the image, from the root: a daemon leaves its place */
-	struct disk *disk;		/* what snapshots are taken of; NULL: there are none */
-	struct snapshot *snapshot;	/* that is being made, or NULL */
-	bool taken;			/* its instant is past; else it waits for the gate */
-	bool wanted;			/* another one, when that is over */
-};
-
 static struct {
-	const struct exports_hooks *hooks;
-	struct served *all;
+	struct exported *all;
 	size_t count;
 	const struct proto_export **entry;
 	struct proto_exports proto;
@@ -54,7 +44,7 @@ static const char *describe_image(const char *path)
 static bool is_alone(const struct disk *d, const char *image)
 {
 	for (size_t i = 0; i < table.count; i++) {
-		const struct served *other = &table.all[i];
+		const struct exported *other = &table.all[i];
 
 		if (!disk_is_same(d, other->disk))
 			continue;
@@ -65,7 +55,7 @@ static bool is_alone(const struct disk *d, const char *image)
 	return true;
 }
 
-static struct backend *open_target(const struct options *o, struct served *e, const char *image)
+static struct backend *open_target(const struct options *o, struct exported *e, const char *image)
 {
 	if (o->create && !disk_create(image, o->create_size))
 		return NULL;
@@ -88,7 +78,7 @@ static struct backend *open_cow_target(const struct options *o, const char *imag
 static struct backend *open_proxy(const struct options *o)
 {
 	const struct cache_options cache = { o->image, o->bitmap, o->clear_bitmap, o->readonly,
-					     table.hooks->wake };
+					     wake_main };
 	const struct origin_options remote = {
 		.host = o->host,
 		.port = o->port,
@@ -102,7 +92,7 @@ static struct backend *open_proxy(const struct options *o)
 	return table.cache;
 }
 
-static struct backend *open_backend(const struct options *o, struct served *e, const char *image)
+static struct backend *open_backend(const struct options *o, struct exported *e, const char *image)
 {
 	switch (o->mode) {
 	case MODE_COW_TARGET:
@@ -117,7 +107,7 @@ static struct backend *open_backend(const struct options *o, struct served *e, c
 /* Add an export to the table, which has room for it. */
 static bool add(const struct options *o, const char *name, const char *image)
 {
-	struct served *e = &table.all[table.count];
+	struct exported *e = &table.all[table.count];
 	struct backend *backend;
 
 	e->path = absolute_path(image);
@@ -130,9 +120,9 @@ static bool add(const struct options *o, const char *name, const char *image)
 		free(e->path);
 		return false;
 	}
-	export_init(&e->export, backend, name, describe_image(image), table.hooks->wake,
+	export_init(&e->export, backend, name, describe_image(image), wake_main,
 		    loops_wake);
-	e->export.load.room = table.hooks->room;
+	e->export.load.room = loops_wake;
 	e->export.load.requests_max = table.cache ? o->max_queue_size : 0;
 	e->export.load.bytes_max = !table.cache ? 0 :
 				   o->max_buf_size < SIZE_MAX ? (size_t)o->max_buf_size : SIZE_MAX;
@@ -155,14 +145,13 @@ static bool can_be_listed(const struct options *o)
 	return false;
 }
 
-bool exports_open(const struct options *o, const struct exports_hooks *hooks)
+bool exports_open(const struct options *o)
 {
 	size_t count = o->exports + (o->image != NULL);
 	bool ok;
 
 	if (o->exports > 0 && !can_be_listed(o))
 		return false;
-	table.hooks = hooks;
 	table.all = calloc(count, sizeof(*table.all));
 	table.entry = calloc(count, sizeof(*table.entry));
 	if (!table.all || !table.entry) {
@@ -207,7 +196,7 @@ void exports_have_disk(void)
 
 const char *exports_snapshots_beside(size_t i)
 {
-	const struct served *e = &table.all[i];
+	const struct exported *e = &table.all[i];
 	const struct disk *d = !e->disk && table.cache ? cache_disk(table.cache) : e->disk;
 
 	return d && disk_is_file(d) ? e->path : NULL;
@@ -224,16 +213,14 @@ bool exports_snapshot(void)
 	return any;
 }
 
-void exports_state(size_t i, struct exports_state *state)
+const struct exported *exports_at(size_t i)
 {
-	const struct served *e = &table.all[i];
-
-	*state = (struct exports_state){ &e->export, e->path, e->snapshot != NULL };
+	return &table.all[i];
 }
 
 const char *exports_snapshot_of(const char *name, const struct export **e, bool *behind)
 {
-	struct served *of = NULL;
+	struct exported *of = NULL;
 
 	if (!name && table.count > 1)
 		return "there are several exports, and a snapshot needs the name of one";
@@ -247,7 +234,7 @@ const char *exports_snapshot_of(const char *name, const struct export **e, bool 
 	*e = &of->export;
 	*behind = of->snapshot && of->taken;
 	of->wanted = true;
-	table.hooks->wake();
+	wake_main();
 	return NULL;
 }
 
@@ -257,24 +244,24 @@ void exports_on_snapshot(void (*ended)(const struct export *e, const char *path,
 	table.snapshot_ended = ended;
 }
 
-static void tell_ended(struct served *e, const char *path, const char *error)
+static void tell_ended(struct exported *e, const char *path, const char *error)
 {
 	if (table.snapshot_ended)
 		table.snapshot_ended(&e->export, path, error);
 }
 
-static void begin_snapshot(struct served *e)
+static void begin_snapshot(struct exported *e)
 {
 	const char *error;
 
 	e->wanted = e->taken = false;
-	e->snapshot = snapshot_new(e->disk, e->path, table.hooks->wake, &error);
+	e->snapshot = snapshot_new(e->disk, e->path, wake_main, &error);
 	if (!e->snapshot)
 		tell_ended(e, NULL, error);
 }
 
 /* The instant that the snapshot shows: nobody reads or writes. */
-static void take_snapshot(struct served *e)
+static void take_snapshot(struct exported *e)
 {
 	if (!gate_close(&e->export.gate))
 		return;		/* called again when it is empty */
@@ -284,7 +271,7 @@ static void take_snapshot(struct served *e)
 	snapshot_start(e->snapshot);
 }
 
-static void end_snapshot(struct served *e)
+static void end_snapshot(struct exported *e)
 {
 	const char *error, *path;
 
@@ -298,12 +285,12 @@ static void end_snapshot(struct served *e)
 }
 
 /* Whether a snapshot's thread is at work. */
-static bool is_copying(const struct served *e)
+static bool is_copying(const struct exported *e)
 {
 	return e->snapshot && e->taken && !snapshot_is_over(e->snapshot);
 }
 
-static void tend_snapshot(struct served *e)
+static void tend_snapshot(struct exported *e)
 {
 	if (e->snapshot && e->taken && snapshot_is_over(e->snapshot))
 		end_snapshot(e);
@@ -324,7 +311,7 @@ void exports_tend(void)
 void exports_stop(void)
 {
 	for (size_t i = 0; i < table.count; i++) {
-		struct served *e = &table.all[i];
+		struct exported *e = &table.all[i];
 
 		if (e->snapshot)
 			snapshot_abandon(e->snapshot);
@@ -359,7 +346,7 @@ bool exports_close(void)
 	bool ok = true;
 
 	for (size_t i = 0; i < table.count; i++) {
-		struct served *e = &table.all[i];
+		struct exported *e = &table.all[i];
 
 		snapshot_free(e->snapshot);
 		ok &= e->export.backend->ops->close(e->export.backend) == 0;

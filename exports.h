@@ -11,14 +11,8 @@
 #include "backend.h"
 #include "options.h"
 
-/* To be called by any thread. */
-struct exports_hooks {
-	void (*wake)(void);	/* exports_tend() has something to do */
-	void (*room)(void);	/* clients that had no room may go on */
-};
-
 /* Open what the options name.  False after logging why not; exports_close() is due then, too. */
-bool exports_open(const struct options *o, const struct exports_hooks *hooks);
+bool exports_open(const struct options *o);
 
 /* For the handshake. */
 const struct proto_exports *exports_table(void);
@@ -38,14 +32,16 @@ void exports_have_disk(void);
  */
 const char *exports_snapshots_beside(size_t i);
 
-/* What is told of an export. */
-struct exports_state {
-	const struct export *export;
-	const char *path;	/* of the image, from the root */
-	bool snapshot;		/* one is being made */
+struct exported {
+	struct export export;
+	char *path;			/* of the image, from the root: a daemon leaves its place */
+	struct disk *disk;		/* what snapshots are taken of; NULL: there are none */
+	struct snapshot *snapshot;	/* that is being made, or NULL */
+	bool taken;			/* its instant is past; else it waits for the gate */
+	bool wanted;			/* another one, when that is over */
 };
 
-void exports_state(size_t i, struct exports_state *state);
+const struct exported *exports_at(size_t i);
 
 /*
  * Make a snapshot of the export of that name; NULL means the only one.  Returns NULL, or why not.

@@ -276,15 +276,11 @@ static void *lookup_main(void *arg)
 
 static int lookup_start_thread(struct lookup *k)
 {
-	pthread_attr_t attr;
 	pthread_t thread;
-	int err;
+	int err = thread_start(&thread, LOOKUP_STACK, lookup_main, k);
 
-	pthread_attr_init(&attr);
-	pthread_attr_setstacksize(&attr, LOOKUP_STACK);
-	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-	err = pthread_create(&thread, &attr, lookup_main, k);
-	pthread_attr_destroy(&attr);
+	if (!err)
+		pthread_detach(thread);
 	return err;
 }
 

@@ -28,10 +28,7 @@ enum {
 static int add(struct listeners *l, int fd, char *unix_path)
 {
 	struct listener *all = realloc(l->all, (l->count + 1) * sizeof(*all));
-	union {
-		struct sockaddr sa;
-		struct sockaddr_storage room;
-	} address;
+	union address address;
 	socklen_t len = sizeof(address);
 	struct listener *new;
 

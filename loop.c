@@ -1,16 +1,13 @@
 /*
  * loop.c - the threads that connections live on: see loop.h.
  *
- * Each loop polls its connections and a pipe.  Others leave it connections and completed
- * requests in a mailbox, and write to the pipe only while the loop sleeps in poll(): it says
- * that it is about to sleep and then looks into the mailbox, they fill the mailbox and then
- * look whether it sleeps, so that one of them sees the other.
+ * Each loop polls its connections and its bell.  Others leave it connections and completed
+ * requests in a mailbox, and ring.
  */
 #define _GNU_SOURCE
 #include "loop.h"
 
 #include "stats.h"
-#include "util.h"
 #include "xnbd.h"
 
 #include <assert.h>
@@ -41,9 +38,8 @@ enum {
 
 static struct {
 	struct loop *loop;
-	unsigned count, max;
-	unsigned spinners_max;
-	void (*ended)(void);
+	atomic_uint count;
+	unsigned max, spinners_max;
 } loops;	/* changed by the main thread before it hands out what depends on it */
 
 static atomic_uint spinners;
@@ -51,13 +47,6 @@ static atomic_size_t loops_total;	/* connections; */
 static atomic_size_t loops_places;	/* those of clients that are not gone */
 
 /* The mailbox */
-
-static void wake(struct loop *l)
-{
-	atomic_store(&l->mail, true);
-	if (atomic_exchange(&l->sleeping, false))
-		poke_pipe(l->wake[1], 0);
-}
 
 void loop_complete(struct request *r)
 {
@@ -67,13 +56,13 @@ void loop_complete(struct request *r)
 	r->next = l->completed;
 	l->completed = r;
 	pthread_mutex_unlock(&l->lock);
-	wake(l);
+	bell_ring(&l->bell);
 }
 
 void loops_wake(void)
 {
 	for (unsigned i = 0; i < loops.count; i++)
-		wake(&loops.loop[i]);
+		bell_ring(&loops.loop[i].bell);
 }
 
 /* Requests */
@@ -130,7 +119,7 @@ static void give_up_place(struct conn *c)
 		return;
 	c->uncounted = true;
 	atomic_fetch_sub(&loops_places, 1);
-	loops.ended();
+	wake_main();
 }
 
 static void remove_conn(struct loop *l, size_t i)
@@ -142,7 +131,7 @@ static void remove_conn(struct loop *l, size_t i)
 	l->conn[i] = l->conn[--l->count];
 	atomic_fetch_sub(&l->load, 1);
 	atomic_fetch_sub(&loops_total, 1);
-	loops.ended();
+	wake_main();
 }
 
 static void add_conn(struct loop *l, struct conn *c)
@@ -156,7 +145,7 @@ static void add_conn(struct loop *l, struct conn *c)
 		conn_free(c);
 		atomic_fetch_sub(&l->load, 1);
 		atomic_fetch_sub(&loops_total, 1);
-		loops.ended();
+		wake_main();
 		return;
 	}
 	l->conn[l->count++] = c;
@@ -255,7 +244,7 @@ static void take_mail(struct loop *l)
 	struct request *completed;
 	bool stop, surveyed;
 
-	if (!atomic_exchange(&l->mail, false))
+	if (!bell_answer(&l->bell))
 		return;
 	pthread_mutex_lock(&l->lock);
 	arriving = l->arriving;
@@ -318,30 +307,12 @@ static int tend(struct loop *l)
 
 static void prepare_poll(struct loop *l)
 {
-	l->pfd[0].fd = l->wake[0];
-	l->pfd[0].events = POLLIN;
 	for (size_t i = 0; i < l->count; i++) {
 		struct pollfd *p = &l->pfd[i + 1];
 
 		p->events = conn_events(l->conn[i]);
 		p->fd = p->events ? l->conn[i]->fd : -1;
 	}
-}
-
-/* Sleep until something happens, unless there is mail.  Returns what poll() does. */
-static int sleep_in_poll(struct loop *l, int timeout)
-{
-	int n;
-
-	atomic_store(&l->sleeping, true);
-	if (atomic_load(&l->mail))
-		timeout = 0;
-	n = poll(l->pfd, l->count + 1, timeout);
-	l->polled = now_us();
-	atomic_store(&l->sleeping, false);
-	if (n > 0 && l->pfd[0].revents)
-		drain_pipe(l->wake[0]);
-	return n;
 }
 
 /* A turn for everyone whom poll() named; busy gets those who had input, up to max of them. */
@@ -373,7 +344,7 @@ static bool look_at(struct loop *l, struct conn **busy, unsigned n)
 		conn_turn(busy[i], POLLIN);
 		found |= busy[i]->lively;
 	}
-	if (atomic_load_explicit(&l->mail, memory_order_relaxed)) {
+	if (atomic_load_explicit(&l->bell.rung, memory_order_relaxed)) {
 		take_mail(l);
 		found = true;
 	}
@@ -426,7 +397,7 @@ static void *loop_main(void *arg)
 
 	for (;;) {
 		unsigned n = 0;
-		int timeout;
+		int timeout, ready;
 
 		take_mail(l);
 		timeout = tend(l);
@@ -435,7 +406,9 @@ static void *loop_main(void *arg)
 		if (l->stopping)
 			timeout = STOPPING_TICK_MS;
 		prepare_poll(l);
-		if (sleep_in_poll(l, timeout) > 0 || l->stopping)
+		ready = bell_poll(&l->bell, l->pfd, l->count + 1, timeout, NULL);
+		l->polled = now_us();
+		if (ready > 0 || l->stopping)
 			n = turn_ready(l, busy, SPIN_CONNS);
 		if (n > 0 && n <= SPIN_CONNS)
 			spin(l, busy, n);
@@ -444,14 +417,13 @@ static void *loop_main(void *arg)
 
 /* Starting and stopping */
 
-int loops_init(unsigned max, void (*ended)(void))
+int loops_init(unsigned max)
 {
 	loops.loop = calloc(max, sizeof(*loops.loop));
 	if (!loops.loop || !order_prepare(max))
 		return -ENOMEM;
 	loops.max = max;
 	loops.spinners_max = cpu_count() - 1;
-	loops.ended = ended;
 	return 0;
 }
 
@@ -467,30 +439,24 @@ static void free_loop(struct loop *l)
 	free(l->pfd);
 	free(l->rx);
 	free(l->tx);
-	close(l->wake[0]);
-	close(l->wake[1]);
+	bell_free(&l->bell);
 	pthread_mutex_destroy(&l->lock);
 }
 
 static int start_loop(struct loop *l)
 {
-	pthread_attr_t attr;
 	int err;
 
 	memset(l, 0, sizeof(*l));
-	err = make_pipe(l->wake);
+	err = bell_init(&l->bell);
 	if (err)
 		return err;
 	pthread_mutex_init(&l->lock, NULL);
 	l->rx = malloc(LOOP_RX_BYTES);
 	l->tx = tx_new();
 	err = l->rx && l->tx && make_place(l) ? 0 : -ENOMEM;
-	if (!err) {
-		pthread_attr_init(&attr);
-		pthread_attr_setstacksize(&attr, LOOP_STACK);
-		err = -pthread_create(&l->thread, &attr, loop_main, l);
-		pthread_attr_destroy(&attr);
-	}
+	if (!err)
+		err = -thread_start(&l->thread, LOOP_STACK, loop_main, l);
 	if (err)
 		free_loop(l);
 	return err;
@@ -526,7 +492,7 @@ int loops_add(struct conn *c)
 	c->next = l->arriving;
 	l->arriving = c;
 	pthread_mutex_unlock(&l->lock);
-	wake(l);
+	bell_ring(&l->bell);
 	return 0;
 }
 
@@ -549,7 +515,7 @@ void loops_survey(void)
 		pthread_mutex_lock(&l->lock);
 		l->surveyed = true;
 		pthread_mutex_unlock(&l->lock);
-		wake(l);
+		bell_ring(&l->bell);
 	}
 }
 
@@ -561,7 +527,7 @@ void loops_stop(void)
 		pthread_mutex_lock(&l->lock);
 		l->stop = true;
 		pthread_mutex_unlock(&l->lock);
-		wake(l);
+		bell_ring(&l->bell);
 	}
 }
 

@@ -12,6 +12,7 @@
 
 #include "conn.h"
 #include "stats.h"
+#include "util.h"
 
 struct pollfd;
 struct request;
@@ -36,13 +37,11 @@ struct loop {
 	struct request *completed;	/* newest first */
 	bool stop;
 	bool surveyed;			/* loops_survey() */
-	atomic_bool mail;		/* one of them is new */
-	atomic_bool sleeping;		/* in poll(), or about to be: needs a byte in the pipe */
-	int wake[2];
+	struct bell bell;		/* one of them is new */
 
 	/* Its own, for its thread alone. */
 	struct conn **conn;
-	struct pollfd *pfd;		/* one more than conn: the pipe comes first */
+	struct pollfd *pfd;		/* one more than conn: the bell comes first */
 	size_t count, room;
 	struct conn *dirty;		/* have replies to send */
 	struct request *free;		/* to be used again */
@@ -58,10 +57,10 @@ struct loop {
 };
 
 /*
- * Prepare for at most max threads.  ended is called by a loop's thread whenever a connection
- * ends. Main thread.  0 or -errno.
+ * Prepare for at most max threads.  The main thread is woken whenever a connection ends.  Main
+ * thread.  0 or -errno.
  */
-int loops_init(unsigned max, void (*ended)(void));
+int loops_init(unsigned max);
 
 /*
  * Give a connection to a loop, starting one if there is none idle and the bound allows.  On
@@ -73,7 +72,7 @@ int loops_add(struct conn *c);
 size_t loops_load(void);
 size_t loops_clients(void);
 
-/* Let connections that a gate turned away, or that had no room, try again.  Main thread. */
+/* Let connections that a gate turned away, or that had no room, try again.  Any thread. */
 void loops_wake(void);
 
 /* Have each loop tell what its clients, and those that have left, did: see stats.h.  Main thread. */

@@ -1,10 +1,9 @@
 /*
  * origin.c - the proxy's connections to the remote server: see origin.h.
  *
- * One thread polls a pipe and the links, also those that are being made.  Others leave it
- * requests and wishes in a mailbox, and write to the pipe only while it sleeps, as in loop.c.
- * It reads no more while too much of what it delivered has not been put away; a clock stops
- * meanwhile, so that nobody seems silent who is not listened to.
+ * One thread polls its bell and the links, also those that are being made.  Others leave it
+ * requests and wishes in a mailbox, and ring.  It reads no more while too much of what it delivered
+ * has not been put away; a clock stops meanwhile, so that nobody seems silent who is not listened to.
  *
  * The first link that is up serves clients, the others the background copy; a single one serves
  * all.  What a lost link owed goes back to the front of the queues.
@@ -22,7 +21,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 enum {
 	ORIGIN_STACK = 128 * 1024,
@@ -60,7 +58,7 @@ struct origin {
 	struct origin_limits limits;
 	unsigned timeout_ms;
 
-	/* The mailbox; see loop.c for mail and sleeping. */
+	/* The mailbox. */
 	pthread_mutex_t lock;		/* guards what follows; a leaf */
 	struct queue inbox;
 	struct redirect redirect;	/* the thread ends it */
@@ -68,8 +66,7 @@ struct origin {
 	char reason[PROTO_REASON_MAX];	/* why there is no link; likewise */
 	bool cancelled, ended;
 
-	int wake[2];
-	atomic_bool mail, sleeping;
+	struct bell bell;
 	atomic_uint up;			/* links */
 	atomic_uint_least64_t fetched;	/* bytes of data */
 	atomic_bool tells_extents;
@@ -79,7 +76,7 @@ struct origin {
 	/* The thread's own. */
 	struct queue queue[ORIGIN_PRIORITIES];
 	struct line line[LINES_MAX];
-	struct pollfd pfd[1 + LINES_MAX];	/* the pipe, the lines */
+	struct pollfd pfd[1 + LINES_MAX];	/* the bell, the lines */
 	unsigned lines;
 	const struct link_target *next;	/* the redirect's */
 	char change[PROTO_REASON_MAX];	/* room for find_change() */
@@ -87,13 +84,6 @@ struct origin {
 	uint64_t stopped_at;		/* when the clock was stopped; 0: it goes */
 	uint64_t stopped_ms;		/* for how long it was, before that */
 };
-
-static void origin_wake(struct origin *o)
-{
-	atomic_store(&o->mail, true);
-	if (atomic_exchange(&o->sleeping, false))
-		poke_pipe(o->wake[1], 0);
-}
 
 /* Queues */
 
@@ -415,7 +405,7 @@ static bool origin_take_mail(struct origin *o)
 	struct origin_request *arrived;
 	bool cancelled, ended;
 
-	if (!atomic_exchange(&o->mail, false))
+	if (!bell_answer(&o->bell))
 		return true;
 	pthread_mutex_lock(&o->lock);
 	arrived = o->inbox.first;
@@ -536,7 +526,6 @@ static uint64_t work(struct origin *o)
 /* What to poll for. */
 static void origin_prepare_poll(struct origin *o)
 {
-	o->pfd[0] = (struct pollfd){ .fd = o->wake[0], .events = POLLIN };
 	for (unsigned i = 0; i < o->lines; i++) {
 		const struct line *line = &o->line[i];
 		struct pollfd *p = &o->pfd[i + 1];
@@ -547,22 +536,6 @@ static void origin_prepare_poll(struct origin *o)
 		if (!p->events)
 			p->fd = -1;
 	}
-}
-
-/* Sleep until something happens, unless there is mail. */
-static void origin_sleep(struct origin *o, uint64_t left)
-{
-	int timeout = left > INT32_MAX ? -1 : (int)left, n;
-
-	atomic_store(&o->sleeping, true);
-	if (atomic_load(&o->mail))
-		timeout = 0;
-	n = poll(o->pfd, o->lines + 1, timeout);
-	atomic_store(&o->sleeping, false);
-	if (n > 0 && o->pfd[0].revents)
-		drain_pipe(o->wake[0]);
-	for (unsigned i = 0; n <= 0 && i <= o->lines; i++)
-		o->pfd[i].revents = 0;
 }
 
 /* What poll() told of a link. */
@@ -581,13 +554,15 @@ static void line_turn(struct origin *o, struct line *line, short revents)
 static void *origin_main(void *arg)
 {
 	struct origin *o = arg;
+	int n;
 
 	while (origin_take_mail(o)) {
 		uint64_t left = o->over ? UINT64_MAX : work(o);
 
 		origin_prepare_poll(o);
-		origin_sleep(o, left);
-		for (unsigned i = 0; i < o->lines; i++)
+		n = bell_poll(&o->bell, o->pfd, o->lines + 1, left > INT32_MAX ? -1 : (int)left,
+			      NULL);
+		for (unsigned i = 0; n > 0 && i < o->lines; i++)
 			line_turn(o, &o->line[i], o->pfd[i + 1].revents);
 	}
 	return NULL;
@@ -629,13 +604,8 @@ static const char *connect_first(struct origin *o)
 
 bool origin_start(struct origin *o)
 {
-	pthread_attr_t attr;
-	int err;
+	int err = thread_start(&o->thread, ORIGIN_STACK, origin_main, o);
 
-	pthread_attr_init(&attr);
-	pthread_attr_setstacksize(&attr, ORIGIN_STACK);
-	err = pthread_create(&o->thread, &attr, origin_main, o);
-	pthread_attr_destroy(&attr);
 	o->started = err == 0;
 	if (err)
 		log_failure("cannot start a thread: %s", strerror(err));
@@ -654,17 +624,15 @@ static int origin_init(struct origin *o, const struct origin_options *options)
 	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
 		queue_init(&o->queue[i]);
 	queue_init(&o->inbox);
-	o->wake[0] = o->wake[1] = -1;
+	o->bell.pipe[0] = o->bell.pipe[1] = -1;
 	o->target = link_target_new(options->host, options->port, options->export_name);
-	return o->target ? make_pipe(o->wake) : -ENOMEM;
+	return o->target ? bell_init(&o->bell) : -ENOMEM;
 }
 
 static void origin_free(struct origin *o)
 {
 	hang_up(o);
-	for (unsigned i = 0; i < 2; i++)
-		if (o->wake[i] >= 0)
-			close(o->wake[i]);
+	bell_free(&o->bell);
 	pthread_mutex_destroy(&o->lock);
 	link_target_free(o->target);
 	free(o);
@@ -712,7 +680,7 @@ void origin_submit(struct origin *o, struct origin_request *r)
 	if (cancelled)
 		request_finish(o, r, -ECANCELED);
 	else
-		origin_wake(o);
+		bell_ring(&o->bell);
 }
 
 void origin_stored(struct origin *o, uint64_t bytes)
@@ -720,7 +688,7 @@ void origin_stored(struct origin *o, uint64_t bytes)
 	size_t before = atomic_fetch_sub(&o->unstored, (size_t)bytes);
 
 	if (before > UNSTORED_MAX && before - bytes <= UNSTORED_MAX)
-		origin_wake(o);
+		bell_ring(&o->bell);
 }
 
 void origin_cancel(struct origin *o)
@@ -728,7 +696,7 @@ void origin_cancel(struct origin *o)
 	pthread_mutex_lock(&o->lock);
 	o->cancelled = true;
 	pthread_mutex_unlock(&o->lock);
-	origin_wake(o);
+	bell_ring(&o->bell);
 }
 
 /* Leave it to the thread.  NULL, or why not.  Called with the lock. */
@@ -762,7 +730,7 @@ void origin_redirect(struct origin *o, const char *host, const char *port,
 	if (error)
 		done(arg, error);
 	else
-		origin_wake(o);
+		bell_ring(&o->bell);
 }
 
 /* Copy a string, shortened if need be. */
@@ -795,7 +763,7 @@ void origin_end(struct origin *o)
 	pthread_mutex_unlock(&o->lock);
 	if (ended || !o->started)
 		return;
-	origin_wake(o);
+	bell_ring(&o->bell);
 	pthread_join(o->thread, NULL);
 }
 

@@ -85,6 +85,7 @@ static struct tally tally_since(const struct tally *now, const struct tally *bef
 void stats_leave(struct stats *gone, const struct stats *s)
 {
 	tally_add(&gone->all, &s->all);
+	tally_add(&gone->before, &s->before);
 	if (s->longest > gone->longest)
 		gone->longest = s->longest;
 }
@@ -242,16 +243,14 @@ static struct {
 	uint64_t started;		/* now_ms() */
 	uint64_t interval, due;		/* ms, now_ms(); 0 for none */
 	void (*ask)(void);
-	void (*wake)(void);
 	unsigned wanted, running;	/* what for */
-	struct tally before;		/* the total at the end of the last interval */
 
 	atomic_uint missing;		/* who have not told: loops, and stats_begin() */
 	atomic_bool ended;		/* all have told */
 
 	pthread_mutex_t lock;		/* guards the rest; a leaf */
 	struct survey found;
-	uint64_t longest;		/* us; of this interval */
+	struct tally recent;		/* of this interval, of all clients */
 } survey = { .lock = PTHREAD_MUTEX_INITIALIZER };
 
 static void log_tally(const char *name, const struct tally *t)
@@ -273,6 +272,9 @@ static void end_interval(const char *peer, struct stats *s)
 {
 	struct tally t = tally_since(&s->all, &s->before, s->longest);
 
+	pthread_mutex_lock(&survey.lock);
+	tally_add(&survey.recent, &t);
+	pthread_mutex_unlock(&survey.lock);
 	log_client(peer, &t);
 	s->before = s->all;
 	s->longest = 0;
@@ -306,8 +308,6 @@ void stats_tell(const char *peer, struct stats *s, unsigned in_flight)
 {
 	pthread_mutex_lock(&survey.lock);
 	tally_add(&survey.found.total, &s->all);
-	if (s->longest > survey.longest)
-		survey.longest = s->longest;
 	if (peer)
 		add_client(&survey.found, peer, s, in_flight);
 	pthread_mutex_unlock(&survey.lock);
@@ -322,17 +322,16 @@ void stats_told(void)
 	if (atomic_fetch_sub(&survey.missing, 1) > 1)
 		return;
 	atomic_store(&survey.ended, true);
-	survey.wake();
+	wake_main();
 }
 
 /* The survey: the main thread */
 
-void stats_init(unsigned seconds, void (*ask)(void), void (*wake)(void))
+void stats_init(unsigned seconds, void (*ask)(void))
 {
 	survey.started = now_ms();
 	survey.interval = seconds * UINT64_C(1000);
 	survey.ask = ask;
-	survey.wake = wake;
 }
 
 /* An interval begins with the first client. */
@@ -358,7 +357,7 @@ void stats_log(void)
 void stats_gather(void)
 {
 	survey.wanted |= ANSWER;
-	survey.wake();
+	wake_main();
 }
 
 static void stats_begin(void)
@@ -368,7 +367,7 @@ static void stats_begin(void)
 	pthread_mutex_lock(&survey.lock);
 	survey.found.total = (struct tally){ 0 };
 	survey.found.count = 0;
-	survey.longest = 0;
+	survey.recent = (struct tally){ 0 };
 	pthread_mutex_unlock(&survey.lock);
 	stats_expect();
 	survey.ask();
@@ -380,13 +379,9 @@ static bool stats_end(void)
 {
 	const struct tally *total = &survey.found.total;
 	bool answered = survey.running & ANSWER;
-	struct tally t;
 
-	if (survey.running & INTERVAL) {
-		t = tally_since(total, &survey.before, survey.longest);
-		log_client("all clients", &t);
-		survey.before = *total;
-	}
+	if (survey.running & INTERVAL)
+		log_client("all clients", &survey.recent);
 	if (survey.running & TOTALS)
 		log_tally("all clients", total);
 	survey.running = 0;

@@ -131,9 +131,9 @@ void stats_told(void);
 
 /*
  * The rest is the main thread's.  The log gets what was done every so often, 0 for never.  ask()
- * has each loop be expected and tell; wake() makes the main thread tend, from any thread.
+ * has each loop be expected and tell.
  */
-void stats_init(unsigned seconds, void (*ask)(void), void (*wake)(void));
+void stats_init(unsigned seconds, void (*ask)(void));
 
 /* Milliseconds until stats_tend() has something to do, -1 for never; whether there are clients. */
 int stats_timeout(bool clients);

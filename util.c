@@ -455,30 +455,78 @@ int make_pipe(int fds[2])
 	return pipe2(fds, O_CLOEXEC | O_NONBLOCK) < 0 ? -errno : 0;
 }
 
-void poke_pipe(int fd, char byte)
+struct bell main_bell = { .pipe = { -1, -1 } };
+
+void wake_main(void)
+{
+	bell_ring(&main_bell);
+}
+
+int bell_init(struct bell *b)
+{
+	return make_pipe(b->pipe);
+}
+
+void bell_free(struct bell *b)
+{
+	if (b->pipe[0] < 0)
+		return;
+	close(b->pipe[0]);
+	close(b->pipe[1]);
+}
+
+void bell_ring(struct bell *b)
 {
 	int saved = errno;
 
-	while (write(fd, &byte, 1) < 0 && errno == EINTR)
-		;
+	atomic_store(&b->rung, true);
+	if (atomic_exchange(&b->sleeping, false))
+		while (write(b->pipe[1], "", 1) < 0 && errno == EINTR)
+			;
 	errno = saved;
 }
 
-void drain_pipe(int fd)
+bool bell_answer(struct bell *b)
 {
-	char buf[64];
+	return atomic_exchange(&b->rung, false);
+}
 
-	while (read(fd, buf, sizeof(buf)) == (ssize_t)sizeof(buf))
-		;
+int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms, const sigset_t *mask)
+{
+	struct timespec ts = { timeout_ms / 1000, timeout_ms % 1000 * 1000000L };
+	char buf[64];
+	int ready;
+
+	pfd[0] = (struct pollfd){ .fd = b->pipe[0], .events = POLLIN };
+	atomic_store(&b->sleeping, true);
+	if (atomic_load(&b->rung))
+		ts = (struct timespec){ 0, timeout_ms = 0 };
+	ready = ppoll(pfd, n, timeout_ms < 0 ? NULL : &ts, mask);
+	atomic_store(&b->sleeping, false);
+	if (ready > 0 && pfd[0].revents)
+		while (read(b->pipe[0], buf, sizeof(buf)) == (ssize_t)sizeof(buf))
+			;
+	return ready;
+}
+
+int thread_start(pthread_t *thread, size_t stack, void *(*run)(void *), void *arg)
+{
+	pthread_attr_t attr;
+	int err;
+
+	pthread_attr_init(&attr);
+	pthread_attr_setstacksize(&attr, stack);
+	err = pthread_create(thread, &attr, run, arg);
+	pthread_attr_destroy(&attr);
+	return err;
 }
 
 bool is_unix_socket(int fd)
 {
-	struct sockaddr_storage address;
+	union address address;
 	socklen_t len = sizeof(address);
 
-	return getsockname(fd, (struct sockaddr *)&address, &len) == 0 &&
-	       address.ss_family == AF_UNIX;
+	return getsockname(fd, &address.sa, &len) == 0 && address.sa.sa_family == AF_UNIX;
 }
 
 void tune_socket(int fd)

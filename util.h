@@ -4,6 +4,10 @@
 #ifndef XNBD_UTIL_H
 #define XNBD_UTIL_H
 
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -110,17 +114,45 @@ int sync_directory_of(const char *path);
 
 enum { ADDRESS_MAX = 128 };
 
+union address {
+	struct sockaddr sa;
+	struct sockaddr_storage room;
+};
+
 /* "127.0.0.1:8520", "[::1]:8520" or "unix:/path", in buf of ADDRESS_MAX bytes. */
 void format_address(const struct sockaddr *sa, socklen_t len, char *buf);
 
 /* A pipe whose both ends do not block and are closed on exec.  0 or -errno. */
 int make_pipe(int fds[2]);
 
-/* Write a byte, dropped when the pipe is full.  Keeps errno: signal handlers call it. */
-void poke_pipe(int fd, char byte);
+/*
+ * Wakes a thread that polls, by a byte in a pipe while it sleeps.  The thread says that it is about
+ * to sleep and then looks whether the bell was rung; others ring and then look whether it sleeps.
+ */
+struct bell {
+	atomic_bool rung, sleeping;
+	int pipe[2];
+};
 
-/* Throw away what is in the pipe. */
-void drain_pipe(int fd);
+/* The main thread's, made by main(). */
+extern struct bell main_bell;
+void wake_main(void);
+
+/* 0 or -errno */
+int bell_init(struct bell *b);
+void bell_free(struct bell *b);
+
+/* Any thread; keeps errno: signal handlers call it. */
+void bell_ring(struct bell *b);
+
+/* Whether it was rung since the last call. */
+bool bell_answer(struct bell *b);
+
+/* ppoll() of n descriptors, of which the first is the bell's; at once if it was rung. */
+int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms, const sigset_t *mask);
+
+/* 0 or an errno */
+int thread_start(pthread_t *thread, size_t stack, void *(*run)(void *), void *arg);
 
 /* Whether that is a socket of this machine alone. */
 bool is_unix_socket(int fd);

@@ -174,7 +174,6 @@ static void start_thread(void)
 {
 	static bool prepared;
 	pthread_condattr_t clock;
-	pthread_attr_t attr;
 	pthread_t *thread;
 	int err = ENOMEM;
 
@@ -190,11 +189,8 @@ static void start_thread(void)
 		pthread_condattr_destroy(&clock);
 		prepared = true;
 	}
-	pthread_attr_init(&attr);
-	pthread_attr_setstacksize(&attr, WORKER_STACK);
 	if (thread)
-		err = pthread_create(&thread[pool.count], &attr, worker_main, NULL);
-	pthread_attr_destroy(&attr);
+		err = thread_start(&thread[pool.count], WORKER_STACK, worker_main, NULL);
 	if (!err) {
 		pool.count++;
 		pool.idle++;

@@ -59,74 +59,50 @@ struct server {
 	unsigned long refused;		/* since then, that the log was not told of */
 };
 
-/* Signals and loops wake the main thread with a byte in this pipe. */
-static int wake_pipe[2] = { -1, -1 };
-static volatile sig_atomic_t stop_signals, hup_signals, usr1_signals, usr2_signals, info_signals;
+#if defined(SIGRTMIN)
+#define SIGSTATS SIGRTMIN
+#else
+#define SIGSTATS SIGINFO
+#endif
+
+static volatile sig_atomic_t stop_signals;
+static volatile sig_atomic_t came[128];		/* by their numbers */
 
 static void on_signal(int sig)
 {
-	switch (sig) {
-	case SIGHUP:
-		hup_signals = 1;
-		break;
-	case SIGUSR1:
-		usr1_signals = 1;
-		break;
-	case SIGUSR2:
-		usr2_signals = 1;
-		break;
-	case SIGTERM:
-	case SIGINT:
-		if (stop_signals)
-			_exit(EXIT_FAILURE);
+#if defined(SIGINFO)
+	if (sig == SIGINFO)
+		sig = SIGSTATS;
+#endif
+	if (sig != SIGTERM && sig != SIGINT)
+		came[sig] = 1;
+	else if (stop_signals)
+		_exit(EXIT_FAILURE);
+	else
 		stop_signals = 1;
-		break;
-	default:
-		info_signals = 1;
-	}
-	poke_pipe(wake_pipe[1], 0);
-}
-
-/* Another thread: something that the main thread waits for has happened. */
-static void wake_main(void)
-{
-	poke_pipe(wake_pipe[1], 0);
-}
-
-static atomic_bool room_again;
-
-/* Another thread: clients that had no room may go on. */
-static void tell_room(void)
-{
-	atomic_store(&room_again, true);
 	wake_main();
 }
 
-/* The signals that we take, of which some systems have not all; returns how many. */
-static size_t list_signals(int *sig)
+/* Whether a signal has come since the last call. */
+static bool take_signal(int sig)
 {
-	size_t n = 0;
+	bool taken = came[sig];
 
-	sig[n++] = SIGTERM;
-	sig[n++] = SIGINT;
-	sig[n++] = SIGHUP;
-	sig[n++] = SIGUSR1;
-	sig[n++] = SIGUSR2;
-#if defined(SIGRTMIN)
-	sig[n++] = SIGRTMIN;
-#endif
-#if defined(SIGINFO)
-	sig[n++] = SIGINFO;
-#endif
-	return n;
+	came[sig] = 0;
+	return taken;
 }
 
 /* Block what is handled, here and in all threads to come; handlers run in ppoll() only. */
 static bool setup_signals(void)
 {
 	struct sigaction sa = { .sa_handler = on_signal };
-	int err = make_pipe(wake_pipe), handled[8];
-	size_t n = list_signals(handled);
+	const int handled[] = {
+		SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGSTATS,
+#if defined(SIGINFO)
+		SIGINFO,
+#endif
+	};
+	int err = bell_init(&main_bell);
 	sigset_t set;
 
 	if (err) {
@@ -134,7 +110,7 @@ static bool setup_signals(void)
 		return false;
 	}
 	sigemptyset(&set);
-	for (size_t i = 0; i < n; i++) {
+	for (size_t i = 0; i < ARRAY_SIZE(handled); i++) {
 		sigaddset(&set, handled[i]);
 		sigaction(handled[i], &sa, NULL);
 	}
@@ -147,11 +123,10 @@ static bool setup_signals(void)
 /* Sleep until a descriptor is ready or a signal comes in. */
 static int wait_for(struct pollfd *pfd, nfds_t n, int timeout_ms)
 {
-	struct timespec ts = { timeout_ms / 1000, timeout_ms % 1000 * 1000000L };
 	sigset_t none;
 
 	sigemptyset(&none);
-	return ppoll(pfd, n, timeout_ms < 0 ? NULL : &ts, &none);
+	return bell_poll(&main_bell, pfd, n, timeout_ms, &none);
 }
 
 /* Start-up */
@@ -425,7 +400,7 @@ static bool start_loops(struct server *s)
 
 	if (max == 0)
 		max = cpu_count() > LOOPS_MIN ? cpu_count() : LOOPS_MIN;
-	err = loops_init(max, wake_main);
+	err = loops_init(max);
 	if (err)
 		log_failure("cannot start: %s", strerror(-err));
 	return err == 0;
@@ -433,16 +408,15 @@ static bool start_loops(struct server *s)
 
 static bool start(struct server *s)
 {
-	static const struct exports_hooks hooks = { wake_main, tell_room };
 	size_t wanted = s->options.max_connections;
 
 	s->connections_max = raise_limits(wanted ? wanted : CONNECTIONS_MAX, s->options.exports);
-	stats_init((unsigned)s->options.stats, loops_survey, wake_main);
+	stats_init((unsigned)s->options.stats, loops_survey);
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
-	if (!setup_log(s) || !setup_signals() || !exports_open(&s->options, &hooks) ||
-	    !open_sockets(s) || !allow_is_of_use(s) || !control_open(&s->options, wake_main) || !start_loops(s) ||
-	    !write_pidfile(s) || !give_up_rights(s) || !exports_start())
+	if (!setup_log(s) || !setup_signals() || !exports_open(&s->options) ||
+	    !open_sockets(s) || !allow_is_of_use(s) || !control_open(&s->options) ||
+	    !start_loops(s) || !write_pidfile(s) || !give_up_rights(s) || !exports_start())
 		return false;
 	worker_begin();
 	if (s->connections_max < wanted)
@@ -541,10 +515,7 @@ static bool out_of_resources(int err)
 static bool accept_client(struct server *s, const struct listener *l)
 {
 	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
-	union {
-		struct sockaddr sa;
-		struct sockaddr_storage room;
-	} address;
+	union address address;
 	socklen_t len = sizeof(address);
 	char peer[ADDRESS_MAX];
 	int fd = accept4(l->fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
@@ -588,30 +559,18 @@ static int pause_left(struct server *s)
 	return -1;
 }
 
-/* The pipe had something: something ended, or a signal came. */
+/* Something ended, or a signal came. */
 static void take_wakeups(struct server *s)
 {
-	drain_pipe(wake_pipe[0]);
 	s->accept_again = 0;
-	if (hup_signals) {
-		hup_signals = 0;
+	if (take_signal(SIGHUP))
 		log_reopen();
-	}
-	if (usr1_signals) {
-		usr1_signals = 0;
-		if (!exports_snapshot())
-			log_error("SIGUSR1 ignored: snapshots are taken in target mode");
-	}
-	if (usr2_signals) {
-		usr2_signals = 0;
+	if (take_signal(SIGUSR1) && !exports_snapshot())
+		log_error("SIGUSR1 ignored: snapshots are taken in target mode");
+	if (take_signal(SIGUSR2))
 		control_switch();
-	}
-	if (info_signals) {
-		info_signals = 0;
+	if (take_signal(SIGSTATS))
 		stats_log();
-	}
-	if (atomic_exchange(&room_again, false))
-		loops_wake();
 	control_tend();
 	exports_tend();
 }
@@ -629,7 +588,6 @@ static void serve(struct server *s)
 	struct pollfd pfd[1 + listeners + CTL_FDS];
 	bool single = s->single_fd >= 0;
 
-	pfd[0] = (struct pollfd){ .fd = wake_pipe[0], .events = POLLIN };
 	for (size_t i = 0; i < listeners; i++)
 		pfd[i + 1].events = POLLIN;
 	while (!stop_signals && !(single && loops_load() == 0)) {
@@ -641,7 +599,7 @@ static void serve(struct server *s)
 		controls = control_poll(pfd + 1 + listeners);
 		if (wait_for(pfd, 1 + listeners + controls, timeout) < 0)
 			continue;
-		if (pfd[0].revents)
+		if (bell_answer(&main_bell))
 			take_wakeups(s);
 		while (stats_tend())
 			control_gathered();
@@ -653,10 +611,7 @@ static void serve(struct server *s)
 static void add_single_client(struct server *s)
 {
 	enum greeting greeting = GREET_CONNECTED;
-	union {
-		struct sockaddr sa;
-		struct sockaddr_storage room;
-	} address;
+	union address address;
 	socklen_t len = sizeof(address);
 	char peer[ADDRESS_MAX] = "client";
 
@@ -678,7 +633,7 @@ static void add_single_client(struct server *s)
 static bool stop_all(void)
 {
 	uint64_t begun = now_ms(), now;
-	struct pollfd pfd = { .fd = wake_pipe[0], .events = POLLIN };
+	struct pollfd pfd;
 
 	control_close();
 	exports_stop();
@@ -692,8 +647,8 @@ static bool stop_all(void)
 			exports_give_up();
 		if (now >= until)
 			return false;
-		if (wait_for(&pfd, 1, (int)(until - now)) > 0)
-			drain_pipe(wake_pipe[0]);
+		wait_for(&pfd, 1, (int)(until - now));
+		bell_answer(&main_bell);
 	}
 	return true;
 }

@@ -905,9 +905,10 @@ mutant("an origin's handshake may go on for ever", "origin never ends its answer
        "link.c", "now >= l->deadline ? link_try_next", "false ? link_try_next",
        tests="test_origin.py::test_handshake_that_never_ends_is_given_up")
 mutant("a lock is held while the origin is waited for", "origin black-holed",
-       "origin.c", "n = poll(o->pfd, o->lines + 1, timeout);",
-       "pthread_mutex_lock(&o->lock);\n\tn = poll(o->pfd, o->lines + 1, timeout);\n"
-       "\tpthread_mutex_unlock(&o->lock);",
+       "origin.c", "n = bell_poll(",
+       "pthread_mutex_lock(&o->lock);\n\t\tn = bell_poll(",
+       "origin.c", "for (unsigned i = 0; n > 0 &&",
+       "pthread_mutex_unlock(&o->lock);\n\t\tfor (unsigned i = 0; n > 0 &&",
        tests="test_control.py::test_commands_work_while_the_origin_is_frozen")
 mutant("a silent origin is waited for", "noticed by a deadline",
        "link.c", "if (silent >= l->timeout_ms) {", "if (false) {",
