@@ -4,6 +4,7 @@
 #include "control.h"
 
 #include "cache.h"
+#include "ctl.h"
 #include "exports.h"
 #include "loop.h"
 #include "origin.h"
@@ -16,7 +17,6 @@
 #include <string.h>
 
 static struct {
-	struct ctl *ctl;		/* NULL: there is no socket */
 	char *bitmap;			/* of a proxy, its path from the root */
 	char reconnect_error[256];	/* "" for none */
 	atomic_bool reconnect_done;
@@ -233,8 +233,7 @@ static void snapshot_ended(const struct export *e, const char *path, const char 
 	snprintf(control.snapshot_path, sizeof(control.snapshot_path), "%s", path ? path : "");
 	snprintf(control.snapshot_error, sizeof(control.snapshot_error), "%s",
 		 path ? "" : error);
-	if (control.ctl)
-		ctl_snapshot_ended(control.ctl, e, path, error);
+	ctl_snapshot_ended(e, path, error);
 }
 
 /* A proxy */
@@ -249,33 +248,40 @@ static void release_copy(void)
 	copy_release(cache_copy(exports_cache()));
 }
 
-static void tell_copy(struct ctl_copy *copy)
+static bool tell_copy(struct ctl_reply *reply)
 {
 	static struct copy_status s;
-	static struct ctl_range range[COPY_FAILURES];
-	static char error[128];
-	struct cache_status blocks;
+	struct cache_status c;
 
 	copy_status(cache_copy(exports_cache()), &s);
-	cache_status(exports_cache(), &blocks);
+	cache_status(exports_cache(), &c);
+	if (reply)
+		ctl_say(reply, "progress", "%llu %llu %llu", (unsigned long long)c.held,
+			(unsigned long long)c.blocks, (unsigned long long)s.rate);
+	return s.state == COPY_RUNNING;
+}
+
+static const char *tell_copy_result(struct ctl_reply *reply)
+{
+	static struct copy_status s;
+	static char error[128];
+	struct cache_status c;
+
+	copy_status(cache_copy(exports_cache()), &s);
+	cache_status(exports_cache(), &c);
+	if (c.held == c.blocks)
+		return NULL;
 	for (unsigned i = 0; i < s.failures; i++)
-		range[i] = (struct ctl_range){ s.failure[i].off, s.failure[i].len };
-	*copy = (struct ctl_copy){
-		.running = s.state == COPY_RUNNING,
-		.cached = blocks.held,
-		.blocks = blocks.blocks,
-		.rate = s.rate,
-		.error = copy_error(&s, error, sizeof(error)),
-		.failures = s.failures,
-		.failed = range,
-		.failures_more = s.failures_more,
-	};
+		ctl_say(reply, "failed", "%llu %llu", (unsigned long long)s.failure[i].off,
+			(unsigned long long)s.failure[i].len);
+	if (s.failures_more)
+		ctl_say_number(reply, "failed-more", s.failures_more);
+	return copy_error(&s, error, sizeof(error));
 }
 
 /* The origin's thread, or ours. */
-static void reconnected(void *unused, const char *error)
+static void reconnected(const char *error)
 {
-	(void)unused;
 	snprintf(control.reconnect_error, sizeof(control.reconnect_error), "%s", error ? error : "");
 	atomic_store(&control.reconnect_done, true);
 	wake_main();
@@ -285,7 +291,7 @@ static const char *reconnect(const char *host, const char *port, const char *exp
 {
 	if (cache_is_target(exports_cache()))
 		return "this is a target, it has no origin";
-	origin_redirect(cache_origin(exports_cache()), host, port, export_name, reconnected, NULL);
+	origin_redirect(cache_origin(exports_cache()), host, port, export_name, reconnected);
 	return NULL;
 }
 
@@ -314,15 +320,14 @@ void control_tend(void)
 	if (!exports_cache())
 		return;
 	if (atomic_exchange(&control.reconnect_done, false))
-		ctl_reconnected(control.ctl,
-				*control.reconnect_error ? control.reconnect_error : NULL);
+		ctl_reconnected(*control.reconnect_error ? control.reconnect_error : NULL);
 	cache_tend(exports_cache(), &news);
 	if (news.copied)
-		ctl_copied(control.ctl);
+		ctl_copied();
 	if (news.switched && !*news.error)
 		exports_have_disk();
 	if (news.switched)
-		ctl_switched(control.ctl, *news.error ? news.error : NULL, news.zeroed);
+		ctl_switched(*news.error ? news.error : NULL, news.zeroed);
 }
 
 static const struct ctl_proxy_ops proxy_ops = {
@@ -331,6 +336,7 @@ static const struct ctl_proxy_ops proxy_ops = {
 	.start_copy = start_copy,
 	.release_copy = release_copy,
 	.copy = tell_copy,
+	.copy_result = tell_copy_result,
 };
 
 /* Life */
@@ -348,8 +354,7 @@ bool control_open(const struct options *o)
 	control.mode = o->mode;
 	ops.proxy = exports_cache() ? &proxy_ops : NULL;
 	control.bitmap = o->bitmap ? absolute_path(o->bitmap) : NULL;
-	control.ctl = ctl_open(o->control, &ops);
-	if (!control.ctl)
+	if (!ctl_open(o->control, &ops))
 		return false;
 	exports_on_snapshot(snapshot_ended);
 	return true;
@@ -357,30 +362,7 @@ bool control_open(const struct options *o)
 
 void control_close(void)
 {
-	ctl_close(control.ctl);
-	control.ctl = NULL;
+	ctl_close();
 	free(control.bitmap);
 	control.bitmap = NULL;
-}
-
-size_t control_poll(struct pollfd *pfd)
-{
-	return control.ctl ? ctl_poll(control.ctl, pfd) : 0;
-}
-
-int control_timeout(void)
-{
-	return control.ctl ? ctl_timeout(control.ctl) : -1;
-}
-
-void control_turn(const struct pollfd *pfd, size_t n)
-{
-	if (control.ctl)
-		ctl_turn(control.ctl, pfd, n);
-}
-
-void control_gathered(void)
-{
-	if (control.ctl)
-		ctl_gathered(control.ctl);
 }

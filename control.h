@@ -6,11 +6,8 @@
 #ifndef XNBD_CONTROL_H
 #define XNBD_CONTROL_H
 
-#include <poll.h>
 #include <stdbool.h>
-#include <stddef.h>
 
-#include "ctl.h"
 #include "options.h"
 
 /* Listen, if the options name a socket; what is to be served is open.  False after logging why not. */
@@ -24,13 +21,5 @@ void control_switch(void);
 
 /* Go on with what was waited for. */
 void control_tend(void);
-
-/* For poll(): as ctl_poll(), ctl_timeout() and ctl_turn(). */
-size_t control_poll(struct pollfd *pfd);
-int control_timeout(void);
-void control_turn(const struct pollfd *pfd, size_t n);
-
-/* stats_gather() is complete. */
-void control_gathered(void);
 
 #endif

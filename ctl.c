@@ -59,15 +59,16 @@ struct client {
 	char input[CTL_LINE_MAX + LINE_END];
 };
 
-struct ctl {
-	const struct ctl_ops *ops;
+/* There is one control socket at most. */
+static struct {
+	const struct ctl_ops *ops;	/* NULL: there is none */
 	struct listeners listeners;
 	uint64_t accept_again;		/* now_us() when a pause of accepting ends, 0 for none */
 	bool switching, reconnecting;	/* even if who asked for it has left */
 	bool gathering;			/* likewise */
 	bool background;		/* somebody wanted a copy, and need not wait for it */
 	struct client *client[CTL_CONNECTIONS];		/* NULL: a free place */
-};
+} ctl;
 
 /* Answers */
 
@@ -132,27 +133,27 @@ static void flush(struct client *cl)
 
 /* Commands.  Each gets what follows its name, NULL if that is nothing. */
 
-static void answer_query(struct ctl *c, struct client *cl)
+static void answer_query(struct client *cl)
 {
-	c->ops->query(&cl->out);
+	ctl.ops->query(&cl->out);
 	answer(cl, NULL);
 }
 
 /* What is being gathered already may lack what was done since. */
-static void run_query(struct ctl *c, struct client *cl, char *arguments)
+static void run_query(struct client *cl, char *arguments)
 {
 	(void)arguments;
 	cl->state = STATE_QUERYING;
 	cl->due = now_us() + GATHER_US;
-	cl->behind = c->gathering;
-	if (!c->gathering)
-		c->ops->gather();
-	c->gathering = true;
+	cl->behind = ctl.gathering;
+	if (!ctl.gathering)
+		ctl.ops->gather();
+	ctl.gathering = true;
 }
 
-static void run_snapshot(struct ctl *c, struct client *cl, char *arguments)
+static void run_snapshot(struct client *cl, char *arguments)
 {
-	const char *error = c->ops->snapshot(arguments, &cl->snapshot_of, &cl->behind);
+	const char *error = ctl.ops->snapshot(arguments, &cl->snapshot_of, &cl->behind);
 
 	if (error)
 		answer(cl, error);
@@ -160,42 +161,20 @@ static void run_snapshot(struct ctl *c, struct client *cl, char *arguments)
 		cl->state = STATE_SNAPSHOT;
 }
 
-static void answer_copy(struct client *cl, const struct ctl_copy *copy)
-{
-	char missing[64];
-
-	if (copy->cached >= copy->blocks) {
-		answer(cl, NULL);
-		return;
-	}
-	for (unsigned i = 0; i < copy->failures; i++)
-		ctl_say(&cl->out, "failed", "%" PRIu64 " %" PRIu64, copy->failed[i].off,
-			copy->failed[i].len);
-	if (copy->failures_more)
-		ctl_say_number(&cl->out, "failed-more", copy->failures_more);
-	snprintf(missing, sizeof(missing), "%" PRIu64 " blocks could not be copied",
-		 copy->blocks - copy->cached);
-	answer(cl, copy->error ? copy->error : missing);
-}
-
 /* Tell how the copy is going, unless the client does not read that; and that it has ended. */
-static void tell_copy(struct ctl *c, struct client *cl)
+static void tell_copy(struct client *cl)
 {
-	struct ctl_copy copy;
+	bool running = ctl.ops->proxy->copy(cl->out.len ? NULL : &cl->out);
 
-	c->ops->proxy->copy(&copy);
-	if (!cl->out.len)
-		ctl_say(&cl->out, "progress", "%" PRIu64 " %" PRIu64 " %" PRIu64, copy.cached,
-			copy.blocks, copy.rate);
 	cl->due = now_us() + PROGRESS_US;
-	if (copy.running)
+	if (running)
 		return;
-	answer_copy(cl, &copy);
-	c->ops->proxy->release_copy();
+	answer(cl, ctl.ops->proxy->copy_result(&cl->out));
+	ctl.ops->proxy->release_copy();
 }
 
 /* False after answering what is wrong. */
-static bool begin_copy(struct ctl *c, struct client *cl, const char *arguments)
+static bool begin_copy(struct client *cl, const char *arguments)
 {
 	unsigned long blocks = 0;
 
@@ -203,43 +182,43 @@ static bool begin_copy(struct ctl *c, struct client *cl, const char *arguments)
 		answer(cl, "BLOCKS_PER_REQUEST has to be a number from 1 to 8192");
 		return false;
 	}
-	c->ops->proxy->start_copy((unsigned)blocks);
+	ctl.ops->proxy->start_copy((unsigned)blocks);
 	return true;
 }
 
-static void run_cache_all(struct ctl *c, struct client *cl, char *arguments)
+static void run_cache_all(struct client *cl, char *arguments)
 {
-	if (!begin_copy(c, cl, arguments))
+	if (!begin_copy(cl, arguments))
 		return;
 	cl->state = STATE_COPYING;
-	tell_copy(c, cl);
+	tell_copy(cl);
 }
 
-static void give_up_background(struct ctl *c)
+static void give_up_background(void)
 {
-	if (c->background)
-		c->ops->proxy->release_copy();
-	c->background = false;
+	if (ctl.background)
+		ctl.ops->proxy->release_copy();
+	ctl.background = false;
 }
 
 /* It may have to start again, even if the end of the last one has not been told yet. */
-static void run_cache_all2(struct ctl *c, struct client *cl, char *arguments)
+static void run_cache_all2(struct client *cl, char *arguments)
 {
-	if (!begin_copy(c, cl, arguments))
+	if (!begin_copy(cl, arguments))
 		return;
-	give_up_background(c);
-	c->background = true;
+	give_up_background();
+	ctl.background = true;
 	answer(cl, NULL);
 }
 
-static void run_stop_copy(struct ctl *c, struct client *cl, char *arguments)
+static void run_stop_copy(struct client *cl, char *arguments)
 {
 	(void)arguments;
-	give_up_background(c);
+	give_up_background();
 	answer(cl, NULL);
 }
 
-static void run_switch(struct ctl *c, struct client *cl, char *arguments)
+static void run_switch(struct client *cl, char *arguments)
 {
 	const char *error;
 
@@ -248,12 +227,12 @@ static void run_switch(struct ctl *c, struct client *cl, char *arguments)
 		return;
 	}
 	cl->state = STATE_SWITCHING;
-	if (c->switching)
+	if (ctl.switching)
 		return;		/* one end for all who ask meanwhile */
-	c->switching = true;
-	error = c->ops->proxy->switch_over(arguments != NULL);
+	ctl.switching = true;
+	error = ctl.ops->proxy->switch_over(arguments != NULL);
 	if (error)
-		ctl_switched(c, error, 0);
+		ctl_switched(error, 0);
 }
 
 /* The word at *rest, which is ended there; *rest goes to what follows it, or is NULL. */
@@ -267,7 +246,7 @@ static char *take_word(char **rest)
 	return word;
 }
 
-static void run_reconnect(struct ctl *c, struct client *cl, char *arguments)
+static void run_reconnect(struct client *cl, char *arguments)
 {
 	const char *host = take_word(&arguments), *port = take_word(&arguments), *error;
 
@@ -275,26 +254,26 @@ static void run_reconnect(struct ctl *c, struct client *cl, char *arguments)
 		answer(cl, "reconnect needs HOST PORT, or unix:PATH -");
 		return;
 	}
-	if (c->reconnecting) {
+	if (ctl.reconnecting) {
 		answer(cl, "a reconnect is under way already");
 		return;
 	}
 	if (strncmp(host, "unix:", strlen("unix:")) == 0)
 		port = NULL;
 	cl->state = STATE_RECONNECTING;
-	c->reconnecting = true;
-	error = c->ops->proxy->reconnect(host, port, arguments);
+	ctl.reconnecting = true;
+	error = ctl.ops->proxy->reconnect(host, port, arguments);
 	if (error)
-		ctl_reconnected(c, error);
+		ctl_reconnected(error);
 }
 
-static void run_help(struct ctl *c, struct client *cl, char *arguments);
+static void run_help(struct client *cl, char *arguments);
 
 static const struct command {
 	const char *name;
 	const char *arguments;		/* "" for none */
 	bool proxy;			/* for that only */
-	void (*run)(struct ctl *, struct client *, char *arguments);
+	void (*run)(struct client *, char *arguments);
 } commands[] = {
 	{ "help", "", false, run_help },
 	{ "query", "", false, run_query },
@@ -306,17 +285,17 @@ static const struct command {
 	{ "reconnect", " HOST PORT [EXPORT_NAME]", true, run_reconnect },
 };
 
-static void run_help(struct ctl *c, struct client *cl, char *arguments)
+static void run_help(struct client *cl, char *arguments)
 {
 	(void)arguments;
 	for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
-		if (c->ops->proxy || !commands[i].proxy)
+		if (ctl.ops->proxy || !commands[i].proxy)
 			ctl_say(&cl->out, "command", "%s%s", commands[i].name,
 				commands[i].arguments);
 	answer(cl, NULL);
 }
 
-static void run_line(struct ctl *c, struct client *cl, char *line)
+static void run_line(struct client *cl, char *line)
 {
 	char *arguments = line, *name = take_word(&arguments);
 	const struct command *command = NULL;
@@ -328,10 +307,10 @@ static void run_line(struct ctl *c, struct client *cl, char *line)
 		answer(cl, "unknown command, try help");
 	else if (arguments && !*command->arguments)
 		answer(cl, "that command is a single word");
-	else if (command->proxy && !c->ops->proxy)
+	else if (command->proxy && !ctl.ops->proxy)
 		answer(cl, "that command is for a proxy, and this server is none");
 	else
-		command->run(c, cl, arguments);
+		command->run(cl, arguments);
 }
 
 /* Lines */
@@ -359,7 +338,7 @@ static ssize_t take_line(struct client *cl, char *line)
 }
 
 /* Carry out what is there, as long as the client takes the answers. */
-static void run_lines(struct ctl *c, struct client *cl)
+static void run_lines(struct client *cl)
 {
 	char line[CTL_LINE_MAX + 1];
 
@@ -369,7 +348,7 @@ static void run_lines(struct ctl *c, struct client *cl)
 		if (len >= 0 && memchr(line, '\0', (size_t)len))
 			answer(cl, "the line has a NUL byte");
 		else if (len >= 0)
-			run_line(c, cl, line);
+			run_line(cl, line);
 		flush(cl);
 		if (len < 0)
 			return;
@@ -404,16 +383,16 @@ static bool is_busy(const struct client *cl)
 	return cl->state != STATE_IDLE && cl->state != STATE_CLOSING;
 }
 
-static void drop(struct ctl *c, size_t place)
+static void drop(size_t place)
 {
-	struct client *cl = c->client[place];
+	struct client *cl = ctl.client[place];
 
 	if (cl->state == STATE_COPYING)
-		c->ops->proxy->release_copy();
+		ctl.ops->proxy->release_copy();
 	close(cl->fd);
 	free(cl->out.text);
 	free(cl);
-	c->client[place] = NULL;
+	ctl.client[place] = NULL;
 }
 
 /* A client that has only ended its own sending still gets its answers. */
@@ -426,49 +405,49 @@ static bool is_over(const struct client *cl, short revents)
 	return now_us() >= cl->due || (!cl->out.len && (cl->ended || cl->state == STATE_CLOSING));
 }
 
-static void turn(struct ctl *c, size_t place, short revents)
+static void turn(size_t place, short revents)
 {
-	struct client *cl = c->client[place];
+	struct client *cl = ctl.client[place];
 
 	if (revents & (POLLIN | POLLHUP))
 		receive(cl);
 	if (cl->state == STATE_COPYING && now_us() >= cl->due)
-		tell_copy(c, cl);
+		tell_copy(cl);
 	if (cl->state == STATE_QUERYING && now_us() >= cl->due)
-		answer_query(c, cl);
+		answer_query(cl);
 	flush(cl);
-	run_lines(c, cl);
+	run_lines(cl);
 	if (is_over(cl, revents))
-		drop(c, place);
+		drop(place);
 }
 
 /* A free place, made by closing who was idle for longest if need be.  -1 if all are busy. */
-static int find_place(struct ctl *c)
+static int find_place(void)
 {
 	int longest = -1;
 
 	for (int i = 0; i < CTL_CONNECTIONS; i++) {
-		const struct client *cl = c->client[i];
+		const struct client *cl = ctl.client[i];
 
 		if (!cl)
 			return i;
-		if (!is_busy(cl) && (longest < 0 || cl->due < c->client[longest]->due))
+		if (!is_busy(cl) && (longest < 0 || cl->due < ctl.client[longest]->due))
 			longest = i;
 	}
 	if (longest >= 0)
-		drop(c, (size_t)longest);
+		drop((size_t)longest);
 	return longest;
 }
 
 /* Whether there is no place now, but soon: a query does not take long. */
-static bool is_place_near(const struct ctl *c)
+static bool is_place_near(void)
 {
 	bool near = false;
 
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		if (!c->client[i] || !is_busy(c->client[i]))
+		if (!ctl.client[i] || !is_busy(ctl.client[i]))
 			return false;
-		near |= c->client[i]->state == STATE_QUERYING;
+		near |= ctl.client[i]->state == STATE_QUERYING;
 	}
 	return near;
 }
@@ -481,9 +460,9 @@ static void refuse(int fd)
 	close(fd);
 }
 
-static void add_client(struct ctl *c, int fd)
+static void add_client(int fd)
 {
-	int place = find_place(c);
+	int place = find_place();
 	struct client *cl = place < 0 ? NULL : calloc(1, sizeof(*cl));
 
 	if (!cl) {
@@ -492,21 +471,21 @@ static void add_client(struct ctl *c, int fd)
 	}
 	cl->fd = fd;
 	cl->due = now_us() + IDLE_US;
-	c->client[place] = cl;
+	ctl.client[place] = cl;
 }
 
 /* A few at a time, so that those who are here get their turn. */
-static void accept_clients(struct ctl *c)
+static void accept_clients(void)
 {
-	for (int i = 0; i < CTL_CONNECTIONS && !is_place_near(c); i++) {
-		int fd = accept4(c->listeners.all[0].fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	for (int i = 0; i < CTL_CONNECTIONS && !is_place_near(); i++) {
+		int fd = accept4(ctl.listeners.all[0].fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 		if (fd >= 0) {
-			add_client(c, fd);
+			add_client(fd);
 		} else if (errno == EAGAIN || errno == EWOULDBLOCK) {
 			return;
 		} else if (errno != EINTR && errno != ECONNABORTED) {
-			c->accept_again = now_us() + ACCEPT_PAUSE_US;
+			ctl.accept_again = now_us() + ACCEPT_PAUSE_US;
 			return;
 		}
 	}
@@ -514,36 +493,26 @@ static void accept_clients(struct ctl *c)
 
 /* The socket */
 
-struct ctl *ctl_open(const char *path, const struct ctl_ops *ops)
+bool ctl_open(const char *path, const struct ctl_ops *ops)
 {
-	struct ctl *c = calloc(1, sizeof(*c));
-
-	if (!c) {
-		log_failure("cannot listen on unix:%s: out of memory", path);
-		return NULL;
-	}
-	c->ops = ops;
-	if (!listen_unix(&c->listeners, path, 0600)) {
-		free(c);
-		return NULL;
-	}
-	return c;
+	if (!listen_unix(&ctl.listeners, path, 0600))
+		return false;
+	ctl.ops = ops;
+	return true;
 }
 
-void ctl_close(struct ctl *c)
+void ctl_close(void)
 {
-	if (!c)
-		return;
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		if (!c->client[i])
+		if (!ctl.client[i])
 			continue;
-		if (is_busy(c->client[i]))
-			ctl_say(&c->client[i]->out, "error", "the server ends");
-		flush(c->client[i]);
-		drop(c, i);
+		if (is_busy(ctl.client[i]))
+			ctl_say(&ctl.client[i]->out, "error", "the server ends");
+		flush(ctl.client[i]);
+		drop(i);
 	}
-	listen_close(&c->listeners);
-	free(c);
+	listen_close(&ctl.listeners);
+	memset(&ctl, 0, sizeof(ctl));
 }
 
 static short wanted_events(const struct client *cl)
@@ -552,13 +521,15 @@ static short wanted_events(const struct client *cl)
 }
 
 /* One entry for each place, so that they can be told apart even if some were closed. */
-size_t ctl_poll(struct ctl *c, struct pollfd *pfd)
+size_t ctl_poll(struct pollfd *pfd)
 {
-	pfd[0] = (struct pollfd){ .fd = c->listeners.all[0].fd, .events = POLLIN };
-	if (c->accept_again || is_place_near(c))
+	if (!ctl.ops)
+		return 0;
+	pfd[0] = (struct pollfd){ .fd = ctl.listeners.all[0].fd, .events = POLLIN };
+	if (ctl.accept_again || is_place_near())
 		pfd[0].fd = -1;
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		const struct client *cl = c->client[i];
+		const struct client *cl = ctl.client[i];
 
 		pfd[1 + i] = (struct pollfd){ .fd = -1 };
 		if (cl)
@@ -567,12 +538,12 @@ size_t ctl_poll(struct ctl *c, struct pollfd *pfd)
 	return CTL_FDS;
 }
 
-int ctl_timeout(const struct ctl *c)
+int ctl_timeout(void)
 {
-	uint64_t now = now_us(), first = c->accept_again ? c->accept_again : UINT64_MAX;
+	uint64_t now = now_us(), first = ctl.accept_again ? ctl.accept_again : UINT64_MAX;
 
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		const struct client *cl = c->client[i];
+		const struct client *cl = ctl.client[i];
 		uint64_t due = UINT64_MAX;
 
 		if (cl && cl->out.failed)
@@ -588,15 +559,17 @@ int ctl_timeout(const struct ctl *c)
 	return first > now ? (int)((first - now) / 1000 + 1) : 0;
 }
 
-void ctl_turn(struct ctl *c, const struct pollfd *pfd, size_t n)
+void ctl_turn(const struct pollfd *pfd, size_t n)
 {
 	for (size_t i = 0; i + 1 < n; i++)
-		if (c->client[i])
-			turn(c, i, pfd[1 + i].revents);
-	if (c->accept_again && now_us() >= c->accept_again)
-		c->accept_again = 0;
+		if (ctl.client[i])
+			turn(i, pfd[1 + i].revents);
+	if (n == 0)
+		return;
+	if (ctl.accept_again && now_us() >= ctl.accept_again)
+		ctl.accept_again = 0;
 	if (pfd[0].revents)
-		accept_clients(c);
+		accept_clients();
 }
 
 /*
@@ -604,10 +577,10 @@ void ctl_turn(struct ctl *c, const struct pollfd *pfd, size_t n)
  * output now.
  */
 
-static void answer_all(struct ctl *c, enum state state, const char *error, uint64_t zeroed)
+static void answer_all(enum state state, const char *error, uint64_t zeroed)
 {
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		struct client *cl = c->client[i];
+		struct client *cl = ctl.client[i];
 
 		if (!cl || cl->state != state)
 			continue;
@@ -617,16 +590,16 @@ static void answer_all(struct ctl *c, enum state state, const char *error, uint6
 	}
 }
 
-void ctl_switched(struct ctl *c, const char *error, uint64_t zeroed)
+void ctl_switched(const char *error, uint64_t zeroed)
 {
-	c->switching = false;
-	answer_all(c, STATE_SWITCHING, error, zeroed);
+	ctl.switching = false;
+	answer_all(STATE_SWITCHING, error, zeroed);
 }
 
-void ctl_reconnected(struct ctl *c, const char *error)
+void ctl_reconnected(const char *error)
 {
-	c->reconnecting = false;
-	answer_all(c, STATE_RECONNECTING, error, 0);
+	ctl.reconnecting = false;
+	answer_all(STATE_RECONNECTING, error, 0);
 }
 
 /* Whether cl is in that state and its turn has come, of which there is one for each end. */
@@ -639,25 +612,25 @@ static bool is_due(struct client *cl, enum state state)
 	return due;
 }
 
-void ctl_gathered(struct ctl *c)
+void ctl_gathered(void)
 {
-	c->gathering = false;
+	ctl.gathering = false;
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		struct client *cl = c->client[i];
+		struct client *cl = ctl.client[i];
 
 		if (is_due(cl, STATE_QUERYING))
-			answer_query(c, cl);
+			answer_query(cl);
 		else if (cl && cl->state == STATE_QUERYING)
-			c->gathering = true;
+			ctl.gathering = true;
 	}
-	if (c->gathering)
-		c->ops->gather();
+	if (ctl.gathering)
+		ctl.ops->gather();
 }
 
-void ctl_snapshot_ended(struct ctl *c, const void *of, const char *path, const char *error)
+void ctl_snapshot_ended(const void *of, const char *path, const char *error)
 {
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		struct client *cl = c->client[i];
+		struct client *cl = ctl.client[i];
 
 		if (!cl || cl->snapshot_of != of || !is_due(cl, STATE_SNAPSHOT))
 			continue;
@@ -667,15 +640,12 @@ void ctl_snapshot_ended(struct ctl *c, const void *of, const char *path, const c
 	}
 }
 
-void ctl_copied(struct ctl *c)
+void ctl_copied(void)
 {
-	struct ctl_copy copy;
-
-	c->ops->proxy->copy(&copy);
-	if (copy.running)
+	if (ctl.ops->proxy->copy(NULL))
 		return;
-	give_up_background(c);
+	give_up_background();
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++)
-		if (c->client[i] && c->client[i]->state == STATE_COPYING)
-			tell_copy(c, c->client[i]);
+		if (ctl.client[i] && ctl.client[i]->state == STATE_COPYING)
+			tell_copy(ctl.client[i]);
 }

@@ -11,8 +11,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-struct ctl;
-
 enum {
 	CTL_CONNECTIONS = 16,		/* at most; the one that was idle for longest makes room */
 	CTL_FDS = CTL_CONNECTIONS + 1,
@@ -27,19 +25,6 @@ void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
 	__attribute__((format(printf, 3, 4)));
 
 void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n);
-
-/* How a copy is going. */
-struct ctl_copy {
-	bool running;
-	uint64_t cached, blocks;	/* of the disk */
-	uint64_t rate;			/* bytes per second that are copied */
-	const char *error;		/* not running: why it ended early; NULL if it did not */
-	unsigned failures;		/* parts that the origin could not deliver ... */
-	const struct ctl_range {
-		uint64_t off, len;	/* bytes */
-	} *failed;			/* ... and which: until the next copy starts */
-	uint64_t failures_more;		/* further ones that were not kept */
-};
 
 /*
  * What the server does when it is asked.  Those that return a text return NULL for success, or
@@ -80,38 +65,46 @@ struct ctl_proxy_ops {
 	 */
 	void (*start_copy)(unsigned blocks);
 	void (*release_copy)(void);
-	void (*copy)(struct ctl_copy *copy);
+
+	/* Tell how the copy is going, unless reply is NULL.  Whether it goes on. */
+	bool (*copy)(struct ctl_reply *reply);
+
+	/* It has ended: tell the parts that failed.  NULL, or why blocks are missing. */
+	const char *(*copy_result)(struct ctl_reply *reply);
 };
 
-/* Listen at path, with mode 0600, in place of a stale socket.  NULL after logging why not. */
-struct ctl *ctl_open(const char *path, const struct ctl_ops *ops);
+/*
+ * Listen at path, with mode 0600, in place of a stale socket.  False after logging why not.  There
+ * is one such socket at most; what follows may be called without it.
+ */
+bool ctl_open(const char *path, const struct ctl_ops *ops);
 
-/* Close everything, remove the socket's file if it is still ours, free.  NULL is allowed. */
-void ctl_close(struct ctl *c);
+/* Close everything, and remove the socket's file if it is still ours. */
+void ctl_close(void);
 
-/* Fill pfd, of CTL_FDS entries; returns how many. */
-size_t ctl_poll(struct ctl *c, struct pollfd *pfd);
+/* Fill pfd, of CTL_FDS entries; returns how many, 0 without a socket. */
+size_t ctl_poll(struct pollfd *pfd);
 
 /* Milliseconds until something is to be done without input, -1 for never. */
-int ctl_timeout(const struct ctl *c);
+int ctl_timeout(void);
 
 /* After poll(): accept, receive, carry out, send; with the entries that ctl_poll() filled. */
-void ctl_turn(struct ctl *c, const struct pollfd *pfd, size_t n);
+void ctl_turn(const struct pollfd *pfd, size_t n);
 
 /*
  * A switch, or a reconnect, has ended: with NULL, or why it failed; zeroed is the number of blocks
  * that were missing and read as zeros now.
  */
-void ctl_switched(struct ctl *c, const char *error, uint64_t zeroed);
-void ctl_reconnected(struct ctl *c, const char *error);
+void ctl_switched(const char *error, uint64_t zeroed);
+void ctl_reconnected(const char *error);
 
 /* What clients did has been gathered. */
-void ctl_gathered(struct ctl *c);
+void ctl_gathered(void);
 
 /* A snapshot of that has ended: its path, or NULL and why there is none. */
-void ctl_snapshot_ended(struct ctl *c, const void *of, const char *path, const char *error);
+void ctl_snapshot_ended(const void *of, const char *path, const char *error);
 
 /* A copy may have ended. */
-void ctl_copied(struct ctl *c);
+void ctl_copied(void);
 
 #endif

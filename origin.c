@@ -48,14 +48,13 @@ struct line {
 /* To another origin. */
 struct redirect {
 	struct link_target *target;	/* NULL: there is none */
-	void (*done)(void *arg, const char *error);
-	void *arg;
+	void (*done)(const char *error);
 };
 
 struct origin {
 	pthread_t thread;
 	bool started;			/* the thread; main thread */
-	struct origin_limits limits;
+	struct proto_offer limits;
 	unsigned timeout_ms;
 
 	/* The mailbox. */
@@ -265,7 +264,7 @@ static void hang_up(struct origin *o)
 /* NULL, or why this is not the disk that it was. */
 static const char *find_change(struct origin *o, const struct proto_offer *offer)
 {
-	const struct origin_limits *l = &o->limits;
+	const struct proto_offer *l = &o->limits;
 
 	if (offer->size != l->size)
 		snprintf(o->change, sizeof(o->change), "its size is %llu bytes, and must be %llu",
@@ -317,7 +316,7 @@ static void redirect_end(struct origin *o, const char *error)
 	o->redirect.target = NULL;
 	pthread_mutex_unlock(&o->lock);
 	o->next = NULL;
-	r.done(r.arg, error);
+	r.done(error);
 	link_free(redirect_line(o)->link);
 	redirect_line(o)->link = NULL;
 	link_target_free(r.target);
@@ -592,12 +591,10 @@ static const char *connect_first(struct origin *o)
 {
 	struct link *l = o->line[0].link = link_new(o->target, o->timeout_ms);
 	const char *wrong = l ? wait_for_link(l) : "out of memory or descriptors";
-	const struct proto_offer *offer;
 
 	if (wrong)
 		return wrong;
-	offer = link_offer(l);
-	o->limits = (struct origin_limits){ offer->size, offer->min_block, offer->max_block };
+	o->limits = *link_offer(l);
 	line_up(o, o->line, l);
 	return NULL;
 }
@@ -654,7 +651,7 @@ struct origin *origin_open(const struct origin_options *options)
 	return NULL;
 }
 
-const struct origin_limits *origin_limits(const struct origin *o)
+const struct proto_offer *origin_limits(const struct origin *o)
 {
 	return &o->limits;
 }
@@ -715,37 +712,30 @@ static const char *set_redirect(struct origin *o, const char *host, const char *
 }
 
 void origin_redirect(struct origin *o, const char *host, const char *port,
-		     const char *export_name, void (*done)(void *arg, const char *error),
-		     void *arg)
+		     const char *export_name, void (*done)(const char *error))
 {
 	const char *error;
 
 	pthread_mutex_lock(&o->lock);
 	error = set_redirect(o, host, port, export_name);
-	if (!error) {
+	if (!error)
 		o->redirect.done = done;
-		o->redirect.arg = arg;
-	}
 	pthread_mutex_unlock(&o->lock);
 	if (error)
-		done(arg, error);
+		done(error);
 	else
 		bell_ring(&o->bell);
 }
 
-/* Copy a string, shortened if need be. */
-static void copy_short(char *to, size_t room, const char *from)
-{
-	if ((size_t)snprintf(to, room, "%s", from) >= room)
-		strcpy(to + room - 4, "...");
-}
-
 void origin_status(struct origin *o, struct origin_status *status)
 {
+	size_t room = sizeof(status->export_name);
+
 	pthread_mutex_lock(&o->lock);
-	copy_short(status->address, sizeof(status->address), o->target->address);
-	copy_short(status->export_name, sizeof(status->export_name), o->target->export_name);
-	copy_short(status->reason, sizeof(status->reason), o->reason);
+	strcpy(status->address, o->target->address);
+	strcpy(status->reason, o->reason);
+	if (snprintf(status->export_name, room, "%s", o->target->export_name) >= (int)room)
+		strcpy(status->export_name + room - 4, "...");
 	pthread_mutex_unlock(&o->lock);
 	status->fetched = atomic_load(&o->fetched);
 	status->links = atomic_load(&o->up);

@@ -12,7 +12,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "proto.h"
+#include "proto_client.h"
 
 struct origin;
 
@@ -66,12 +66,6 @@ struct origin_options {
 	unsigned timeout_ms;		/* a link that owes something and is silent so long is dead */
 };
 
-/* What does not change while the program runs. */
-struct origin_limits {
-	uint64_t size;			/* bytes */
-	uint32_t min_block, max_block;	/* bytes of a request: powers of two, min_block up to 64 KiB */
-};
-
 /*
  * The strings are copied.  Connects, and waits for that.  NULL after logging why not; later links
  * are logged.
@@ -84,7 +78,8 @@ struct origin *origin_open(const struct origin_options *o);
  */
 bool origin_start(struct origin *o);
 
-const struct origin_limits *origin_limits(const struct origin *o);
+/* What the first link was told: its size and block sizes hold while the program runs. */
+const struct proto_offer *origin_limits(const struct origin *o);
 
 /* Whether the origin tells extents now; it may be another one after a reconnect.  Any thread. */
 bool origin_tells_extents(struct origin *o);
@@ -111,14 +106,13 @@ void origin_cancel(struct origin *o);
  * One at a time.  Does not block.
  */
 void origin_redirect(struct origin *o, const char *host, const char *port,
-		     const char *export_name, void (*done)(void *arg, const char *error),
-		     void *arg);
+		     const char *export_name, void (*done)(const char *error));
 
 struct origin_status {
 	char address[256];		/* "host:port", "[::1]:port" or "unix:/path" */
 	char export_name[256];		/* shortened with "..." at the end */
 	bool up;			/* the link for clients' requests is there */
-	char reason[256];		/* if it is not: why */
+	char reason[PROTO_REASON_MAX];	/* if it is not: why */
 	unsigned links;			/* that are up */
 	uint64_t fetched;		/* bytes of data received */
 	uint64_t waiting;		/* requests that are not done */

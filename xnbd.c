@@ -8,6 +8,7 @@
 #include "commit.h"
 #include "confine.h"
 #include "control.h"
+#include "ctl.h"
 #include "exports.h"
 #include "listen.h"
 #include "loop.h"
@@ -591,20 +592,20 @@ static void serve(struct server *s)
 	for (size_t i = 0; i < listeners; i++)
 		pfd[i + 1].events = POLLIN;
 	while (!stop_signals && !(single && loops_load() == 0)) {
-		int timeout = earlier(earlier(pause_left(s), control_timeout()),
+		int timeout = earlier(earlier(pause_left(s), ctl_timeout()),
 				      earlier(refused_left(s), stats_timeout(loops_load() > 0)));
 
 		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = s->accept_again ? -1 : s->listeners.all[i].fd;
-		controls = control_poll(pfd + 1 + listeners);
+		controls = ctl_poll(pfd + 1 + listeners);
 		if (wait_for(pfd, 1 + listeners + controls, timeout) < 0)
 			continue;
 		if (bell_answer(&main_bell))
 			take_wakeups(s);
 		while (stats_tend())
-			control_gathered();
+			ctl_gathered();
 		accept_clients(s, pfd + 1);
-		control_turn(pfd + 1 + listeners, controls);
+		ctl_turn(pfd + 1 + listeners, controls);
 	}
 }
 

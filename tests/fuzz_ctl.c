@@ -68,7 +68,7 @@ struct peer {
 
 static struct peer peer[PEERS];
 static unsigned peers, arriving;	/* arriving: the first that is not accepted yet */
-static struct ctl *server;		/* NULL: it ends */
+static bool server_ends;
 static uint64_t now;
 static bool no_memory, no_descriptors;
 
@@ -139,9 +139,9 @@ static int fake_close(int fd)
 {
 	struct peer *p = peer_of(fd);
 
-	for (size_t i = 0; server && i < CTL_CONNECTIONS; i++)
-		if (server->client[i] && server->client[i]->fd == fd)
-			assert(!is_busy(server->client[i]) || p->gone || no_memory);
+	for (size_t i = 0; !server_ends && i < CTL_CONNECTIONS; i++)
+		if (ctl.client[i] && ctl.client[i]->fd == fd)
+			assert(!is_busy(ctl.client[i]) || p->gone || no_memory);
 	p->closed = true;
 	return 0;
 }
@@ -241,23 +241,25 @@ static void release_copy(void)
 		copy_runs = false;
 }
 
-static void tell(struct ctl_copy *copy)
+static bool tell(struct ctl_reply *reply)
 {
-	static const struct ctl_range failed[2] = { { 0, 4096 }, { 8192, UINT64_MAX } };
+	if (reply)
+		ctl_say(reply, "progress", "%" PRIu64 " %" PRIu64 " 0", cached, total);
+	return copy_runs;
+}
 
-	*copy = (struct ctl_copy){
-		.running = copy_runs,
-		.cached = cached,
-		.blocks = total,
-		.error = copy_failed ? "the origin\nis gone" : NULL,
-		.failures = copy_failed ? 2 : 0,
-		.failed = failed,
-		.failures_more = copy_failed ? 5 : 0,
-	};
+static const char *tell_result(struct ctl_reply *reply)
+{
+	assert(!copy_runs);
+	if (cached == total)
+		return NULL;
+	if (copy_failed)
+		ctl_say(reply, "failed", "%d %" PRIu64, 8192, UINT64_MAX);
+	return copy_failed ? "the origin\nis gone" : "the copy was stopped";
 }
 
 static const struct ctl_proxy_ops proxy_ops = { switch_over, reconnect, start_copy, release_copy,
-						tell };
+						tell, tell_result };
 static const struct ctl_ops ops = { query, gather, snapshot, &proxy_ops };
 static const struct ctl_ops no_proxy = { query, gather, snapshot, NULL };
 
@@ -345,84 +347,84 @@ static void leave(struct peer *p)
 
 /* The server */
 
-static void end_copy(struct ctl *c, unsigned how)
+static void end_copy(unsigned how)
 {
 	copy_failed = how & 1;
 	if (!copy_failed)
 		cached = total;
 	copy_runs = false;
-	if (c->ops->proxy)
-		ctl_copied(c);
+	if (ctl.ops->proxy)
+		ctl_copied();
 }
 
-static void end_switch(struct ctl *c, unsigned how)
+static void end_switch(unsigned how)
 {
 	if (!switching)
 		return;
 	switching = false;
-	ctl_switched(c, how & 1 ? "the disk\nis full" : NULL, how & 2);
+	ctl_switched(how & 1 ? "the disk\nis full" : NULL, how & 2);
 }
 
-static void end_reconnect(struct ctl *c, unsigned how)
+static void end_reconnect(unsigned how)
 {
 	if (!reconnecting)
 		return;
 	reconnecting = false;
-	ctl_reconnected(c, how & 1 ? "another size" : NULL);
+	ctl_reconnected(how & 1 ? "another size" : NULL);
 }
 
-static void end_gather(struct ctl *c)
+static void end_gather(void)
 {
 	if (!gathering)
 		return;
 	gathering = false;
-	ctl_gathered(c);
+	ctl_gathered();
 }
 
-static void tend_snapshot(struct ctl *c, unsigned how)
+static void tend_snapshot(unsigned how)
 {
 	if (snapshots > 0 && !snapshot_runs && (how & 1)) {
 		snapshot_runs = true;
 	} else if (snapshots > 0) {
 		snapshots--;
 		snapshot_runs = false;
-		ctl_snapshot_ended(c, &gathering, NULL, "of another export, which nobody wanted");
-		ctl_snapshot_ended(c, &snapshots, how & 2 ? "/a\nb" : NULL, "the disk is full");
+		ctl_snapshot_ended(&gathering, NULL, "of another export, which nobody wanted");
+		ctl_snapshot_ended(&snapshots, how & 2 ? "/a\nb" : NULL, "the disk is full");
 	}
 }
 
 /* One round of poll() and what follows it.  False if there was nothing to do. */
-static bool take_turn(struct ctl *c)
+static bool take_turn(void)
 {
 	struct pollfd pfd[CTL_FDS];
-	size_t n = ctl_poll(c, pfd);
-	bool ready = ctl_timeout(c) == 0;
+	size_t n = ctl_poll(pfd);
+	bool ready = ctl_timeout() == 0;
 
-	assert(n <= CTL_FDS && ctl_timeout(c) >= -1);
+	assert(n <= CTL_FDS && ctl_timeout() >= -1);
 	for (size_t i = 0; i < n; i++) {
 		if (pfd[i].fd >= 0)
 			pfd[i].revents = events_of(pfd[i].fd) & (pfd[i].events | POLLHUP);
 		ready |= pfd[i].revents != 0;
 	}
 	if (ready)
-		ctl_turn(c, pfd, n);
+		ctl_turn(pfd, n);
 	return ready;
 }
 
 /* The level of poll() would make it spin: a hang-up of a busy client, which is dropped at once. */
-static void settle(struct ctl *c)
+static void settle(void)
 {
 	unsigned turns = 0;
 
-	while (take_turn(c))
+	while (take_turn())
 		assert(++turns < TURNS_MAX);
-	assert(c->switching == switching && c->reconnecting == reconnecting);
-	assert(c->gathering == gathering);
+	assert(ctl.switching == switching && ctl.reconnecting == reconnecting);
+	assert(ctl.gathering == gathering);
 	for (unsigned i = 0; i < peers; i++)
 		read_answers(&peer[i]);
 }
 
-static void event(struct ctl *c, struct input *in)
+static void event(struct input *in)
 {
 	unsigned what = (unsigned)take(in, 1), which = (unsigned)take(in, 1);
 	struct peer *p = peers ? &peer[which % peers] : NULL;
@@ -444,13 +446,13 @@ static void event(struct ctl *c, struct input *in)
 		leave(p);
 		break;
 	case 5:
-		end_copy(c, which);
+		end_copy(which);
 		break;
 	case 6:
-		end_switch(c, which);
+		end_switch(which);
 		break;
 	case 7:
-		end_reconnect(c, which);
+		end_reconnect(which);
 		break;
 	case 8:
 		now += which * UINT64_C(400000);
@@ -467,10 +469,10 @@ static void event(struct ctl *c, struct input *in)
 		send_line(p, (unsigned)take(in, 1));
 		break;
 	case 16:
-		end_gather(c);
+		end_gather();
 		break;
 	case 17:
-		tend_snapshot(c, which);
+		tend_snapshot(which);
 		break;
 	default:
 		send_some(p, in);
@@ -478,19 +480,19 @@ static void event(struct ctl *c, struct input *in)
 }
 
 /* All that could be waited for happens, and everybody reads. */
-static void finish(struct ctl *c)
+static void finish(void)
 {
 	no_memory = no_descriptors = false;
 	for (unsigned round = 0; round < 3 * CTL_LINE_MAX; round++) {
 		for (unsigned i = 0; i < peers; i++)
 			peer[i].room = ROOM_MAX;
 		if (copy_runs)
-			end_copy(c, 0);
-		end_switch(c, 0);
-		end_reconnect(c, 0);
-		end_gather(c);
-		tend_snapshot(c, 0);
-		settle(c);
+			end_copy(0);
+		end_switch(0);
+		end_reconnect(0);
+		end_gather();
+		tend_snapshot(0);
+		settle();
 		if (!copy_runs && !switching && !reconnecting && !gathering && !snapshots)
 			return;
 	}
@@ -515,6 +517,7 @@ static void check_peer(const struct peer *p)
 
 static void begin(void)
 {
+	server_ends = false;
 	peers = arriving = 0;
 	now = 1;
 	no_memory = no_descriptors = false;
@@ -525,14 +528,14 @@ static void begin(void)
 	total = 100;
 }
 
-static void end(struct ctl *c, bool memory_was_short)
+static void end(bool memory_was_short)
 {
-	bool background = c->background;
+	bool background = ctl.background;
 
 	for (unsigned i = 0; i < peers && !memory_was_short; i++)
 		check_peer(&peer[i]);
-	server = NULL;
-	ctl_close(c);
+	server_ends = true;
+	ctl_close();
 	assert(copies == background);
 	for (unsigned i = 0; i < peers; i++) {
 		assert(peer[i].closed || !peer[i].accepted);
@@ -545,19 +548,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 {
 	struct input in = { p, n };
 	bool memory_was_short = false;
-	struct ctl *c;
+	bool opened;
 
 	begin();
-	c = ctl_open("", n % 8 == 7 ? &no_proxy : &ops);
-	assert(c);
-	server = c;
+	opened = ctl_open("", n % 8 == 7 ? &no_proxy : &ops);
+	assert(opened);
 	while (in.left > 0) {
-		event(c, &in);
-		settle(c);
+		event(&in);
+		settle();
 		memory_was_short |= no_memory;
 	}
 	now += ACCEPT_PAUSE_US;
-	finish(c);
-	end(c, memory_was_short);
+	finish();
+	end(memory_was_short);
 	return 0;
 }
