@@ -196,13 +196,6 @@ static const struct array {
 	{ "export", "name", " size ", "export" },
 };
 
-static void *not_null(void *memory)
-{
-	if (!memory)
-		fail("out of memory");
-	return memory;
-}
-
 static struct field *add_field(struct fields *f)
 {
 	if ((f->count & (f->count - 1)) == 0)

@@ -2,7 +2,7 @@
  * copy.c - the background copy: see copy.h.
  *
  * A pass over the disk asks for what is not held, in order.  Where the origin tells extents, they
- * are asked for some way ahead, and runs of zeros are made without transfer.  A part that cannot
+ * are asked for first, and runs of zeros are made without transfer.  A part that cannot
  * be delivered is asked for again by halves, down to the unit that fails.
  *
  * How many requests are under way is found by their delay: more, as long as that costs no time,
@@ -40,7 +40,7 @@ enum {
 
 /* What the origin told about a range. */
 struct map {
-	uint64_t off, end;		/* end is where the next one begins */
+	uint64_t off, end;
 	unsigned extents;
 	struct extent extent[MAP_EXTENTS];
 };
@@ -75,12 +75,11 @@ struct copy {
 	unsigned failures;
 	struct copy_failure failure[COPY_FAILURES];
 	uint64_t copied, rate, rate_copied, rate_since;	/* bytes, and now_ms() */
-	bool asking;			/* the origin about next_map */
-	bool map_is_next;		/* next_map has an answer */
+	bool asking;			/* the origin about map */
 
 	/* The pump's own, and the answer's while it is asking. */
 	uint64_t pos;			/* the pass has come to here */
-	struct map *map, *next_map;
+	struct map map;
 	struct origin_request question;
 };
 
@@ -239,41 +238,6 @@ static void set_error(struct copy *c, int error)
 
 /* Maps */
 
-static void map_answered(struct origin_request *q)
-{
-	struct copy *c = (struct copy *)((char *)q - offsetof(struct copy, question));
-
-	c->next_map->extents = q->error ? 0 : q->extents;
-	pthread_mutex_lock(&c->lock);
-	if (q->error == -ECANCELED && !c->error)
-		c->error = -ESHUTDOWN;
-	c->asking = false;
-	c->map_is_next = true;
-	unlock_and_pump(c);
-}
-
-/* Ask about what comes behind off.  Without an answer all of it is data. */
-static void ask_map(struct copy *c, uint64_t off)
-{
-	uint64_t left = c->layer->size - off;
-
-	c->next_map->off = off;
-	c->next_map->extents = 0;
-	c->question = (struct origin_request){
-		.priority = ORIGIN_COPY,
-		.off = off,
-		.len = left < MAP_BYTES ? left : MAP_BYTES,
-		.extent = c->next_map->extent,
-		.extents = MAP_EXTENTS,
-		.done = map_answered,
-	};
-	c->next_map->end = off + c->question.len;
-	pthread_mutex_lock(&c->lock);
-	c->asking = true;
-	pthread_mutex_unlock(&c->lock);
-	origin_submit(c->origin, &c->question);
-}
-
 /* An answer is used up to the last whole unit that it tells of, so that questions are aligned. */
 static void set_map_end(const struct copy *c, struct map *m)
 {
@@ -292,41 +256,65 @@ static void set_map_end(const struct copy *c, struct map *m)
 		m->extents = 0;
 }
 
-/* Have the map that pos lies in, and ask for the one behind it.  False if that has to wait. */
+/* Without an answer all of it is data. */
+static void map_answered(struct origin_request *q)
+{
+	struct copy *c = (struct copy *)((char *)q - offsetof(struct copy, question));
+
+	c->map.extents = q->error ? 0 : q->extents;
+	set_map_end(c, &c->map);
+	pthread_mutex_lock(&c->lock);
+	if (q->error == -ECANCELED && !c->error)
+		c->error = -ESHUTDOWN;
+	c->asking = false;
+	unlock_and_pump(c);
+}
+
+static void ask_map(struct copy *c, uint64_t off)
+{
+	uint64_t left = c->layer->size - off;
+
+	c->question = (struct origin_request){
+		.priority = ORIGIN_COPY,
+		.off = off,
+		.len = left < MAP_BYTES ? left : MAP_BYTES,
+		.extent = c->map.extent,
+		.extents = MAP_EXTENTS,
+		.done = map_answered,
+	};
+	c->map.off = off;
+	c->map.end = off + c->question.len;
+	pthread_mutex_lock(&c->lock);
+	c->asking = true;
+	pthread_mutex_unlock(&c->lock);
+	origin_submit(c->origin, &c->question);
+}
+
+/* Have the map that pos lies in.  False if that has to wait. */
 static bool have_map(struct copy *c)
 {
-	bool asking, is_next;
+	bool asking;
 
 	pthread_mutex_lock(&c->lock);
 	asking = c->asking;
-	is_next = c->map_is_next;
-	if (!asking && is_next && c->pos >= c->map->end)
-		c->map_is_next = false;
 	pthread_mutex_unlock(&c->lock);
-	if (!asking && is_next && c->pos >= c->map->end) {
-		struct map *m = c->map;
-
-		c->map = c->next_map;
-		c->next_map = m;
-		set_map_end(c, c->map);
-		is_next = false;
-	}
-	if (c->pos >= c->map->end && !asking && !is_next)
-		ask_map(c, c->pos / unit_of(c) * unit_of(c));
-	else if (c->pos < c->map->end && !asking && !is_next && c->map->end < c->layer->size)
-		ask_map(c, c->map->end);
-	return c->pos >= c->map->off && c->pos < c->map->end;
+	if (asking)
+		return false;
+	if (c->pos < c->map.end)
+		return true;
+	ask_map(c, c->pos / unit_of(c) * unit_of(c));
+	return false;
 }
 
 /* Whether the run at pos reads as zeros; *end is lowered to its end. */
 static bool is_zero_at(const struct copy *c, uint64_t pos, uint64_t *end)
 {
-	uint64_t at = c->map->off;
+	uint64_t at = c->map.off;
 
-	if (*end > c->map->end)
-		*end = c->map->end;
-	for (unsigned i = 0; i < c->map->extents; at += c->map->extent[i++].len) {
-		const struct extent *e = &c->map->extent[i];
+	if (*end > c->map.end)
+		*end = c->map.end;
+	for (unsigned i = 0; i < c->map.extents; at += c->map.extent[i++].len) {
+		const struct extent *e = &c->map.extent[i];
 
 		if (pos >= at + e->len)
 			continue;
@@ -444,7 +432,7 @@ static bool settle(struct copy *c)
 		return false;
 	if (!is_over(c) && c->failures_in_pass == 0 && layer_missing(c->layer) > 0) {
 		c->pos = 0;		/* what was on its way for others has failed */
-		c->map->end = c->map->off = 0;
+		c->map.off = c->map.end = 0;
 		c->awake = true;
 		return false;
 	}
@@ -498,12 +486,7 @@ struct copy *copy_new(struct fetcher *f, void (*ended)(void *arg), void *arg)
 	c->arg = arg;
 	c->job.run = pump;
 	pthread_mutex_init(&c->lock, NULL);
-	c->map = malloc(sizeof(*c->map));	/* not touched before they are needed */
-	c->next_map = malloc(sizeof(*c->next_map));
-	if (c->map && c->next_map)
-		return c;
-	copy_free(c);
-	return NULL;
+	return c;
 }
 
 void copy_free(struct copy *c)
@@ -511,8 +494,6 @@ void copy_free(struct copy *c)
 	if (!c)
 		return;
 	free_again(c);
-	free(c->map);
-	free(c->next_map);
 	pthread_mutex_destroy(&c->lock);
 	free(c);
 }
@@ -527,8 +508,7 @@ static void begin_pass(struct copy *c)
 	c->failures_in_pass = c->failures = 0;
 	c->failed_blocks = c->failures_more = 0;
 	c->pos = 0;
-	c->map->off = c->map->end = 0;
-	c->map_is_next = false;
+	c->map.off = c->map.end = 0;
 	c->copied = c->rate = c->rate_copied = 0;
 	c->rate_since = now_ms();
 }

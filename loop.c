@@ -122,30 +122,29 @@ static void give_up_place(struct conn *c)
 	wake_main();
 }
 
-static void remove_conn(struct loop *l, size_t i)
+static void end_conn(struct loop *l, struct conn *c)
 {
-	if (l->conn[i]->stats)
-		stats_leave(&l->gone, l->conn[i]->stats);
-	give_up_place(l->conn[i]);
-	conn_free(l->conn[i]);
-	l->conn[i] = l->conn[--l->count];
+	give_up_place(c);
+	conn_free(c);
 	atomic_fetch_sub(&l->load, 1);
 	atomic_fetch_sub(&loops_total, 1);
 	wake_main();
 }
 
+static void remove_conn(struct loop *l, size_t i)
+{
+	if (l->conn[i]->stats)
+		stats_leave(&l->gone, l->conn[i]->stats);
+	end_conn(l, l->conn[i]);
+	l->conn[i] = l->conn[--l->count];
+}
+
 static void add_conn(struct loop *l, struct conn *c)
 {
-	bool placed = make_place(l);
-
 	c->loop = l;
-	if (!placed) {
+	if (!make_place(l)) {
 		conn_kill(c, "out of memory");
-		give_up_place(c);
-		conn_free(c);
-		atomic_fetch_sub(&l->load, 1);
-		atomic_fetch_sub(&loops_total, 1);
-		wake_main();
+		end_conn(l, c);
 		return;
 	}
 	l->conn[l->count++] = c;

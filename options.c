@@ -212,24 +212,15 @@ static _Noreturn void usage_error(const char *fmt, ...)
 	exit(EXIT_USAGE);
 }
 
-static void say(const char *fmt, ...) PRINTF_LIKE(1, 2);
-
-/* On standard output; the end if that takes nothing. */
-static void say(const char *fmt, ...)
+/* Standard output may take nothing. */
+static _Noreturn void end_output(void)
 {
-	va_list ap;
-	int n;
-
-	va_start(ap, fmt);
-	n = vdprintf(STDOUT_FILENO, fmt, ap);
-	va_end(ap);
-	if (n < 0)
-		exit(EXIT_FAILURE);
+	exit(fflush(stdout) ? EXIT_FAILURE : EXIT_SUCCESS);
 }
 
 static _Noreturn void show_help(const struct program *p)
 {
-	say("usage: %s\n", p->usage);
+	printf("usage: %s\n", p->usage);
 	for (size_t i = 0; i < p->count; i++) {
 		const struct known *k = &p->known[i];
 		char letter[] = "-x, ", name[64];
@@ -237,23 +228,16 @@ static _Noreturn void show_help(const struct program *p)
 		letter[1] = k->letter;
 		snprintf(name, sizeof(name), "%s--%s%s%s", k->letter ? letter : "    ", k->name,
 			 k->arg ? " " : "", k->arg ? k->arg : "");
-		say("  %-28s %s\n", name, k->help);
+		printf("  %-28s %s\n", name, k->help);
 	}
-	exit(EXIT_SUCCESS);
+	end_output();
 }
 
 /* The program's name is the first word of its usage. */
 static _Noreturn void show_version(const struct program *p)
 {
-	say("%.*s %s\n", (int)strcspn(p->usage, " "), p->usage, XNBD_VERSION);
-	exit(EXIT_SUCCESS);
-}
-
-static void *not_null(void *memory)
-{
-	if (!memory)
-		usage_error("out of memory");
-	return memory;
+	printf("%.*s %s\n", (int)strcspn(p->usage, " "), p->usage, XNBD_VERSION);
+	end_output();
 }
 
 static void add_laddr(struct options *o, const char *value)

@@ -219,6 +219,14 @@ void log_failure(const char *fmt, ...)
 	}
 }
 
+void *not_null(void *memory)
+{
+	if (memory)
+		return memory;
+	log_failure("out of memory");
+	exit(EXIT_FAILURE);
+}
+
 uint64_t now_us(void)
 {
 	struct timespec ts;

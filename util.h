@@ -68,6 +68,9 @@ void log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
  */
 void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
 
+/* The memory; if there is none, the end of the program, which has just begun. */
+void *not_null(void *memory);
+
 /* Replace what terminals obey by '?': C0, DEL, and C1 in UTF-8. */
 void mask_control_characters(char *s, size_t len);
 
