@@ -552,6 +552,10 @@ static void lend(struct conn *c, struct request *r)
 static void queue(struct conn *c, struct request *r)
 {
 	charge(c, r);
+	if (r->h.cmd == NBD_CMD_READ && !r->absent && !r->buf) {	/* this thread will free it: so it takes it */
+		r->buf = buffer_get(r->counted);
+		r->buf_len = r->buf ? r->counted : 0;
+	}
 	lend(c, r);
 	request_queue(r);
 }
@@ -768,6 +772,7 @@ static struct request *new_request(struct conn *c, const struct proto_request *h
 static bool read_copied(struct conn *c, const struct request *whole, struct request *r)
 {
 	struct tx *tx = c->loop->tx;
+	uint8_t *own = r->buf;
 	bool header = in_chunks(c, whole) || r->h.off == whole->h.off;
 	bool last = r->h.off + r->h.len == whole->h.off + whole->h.len;
 	uint64_t len = in_chunks(c, whole) ? r->h.len : whole->h.len;
@@ -776,7 +781,7 @@ static bool read_copied(struct conn *c, const struct request *whole, struct requ
 
 	r->buf = tx_tail(tx) + head;
 	r->error = -request_try(r);
-	r->buf = NULL;
+	r->buf = own;
 	if (r->error == 0)
 		tx_add(tx, head + r->h.len);
 	return r->error == 0;

@@ -712,7 +712,7 @@ def modes_of(path):
     """The modes that --help lists as working."""
     text = subprocess.run([path, "--help"], capture_output=True, text=True).stdout
     return {mode for mode, option in MODE_OPTION.items()
-            if re.search(r"^\s+%s\b(?!.*\bnot in this version\b)" % option, text, re.M)}
+            if re.search(r"^\s+(-\w, )?%s\b(?!.*\bnot in this version\b)" % option, text, re.M)}
 
 
 def find_servers(opts):
