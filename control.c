@@ -123,20 +123,14 @@ static void say_snapshot(struct ctl_reply *reply)
 		ctl_say(reply, "snapshot-error", "%s", control.snapshot_error);
 }
 
-static void say_origin(struct ctl_reply *reply, struct backend *b)
+static void say_origin(struct ctl_reply *reply, const struct origin_status *s, bool closed)
 {
-	struct origin_status s;
-
-	origin_status(cache_origin(b), &s);
-	ctl_say(reply, "origin", "%s", s.address);
-	ctl_say(reply, "origin-export", "%s", s.export_name);
-	if (cache_is_target(b))
-		ctl_say(reply, "origin-link", "closed");
-	else
-		ctl_say(reply, "origin-link", s.up ? "up" : "down");
-	if (!s.up && !cache_is_target(b))
-		ctl_say(reply, "origin-reason", "%s", s.reason);
-	ctl_say_number(reply, "origin-links", s.links);
+	ctl_say(reply, "origin", "%s", s->address);
+	ctl_say(reply, "origin-export", "%s", s->export_name);
+	ctl_say(reply, "origin-link", closed ? "closed" : s->up ? "up" : "down");
+	if (!s->up && !closed)
+		ctl_say(reply, "origin-reason", "%s", s->reason);
+	ctl_say_number(reply, "origin-links", s->links);
 }
 
 static void say_blocks(struct ctl_reply *reply, struct backend *b)
@@ -151,15 +145,6 @@ static void say_blocks(struct ctl_reply *reply, struct backend *b)
 	ctl_say_number(reply, "cached-blocks", s.held);
 	ctl_say(reply, "cached-percent", "%u.%u", share / 10, share % 10);
 	ctl_say_number(reply, "written-blocks", s.written);
-}
-
-static void say_fetched(struct ctl_reply *reply, struct backend *b)
-{
-	struct origin_status s;
-
-	origin_status(cache_origin(b), &s);
-	ctl_say_number(reply, "fetched-bytes", s.fetched);
-	ctl_say_number(reply, "origin-requests", s.waiting);
 }
 
 /* Why a copy ended early, in buf; NULL if it did not. */
@@ -195,13 +180,16 @@ static void say_copy(struct ctl_reply *reply, struct backend *b)
 static void say_proxy(struct ctl_reply *reply)
 {
 	struct backend *b = exports_cache();
+	struct origin_status s;
 
 	if (!b)
 		return;
+	origin_status(cache_origin(b), &s);
 	ctl_say(reply, "bitmap", "%s", control.bitmap);
-	say_origin(reply, b);
+	say_origin(reply, &s, cache_is_target(b));
 	say_blocks(reply, b);
-	say_fetched(reply, b);
+	ctl_say_number(reply, "fetched-bytes", s.fetched);
+	ctl_say_number(reply, "origin-requests", s.waiting);
 	say_copy(reply, b);
 }
 

@@ -63,7 +63,7 @@ struct client {
 static struct {
 	const struct ctl_ops *ops;	/* NULL: there is none */
 	struct listeners listeners;
-	uint64_t accept_again;		/* now_us() when a pause of accepting ends, 0 for none */
+	uint64_t accept_again;		/* now_us() when a pause of accepting ends */
 	bool switching, reconnecting;	/* even if who asked for it has left */
 	bool gathering;			/* likewise */
 	bool background;		/* somebody wanted a copy, and need not wait for it */
@@ -515,6 +515,11 @@ void ctl_close(void)
 	memset(&ctl, 0, sizeof(ctl));
 }
 
+static bool is_pausing(void)
+{
+	return now_us() < ctl.accept_again;
+}
+
 static short wanted_events(const struct client *cl)
 {
 	return (short)((wants_input(cl) ? POLLIN : 0) | (cl->out.len ? POLLOUT : 0));
@@ -526,7 +531,7 @@ size_t ctl_poll(struct pollfd *pfd)
 	if (!ctl.ops)
 		return 0;
 	pfd[0] = (struct pollfd){ .fd = ctl.listeners.all[0].fd, .events = POLLIN };
-	if (ctl.accept_again || is_place_near())
+	if (is_pausing() || is_place_near())
 		pfd[0].fd = -1;
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
 		const struct client *cl = ctl.client[i];
@@ -538,25 +543,23 @@ size_t ctl_poll(struct pollfd *pfd)
 	return CTL_FDS;
 }
 
-int ctl_timeout(void)
+uint64_t ctl_due(void)
 {
-	uint64_t now = now_us(), first = ctl.accept_again ? ctl.accept_again : UINT64_MAX;
+	uint64_t first = is_pausing() ? ctl.accept_again : UINT64_MAX;
 
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
 		const struct client *cl = ctl.client[i];
 		uint64_t due = UINT64_MAX;
 
 		if (cl && cl->out.failed)
-			due = now;
+			due = 0;
 		else if (cl && (!is_busy(cl) || cl->state == STATE_COPYING ||
 				cl->state == STATE_QUERYING))
 			due = cl->due;
 		if (due < first)
 			first = due;
 	}
-	if (first == UINT64_MAX)
-		return -1;
-	return first > now ? (int)((first - now) / 1000 + 1) : 0;
+	return first == UINT64_MAX ? first : first / 1000 + 1;
 }
 
 void ctl_turn(const struct pollfd *pfd, size_t n)
@@ -566,8 +569,6 @@ void ctl_turn(const struct pollfd *pfd, size_t n)
 			turn(i, pfd[1 + i].revents);
 	if (n == 0)
 		return;
-	if (ctl.accept_again && now_us() >= ctl.accept_again)
-		ctl.accept_again = 0;
 	if (pfd[0].revents)
 		accept_clients();
 }

@@ -85,8 +85,8 @@ void ctl_close(void);
 /* Fill pfd, of CTL_FDS entries; returns how many, 0 without a socket. */
 size_t ctl_poll(struct pollfd *pfd);
 
-/* Milliseconds until something is to be done without input, -1 for never. */
-int ctl_timeout(void);
+/* now_ms() when something is to be done without input, UINT64_MAX for never. */
+uint64_t ctl_due(void);
 
 /* After poll(): accept, receive, carry out, send; with the entries that ctl_poll() filled. */
 void ctl_turn(const struct pollfd *pfd, size_t n);

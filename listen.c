@@ -280,20 +280,29 @@ int listen_count_passed(void)
 	return pid == (unsigned long)getpid() ? (int)count : 0;
 }
 
-static bool take_passed(struct listeners *l, int fd)
+bool listen_check(int fd, bool listens, const char *what)
 {
-	int type = 0, listening = 0, err;
+	int type = 0, listening = 0;
 	socklen_t len = sizeof(type);
 
 	if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) < 0 || type != SOCK_STREAM) {
-		log_failure("LISTEN_FDS: descriptor %d is not a stream socket", fd);
+		log_failure("%s: descriptor %d is not a stream socket", what, fd);
 		return false;
 	}
-	if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) < 0 || !listening) {
-		log_failure("LISTEN_FDS: descriptor %d does not listen (--inetd takes a connection)",
-			    fd);
+	getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len);
+	if (listens != (listening != 0))
+		log_failure("%s: descriptor %d %s", what, fd, listens ?
+			    "does not listen (--inetd takes a connection)" :
+			    "is a socket that listens, not a connection");
+	return listens == (listening != 0);
+}
+
+static bool take_passed(struct listeners *l, int fd)
+{
+	int err;
+
+	if (!listen_check(fd, true, "LISTEN_FDS"))
 		return false;
-	}
 	fcntl(fd, F_SETFD, FD_CLOEXEC);
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 	err = add(l, fd, NULL);

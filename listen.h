@@ -44,6 +44,9 @@ bool listen_unix(struct listeners *l, const char *path, mode_t mode);
  */
 int listen_count_passed(void);
 
+/* Whether fd is a stream socket that listens, or a connection.  Logs what it is instead. */
+bool listen_check(int fd, bool listens, const char *what);
+
 /* Listen on that many passed sockets.  False after logging what one of them is instead. */
 bool listen_passed(struct listeners *l, int count);
 

@@ -264,15 +264,6 @@ static void take_mail(struct loop *l)
 		tell_survey(l);
 }
 
-/* Say how many errors of a client the log was not told, if it is time to; else *first is when. */
-static void catch_up(struct conn *c, uint64_t *first)
-{
-	uint64_t due = stats_catch_up(c->stats, c->peer, now_ms());
-
-	if (due && due < *first)
-		*first = due;
-}
-
 /* Close what is overdue, forget what has ended.  Returns the time to the next deadline, or -1. */
 static int tend(struct loop *l)
 {
@@ -289,8 +280,11 @@ static int tend(struct loop *l)
 			else if (c->deadline < first)
 				first = c->deadline;
 		}
-		if (c->stats && c->stats->unsaid)
-			catch_up(c, &first);
+		if (c->stats && c->stats->unsaid) {
+			uint64_t due = stats_catch_up(c->stats, c->peer, now_ms());
+
+			first = due && due < first ? due : first;
+		}
 		if (c->state == CONN_DEAD)
 			give_up_place(c);
 		if (conn_is_over(c))
@@ -298,10 +292,7 @@ static int tend(struct loop *l)
 		else
 			i++;
 	}
-	if (first == UINT64_MAX)
-		return -1;
-	now = now_ms();
-	return first > now ? (int)(first - now) : 0;
+	return ms_until(first);
 }
 
 static void prepare_poll(struct loop *l)

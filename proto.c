@@ -63,28 +63,13 @@ static void out_bytes(struct proto_out *out, const void *p, size_t n)
 	out->len += n;
 }
 
-static void out_be16(struct proto_out *out, uint16_t v)
-{
-	uint8_t b[2];
-
-	put_be16(b, v);
-	out_bytes(out, b, sizeof(b));
-}
-
-static void out_be32(struct proto_out *out, uint32_t v)
-{
-	uint8_t b[4];
-
-	put_be32(b, v);
-	out_bytes(out, b, sizeof(b));
-}
-
-static void out_be64(struct proto_out *out, uint64_t v)
+/* The low size bytes of v. */
+static void out_be(struct proto_out *out, size_t size, uint64_t v)
 {
 	uint8_t b[8];
 
 	put_be64(b, v);
-	out_bytes(out, b, sizeof(b));
+	out_bytes(out, b + sizeof(b) - size, size);
 }
 
 /* Handshake */
@@ -140,10 +125,10 @@ struct name {
 /* "Fixed newstyle negotiation": the header of one answer, whose len bytes follow. */
 static void reply_header(const struct option *o, uint32_t type, size_t len)
 {
-	out_be64(o->out, NBD_OPTION_REPLY_MAGIC);
-	out_be32(o->out, o->opt);
-	out_be32(o->out, type);
-	out_be32(o->out, (uint32_t)len);
+	out_be(o->out, 8, NBD_OPTION_REPLY_MAGIC);
+	out_be(o->out, 4, o->opt);
+	out_be(o->out, 4, type);
+	out_be(o->out, 4, len);
 }
 
 static enum proto_next reply(const struct option *o, uint32_t type)
@@ -267,8 +252,8 @@ static enum proto_next opt_export_name(struct option *o)
 	e = find_export(o->exports, &name);
 	if (!e)
 		return PROTO_CLOSE;
-	out_be64(o->out, e->size);
-	out_be16(o->out, session_flags(o->s, e));
+	out_be(o->out, 8, e->size);
+	out_be(o->out, 2, session_flags(o->s, e));
 	if (!o->s->no_zeroes)
 		out_bytes(o->out, zeroes, sizeof(zeroes));
 	return enter_transmission(o->s, e, &name);
@@ -287,7 +272,7 @@ static enum proto_next opt_list(struct option *o)
 		size_t name = strlen(e->name), description = strlen(e->description);
 
 		reply_header(o, NBD_REP_SERVER, 4 + name + description);
-		out_be32(o->out, (uint32_t)name);
+		out_be(o->out, 4, name);
 		out_bytes(o->out, e->name, name);
 		out_bytes(o->out, e->description, description);
 	}
@@ -302,7 +287,7 @@ static enum proto_next opt_unsupported(struct option *o)
 static void info_string(const struct option *o, uint16_t type, const void *p, size_t len)
 {
 	reply_header(o, NBD_REP_INFO, 2 + len);
-	out_be16(o->out, type);
+	out_be(o->out, 2, type);
 	out_bytes(o->out, p, len);
 }
 
@@ -313,9 +298,9 @@ static void info(const struct option *o, uint16_t type, const struct proto_expor
 	switch (type) {
 	case NBD_INFO_EXPORT:
 		reply_header(o, NBD_REP_INFO, 12);
-		out_be16(o->out, type);
-		out_be64(o->out, e->size);
-		out_be16(o->out, session_flags(o->s, e));
+		out_be(o->out, 2, type);
+		out_be(o->out, 8, e->size);
+		out_be(o->out, 2, session_flags(o->s, e));
 		break;
 	case NBD_INFO_NAME:
 		info_string(o, type, name->p, name->len);
@@ -325,10 +310,10 @@ static void info(const struct option *o, uint16_t type, const struct proto_expor
 		break;
 	case NBD_INFO_BLOCK_SIZE:
 		reply_header(o, NBD_REP_INFO, 14);
-		out_be16(o->out, type);
-		out_be32(o->out, 1);
-		out_be32(o->out, PROTO_PREFERRED_BLOCK);
-		out_be32(o->out, PROTO_MAX_PAYLOAD);
+		out_be(o->out, 2, type);
+		out_be(o->out, 4, 1);
+		out_be(o->out, 4, PROTO_PREFERRED_BLOCK);
+		out_be(o->out, 4, PROTO_MAX_PAYLOAD);
 		break;
 	}
 }
@@ -375,7 +360,7 @@ static enum proto_next opt_headers(struct option *o)
 static void meta_context(const struct option *o, uint32_t id)
 {
 	reply_header(o, NBD_REP_META_CONTEXT, 4 + strlen(allocation));
-	out_be32(o->out, id);
+	out_be(o->out, 4, id);
 	out_bytes(o->out, allocation, strlen(allocation));
 }
 
@@ -450,17 +435,12 @@ static const struct option_kind *find_option(uint32_t opt)
 }
 
 /* EXPORT_NAME has no error replies, and a client that is not fixed newstyle knows no others. */
-static bool no_reply_possible(const struct proto_session *s, uint32_t opt)
-{
-	return !s->fixed || opt == NBD_OPT_EXPORT_NAME;
-}
-
 static enum proto_next refuse(const struct proto_session *s, uint32_t opt, uint32_t err,
 			      struct proto_out *out)
 {
 	struct option o = { .opt = opt, .out = out };
 
-	return no_reply_possible(s, opt) ? PROTO_CLOSE : reply(&o, err);
+	return !s->fixed || opt == NBD_OPT_EXPORT_NAME ? PROTO_CLOSE : reply(&o, err);
 }
 
 enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,

@@ -241,7 +241,8 @@ enum {
 
 static struct {
 	uint64_t started;		/* now_ms() */
-	uint64_t interval, due;		/* ms, now_ms(); 0 for none */
+	uint64_t interval;		/* ms; 0 for none */
+	uint64_t due;			/* now_ms(); UINT64_MAX for never */
 	void (*ask)(void);
 	unsigned wanted, running;	/* what for */
 
@@ -331,22 +332,18 @@ void stats_init(unsigned seconds, void (*ask)(void))
 {
 	survey.started = now_ms();
 	survey.interval = seconds * UINT64_C(1000);
+	survey.due = UINT64_MAX;
 	survey.ask = ask;
 }
 
 /* An interval begins with the first client. */
-int stats_timeout(bool clients)
+uint64_t stats_due(bool clients)
 {
-	uint64_t now;
-
-	if (!survey.interval || !clients) {
-		survey.due = 0;
-		return -1;
-	}
-	now = now_ms();
-	if (!survey.due)
-		survey.due = now + survey.interval;
-	return survey.due > now ? (int)(survey.due - now) : 0;
+	if (!survey.interval || !clients)
+		survey.due = UINT64_MAX;
+	else if (survey.due == UINT64_MAX)
+		survey.due = now_ms() + survey.interval;
+	return survey.due;
 }
 
 void stats_log(void)
@@ -390,7 +387,7 @@ static bool stats_end(void)
 
 bool stats_tend(void)
 {
-	if (survey.due && now_ms() >= survey.due) {
+	if (now_ms() >= survey.due) {
 		survey.wanted |= INTERVAL;
 		survey.due = now_ms() + survey.interval;
 	}

@@ -135,8 +135,8 @@ void stats_told(void);
  */
 void stats_init(unsigned seconds, void (*ask)(void));
 
-/* Milliseconds until stats_tend() has something to do, -1 for never; whether there are clients. */
-int stats_timeout(bool clients);
+/* now_ms() when stats_tend() has something to do, UINT64_MAX for never; whether there are clients. */
+uint64_t stats_due(bool clients);
 
 /* Log what each client did since it connected. */
 void stats_log(void);

@@ -240,6 +240,15 @@ uint64_t now_ms(void)
 	return now_us() / 1000;
 }
 
+int ms_until(uint64_t when)
+{
+	uint64_t now = now_ms();
+
+	if (when == UINT64_MAX)
+		return -1;
+	return when > now ? (int)(when - now) : 0;
+}
+
 bool parse_size(const char *s, uint64_t *value)
 {
 	static const char units[] = "KMGT";

@@ -55,7 +55,7 @@ struct server {
 	struct confine_user user;	/* --user: who to become */
 	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
 	size_t connections_max;
-	uint64_t accept_again;		/* now_ms() when a pause of accepting ends, 0 for none */
+	uint64_t accept_again;		/* now_ms() when a pause of accepting ends */
 	uint64_t refusal_logged;	/* now_ms(), 0 for never */
 	unsigned long refused;		/* since then, that the log was not told of */
 };
@@ -221,30 +221,12 @@ static size_t raise_limits(size_t wanted, unsigned exports)
 	return (size_t)(r.rlim_cur > 2 * spare ? r.rlim_cur - spare : r.rlim_cur / 2);
 }
 
-/* Whether fd is a connection; logs what it is if not. */
-static bool is_connection(int fd, const char *what)
-{
-	int listening = 0, type = 0;
-	socklen_t len = sizeof(type);
-
-	if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) < 0 || type != SOCK_STREAM) {
-		log_failure("%s: descriptor %d is not a stream socket", what, fd);
-		return false;
-	}
-	if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) == 0 && listening) {
-		log_failure("%s: descriptor %d is a socket that listens, not a connection", what,
-			    fd);
-		return false;
-	}
-	return true;
-}
-
 /* Take the client from standard input, and keep everything else off its socket. */
 static bool take_inetd(struct server *s)
 {
 	int null;
 
-	if (!is_connection(STDIN_FILENO, "--inetd"))
+	if (!listen_check(STDIN_FILENO, false, "--inetd"))
 		return false;
 	s->single_fd = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
 	null = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -280,7 +262,7 @@ static bool open_sockets(struct server *s)
 		return take_inetd(s);
 	if (o->connected_fd >= 0) {
 		s->single_fd = (int)o->connected_fd;
-		return is_connection(s->single_fd, "--connected-fd") &&
+		return listen_check(s->single_fd, false, "--connected-fd") &&
 		       fcntl(s->single_fd, F_SETFD, FD_CLOEXEC) == 0;
 	}
 	if (s->passed > 0 && (o->lport_given || o->laddrs || o->unix_path)) {
@@ -474,14 +456,14 @@ static void tell_refused(struct server *s)
 	s->refused = 0;
 }
 
-/* Milliseconds until that is to be told, -1 for never. */
-static int refused_left(struct server *s)
+/* now_ms() when that is to be told, UINT64_MAX for never. */
+static uint64_t refused_due(struct server *s)
 {
-	uint64_t now = now_ms(), due = s->refusal_logged + 2 * REFUSALS_MS;
+	uint64_t due = s->refusal_logged + 2 * REFUSALS_MS;
 
-	if (s->refused && due <= now)
+	if (due <= now_ms())
 		tell_refused(s);
-	return s->refused ? (int)(due - now) : -1;
+	return s->refused ? due : UINT64_MAX;
 }
 
 /* Whether a client may connect, whose address is NULL at a Unix socket; the log says why not. */
@@ -546,20 +528,6 @@ static void accept_clients(struct server *s, const struct pollfd *pfd)
 				break;
 }
 
-/* Milliseconds to the end of a pause of accepting, -1 if there is none. */
-static int pause_left(struct server *s)
-{
-	uint64_t now;
-
-	if (!s->accept_again)
-		return -1;
-	now = now_ms();
-	if (now < s->accept_again)
-		return (int)(s->accept_again - now);
-	s->accept_again = 0;
-	return -1;
-}
-
 /* Something ended, or a signal came. */
 static void take_wakeups(struct server *s)
 {
@@ -576,10 +544,9 @@ static void take_wakeups(struct server *s)
 	exports_tend();
 }
 
-/* The shorter of two times, of which -1 is none. */
-static int earlier(int a, int b)
+static uint64_t earlier(uint64_t a, uint64_t b)
 {
-	return a < 0 || (b >= 0 && b < a) ? b : a;
+	return a < b ? a : b;
 }
 
 /* Accept clients until a signal to stop, or until the only client has left. */
@@ -592,13 +559,14 @@ static void serve(struct server *s)
 	for (size_t i = 0; i < listeners; i++)
 		pfd[i + 1].events = POLLIN;
 	while (!stop_signals && !(single && loops_load() == 0)) {
-		int timeout = earlier(earlier(pause_left(s), ctl_timeout()),
-				      earlier(refused_left(s), stats_timeout(loops_load() > 0)));
+		bool pause = now_ms() < s->accept_again;
+		uint64_t due = earlier(earlier(pause ? s->accept_again : UINT64_MAX, ctl_due()),
+				       earlier(refused_due(s), stats_due(loops_load() > 0)));
 
 		for (size_t i = 0; i < listeners; i++)
-			pfd[i + 1].fd = s->accept_again ? -1 : s->listeners.all[i].fd;
+			pfd[i + 1].fd = pause ? -1 : s->listeners.all[i].fd;
 		controls = ctl_poll(pfd + 1 + listeners);
-		if (wait_for(pfd, 1 + listeners + controls, timeout) < 0)
+		if (wait_for(pfd, 1 + listeners + controls, ms_until(due)) < 0)
 			continue;
 		if (bell_answer(&main_bell))
 			take_wakeups(s);
