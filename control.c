@@ -337,15 +337,13 @@ bool control_open(const struct options *o)
 		.snapshot = snapshot,
 	};
 
+	exports_on_snapshot(snapshot_ended);
 	if (!o->control)
 		return true;
 	control.mode = o->mode;
 	ops.proxy = exports_cache() ? &proxy_ops : NULL;
 	control.bitmap = o->bitmap ? absolute_path(o->bitmap) : NULL;
-	if (!ctl_open(o->control, &ops))
-		return false;
-	exports_on_snapshot(snapshot_ended);
-	return true;
+	return ctl_open(o->control, &ops);
 }
 
 void control_close(void)

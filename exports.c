@@ -244,12 +244,6 @@ void exports_on_snapshot(void (*ended)(const struct export *e, const char *path,
 	table.snapshot_ended = ended;
 }
 
-static void tell_ended(struct exported *e, const char *path, const char *error)
-{
-	if (table.snapshot_ended)
-		table.snapshot_ended(&e->export, path, error);
-}
-
 static void begin_snapshot(struct exported *e)
 {
 	const char *error;
@@ -257,7 +251,7 @@ static void begin_snapshot(struct exported *e)
 	e->wanted = e->taken = false;
 	e->snapshot = snapshot_new(e->disk, e->path, wake_main, &error);
 	if (!e->snapshot)
-		tell_ended(e, NULL, error);
+		table.snapshot_ended(&e->export, NULL, error);
 }
 
 /* The instant that the snapshot shows: nobody reads or writes. */
@@ -278,7 +272,7 @@ static void end_snapshot(struct exported *e)
 	if (!gate_close(&e->export.gate))
 		return;
 	path = snapshot_path(e->snapshot, &error);
-	tell_ended(e, path, error);
+	table.snapshot_ended(&e->export, path, error);
 	snapshot_free(e->snapshot);
 	e->snapshot = NULL;
 	gate_open(&e->export.gate);

@@ -39,9 +39,7 @@ static int add(struct listeners *l, int fd, char *unix_path)
 	}
 	l->all = all;
 	new = &all[l->count++];
-	memset(new, 0, sizeof(*new));
-	new->fd = fd;
-	new->unix_path = unix_path;
+	*new = (struct listener){ .fd = fd, .unix_path = unix_path };
 	if (getsockname(fd, &address.sa, &len) < 0)
 		return -errno;
 	format_address(&address.sa, len, new->address);

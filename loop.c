@@ -241,7 +241,6 @@ static void take_mail(struct loop *l)
 {
 	struct conn *arriving;
 	struct request *completed;
-	bool stop, surveyed;
 
 	if (!bell_answer(&l->bell))
 		return;
@@ -250,17 +249,14 @@ static void take_mail(struct loop *l)
 	l->arriving = NULL;
 	completed = l->completed;
 	l->completed = NULL;
-	stop = l->stop;
-	surveyed = l->surveyed;
-	l->surveyed = false;
 	pthread_mutex_unlock(&l->lock);
-	if (stop && !l->stopping)
+	if (atomic_load(&l->stop) && !l->stopping)
 		stop_all(l);
 	take_arriving(l, arriving);
 	take_completed(l, completed);
 	admit_turned_away(l);
 	turn_dirty(l);
-	if (surveyed)
+	if (atomic_exchange(&l->surveyed, false))
 		tell_survey(l);
 }
 
@@ -499,25 +495,17 @@ size_t loops_clients(void)
 void loops_survey(void)
 {
 	for (unsigned i = 0; i < loops.count; i++) {
-		struct loop *l = &loops.loop[i];
-
 		stats_expect();
-		pthread_mutex_lock(&l->lock);
-		l->surveyed = true;
-		pthread_mutex_unlock(&l->lock);
-		bell_ring(&l->bell);
+		atomic_store(&loops.loop[i].surveyed, true);
+		bell_ring(&loops.loop[i].bell);
 	}
 }
 
 void loops_stop(void)
 {
 	for (unsigned i = 0; i < loops.count; i++) {
-		struct loop *l = &loops.loop[i];
-
-		pthread_mutex_lock(&l->lock);
-		l->stop = true;
-		pthread_mutex_unlock(&l->lock);
-		bell_ring(&l->bell);
+		atomic_store(&loops.loop[i].stop, true);
+		bell_ring(&loops.loop[i].bell);
 	}
 }
 

@@ -35,8 +35,8 @@ struct loop {
 	pthread_mutex_t lock;		/* guards these; a leaf */
 	struct conn *arriving;
 	struct request *completed;	/* newest first */
-	bool stop;
-	bool surveyed;			/* loops_survey() */
+	atomic_bool stop;
+	atomic_bool surveyed;		/* loops_survey() */
 	struct bell bell;		/* one of them is new */
 
 	/* Its own, for its thread alone. */

@@ -172,8 +172,6 @@ static void *worker_main(void *unused)
 /* Called with the lock. */
 static void start_thread(void)
 {
-	static bool prepared;
-	pthread_condattr_t clock;
 	pthread_t *thread;
 	int err = ENOMEM;
 
@@ -182,13 +180,6 @@ static void start_thread(void)
 	thread = realloc(pool.thread, (pool.count + 1) * sizeof(*thread));
 	if (thread)
 		pool.thread = thread;
-	if (!prepared) {
-		pthread_condattr_init(&clock);
-		pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
-		pthread_cond_init(&pool.wanted, &clock);
-		pthread_condattr_destroy(&clock);
-		prepared = true;
-	}
 	if (thread)
 		err = thread_start(&thread[pool.count], WORKER_STACK, worker_main, NULL);
 	if (!err) {
@@ -201,6 +192,12 @@ static void start_thread(void)
 
 void worker_begin(void)
 {
+	pthread_condattr_t clock;
+
+	pthread_condattr_init(&clock);
+	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+	pthread_cond_init(&pool.wanted, &clock);
+	pthread_condattr_destroy(&clock);
 	pthread_mutex_lock(&pool.lock);
 	pool.begun = true;
 	if (pool.later)

@@ -413,24 +413,6 @@ static bool start(struct server *s)
 
 /* Connections */
 
-/* Hand a client to a loop, or close it. */
-static void add_client(int fd, enum greeting greeting, const char *peer)
-{
-	struct conn *c = conn_new(fd, greeting, exports_table(), peer);
-	int err;
-
-	if (!c) {
-		log_error("%s: refused: out of memory", peer);
-		close(fd);
-		return;
-	}
-	err = loops_add(c);
-	if (err) {
-		conn_kill(c, strerror(-err));
-		conn_free(c);
-	}
-}
-
 /* A line about a client that is refused, once a second at most; the next one counts the others. */
 static void log_refusal(struct server *s, const char *peer, const char *reason)
 {
@@ -483,6 +465,36 @@ static bool may_connect(struct server *s, const struct sockaddr *sa, const char 
 	return false;
 }
 
+static enum greeting greeting_of(const struct options *o)
+{
+	return o->connected_fd >= 0 ? GREET_CONNECTED :
+	       o->oldstyle	    ? GREET_OLDSTYLE :
+				      GREET_NEWSTYLE;
+}
+
+/* Hand a client to a loop, or close it; its address is NULL at a Unix socket. */
+static void add_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
+{
+	struct conn *c;
+	int err;
+
+	if (!may_connect(s, sa, peer)) {
+		close(fd);
+		return;
+	}
+	c = conn_new(fd, greeting_of(&s->options), exports_table(), peer);
+	if (!c) {
+		log_error("%s: refused: out of memory", peer);
+		close(fd);
+		return;
+	}
+	err = loops_add(c);
+	if (err) {
+		conn_kill(c, strerror(-err));
+		conn_free(c);
+	}
+}
+
 static void pause_accepting(struct server *s)
 {
 	log_error("cannot accept: %s; trying again when a connection ends", strerror(errno));
@@ -513,10 +525,7 @@ static bool accept_client(struct server *s, const struct listener *l)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(&address.sa, len, peer);
-	if (may_connect(s, l->local ? NULL : &address.sa, peer))
-		add_client(fd, s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE, peer);
-	else
-		close(fd);
+	add_client(s, fd, l->local ? NULL : &address.sa, peer);
 	return true;
 }
 
@@ -579,21 +588,15 @@ static void serve(struct server *s)
 
 static void add_single_client(struct server *s)
 {
-	enum greeting greeting = GREET_CONNECTED;
 	union address address;
 	socklen_t len = sizeof(address);
 	char peer[ADDRESS_MAX] = "client";
 
-	if (s->options.inetd)
-		greeting = s->options.oldstyle ? GREET_OLDSTYLE : GREET_NEWSTYLE;
 	address.sa.sa_family = AF_UNSPEC;	/* of a client that has left, who is not let in then */
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
 	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
-	if (may_connect(s, &address.sa, peer))
-		add_client(s->single_fd, greeting, peer);
-	else
-		close(s->single_fd);
+	add_client(s, s->single_fd, &address.sa, peer);
 }
 
 /* End */
