@@ -1154,6 +1154,187 @@ mutant("now and then a request fails", "oracle that ignores errors",
        "\tif (r->len > size || r->off > size - r->len)\n",
        tests="test_model.py::test_random_operations_agree_with_a_model")
 
+# Stable storage that fails
+
+MAPPED = """
+		uint8_t *mapped = mmap(NULL, b->map_bytes, PROT_READ | PROT_WRITE, MAP_SHARED,
+				       b->fd, (off_t)(HEADER_SIZE + b->map_bytes));
+
+		for (uint64_t i = 0; i < b->map_bytes; i++)
+			if (b->live[i])
+				mapped[i] = b->live[i];
+		munmap((void *)b->live, b->map_bytes);
+		b->live = (void *)mapped;
+"""
+OPENED = "if (prepare(b, clear)) {"
+
+mutant("an export goes on after an error of stable storage",
+       "an error of writeback is told once, and zeros are served and committed",
+       "layer.c", "if (*lost)\n\t\tlayer_fail(l, err);", "",
+       tests="test_durability.py::test_error_of_stable_storage_ends_an_export_that_has_a_map")
+mutant("that stable storage has failed is not noted",
+       "an error of writeback is told once, and zeros are served and committed",
+       "bitmap.c", "else if (is_2 && get_le(header + 60, 4) & FAILED)", "else if (false)",
+       tests="test_durability.py::test_error_of_stable_storage_ends_an_export_that_has_a_map "
+             "test_faults.py::test_failed_sync_ends_an_export_that_has_a_bitmap_file")
+mutant("an error is told to who met it",
+       "the old committer eats the error of writeback, and FLUSH after a switch says 0",
+       "layer.c", "if (*lost)\n\t\tlayer_fail(l, err);", "",
+       "disk.c", "return err ? err : disk_error(d);", "return err;",
+       "disk.c", "int err = disk_error(d), none = 0;\n\n\twhile (!err && fdatasync",
+       "int err = 0, none = 0;\n\n\twhile (!err && fdatasync",
+       tests="test_durability.py::"
+             "test_error_of_a_commit_that_was_due_before_a_switch_is_told_after_it")
+mutant("the sync of the map is not looked at",
+       "a page of the map that cannot be written back is dropped, and its bits are lost",
+       "bitmap.c", "int err = sync_file(b);\n\n\t*lost |= err != 0;\n\treturn err;",
+       "sync_file(b);\n\t(void)lost;\n\treturn 0;",
+       tests="test_durability.py::test_writeback_that_fails_below_the_map")
+mutant("the live map is a mapping without room", "full disk under the bitmap file: SIGBUS",
+       "bitmap.c", OPENED, OPENED + MAPPED,
+       "bitmap.c", "int err = 0;\n\n\tif (!(atomic_load(&b->page[page]) & TAKEN)) {",
+       "int err = 0;\n\n\tif (b->fd >= 0)\n\t\treturn 0;\n"
+       "\tif (!(atomic_load(&b->page[page]) & TAKEN)) {",
+       tests="test_durability.py::test_full_file_system_under_the_map_is_enospc_of_a_write")
+mutant("the live map is a mapping", "the file of a mapping is truncated: SIGBUS",
+       "bitmap.c", OPENED, OPENED + MAPPED,
+       tests="test_durability.py::test_map_that_others_truncate_harms_no_client")
+mutant("a commit that fails is due again at the end", "SIGTERM with a full disk",
+       "worker.c", "if (pool.stop) {", "if (false) {",
+       tests="test_faults.py::test_full_disk_does_not_keep_the_server_from_ending")
+mutant("a file system is known by the boot id",
+       "the file system dies and is mounted again without a reboot: the live map is believed",
+       "bitmap.c", "return a == 0 || b == 0 || a == b;", "(void)a, (void)b;\n\treturn true;",
+       tests="test_durability.py::"
+             "test_file_system_that_is_mounted_again_has_no_block_that_nobody_wrote")
+mutant("a file is created where it will be, and then filled",
+       "--create killed in the middle leaves an empty image, which is served then",
+       "util.c", "fd = mkostemp(tmp, O_CLOEXEC);",
+       "fd = open(path, O_RDWR | O_CREAT | (replace ? 0 : O_EXCL) | O_CLOEXEC, 0600);",
+       "util.c", "err = name_file(tmp, path, replace);", "(void)name_file;",
+       tests="test_durability.py::test_kill_in_create_leaves_no_image_of_another_size")
+
+# A stop
+
+mutant("what has been received is dropped at the end", "SIGTERM answers with an error",
+       "conn.c", "if (c->state < CONN_REQUEST)\n\t\tconn_kill(c, \"server stops\");",
+       "conn_kill(c, \"server stops\");",
+       tests="test_restart.py::test_requests_that_were_received_are_answered")
+mutant("who waits for the origin gets an error at the end", "SIGTERM answers with an error",
+       "conn.c", "if (r->error == ECANCELED) {", "if (false) {",
+       tests="test_restart.py::test_what_waits_for_the_origin_gets_no_answer_and_can_be_repeated")
+mutant("late requests get ESHUTDOWN",
+       "a restart is an I/O error of a client that reconnects",
+       "conn.c", "r->error = proto_check_request(&c->session, &h);",
+       "r->error = c->stopping ? ESHUTDOWN : proto_check_request(&c->session, &h);",
+       "conn.c", "return c->state < CONN_FINISHING && !c->backlog && !c->stream && "
+       "!c->turned_away &&\n\t       !is_full(c) && (c->blocked || !c->stopping);",
+       "return c->state < CONN_FINISHING && !c->backlog && !c->stream && "
+       "!c->turned_away &&\n\t       !is_full(c);",
+       "conn.c", "if (c->gone || c->stopping) {", "if (c->gone) {",
+       tests="test_restart.py::test_client_of_qemu_does_not_notice_restarts "
+             "test_restart.py::test_client_that_goes_on_asking_loses_nothing")
+mutant("the status forgets stable storage", "exit status 0 though something is lost",
+       "xnbd.c", "|| commit_has_lost())", "|| (commit_has_lost() && false))",
+       tests="test_restart.py::test_flush_that_failed_is_told_by_the_status")
+mutant("a disk that keeps a thread is no loss", "exit status 0 though something is lost",
+       "xnbd.c", "remove_pidfile(s);\n\t\t_exit(EXIT_FAILURE);",
+       "remove_pidfile(s);\n\t\t_exit(EXIT_SUCCESS);",
+       tests="test_restart.py::test_disk_that_keeps_a_thread_is_told_by_the_status")
+mutant("what waits for the origin is not given up", "SIGTERM waits for a silent origin",
+       "xnbd.c", "\t\t\texports_give_up();", "\t\t\t(void)exports_give_up;",
+       "conn.c", "STOPPING_MS = 2500,", "STOPPING_MS = 25000,",
+       tests="test_order.py::test_server_ends_soon_though_requests_wait_for_the_origin")
+
+# Replies in pieces
+
+mutant("replies wait for the next event", "a reply stays behind a READ in pieces",
+       "conn.c", "go_on(c);\t/* a stream comes first, and may end */\n\t\tput_ready_replies(c);",
+       "put_ready_replies(c);\n\t\tgo_on(c);",
+       tests="test_protocol.py::test_small_read_beside_one_in_pieces_is_answered")
+
+# Clients that vanish, changes that overlap
+
+mutant("a change takes nothing from older ones",
+       "a write of a client that is gone lands over a newer one",
+       "order.c", "\t\ttake(i, len, off);\n", "\t\t(void)len, (void)off;\n",
+       tests="test_order.py::test_newer_change_outlives_one_that_the_disk_held_up_on_a_worker "
+             "test_order.py::test_newer_writes_outlive_those_that_waited_for_the_origin")
+mutant("a change gives up its place when it is durable",
+       "a FUA write holds up others until it is durable",
+       "backend.c", "int ret = order_enter(o, all.len, all.off) ?",
+       "int ret = order_enter(o, all.len, all.off) && !(r->h.flags & NBD_CMD_FLAG_FUA) ?",
+       "backend.c", "else if (ret != -EAGAIN)\n\t\torder_remove(&r->change);",
+       "else if (ret != -EAGAIN && !(r->h.flags & NBD_CMD_FLAG_FUA))\n"
+       "\t\torder_remove(&r->change);",
+       "backend.c", "order_remove(&r->change);\n\tif (error == 0)\n\t\terror = commit(r);\n"
+       "\tif (error == PENDING)\n\t\treturn;",
+       "if (error == 0)\n\t\terror = commit(r);\n\tif (error == PENDING)\n\t\treturn;\n"
+       "\torder_remove(&r->change);",
+       "order.c", "\tc->active.len = 0;\n\tif (done)\n", "\tif (!done)\n\t\tc->active.len = 0;\n"
+       "\tif (done)\n",
+       tests="test_order.py::test_write_does_not_wait_for_the_sync_of_an_older_one")
+mutant("a payload has all of its range while it comes",
+       "a write waits for a payload that does not come",
+       "order.h", "void order_init(struct order *o);",
+       "extern _Thread_local struct change *order_own;\nvoid order_init(struct order *o);",
+       "order.c", "void order_destroy(struct order *o)",
+       "_Thread_local struct change *order_own;\n\nvoid order_destroy(struct order *o)",
+       "order.c", "if (i == c)\n\t\t\tcontinue;", "if (i == c || i == order_own)\n\t\t\tcontinue;",
+       "conn.c", "c->state = CONN_PAYLOAD;\n",
+       "c->state = CONN_PAYLOAD;\n\tif (!r->error)\n"
+       "\t\torder_hold(r->backend->order, &r->change, r->h.len, r->h.off, false);\n",
+       "conn.c", "n = piece_size(c, n);\n\tif (n == 0)\n\t\treturn 0;",
+       "n = piece_size(c, n);\n\tif (n == 0)\n\t\treturn 0;\n\torder_own = &r->change;\n"
+       "\tif (n == c->current_left)\n\t\torder_remove(&r->change);",
+       "conn.c", "if (n < PROTO_REQUEST_SIZE)\n\t\treturn 0;",
+       "order_own = NULL;\n\tif (n < PROTO_REQUEST_SIZE)\n\t\treturn 0;",
+       tests="test_order.py::test_write_does_not_wait_for_the_payload_of_an_older_one")
+mutant("a change does not wait for one that is being stored",
+       "a write that was repeated on another connection lands over a newer one",
+       "order.c", "if (shares_block(i->active.off, i->active.len, off, len) &&\n"
+       "\t\t    (!i->pending || i->number < number))", "if (false)",
+       "order.c", "if (s != mine && atomic_load(&s->order) == o &&",
+       "if (false && s != mine && atomic_load(&s->order) == o &&",
+       tests="test_order.py::test_write_that_was_repeated_elsewhere_does_not_come_back")
+mutant("a hole in a change is not kept", "zeroing of a client that is gone destroys what is newer",
+       "order.c", "/* from its middle */\n", "\n\t\treturn;\n",
+       tests="test_order.py::test_newer_writes_outlive_a_long_zeroing")
+mutant("a zeroing is one step", "one client's long zeroing holds up the misses of all others",
+       "backend.h", "STEP_BYTES_MAX = 64 * 1024 * 1024,", "STEP_BYTES_MAX = 0x7ffff000,",
+       tests="test_order.py::test_misses_do_not_wait_for_a_long_zeroing")
+mutant("a change waits for older ones that have not begun",
+       "a write of a whole block waits for an older one",
+       "order.c", "if (i->number < number && i->count >= SPANS_MAX && has_left(i, len, off))",
+       "if (i->number < number && has_left(i, len, off))",
+       tests="test_order.py::test_write_of_a_whole_block_does_not_wait_for_a_silent_origin")
+mutant("a change that a newer one touches is done",
+       "a write that waits for the origin loses what a newer one has left of it",
+       "order.c", "\t\ttake(i, len, off);\n", "\t\tif (has_left(i, len, off))\n\t\t\ti->count = 0;\n",
+       tests="test_order.py::test_write_keeps_its_other_blocks_when_one_was_written_anew")
+mutant("who closes its side is gone, whatever it has said", "what was sent before DISC is lost",
+       "conn.c", "c->orderly = receive_rest(c) && has_disc(c);",
+       "c->orderly = receive_rest(c) && has_disc(c) && false;",
+       tests="test_order.py::test_what_was_sent_before_disc_is_carried_out")
+mutant("what a client that is gone asked for is not taken back",
+       "clients that gave up keep their places while the origin is silent",
+       "conn.c", "\t\tc->backlog = NULL;\n\t}\n\ttake_all_back(c);",
+       "\t\tc->backlog = NULL;\n\t}\n\t(void)take_all_back;",
+       tests="test_order.py::test_clients_that_gave_up_give_back_all_at_once")
+mutant("a client stays until it is answered",
+       "a client that left keeps its place until the origin answers",
+       "conn.c", "if (!in_transmission(c) || c->orderly)\n\t\treturn;",
+       "if (!in_transmission(c) || c->orderly || c->in_flight > 0)\n\t\treturn;",
+       "conn.c", "} while ((c->gone && !c->orderly && in_transmission(c)) ||",
+       "} while ((c->gone && !c->orderly && in_transmission(c) && c->in_flight == 0) ||",
+       tests="test_order.py::test_end_of_a_client_is_noticed_while_it_waits")
+mutant("the switch waits for changes that wait for the origin",
+       "what waits for the origin holds up the switch, or a snapshot after it",
+       "order.c", "if (i->number < number && i->count >= SPANS_MAX && has_left(i, len, off))",
+       "if (i->number < number && (i->count >= SPANS_MAX || (c && c->hold)) &&\n"
+       "\t\t    has_left(i, len, off))",
+       tests="test_order.py::test_nothing_holds_up_a_forced_switch_or_a_snapshot_after_it")
+
 
 # The runner
 

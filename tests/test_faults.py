@@ -1006,6 +1006,18 @@ def test_sync_that_does_not_end_does_not_keep_the_server_from_ending(bench):
         list(pool.map(hang, [bench.mode(name) for name in ("target", "cow-file", "proxy")]))
 
 
+@hazard("SIGTERM with a full disk")
+@with_map
+def test_full_disk_does_not_keep_the_server_from_ending(running):
+    """Under the bitmap file, when it is to be committed for the last time."""
+    carry_out(running, op(FLUSH), op(WRITE, 90 * BLOCK, 2 * BLOCK))
+    running.control.arm("pwrite", errno.ENOSPC, times=EVER)
+    running.server.expected_status = 1
+    running.server.stop()
+    assert running.says(WAITS)
+    running.control.disarm()
+
+
 # A snapshot
 
 @hazard("disk full, or an I/O error, under a snapshot")

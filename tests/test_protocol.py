@@ -1409,6 +1409,7 @@ def test_oldstyle_needs_no_word_of_the_client(oldstyle):
             assert reply.data == pattern(reply.request.offset, 100)
 
 
+@pytest.mark.hazard("a reply stays behind a READ in pieces")
 def test_small_read_beside_one_in_pieces_is_answered(server, disk):
     """Both go to workers; the small one is done first, and waits for the end of the other."""
     image = disk(4 * MIB, pattern(0, 4 * MIB))
