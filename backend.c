@@ -317,7 +317,7 @@ static void leave_gate(struct request *r)
  * The flush that FUA asks for; the flag is taken off, so that it happens once.  It may take
  * long, and does not hold up who closes the gate.
  */
-static int commit(struct request *r)
+int request_commit(struct request *r)
 {
 	if (!(r->h.flags & NBD_CMD_FLAG_FUA) || !proto_cmd_writes(r->h.cmd))
 		return 0;
@@ -332,20 +332,15 @@ int request_try(struct request *r)
 
 	r->absent = ret == ABSENT;
 	if (ret == 0)
-		return commit(r);
+		return request_commit(r);
 	return r->absent ? -EAGAIN : ret;
-}
-
-int request_commit(struct request *r)
-{
-	return commit(r);
 }
 
 void request_done(struct request *r, int error)
 {
 	order_remove(&r->change);
 	if (error == 0)
-		error = commit(r);
+		error = request_commit(r);
 	if (error == PENDING)
 		return;
 	r->error = -error;
@@ -358,7 +353,13 @@ void request_again(struct request *r)
 	r->done(r);
 }
 
-static void submit(struct request *r);
+static void run_job(struct job *job);
+
+static void submit(struct request *r)
+{
+	r->job.run = run_job;
+	worker_submit(&r->job);
+}
 
 /* Bring what it lacks; it waits outside the gate. */
 static void fetch(struct request *r, enum how how)
@@ -384,12 +385,6 @@ static void run_job(struct job *job)
 		fetch(r, WAIT);
 	else if (ret != PENDING)
 		request_done(r, ret);
-}
-
-static void submit(struct request *r)
-{
-	r->job.run = run_job;
-	worker_submit(&r->job);
 }
 
 void request_queue(struct request *r)

@@ -566,9 +566,13 @@ static int commit_write(struct request *r)
 	return r->error ? -r->error : request_commit(r);
 }
 
-/* Something is done with that outcome, and there is room for a reply. */
+/* Something is done with that outcome, and there is room for a reply; or it is PENDING. */
 static void settle(struct conn *c, struct request *r, int ret)
 {
+	if (ret == PENDING) {
+		lend(c, r);
+		return;
+	}
 	r->error = -ret;
 	put_reply(c, r);
 }
@@ -634,7 +638,10 @@ void conn_complete(struct conn *c, struct request *r)
 	r->inside = false;
 	if (r->again && c->state != CONN_DEAD) {
 		r->again = false;
-		append(&c->again_end, r);
+		if (r->whole && r->h.cmd == NBD_CMD_READ)
+			queue(c, r);	/* the stream waits for it */
+		else
+			append(&c->again_end, r);
 	} else {
 		take_home(c, r);
 		take_result(c, r);
@@ -817,15 +824,9 @@ static void start_read(struct conn *c, struct request *r)
 /* A WRITE, or what was refused: its payload has to be taken in any case. */
 static void start_payload(struct conn *c, struct request *r)
 {
-	int ret;
-
 	assert(r->error || r->h.cmd == NBD_CMD_WRITE);
 	if (r->h.len == 0) {
-		ret = commit_write(r);
-		if (ret == PENDING)
-			lend(c, r);
-		else
-			settle(c, r, ret);
+		settle(c, r, commit_write(r));
 		return;
 	}
 	c->current = r;
@@ -836,6 +837,7 @@ static void start_payload(struct conn *c, struct request *r)
 /* Carry out a request, also a piece of a WRITE, that has all that it needs; there is room. */
 static void start_request(struct conn *c, struct request *r)
 {
+	struct request *whole;
 	int ret;
 
 	if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {
@@ -846,19 +848,14 @@ static void start_request(struct conn *c, struct request *r)
 		start_read(c, r);
 		return;
 	}
+	whole = r->whole;
 	ret = request_try(r);
-	if (ret == -EAGAIN) {
+	if (ret == -EAGAIN)
 		queue(c, r);
-	} else if (ret == PENDING) {
-		lend(c, r);
-	} else if (!r->whole) {
+	else if (!whole || ret == PENDING)
 		settle(c, r, ret);
-	} else {
-		struct request *whole = r->whole;
-
-		if (piece_is_last(c, r, ret))
-			put_reply(c, whole);
-	}
+	else if (piece_is_last(c, r, ret))
+		put_reply(c, whole);
 }
 
 /* Room for the reply to a request: a READ is read into it. */
@@ -935,18 +932,17 @@ static int store(struct conn *c, struct request *r, const uint8_t *p)
 
 	r->buf = (uint8_t *)(uintptr_t)p;
 	ret = request_try(r);
-	if (ret == -EAGAIN) {
-		r->buf = buffer_get(r->h.len);
-		if (!r->buf)
-			return -ENOMEM;
-		r->buf_len = r->h.len;
-		memcpy(r->buf, p, r->h.len);
-		queue(c, r);
-		return PENDING;
-	}
 	if (ret == PENDING)
 		lend(c, r);
-	return ret;
+	if (ret != -EAGAIN)
+		return ret;
+	r->buf = buffer_get(r->h.len);
+	if (!r->buf)
+		return -ENOMEM;
+	r->buf_len = r->h.len;
+	memcpy(r->buf, p, r->h.len);
+	queue(c, r);
+	return PENDING;
 }
 
 /* The whole payload is here. */
@@ -1003,7 +999,6 @@ static size_t piece_size(const struct conn *c, size_t n)
 static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 {
 	struct request *r = c->current;
-	int ret;
 
 	n = piece_size(c, n);
 	if (n == 0)
@@ -1024,13 +1019,8 @@ static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 		return n;
 	c->current = NULL;
 	c->state = CONN_REQUEST;
-	if (r->pieces > 0)
-		return n;
-	ret = commit_write(r);
-	if (ret == PENDING)
-		lend(c, r);
-	else
-		settle(c, r, ret);
+	if (r->pieces == 0)
+		settle(c, r, commit_write(r));
 	return n;
 }
 

@@ -63,7 +63,7 @@ static int complete(struct layer *l, bool *lost)
 		      -EBUSY;
 	if (!err)
 		atomic_fetch_add(&l->brought, missing);
-	order_release(&hold);
+	order_remove(&hold);
 	return err;
 }
 
@@ -323,7 +323,7 @@ int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, 
 		off += n;
 		len -= n;
 	}
-	order_release(&hold);
+	order_remove(&hold);
 	return ret;
 }
 
@@ -345,7 +345,7 @@ static int zero_missing_in(struct layer *l, uint64_t len, uint64_t off)
 		off += n;
 		len -= n;
 	}
-	order_release(&hold);
+	order_remove(&hold);
 	return ret;
 }
 

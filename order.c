@@ -414,8 +414,3 @@ bool order_hold(struct order *o, struct change *c, uint64_t len, uint64_t off, b
 	pthread_mutex_unlock(&o->lock);
 	return free;
 }
-
-void order_release(struct change *c)
-{
-	order_remove(c);
-}

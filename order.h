@@ -82,14 +82,13 @@ int order_begin(struct change *c, uint64_t max, bool wait, struct span *part);
 /* That I/O has ended.  done: it need not be done again; stored: its data is in the image. */
 void order_end(struct change *c, bool done, bool stored);
 
-/* The change is over: its memory may go away.  What is not registered is left as it is. */
+/* The change, or hold, is over: its memory may go away.  What is not registered is left as it is. */
 void order_remove(struct change *c);
 
 /*
  * Be alone with a range for a while, without changing what the order is about: to store fetched
- * blocks, to copy old ones.  False if it would have to wait, and wait is not set.
+ * blocks, to copy old ones; until order_remove().  False if it would have to wait, and wait is not set.
  */
 bool order_hold(struct order *o, struct change *c, uint64_t len, uint64_t off, bool wait);
-void order_release(struct change *c);
 
 #endif

@@ -218,7 +218,7 @@ static void copy_image(struct snapshot *s)
 			fail(s, err);
 		else
 			atomic_store(&s->position, off + len);
-		order_release(&hold);
+		order_remove(&hold);
 		off += len;
 		log_progress(s, &log_at);
 	}
