@@ -89,20 +89,12 @@ static uint64_t unit_of(const struct copy *c)
 	return min > BLOCK_SIZE ? min : BLOCK_SIZE;
 }
 
-/* Something to do for the pump.  Called with the lock; true: submit it, without the lock. */
-static bool wake(struct copy *c)
+/* Something to do for the pump. */
+static void unlock_and_pump(struct copy *c)
 {
 	bool submit = !c->pumping;
 
-	c->awake = true;
-	c->pumping = true;
-	return submit;
-}
-
-static void unlock_and_pump(struct copy *c)
-{
-	bool submit = wake(c);
-
+	c->awake = c->pumping = true;
 	pthread_mutex_unlock(&c->lock);
 	if (submit)
 		worker_submit(&c->job);

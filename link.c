@@ -274,20 +274,11 @@ static void *lookup_main(void *arg)
 	return NULL;
 }
 
-static int lookup_start_thread(struct lookup *k)
-{
-	pthread_t thread;
-	int err = thread_start(&thread, LOOKUP_STACK, lookup_main, k);
-
-	if (!err)
-		pthread_detach(thread);
-	return err;
-}
-
 /* Have the name looked up.  The result comes from the descriptor that is returned, or -1. */
 static int lookup_start(const struct link_target *t)
 {
 	struct lookup *k = malloc(sizeof(*k));
+	pthread_t thread;
 	int fds[2];
 
 	if (!k || make_pipe(fds) < 0) {
@@ -297,8 +288,10 @@ static int lookup_start(const struct link_target *t)
 	k->fd = fds[1];
 	k->target = link_target_new(t->host, t->port, "");
 	if (atomic_fetch_add(&lookups, 1) < LOOKUPS_MAX && k->target &&
-	    lookup_start_thread(k) == 0)
+	    thread_start(&thread, LOOKUP_STACK, lookup_main, k) == 0) {
+		pthread_detach(thread);
 		return fds[0];
+	}
 	lookup_free(k);
 	close(fds[0]);
 	return -1;

@@ -233,13 +233,6 @@ static _Noreturn void show_help(const struct program *p)
 	end_output();
 }
 
-/* The program's name is the first word of its usage. */
-static _Noreturn void show_version(const struct program *p)
-{
-	printf("%.*s %s\n", (int)strcspn(p->usage, " "), p->usage, XNBD_VERSION);
-	end_output();
-}
-
 static void add_laddr(struct options *o, const char *value)
 {
 	o->laddr = not_null(realloc(o->laddr, (o->laddrs + 1) * sizeof(*o->laddr)));
@@ -342,7 +335,9 @@ static void set_option(const struct program *p, void *o, const struct known *k, 
 	case KIND_HELP:
 		show_help(p);
 	case KIND_VERSION:
-		show_version(p);
+		/* The program's name is the first word of its usage. */
+		printf("%.*s %s\n", (int)strcspn(p->usage, " "), p->usage, XNBD_VERSION);
+		end_output();
 	}
 }
 
