@@ -88,22 +88,17 @@ void gate_open(struct gate *g)
 	g->opened();
 }
 
-/* The bytes that the extents of r describe. */
-static uint64_t described(const struct request *r)
+/* Whether the extents of r describe all of its range, and there is a hole. */
+static bool has_holes(const struct request *r)
 {
 	uint64_t len = 0;
+	bool hole = false;
 
-	for (unsigned i = 0; i < r->extents; i++)
+	for (unsigned i = 0; i < r->extents; i++) {
 		len += r->extent[i].len;
-	return len;
-}
-
-static bool has_hole(const struct request *r)
-{
-	for (unsigned i = 0; i < r->extents; i++)
-		if (r->extent[i].flags & NBD_STATE_ZERO)
-			return true;
-	return false;
+		hole |= r->extent[i].flags & NBD_STATE_ZERO;
+	}
+	return hole && len >= r->h.len;
 }
 
 /* BLOCK_STATUS: "NBD_REPLY_TYPE_BLOCK_STATUS" */
@@ -133,7 +128,7 @@ static void find_holes(struct backend *b, struct request *r)
 	if (!r->extent)
 		return;
 	r->extents = b->ops->extents(b, r->extent, SPARSE_READ_EXTENTS, r->h.len, r->h.off, &ret);
-	if (!has_hole(r) || described(r) < r->h.len)
+	if (!has_holes(r))
 		r->extents = 0;
 }
 

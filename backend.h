@@ -44,7 +44,7 @@ struct backend_ops {
 	/* Make the range read as zeros; flags may hold NO_HOLE and FAST_ZERO.  WAIT. */
 	int (*zero)(struct backend *b, uint64_t len, uint64_t off, unsigned flags);
 
-	/* Drop the contents of the range's whole blocks; -EOPNOTSUPP if nothing was done.  WAIT. */
+	/* Drop the contents of a range of whole blocks; -EOPNOTSUPP if nothing was done.  WAIT. */
 	int (*trim)(struct backend *b, uint64_t len, uint64_t off);
 
 	/* Make durable all that was done before. */

@@ -1026,20 +1026,14 @@ static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 
 /* READs in pieces */
 
-static uint64_t piece_of_stream(const struct conn *c, uint64_t from)
-{
-	uint64_t left = c->stream->h.len - from;
-
-	return left < READ_PIECE ? left : READ_PIECE;
-}
-
 static struct request *new_piece(struct conn *c)
 {
 	struct request *r = c->stream, *piece;
+	uint64_t left = r->h.len - c->stream_asked;
 	const struct proto_request h = {
 		.cmd = NBD_CMD_READ,
 		.off = r->h.off + c->stream_asked,
-		.len = piece_of_stream(c, c->stream_asked),
+		.len = left < READ_PIECE ? left : READ_PIECE,
 	};
 
 	piece = new_request(c, &h);

@@ -33,6 +33,7 @@ enum {
 	WINDOW_START = 64,
 	WINDOW_MAX = 1024,
 	QUEUE_US = 2000,		/* of delay that is allowed besides twice the least one */
+	SHARE = 16,			/* parts of the window, of which one is asked for at once */
 
 	RATE_MS = 1000,			/* the rate is that of this time, about */
 };
@@ -161,10 +162,22 @@ static void split(struct copy *c, struct piece *p)
 	put_again(c, half);
 }
 
+/*
+ * Whether to ask for more.  Where many are under way, which come one by one from far away, more
+ * than one is worth the wake-up of the pump and the origin's thread.
+ */
+static bool is_worth_while(const struct copy *c)
+{
+	unsigned window = c->window / 1000;
+
+	return c->under_way + window / SHARE <= window;
+}
+
 static bool piece_done(struct waiter *w, uint8_t *buf, bool whole, int error)
 {
 	struct piece *p = (struct piece *)w;
 	struct copy *c = p->copy;
+	bool pump = true;
 
 	(void)whole;
 	pthread_mutex_lock(&c->lock);
@@ -173,13 +186,17 @@ static bool piece_done(struct waiter *w, uint8_t *buf, bool whole, int error)
 		c->copied += w->len;
 		adapt_window(c, now_us() - p->begun);
 		free(p);
+		pump = is_worth_while(c);
 	} else if (buf || error != -EIO) {
 		c->error = error == -ECANCELED ? -ESHUTDOWN : error;
 		free(p);
 	} else {
 		split(c, p);
 	}
-	unlock_and_pump(c);
+	if (pump)
+		unlock_and_pump(c);
+	else
+		pthread_mutex_unlock(&c->lock);
 	return false;
 }
 

@@ -348,15 +348,9 @@ int disk_zero(struct disk *d, uint64_t len, uint64_t off, unsigned flags)
 
 int disk_trim(struct disk *d, uint64_t len, uint64_t off)
 {
-	uint64_t end = off + len, from = round_up(off);
-	int ret;
+	int ret = before_change(d, len, off, WAIT);
 
-	if (end < d->backend.size || d->block_device)
-		end = round_down(end);
-	if (from >= end)
-		return 0;
-	ret = before_change(d, end - from, from, WAIT);
-	return ret ? ret : punch(d, from, end - from);
+	return ret ? ret : punch(d, off, len);
 }
 
 void disk_prefetch(struct disk *d, uint64_t len, uint64_t off)

@@ -52,7 +52,7 @@ int disk_write(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off, e
 /* Zero a range; of flags, NO_HOLE and FAST_ZERO count. */
 int disk_zero(struct disk *d, uint64_t len, uint64_t off, unsigned flags);
 
-/* Punch out the whole blocks of a range; -EOPNOTSUPP where there are no holes. */
+/* Punch out a range of whole blocks; -EOPNOTSUPP where there are no holes. */
 int disk_trim(struct disk *d, uint64_t len, uint64_t off);
 
 void disk_prefetch(struct disk *d, uint64_t len, uint64_t off);

@@ -283,15 +283,9 @@ int layer_zero(struct layer *l, uint64_t len, uint64_t off, unsigned flags)
 
 int layer_trim(struct layer *l, uint64_t len, uint64_t off)
 {
-	uint64_t head = layer_head(len, off), whole = layer_whole(l, len - head, off + head);
-	int ret;
+	int err = bitmap_note_change(l->map);
 
-	if (whole == 0)
-		return 0;
-	ret = bitmap_note_change(l->map);
-	if (ret == 0)
-		ret = zero_whole(l, whole, off + head, NBD_CMD_FLAG_FAST_ZERO);
-	return ret;
+	return err ? err : zero_whole(l, len, off, NBD_CMD_FLAG_FAST_ZERO);
 }
 
 /* A run that is not held and stays so, since its range is. */

@@ -71,7 +71,7 @@ int layer_write(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off,
 /* The same for zeros; flags as in disk_zero().  Blocks. */
 int layer_zero(struct layer *l, uint64_t len, uint64_t off, unsigned flags);
 
-/* Whole blocks of the range become holes; -EOPNOTSUPP where there are none.  Blocks. */
+/* A range of whole blocks becomes a hole; -EOPNOTSUPP where there are none.  Blocks. */
 int layer_trim(struct layer *l, uint64_t len, uint64_t off);
 
 /*

@@ -68,16 +68,11 @@ void order_destroy(struct order *o)
 
 /* Spans */
 
-static uint64_t block_of(uint64_t off)
-{
-	return off / BLOCK_SIZE;
-}
-
 /* Whether both have bytes in the same block. */
 static bool shares_block(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
 {
-	return a_len > 0 && b_len > 0 && block_of(a) <= block_of(b + b_len - 1) &&
-	       block_of(b) <= block_of(a + a_len - 1);
+	return a_len > 0 && b_len > 0 && a / BLOCK_SIZE <= (b + b_len - 1) / BLOCK_SIZE &&
+	       b / BLOCK_SIZE <= (a + a_len - 1) / BLOCK_SIZE;
 }
 
 /* The first span of what is left that ends behind off; c->count if there is none. */
@@ -122,12 +117,6 @@ static bool grow(struct change *c)
 	return true;
 }
 
-static void drop_spans(struct change *c, unsigned i, unsigned n)
-{
-	memmove(&c->left[i], &c->left[i + n], (c->count - i - n) * sizeof(c->left[0]));
-	c->count -= n;
-}
-
 /* Take a range from what is left. */
 static void take(struct change *c, uint64_t len, uint64_t off)
 {
@@ -157,7 +146,8 @@ static void take(struct change *c, uint64_t len, uint64_t off)
 	}
 	while (i + n < c->count && c->left[i + n].off + c->left[i + n].len <= end)
 		n++;
-	drop_spans(c, i, n);
+	memmove(&c->left[i], &c->left[i + n], (c->count - i - n) * sizeof(c->left[0]));
+	c->count -= n;
 	if (i < c->count && c->left[i].off < end) {
 		c->left[i].len -= end - c->left[i].off;
 		c->left[i].off = end;

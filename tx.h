@@ -37,11 +37,6 @@ struct tx *tx_new(void);
 /* Forget what is in it.  The caller has taken care of held. */
 void tx_reset(struct tx *tx);
 
-static inline bool tx_is_empty(const struct tx *tx)
-{
-	return tx->iovs == 0;
-}
-
 /* Room for bytes, and for iovs references to memory. */
 static inline bool tx_has_room(const struct tx *tx, size_t bytes, unsigned iovs)
 {
