@@ -107,8 +107,8 @@ mutant("every name means the first export", "a client reaches an export that it 
        tests="test_exports.py::test_name_that_is_not_there_is_refused")
 mutant("all exports have the size of the first",
        "a client reaches an export that it did not name: its range",
-       "proto.c", "out_be64(o->out, e->size);\n\t\tout_be16",
-       "out_be64(o->out, o->exports->entry[0]->size);\n\t\tout_be16",
+       "proto.c", "out_be(o->out, 8, e->size);\n\t\tout_be(o->out, 2,",
+       "out_be(o->out, 8, o->exports->entry[0]->size);\n\t\tout_be(o->out, 2,",
        tests="test_exports.py::test_ranges_are_those_of_the_export")
 mutant("EXPORT_NAME gets the first export",
        "a client reaches an export that it did not name: a thousand clients",
@@ -237,8 +237,8 @@ mutant("zeroing ends after 16 MiB",
        tests="test_hazards.py::test_long_zeroing_clears_all_of_its_range")
 mutant("TRIM ends after 16 MiB",
        "WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part",
-       "disk.c", "return ret ? ret : punch(d, from, end - from);",
-       "return ret ? ret : punch(d, from, end - from > 16 << 20 ? 16 << 20 : end - from);",
+       "disk.c", "return ret ? ret : punch(d, off, len);",
+       "return ret ? ret : punch(d, off, len > 16 << 20 ? 16 << 20 : len);",
        tests="test_hazards.py::test_long_zeroing_clears_all_of_its_range")
 mutant("TRIM of a part clears its whole first block",
        "TRIM or WRITE_ZEROES of a partial block clears the wrong end",
@@ -270,7 +270,7 @@ mutant("FLUSH is done by the thread of its connection", "a disk that hangs",
        "(void)r;\n\treturn b->readonly ? 0 : disk_sync(to_disk(b));",
        tests="test_faults.py::test_sync_that_hangs_holds_up_only_who_waits_for_it")
 mutant("FUA does not flush", "flags on every command",
-       "backend.c", "if (ret == 0)\n\t\treturn commit(r);\n\treturn r->absent",
+       "backend.c", "if (ret == 0)\n\t\treturn request_commit(r);\n\treturn r->absent",
        "if (ret == 0)\n\t\treturn 0;\n\treturn r->absent",
        tests="test_protocol.py::test_fua_write_is_stable")
 mutant("reads share a file offset", "two connections read at once through a shared file offset",
@@ -330,7 +330,7 @@ mutant("a connection is freed while its requests are in flight", "closes with 64
              "test_origin.py::test_client_may_leave_while_it_waits")
 mutant("the memory of a dead client's request stays", "closes with 64 reads in flight",
        "conn.c", "\ttake_home(c, r);\n\tc->buffered -= r->counted;",
-       "\tif (c->state == CONN_DEAD) {\n" + TAKE.format(65536) + "\n\t}\n\ttake_home(c, r);\n"
+       "\tif (c->state == CONN_DEAD) {\n" + TAKE.format("1 << 20") + "\n\t}\n\ttake_home(c, r);\n"
        "\tc->buffered -= r->counted;",
        tests="test_order.py::test_clients_that_gave_up_give_back_all_at_once")
 mutant("a WRITE clears its range before its payload comes", "client dies within a payload",
@@ -470,7 +470,8 @@ mutant("nobody copies before a write", "a snapshot is not of one instant",
        "(void)d, (void)len, (void)off, (void)how;\n\treturn 0;",
        tests="test_snapshot.py::test_ten_snapshots_under_load_are_each_one_instant")
 mutant("nobody copies before a TRIM", "a snapshot is not of one instant",
-       "disk.c", "ret = before_change(d, end - from, from, WAIT);", "ret = 0;",
+       "disk.c", "int ret = before_change(d, len, off, WAIT);\n\n\treturn ret ? ret : punch",
+       "int ret = 0;\n\n\treturn ret ? ret : punch",
        tests="test_snapshot.py::test_disk_cleared_as_a_whole_during_a_snapshot_is_in_it "
              "test_snapshot.py::test_zeroes_and_trims_during_a_snapshot_are_not_in_it")
 mutant("a snapshot does not wait for those inside", "a snapshot is not of one instant",
@@ -532,15 +533,15 @@ mutant("pieces of a payload end anywhere", "client dies after 4 of 64 KiB",
        tests="test_cow.py::test_client_that_dies_in_a_payload_leaves_each_block_old_or_new")
 mutant("the halves of a block are merged at the same time",
        "two clients write the two halves of one fresh block",
-       "order.c", "block_of(a) <= block_of(b + b_len - 1) &&\n"
-       "\t       block_of(b) <= block_of(a + a_len - 1);",
+       "order.c", "a / BLOCK_SIZE <= (b + b_len - 1) / BLOCK_SIZE &&\n"
+       "\t       b / BLOCK_SIZE <= (a + a_len - 1) / BLOCK_SIZE;",
        "a <= b + b_len - 1 &&\n\t       b <= a + a_len - 1;",
        tests="test_cow.py::test_clients_at_the_same_moment_all_win")
 mutant("a range within another does not overlap it",
        "an aligned write during another's partial write",
-       "order.c", "block_of(a) <= block_of(b + b_len - 1) &&\n"
-       "\t       block_of(b) <= block_of(a + a_len - 1);",
-       "block_of(a) == block_of(b);",
+       "order.c", "a / BLOCK_SIZE <= (b + b_len - 1) / BLOCK_SIZE &&\n"
+       "\t       b / BLOCK_SIZE <= (a + a_len - 1) / BLOCK_SIZE;",
+       "a / BLOCK_SIZE == b / BLOCK_SIZE;",
        tests="test_hazards.py::test_aligned_write_during_another_one_stays "
              "test_cow.py::test_clients_at_the_same_moment_all_win")
 mutant("a loop does not look at those that others store",
@@ -1268,9 +1269,9 @@ mutant("a change gives up its place when it is durable",
        "backend.c", "else if (ret != -EAGAIN)\n\t\torder_remove(&r->change);",
        "else if (ret != -EAGAIN && !(r->h.flags & NBD_CMD_FLAG_FUA))\n"
        "\t\torder_remove(&r->change);",
-       "backend.c", "order_remove(&r->change);\n\tif (error == 0)\n\t\terror = commit(r);\n"
-       "\tif (error == PENDING)\n\t\treturn;",
-       "if (error == 0)\n\t\terror = commit(r);\n\tif (error == PENDING)\n\t\treturn;\n"
+       "backend.c", "order_remove(&r->change);\n\tif (error == 0)\n"
+       "\t\terror = request_commit(r);\n\tif (error == PENDING)\n\t\treturn;",
+       "if (error == 0)\n\t\terror = request_commit(r);\n\tif (error == PENDING)\n\t\treturn;\n"
        "\torder_remove(&r->change);",
        "order.c", "\tc->active.len = 0;\n\tif (done)\n", "\tif (!done)\n\t\tc->active.len = 0;\n"
        "\tif (done)\n",
