@@ -48,7 +48,7 @@ enum {
 	OPTION_DATA_MAX = PROTO_MAX_PAYLOAD,	/* an option with more is an attack */
 
 	IN_FLIGHT_MAX = 512,
-	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more request of up to 32 MiB may pass it */
+	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more piece may pass it */
 
 	HEARD_US = 50,			/* after this long a client may be gone, and back elsewhere */
 
