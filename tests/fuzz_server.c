@@ -409,6 +409,8 @@ static void check_read(const struct proto_session *s, const struct proto_request
 	struct proto_answer a;
 	uint64_t at = 0, len;
 
+	if (r->len > PROTO_MAX_PAYLOAD)		/* our own client does not ask for so much */
+		return;
 	proto_answer_begin(&a, r);
 	for (unsigned i = 0; at < r->len; at += len, i++) {
 		bool hole = s->structured && take(in, 1) & 1, last;
