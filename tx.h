@@ -14,7 +14,7 @@
 
 enum {
 	TX_IOVS = 1024,			/* IOV_MAX of every system that we know */
-	TX_BYTES = 512 * 1024,		/* a piece of a READ, and as much again */
+	TX_BYTES = 516 * 1024,		/* two pieces of READs, with their headers */
 };
 
 /*
