@@ -231,7 +231,7 @@ static void start_copy(unsigned blocks)
 {
 	assert(blocks <= BLOCKS_MAX);
 	copies++;
-	copy_runs = cached < total;
+	copy_runs |= cached < total;	/* one that runs ends by end_copy() only */
 }
 
 static void release_copy(void)
