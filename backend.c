@@ -25,6 +25,9 @@ enum { SPARSE_READ_MIN = 16 * 1024 };
 /* A READ is not answered in more pieces than this. */
 enum { SPARSE_READ_EXTENTS = 64 };
 
+/* A range of the disk that one reply describes at most, in a time that nobody notices. */
+static const uint64_t DESCRIBED_MAX = UINT64_C(64) << 30;
+
 /* "Transmission flags": what this backend lets a client do. */
 static uint16_t transmission_flags(const struct backend *b)
 {
@@ -105,13 +108,14 @@ static bool has_holes(const struct request *r)
 static int describe(struct backend *b, struct request *r)
 {
 	unsigned max = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
+	uint64_t len = r->h.len < DESCRIBED_MAX ? r->h.len : DESCRIBED_MAX;
 	int ret = 0;
 
 	if (!r->extent)
 		r->extent = calloc(max, sizeof(*r->extent));
 	if (!r->extent)
 		return -ENOMEM;
-	r->extents = b->ops->extents(b, r->extent, max, r->h.len, r->h.off, &ret);
+	r->extents = b->ops->extents(b, r->extent, max, len, r->h.off, &ret);
 	return ret;
 }
 

@@ -353,6 +353,20 @@ def test_extents_cover_the_disk_and_tell_the_truth(serve, disk, flags):
         assert at == LARGE
 
 
+@pytest.mark.parametrize("flags", [0, NBD_CMD_FLAG_REQ_ONE], ids=["plain", "REQ_ONE"])
+def test_one_reply_describes_64_gib_at_most(serve, disk, flags):
+    """A disk of 16 TiB would take seconds, in which nothing else of the thread is done."""
+    size = (1 << 44) - (1 << 40)
+    s = serve(disk(size))
+    with s.client(structured=EXTENDED, contexts=[ALLOCATION]) as c:
+        for at in (0, 12345, size - 64 * GIB - 1, size - 5):
+            extents = c.block_status(size - at, at, flags)[ALLOCATION]
+            told = sum(length for length, _ in extents)
+            assert 0 < told <= min(size - at, 64 * GIB)
+            if not s.origin:
+                assert told == min(size - at, 64 * GIB)
+
+
 def test_extents_fit_32_bits_where_headers_are_compact(serve, disk):
     """nbd.py sees that none is longer than what was asked about."""
     with serve(disk(LARGE)).client(contexts=[ALLOCATION]) as c:
