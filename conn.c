@@ -222,6 +222,8 @@ void conn_kill(struct conn *c, const char *why)
 	if (c->state == CONN_DEAD)
 		return;
 	log_end(c, why);
+	if (c->export)
+		atomic_fetch_sub(&c->export->backend->order->clients, 1);
 	atomic_store(&c->dead, true);	/* before the client can know, and come back */
 	close(c->fd);
 	c->fd = -1;
@@ -664,6 +666,7 @@ static void enter_transmission(struct conn *c)
 		return;
 	}
 	c->export = (struct export *)((char *)(uintptr_t)e - offsetof(struct export, proto));
+	atomic_fetch_add(&c->export->backend->order->clients, 1);
 	c->state = CONN_REQUEST;
 	if (!c->stopping)
 		c->deadline = 0;
@@ -864,7 +867,10 @@ static size_t reply_bytes(const struct proto_request *h)
 	return h->cmd == NBD_CMD_READ && h->len <= READ_PIECE ? h->len + PROTO_REPLY_ROOM : STEP_BYTES;
 }
 
-/* Whether the client is still there, as far as can be known before its next change is taken. */
+/*
+ * Whether the client is still there, as far as can be known before its next change is taken.  It
+ * matters where another connection can bring what this one owed.
+ */
 static bool is_there(struct conn *c)
 {
 	struct pollfd p = { .fd = c->fd, .events = POLLRDHUP };
@@ -872,6 +878,8 @@ static bool is_there(struct conn *c)
 
 	if (c->gone)
 		return c->orderly;
+	if (atomic_load(&c->export->backend->order->clients) == 1)
+		return true;
 	now = now_us();
 	if (now - c->heard < HEARD_US || now - c->loop->polled < HEARD_US)
 		return true;

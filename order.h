@@ -30,6 +30,7 @@ struct order {
 	atomic_uint count;		/* how many */
 	atomic_uint waiting;		/* threads in order_begin() or order_hold() */
 	atomic_uint_least64_t taken;	/* grows by 2 for each change that is numbered */
+	atomic_uint clients;		/* connections by which changes may come */
 };
 
 /* A change that is not done at once.  All zero is one that is not registered. */

@@ -173,6 +173,15 @@ def make_disk(path, size=None, content=b"", sparse=True):
 
 
 @pytest.fixture
+def tmp_path(request, tmp_path):
+    """pytest's, and emptied when the test has passed: a whole run would leave 13 GB."""
+    failed = request.session.testsfailed
+    yield tmp_path
+    if request.session.testsfailed == failed:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.fixture
 def disk(tmp_path):
     """disk(size, content, sparse, name): makes an image, returns its Path."""
     made = []
