@@ -96,18 +96,21 @@ struct gate {
 	void (*opened)(void);		/* wakes those who were turned away */
 };
 
-/* What clients have asked for and not got yet, all of them together; and how much that may be. */
+/*
+ * What all clients have asked for and not got yet, and how much that may be.  A client that has
+ * nothing may always ask: so many more there may be.
+ */
 struct load {
 	atomic_size_t requests;
-	atomic_size_t bytes;		/* in buffers of requests */
-	size_t requests_max, bytes_max;	/* 0: each connection has bounds of its own */
+	atomic_size_t bytes;		/* of data that requests need */
+	size_t requests_max, bytes_max;
 	void (*room)(void);		/* there is room again; any thread */
 };
+extern struct load load;
 
 /* A name that clients ask for, and what they get. */
 struct export {
 	struct proto_export proto;
-	struct load load;
 	struct backend *backend;
 	struct gate gate;
 	struct lane lane;		/* of its requests, when they wait for the disk */

@@ -47,6 +47,9 @@ enum {
 
 	OPTION_DATA_MAX = PROTO_MAX_PAYLOAD,	/* an option with more is an attack */
 
+	TURN_BYTES = 4 * 1024 * 1024,	/* of replies and payloads; then it is another one's turn */
+	STEP_COST = 4096,		/* bytes that a request counts for besides */
+
 	IN_FLIGHT_MAX = 512,
 	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more piece may pass it */
 
@@ -93,13 +96,27 @@ struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports
 	return c;
 }
 
-/* Count down what bounds the load; there may be room again. */
-static void unload(const struct load *load, atomic_size_t *count, size_t n, size_t max)
+/* How much is left of what all clients may have. */
+static size_t room_in(const atomic_size_t *total, size_t max)
 {
-	size_t before = atomic_fetch_sub(count, n);
+	size_t now = atomic_load(total);
 
-	if (max && before >= max && before - n < max)
-		load->room();
+	return now < max ? max - now : 0;
+}
+
+/* Whether a client has enough: all of its own, or more than twice of what is left to others. */
+static bool is_enough(size_t own, size_t own_max, size_t room)
+{
+	return own >= own_max || (own > 0 && (room == 0 || own / 2 > room));
+}
+
+/* Count down; there may be room again for those who had too little. */
+static void unload(atomic_size_t *total, size_t n, size_t max)
+{
+	size_t before = atomic_fetch_sub(total, n);
+
+	if (before >= max / 2 && before - n < max / 2)
+		load.room();
 }
 
 /* Data that a request needs, or will: the connection has a bound for it, and maybe all have one. */
@@ -109,20 +126,18 @@ static void charge(struct conn *c, struct request *r)
 		return;
 	r->counted = r->h.len < READ_PIECE ? r->h.len : READ_PIECE;	/* more is done in pieces */
 	c->buffered += r->counted;
-	atomic_fetch_add(&c->export->load.bytes, r->counted);
+	atomic_fetch_add(&load.bytes, r->counted);
 }
 
 /* It is with others no more, nor will be: what it waits for now, if anything, is its client. */
 static void take_home(struct conn *c, struct request *r)
 {
-	struct load *load = &c->export->load;
-
 	if (!r->lent)
 		return;
 	r->lent = false;
 	c->in_flight--;
-	unload(load, &load->requests, 1, load->requests_max);
-	unload(load, &load->bytes, r->counted, load->bytes_max);
+	unload(&load.requests, 1, load.requests_max);
+	unload(&load.bytes, r->counted, load.bytes_max);
 }
 
 static void free_request(struct conn *c, struct request *r)
@@ -504,35 +519,6 @@ static void put_ready_replies(struct conn *c)
 
 /* Requests in flight */
 
-/*
- * Take a place among the requests of all clients, where these are bounded, before a step that may
- * need one.  False if there is none.
- */
-static bool reserve(struct conn *c)
-{
-	struct load *load = c->export ? &c->export->load : NULL;
-	size_t count;
-
-	if (!load || !load->requests_max)
-		return true;
-	count = atomic_load(&load->requests);
-	while (count < load->requests_max)
-		if (atomic_compare_exchange_weak(&load->requests, &count, count + 1)) {
-			c->reserved = true;
-			return true;
-		}
-	return false;
-}
-
-/* The step did not need it. */
-static void unreserve(struct conn *c)
-{
-	struct load *load = &c->export->load;
-
-	c->reserved = false;
-	unload(load, &load->requests, 1, load->requests_max);
-}
-
 /* A request, or a piece of one, is with others until conn_complete(). */
 static void lend(struct conn *c, struct request *r)
 {
@@ -545,9 +531,7 @@ static void lend(struct conn *c, struct request *r)
 		return;
 	r->lent = true;
 	c->in_flight++;
-	if (!c->reserved)
-		atomic_fetch_add(&c->export->load.requests, 1);
-	c->reserved = false;
+	atomic_fetch_add(&load.requests, 1);
 }
 
 /* Others have to do it: a worker, or whoever brings what it needs. */
@@ -775,6 +759,13 @@ static struct request *new_request(struct conn *c, const struct proto_request *h
 	return r;
 }
 
+/* Take note of what has been done in this turn. */
+static void spend(struct conn *c, size_t bytes)
+{
+	c->spent += bytes;
+	c->tired = c->spent >= TURN_BYTES;
+}
+
 /*
  * READ, or a piece of it, straight into the reply, behind its header: true if that was possible
  * without blocking; else nothing has changed.  There is room.
@@ -792,9 +783,11 @@ static bool read_copied(struct conn *c, const struct request *whole, struct requ
 	r->buf = tx_tail(tx) + head;
 	r->error = -request_try(r);
 	r->buf = own;
-	if (r->error == 0)
-		tx_add(tx, head + r->h.len);
-	return r->error == 0;
+	if (r->error != 0)
+		return false;
+	tx_add(tx, head + r->h.len);
+	spend(c, r->h.len);
+	return true;
 }
 
 /* A READ that waits for others has no memory for its data: that is got when the data is there. */
@@ -1140,7 +1133,7 @@ static bool put_piece(struct conn *c)
 /* Go on with the stream, inside the gate. */
 static void go_on_with_stream(struct conn *c)
 {
-	while (c->stream) {
+	while (c->stream && !c->tired) {
 		if (c->stream->error || c->stream_sent == c->stream->h.len) {
 			if (!make_room(c, STEP_BYTES, 1) || c->stream->pieces > 0)
 				return;
@@ -1159,26 +1152,18 @@ static bool in_transmission(const struct conn *c)
 	return c->state == CONN_REQUEST || c->state == CONN_PAYLOAD;
 }
 
-/* Whether no more may be in flight.  A bound for all clients takes the place of each one's. */
+/* Whether no more may be in flight.  Who is gone has sent all that it ever will. */
 static bool is_full(const struct conn *c)
 {
-	const struct load *load;
-
-	if (!c->export || c->gone)	/* one that is gone has sent all that it ever will */
-		return false;
-	load = &c->export->load;
-	if (load->requests_max ? atomic_load(&load->requests) >= load->requests_max :
-				 c->in_flight >= IN_FLIGHT_MAX)
-		return true;
-	return load->bytes_max ? atomic_load(&load->bytes) >= load->bytes_max :
-				 c->buffered >= BUFFERED_MAX;
+	return c->export && !c->gone &&
+	       (is_enough(c->in_flight, IN_FLIGHT_MAX, room_in(&load.requests, load.requests_max)) ||
+		is_enough(c->buffered, BUFFERED_MAX, room_in(&load.bytes, load.bytes_max)));
 }
 
 /* Whether a step may be taken: room for its reply, and not too much in flight. */
 static bool may_step(struct conn *c)
 {
-	return !c->stream && !is_full(c) && make_room(c, STEP_BYTES, 1) &&
-	       (c->gone || reserve(c));
+	return !c->stream && !is_full(c) && make_room(c, STEP_BYTES, 1);
 }
 
 static size_t step(struct conn *c, const uint8_t *p, size_t n)
@@ -1216,13 +1201,12 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 
 	c->blocked = false;
 	while (pos < n) {
-		if ((in_transmission(c) && !go_inside(c, &inside)) || !may_step(c)) {
+		if ((in_transmission(c) && !go_inside(c, &inside)) || c->tired || !may_step(c)) {
 			c->blocked = true;
 			break;
 		}
 		taken = step(c, p + pos, n - pos);
-		if (c->reserved)
-			unreserve(c);
+		spend(c, taken + STEP_COST);
 		if (c->stream)
 			go_on_with_stream(c);
 		if (taken == 0)
@@ -1242,7 +1226,7 @@ static void go_on(struct conn *c)
 	if ((c->stream || c->again) && !go_inside(c, &inside))
 		return;
 	go_on_with_stream(c);
-	while (c->again && !c->stream && make_room(c, reply_bytes(&c->again->h), ENCODE_IOVS)) {
+	while (c->again && !c->stream && !c->tired && make_room(c, reply_bytes(&c->again->h), ENCODE_IOVS)) {
 		start_request(c, take_first(&c->again, &c->again_end));
 		go_on_with_stream(c);
 	}
@@ -1402,7 +1386,8 @@ static bool has_unsent(const struct conn *c)
 
 void conn_turn(struct conn *c, short revents)
 {
-	c->lively = false;
+	c->lively = c->tired = false;
+	c->spent = 0;
 	if (c->state == CONN_LINGERING) {
 		discard_input(c);
 		return;
@@ -1425,7 +1410,7 @@ void conn_turn(struct conn *c, short revents)
 			flush(c);
 		revents = 0;
 	} while ((c->gone && !c->orderly && in_transmission(c)) ||
-		 (c->blocked && takes_input(c)));
+		 (c->blocked && !c->tired && takes_input(c)));
 	if (c->stats && c->stats->now)
 		stats_end_turn(c->stats);
 	if (c->stopping && c->state < CONN_FINISHING && is_idle(c)) {
@@ -1447,6 +1432,12 @@ short conn_events(const struct conn *c)
 	if (c->state == CONN_LINGERING)
 		return POLLIN;
 	return takes_input(c) ? POLLIN | POLLRDHUP : in_transmission(c) ? POLLRDHUP : 0;
+}
+
+bool conn_may_park(const struct conn *c)
+{
+	return c->state == CONN_REQUEST && is_idle(c) && c->kept_len == 0 && !c->gone &&
+	       !c->stopping && !c->turned_away && !c->dirty && !c->stats->unsaid;
 }
 
 bool conn_admit(struct conn *c)

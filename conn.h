@@ -66,6 +66,7 @@ struct conn {
 	struct request *out;		/* what others have */
 	unsigned in_flight;		/* requests that are not done */
 	uint64_t buffered;		/* bytes of data that they need */
+	size_t spent;			/* bytes of this turn */
 
 	atomic_bool dead;		/* as the state is; for other threads */
 	bool stopping;			/* the server is */
@@ -77,9 +78,13 @@ struct conn {
 	bool uncounted;			/* the loop's: it keeps no other client out any more */
 	bool blocked;			/* kept may hold whole requests, taken when there is room */
 	bool turned_away;		/* by the gate: goes on when it opens */
-	bool reserved;			/* a place among the requests of all clients */
 	bool dirty;			/* in the loop's list of those with something ready */
 	bool lively;			/* had something to read in its last turn */
+	bool tired;			/* that has ended before all was done: another must follow */
+
+	/* The loop's. */
+	uint64_t active;		/* now_us() of the last turn that had something to read */
+	uint64_t patience;		/* so long after that it is parked, in microseconds */
 	char peer[ADDRESS_MAX];
 };
 
@@ -101,6 +106,9 @@ void conn_turn(struct conn *c, short revents);
 
 /* A request of c has come back.  A conn_turn() must follow. */
 void conn_complete(struct conn *c, struct request *r);
+
+/* Whether nothing is to be done until the client speaks. */
+bool conn_may_park(const struct conn *c);
 
 /* The gate has opened, or there is room again.  True if a conn_turn() must follow. */
 bool conn_admit(struct conn *c);

@@ -34,19 +34,12 @@ static const char *mode_name(void)
 	return control.mode == MODE_COW_TARGET ? "cow-target" : "target";
 }
 
-/* Pending requests, summed over exports; a proxy has bounds for them, and one export. */
 static void say_load(struct ctl_reply *reply)
 {
-	size_t requests = 0, bytes = 0;
-
-	for (size_t i = 0; i < exports_table()->count; i++) {
-		requests += atomic_load(&exports_at(i)->export.load.requests);
-		bytes += atomic_load(&exports_at(i)->export.load.bytes);
-	}
-	ctl_say_number(reply, "pending-requests", requests);
-	ctl_say_number(reply, "pending-requests-limit", exports_at(0)->export.load.requests_max);
-	ctl_say_number(reply, "buffer-bytes", bytes);
-	ctl_say_number(reply, "buffer-bytes-limit", exports_at(0)->export.load.bytes_max);
+	ctl_say_number(reply, "pending-requests", atomic_load(&load.requests));
+	ctl_say_number(reply, "pending-requests-limit", load.requests_max);
+	ctl_say_number(reply, "buffer-bytes", atomic_load(&load.bytes));
+	ctl_say_number(reply, "buffer-bytes-limit", load.bytes_max);
 }
 
 /* The only image has lines of its own; of several each has one: "name size 1048576 snapshot 0". */

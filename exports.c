@@ -122,10 +122,6 @@ static bool add(const struct options *o, const char *name, const char *image)
 	}
 	export_init(&e->export, backend, name, describe_image(image), wake_main,
 		    loops_wake);
-	e->export.load.room = loops_wake;
-	e->export.load.requests_max = table.cache ? o->max_queue_size : 0;
-	e->export.load.bytes_max = !table.cache ? 0 :
-				   o->max_buf_size < SIZE_MAX ? (size_t)o->max_buf_size : SIZE_MAX;
 	table.entry[table.count++] = &e->export.proto;
 	return true;
 }
@@ -145,11 +141,21 @@ static bool can_be_listed(const struct options *o)
 	return false;
 }
 
+static void bound_load(const struct options *o)
+{
+	load.room = loops_wake;
+	if (o->max_queue_size)
+		load.requests_max = o->max_queue_size;
+	if (o->max_buf_size)
+		load.bytes_max = o->max_buf_size < SIZE_MAX ? (size_t)o->max_buf_size : SIZE_MAX;
+}
+
 bool exports_open(const struct options *o)
 {
 	size_t count = o->exports + (o->image != NULL);
 	bool ok;
 
+	bound_load(o);
 	if (o->exports > 0 && !can_be_listed(o))
 		return false;
 	table.all = calloc(count, sizeof(*table.all));

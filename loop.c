@@ -3,6 +3,10 @@
  *
  * Each loop polls its connections and its bell.  Others leave it connections and completed
  * requests in a mailbox, and ring.
+ *
+ * To poll many who are silent would slow down the few who are not.  Where there are many, those that
+ * have been silent for a while are parked: one more loop, the first of the list, polls them and
+ * gives them back when they speak.  Who comes back soon is parked later the next time.
  */
 #define _GNU_SOURCE
 #include "loop.h"
@@ -34,13 +38,23 @@ enum {
 	SPIN_SKIP_MAX = 64,	/* sleeps without spinning after it did not pay */
 
 	FREE_REQUESTS = 64,	/* kept for use again */
+
+	PARK_FROM = 16,		/* connections of a loop: to poll fewer costs nothing */
+	SWEEP_US = 250 * 1000,
+	PATIENCE_US = 250 * 1000,
+	PATIENCE_MAX_US = 256 * PATIENCE_US,
 };
+
+/* The car park is the first loop; those that serve come behind it. */
+enum { PARKED, SERVING };
 
 static struct {
 	struct loop *loop;
-	atomic_uint count;
+	atomic_uint count;		/* with the place of the parked ones */
 	unsigned max, spinners_max;
-} loops;	/* changed by the main thread before it hands out what depends on it */
+	pthread_mutex_t moving;		/* a connection changes loops; all are told something */
+	bool parks;			/* there is the loop of the parked ones; with that lock */
+} loops = { .moving = PTHREAD_MUTEX_INITIALIZER };
 
 static atomic_uint spinners;
 static atomic_size_t loops_total;	/* connections; */
@@ -59,9 +73,19 @@ void loop_complete(struct request *r)
 	bell_ring(&l->bell);
 }
 
+static void give(struct loop *l, struct conn *c)
+{
+	atomic_fetch_add(&l->load, 1);
+	pthread_mutex_lock(&l->lock);
+	c->next = l->arriving;
+	l->arriving = c;
+	pthread_mutex_unlock(&l->lock);
+	bell_ring(&l->bell);
+}
+
 void loops_wake(void)
 {
-	for (unsigned i = 0; i < loops.count; i++)
+	for (unsigned i = SERVING; i < loops.count; i++)
 		bell_ring(&loops.loop[i].bell);
 }
 
@@ -139,8 +163,25 @@ static void remove_conn(struct loop *l, size_t i)
 	l->conn[i] = l->conn[--l->count];
 }
 
+static bool is_parked(const struct loop *l)
+{
+	return l == &loops.loop[PARKED];
+}
+
+static void turn(struct loop *l, struct conn *c, short revents)
+{
+	conn_turn(c, revents);
+	if (!c->lively)
+		return;
+	c->active = l->polled;
+	if (l->sweep_due > l->polled + SWEEP_US)
+		l->sweep_due = l->polled + SWEEP_US;
+}
+
 static void add_conn(struct loop *l, struct conn *c)
 {
+	bool is_new = !c->loop;
+
 	c->loop = l;
 	if (!make_place(l)) {
 		conn_kill(c, "out of memory");
@@ -150,7 +191,12 @@ static void add_conn(struct loop *l, struct conn *c)
 	l->conn[l->count++] = c;
 	if (l->stopping)
 		conn_stop(c);
-	conn_start(c, l);
+	if (is_new) {
+		c->active = now_us();
+		conn_start(c, l);
+	} else if (!is_parked(l)) {
+		turn(l, c, POLLIN);
+	}
 }
 
 static void mark_dirty(struct loop *l, struct conn *c)
@@ -241,9 +287,11 @@ static void take_mail(struct loop *l)
 {
 	struct conn *arriving;
 	struct request *completed;
+	bool surveyed;
 
 	if (!bell_answer(&l->bell))
 		return;
+	surveyed = atomic_exchange(&l->surveyed, false);	/* first: who came before it is told */
 	pthread_mutex_lock(&l->lock);
 	arriving = l->arriving;
 	l->arriving = NULL;
@@ -256,7 +304,7 @@ static void take_mail(struct loop *l)
 	take_completed(l, completed);
 	admit_turned_away(l);
 	turn_dirty(l);
-	if (atomic_exchange(&l->surveyed, false))
+	if (surveyed)
 		tell_survey(l);
 }
 
@@ -268,6 +316,8 @@ static int tend(struct loop *l)
 	for (size_t i = 0; i < l->count;) {
 		struct conn *c = l->conn[i];
 
+		if (c->tired)
+			first = 0;
 		if (c->deadline) {
 			if (!now)
 				now = now_ms();
@@ -288,7 +338,79 @@ static int tend(struct loop *l)
 		else
 			i++;
 	}
+	if (l->sweep_due / 1000 < first)
+		first = l->sweep_due / 1000;
 	return ms_until(first);
+}
+
+/* Parking */
+
+/* Give a connection to another loop, with all that it has done.  False if that has to wait. */
+static bool move(struct loop *from, size_t i, struct loop *to)
+{
+	struct conn *c = from->conn[i];
+	bool may;
+
+	pthread_mutex_lock(&loops.moving);
+	may = !atomic_load(&from->surveyed) && !atomic_load(&from->stop);
+	if (may) {
+		from->conn[i] = from->conn[--from->count];
+		give(to, c);
+		atomic_fetch_sub(&from->load, 1);
+	}
+	pthread_mutex_unlock(&loops.moving);
+	return may;
+}
+
+static int start_loop(struct loop *l);
+
+/* Whether there is the loop of the parked ones; it is made when it is needed first. */
+static bool can_park(void)
+{
+	pthread_mutex_lock(&loops.moving);
+	if (!loops.parks && !atomic_load(&loops.loop[SERVING].stop))
+		loops.parks = start_loop(&loops.loop[PARKED]) == 0;
+	pthread_mutex_unlock(&loops.moving);
+	return loops.parks;
+}
+
+/* Park those who have been silent for long. */
+static void sweep(struct loop *l)
+{
+	bool later = false;
+
+	for (size_t i = l->count; i-- > 0 && l->count > PARK_FROM;) {
+		struct conn *c = l->conn[i];
+		bool silent = l->polled - c->active >= c->patience && conn_may_park(c);
+
+		later |= !silent || !can_park() || !move(l, i, &loops.loop[PARKED]);
+	}
+	l->sweep_due = later ? l->polled + SWEEP_US : UINT64_MAX;
+}
+
+static struct loop *least_loaded(void)
+{
+	struct loop *best = &loops.loop[SERVING];
+
+	for (unsigned i = SERVING; i < loops.count; i++)
+		if (atomic_load(&loops.loop[i].load) < atomic_load(&best->load))
+			best = &loops.loop[i];
+	return best;
+}
+
+/* Give back those who have spoken. */
+static void unpark(struct loop *l)
+{
+	for (size_t i = l->count; i-- > 0;) {
+		struct conn *c = l->conn[i];
+		bool soon = l->polled - c->active < 4 * c->patience;
+
+		if (!l->pfd[i + 1].revents)
+			continue;
+		c->patience = !soon ? PATIENCE_US :
+			      c->patience < PATIENCE_MAX_US ? 2 * c->patience : PATIENCE_MAX_US;
+		move(l, i, least_loaded());
+	}
 }
 
 static void prepare_poll(struct loop *l)
@@ -310,9 +432,9 @@ static unsigned turn_ready(struct loop *l, struct conn **busy, unsigned max)
 		struct conn *c = l->conn[i];
 		short revents = l->pfd[i + 1].fd < 0 ? 0 : l->pfd[i + 1].revents;
 
-		if (!revents && !l->stopping)
+		if (!revents && !l->stopping && !c->tired)
 			continue;
-		conn_turn(c, revents);
+		turn(l, c, revents);
 		if (c->lively && n++ < max)
 			busy[n - 1] = c;
 	}
@@ -327,7 +449,7 @@ static bool look_at(struct loop *l, struct conn **busy, unsigned n)
 	for (unsigned i = 0; i < n; i++) {
 		if (!(conn_events(busy[i]) & POLLIN))
 			continue;
-		conn_turn(busy[i], POLLIN);
+		turn(l, busy[i], POLLIN);
 		found |= busy[i]->lively;
 	}
 	if (atomic_load_explicit(&l->bell.rung, memory_order_relaxed)) {
@@ -392,12 +514,16 @@ static void *loop_main(void *arg)
 		if (l->stopping)
 			timeout = STOPPING_TICK_MS;
 		prepare_poll(l);
-		ready = bell_poll(&l->bell, l->pfd, l->count + 1, timeout, NULL);
+		ready = bell_poll(&l->bell, l->pfd, l->count + 1, timeout);
 		l->polled = now_us();
-		if (ready > 0 || l->stopping)
+		if (is_parked(l) && !l->stopping)
+			unpark(l);
+		else if (ready > 0 || timeout == 0 || l->stopping)
 			n = turn_ready(l, busy, SPIN_CONNS);
 		if (n > 0 && n <= SPIN_CONNS)
 			spin(l, busy, n);
+		if (l->polled >= l->sweep_due)
+			sweep(l);
 	}
 }
 
@@ -405,10 +531,11 @@ static void *loop_main(void *arg)
 
 int loops_init(unsigned max)
 {
-	loops.loop = calloc(max, sizeof(*loops.loop));
-	if (!loops.loop || !order_prepare(max))
+	loops.count = SERVING;
+	loops.max = SERVING + max;
+	loops.loop = calloc(loops.max, sizeof(*loops.loop));
+	if (!loops.loop || !order_prepare(loops.max))
 		return -ENOMEM;
-	loops.max = max;
 	loops.spinners_max = cpu_count() - 1;
 	return 0;
 }
@@ -434,6 +561,7 @@ static int start_loop(struct loop *l)
 	int err;
 
 	memset(l, 0, sizeof(*l));
+	l->sweep_due = UINT64_MAX;
 	err = bell_init(&l->bell);
 	if (err)
 		return err;
@@ -451,11 +579,8 @@ static int start_loop(struct loop *l)
 /* The loop with the fewest connections; a new one while there may be more and none is idle. */
 static struct loop *choose_loop(int *err)
 {
-	struct loop *best = NULL;
+	struct loop *best = loops.count > SERVING ? least_loaded() : NULL;
 
-	for (unsigned i = 0; i < loops.count; i++)
-		if (!best || atomic_load(&loops.loop[i].load) < atomic_load(&best->load))
-			best = &loops.loop[i];
 	if (best && (atomic_load(&best->load) == 0 || loops.count == loops.max))
 		return best;
 	*err = start_loop(&loops.loop[loops.count]);
@@ -471,15 +596,17 @@ int loops_add(struct conn *c)
 
 	if (!l)
 		return err;
-	atomic_fetch_add(&l->load, 1);
+	c->patience = PATIENCE_US;
 	atomic_fetch_add(&loops_total, 1);
 	atomic_fetch_add(&loops_places, 1);
-	pthread_mutex_lock(&l->lock);
-	c->next = l->arriving;
-	l->arriving = c;
-	pthread_mutex_unlock(&l->lock);
-	bell_ring(&l->bell);
+	give(l, c);
 	return 0;
+}
+
+/* The first of all loops that there are. */
+static unsigned first_loop(void)
+{
+	return loops.parks ? PARKED : SERVING;
 }
 
 size_t loops_load(void)
@@ -494,30 +621,34 @@ size_t loops_clients(void)
 
 void loops_survey(void)
 {
-	for (unsigned i = 0; i < loops.count; i++) {
+	pthread_mutex_lock(&loops.moving);
+	for (unsigned i = first_loop(); i < loops.count; i++) {
 		stats_expect();
 		atomic_store(&loops.loop[i].surveyed, true);
 		bell_ring(&loops.loop[i].bell);
 	}
+	pthread_mutex_unlock(&loops.moving);
 }
 
 void loops_stop(void)
 {
-	for (unsigned i = 0; i < loops.count; i++) {
+	pthread_mutex_lock(&loops.moving);
+	for (unsigned i = first_loop(); i < loops.count; i++) {
 		atomic_store(&loops.loop[i].stop, true);
 		bell_ring(&loops.loop[i].bell);
 	}
+	pthread_mutex_unlock(&loops.moving);
 }
 
 void loops_join(void)
 {
-	for (unsigned i = 0; i < loops.count; i++)
+	for (unsigned i = first_loop(); i < loops.count; i++)
 		pthread_join(loops.loop[i].thread, NULL);
 }
 
 void loops_free(void)
 {
-	for (unsigned i = 0; i < loops.count; i++)
+	for (unsigned i = first_loop(); i < loops.count; i++)
 		free_loop(&loops.loop[i]);
 	free(loops.loop);
 	order_unprepare();

@@ -49,6 +49,7 @@ struct loop {
 	struct tx *tx;			/* the current turn's; empty between turns */
 	uint8_t *rx;			/* LOOP_RX_BYTES, for the current turn */
 	uint64_t polled;		/* now_us() when poll() returned last */
+	uint64_t sweep_due;		/* at that time it looks who is silent */
 	bool stopping;
 	struct stats gone;		/* of clients that have left */
 	unsigned spin_misses, spin_skip;	/* see spin() */

@@ -559,8 +559,7 @@ static void *origin_main(void *arg)
 		uint64_t left = o->over ? UINT64_MAX : work(o);
 
 		origin_prepare_poll(o);
-		n = bell_poll(&o->bell, o->pfd, o->lines + 1, left > INT32_MAX ? -1 : (int)left,
-			      NULL);
+		n = bell_poll(&o->bell, o->pfd, o->lines + 1, left > INT32_MAX ? -1 : (int)left);
 		for (unsigned i = 0; n > 0 && i < o->lines; i++)
 			line_turn(o, &o->line[i], o->pfd[i + 1].revents);
 	}

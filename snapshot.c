@@ -34,6 +34,7 @@ enum {
 	PIECE = 64 * 1024,		/* read and written at a time by clients' workers */
 	PROGRESS_MS = 10 * 1000,
 	NAME_TRIES = 1000,
+	SNAPSHOT_STACK = 128 * 1024,
 };
 
 struct snapshot {
@@ -383,7 +384,7 @@ void snapshot_take(struct snapshot *s)
 
 void snapshot_start(struct snapshot *s)
 {
-	int err = pthread_create(&s->thread, NULL, snapshot_main, s);
+	int err = thread_start(&s->thread, SNAPSHOT_STACK, snapshot_main, s);
 
 	s->has_thread = err == 0;
 	if (err) {

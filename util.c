@@ -10,6 +10,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -508,17 +509,14 @@ bool bell_answer(struct bell *b)
 	return atomic_exchange(&b->rung, false);
 }
 
-int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms, const sigset_t *mask)
+int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms)
 {
-	struct timespec ts = { timeout_ms / 1000, timeout_ms % 1000 * 1000000L };
 	char buf[64];
 	int ready;
 
 	pfd[0] = (struct pollfd){ .fd = b->pipe[0], .events = POLLIN };
 	atomic_store(&b->sleeping, true);
-	if (atomic_load(&b->rung))
-		ts = (struct timespec){ 0, timeout_ms = 0 };
-	ready = ppoll(pfd, n, timeout_ms < 0 ? NULL : &ts, mask);
+	ready = poll(pfd, n, atomic_load(&b->rung) ? 0 : timeout_ms);
 	atomic_store(&b->sleeping, false);
 	if (ready > 0 && pfd[0].revents)
 		while (read(b->pipe[0], buf, sizeof(buf)) == (ssize_t)sizeof(buf))
@@ -529,11 +527,15 @@ int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms, cons
 int thread_start(pthread_t *thread, size_t stack, void *(*run)(void *), void *arg)
 {
 	pthread_attr_t attr;
+	sigset_t all, before;
 	int err;
 
+	sigfillset(&all);
 	pthread_attr_init(&attr);
 	pthread_attr_setstacksize(&attr, stack);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
 	err = pthread_create(thread, &attr, run, arg);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attr);
 	return err;
 }

@@ -6,7 +6,6 @@
 
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -154,10 +153,10 @@ void bell_ring(struct bell *b);
 /* Whether it was rung since the last call. */
 bool bell_answer(struct bell *b);
 
-/* ppoll() of n descriptors, of which the first is the bell's; at once if it was rung. */
-int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms, const sigset_t *mask);
+/* poll() of n descriptors, of which the first is the bell's; at once if it was rung. */
+int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms);
 
-/* 0 or an errno */
+/* A thread that no signal disturbs.  0 or an errno. */
 int thread_start(pthread_t *thread, size_t stack, void *(*run)(void *), void *arg);
 
 /* Whether that is a socket of this machine alone. */

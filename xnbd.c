@@ -2,7 +2,7 @@
  * xnbd.c - main() of xnbd-server: start-up order, signals, shutdown.
  *
  * The main thread opens everything, then accepts connections and hands them to loops, then
- * ends them.  It sleeps in ppoll(), and only there do signals come in.
+ * ends them.  Signals are its own: they ring its bell, and are looked at when it does not sleep.
  */
 #define _GNU_SOURCE
 #include "commit.h"
@@ -40,6 +40,7 @@ enum {
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 	REFUSALS_MS = 1000,		/* between two lines about clients that are refused */
 	STOP_MS = 4500,
+	STOP_S = 5,			/* where even this thread is held up */
 	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
 	LOOPS_MIN = 2,
 };
@@ -66,8 +67,20 @@ struct server {
 #define SIGSTATS SIGINFO
 #endif
 
+static volatile sig_atomic_t opening = 1;	/* nothing has been made that would have to be removed */
 static volatile sig_atomic_t stop_signals;
 static volatile sig_atomic_t came[128];		/* by their numbers */
+
+/* An origin, a name server or a disk may be silent for long: nobody waits for them any more. */
+static void take_stop_signal(void)
+{
+	if (opening)
+		_exit(EXIT_SUCCESS);
+	if (stop_signals)
+		_exit(EXIT_FAILURE);
+	stop_signals = 1;
+	alarm(STOP_S);
+}
 
 static void on_signal(int sig)
 {
@@ -75,12 +88,12 @@ static void on_signal(int sig)
 	if (sig == SIGINFO)
 		sig = SIGSTATS;
 #endif
-	if (sig != SIGTERM && sig != SIGINT)
-		came[sig] = 1;
-	else if (stop_signals)
+	if (sig == SIGALRM)
 		_exit(EXIT_FAILURE);
+	if (sig == SIGTERM || sig == SIGINT)
+		take_stop_signal();
 	else
-		stop_signals = 1;
+		came[sig] = 1;
 	wake_main();
 }
 
@@ -93,41 +106,27 @@ static bool take_signal(int sig)
 	return taken;
 }
 
-/* Block what is handled, here and in all threads to come; handlers run in ppoll() only. */
+/* All other threads have them blocked: see thread_start(). */
 static bool setup_signals(void)
 {
-	struct sigaction sa = { .sa_handler = on_signal };
+	struct sigaction sa = { .sa_handler = on_signal, .sa_flags = SA_RESTART };
 	const int handled[] = {
-		SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGSTATS,
+		SIGTERM, SIGINT, SIGALRM, SIGHUP, SIGUSR1, SIGUSR2, SIGSTATS,
 #if defined(SIGINFO)
 		SIGINFO,
 #endif
 	};
 	int err = bell_init(&main_bell);
-	sigset_t set;
 
 	if (err) {
 		log_failure("cannot make a pipe: %s", strerror(-err));
 		return false;
 	}
-	sigemptyset(&set);
-	for (size_t i = 0; i < ARRAY_SIZE(handled); i++) {
-		sigaddset(&set, handled[i]);
+	for (size_t i = 0; i < ARRAY_SIZE(handled); i++)
 		sigaction(handled[i], &sa, NULL);
-	}
-	pthread_sigmask(SIG_BLOCK, &set, NULL);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGXFSZ, SIG_IGN);	/* a file size limit is an error of one write */
 	return true;
-}
-
-/* Sleep until a descriptor is ready or a signal comes in. */
-static int wait_for(struct pollfd *pfd, nfds_t n, int timeout_ms)
-{
-	sigset_t none;
-
-	sigemptyset(&none);
-	return bell_poll(&main_bell, pfd, n, timeout_ms, &none);
 }
 
 /* Start-up */
@@ -272,11 +271,11 @@ static bool open_sockets(struct server *s)
 	}
 	if (s->passed > 0)
 		return listen_passed(&s->listeners, s->passed);
-	if (o->unix_path && !listen_unix(&s->listeners, o->unix_path, (mode_t)o->unix_mode))
+	if ((!o->unix_path || o->lport_given || o->laddrs) &&
+	    !listen_tcp(&s->listeners, o->laddr, o->laddrs, (unsigned)o->lport))
 		return false;
-	if (o->unix_path && !o->lport_given && !o->laddrs)
-		return true;
-	return listen_tcp(&s->listeners, o->laddr, o->laddrs, (unsigned)o->lport);
+	opening = 0;
+	return !o->unix_path || listen_unix(&s->listeners, o->unix_path, (mode_t)o->unix_mode);
 }
 
 static bool write_pidfile(struct server *s)
@@ -397,9 +396,10 @@ static bool start(struct server *s)
 	stats_init((unsigned)s->options.stats, loops_survey);
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
-	if (!setup_log(s) || !setup_signals() || !exports_open(&s->options) ||
-	    !open_sockets(s) || !allow_is_of_use(s) || !control_open(&s->options) ||
-	    !start_loops(s) || !write_pidfile(s) || !give_up_rights(s) || !exports_start())
+	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) || !open_sockets(s))
+		return false;
+	opening = 0;
+	if (!allow_is_of_use(s) || !control_open(&s->options) || !start_loops(s) || !write_pidfile(s) || !give_up_rights(s) || !exports_start())
 		return false;
 	worker_begin();
 	if (s->connections_max < wanted)
@@ -575,7 +575,7 @@ static void serve(struct server *s)
 		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = pause ? -1 : s->listeners.all[i].fd;
 		controls = ctl_poll(pfd + 1 + listeners);
-		if (wait_for(pfd, 1 + listeners + controls, ms_until(due)) < 0)
+		if (bell_poll(&main_bell, pfd, 1 + listeners + controls, ms_until(due)) < 0)
 			continue;
 		if (bell_answer(&main_bell))
 			take_wakeups(s);
@@ -619,7 +619,7 @@ static bool stop_all(void)
 			exports_give_up();
 		if (now >= until)
 			return false;
-		wait_for(&pfd, 1, (int)(until - now));
+		bell_poll(&main_bell, &pfd, 1, (int)(until - now));
 		bell_answer(&main_bell);
 	}
 	return true;
@@ -681,6 +681,7 @@ int main(int argc, char **argv)
 		return EXIT_FAILURE;
 	if (start(&s)) {
 		run(&s);
+		alarm(0);	/* what is left is a last commit */
 		status = EXIT_SUCCESS;
 	} else {
 		control_close();
