@@ -8,6 +8,7 @@
 #include <arpa/inet.h>
 #include <net/if.h>
 #include <netinet/in.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -104,25 +105,74 @@ const char *access_parse(struct access_rule *rule, const char *text)
 	return why;
 }
 
-bool access_admits(const struct access_rule *rule, size_t count, const struct sockaddr *sa)
+/* A client's address, as rules have them.  False if it has none. */
+static bool address_of(const struct sockaddr *sa, uint8_t *address)
 {
-	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)sa;
-	uint8_t address[16];
-	uint32_t zone = 0;
-
 	if (sa->sa_family == AF_INET6) {
-		memcpy(address, &in6->sin6_addr, sizeof(address));
-		zone = in6->sin6_scope_id;
+		memcpy(address, &((const struct sockaddr_in6 *)sa)->sin6_addr, ADDRESS_BITS / 8);
 	} else if (sa->sa_family == AF_INET) {
 		memcpy(address, mapped, sizeof(mapped));
 		memcpy(address + sizeof(mapped), &((const struct sockaddr_in *)sa)->sin_addr, 4);
 	} else {
 		return false;
 	}
+	return true;
+}
+
+bool access_admits(const struct access_rule *rule, size_t count, const struct sockaddr *sa)
+{
+	uint8_t address[ADDRESS_BITS / 8];
+	uint32_t zone = sa->sa_family == AF_INET6 ?
+				((const struct sockaddr_in6 *)sa)->sin6_scope_id : 0;
+
+	if (!address_of(sa, address))
+		return false;
 	for (size_t i = 0; i < count; i++)
 		if (is_mapped(rule[i].address) == is_mapped(address) &&
 		    same_bits(rule[i].address, address, rule[i].bits) &&
 		    (!rule[i].zone || rule[i].zone == zone))
 			return true;
 	return false;
+}
+
+static pthread_mutex_t guests_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct guest *guests;
+
+void access_enter(struct guest *g, const struct sockaddr *sa)
+{
+	if (!address_of(sa, g->address))
+		return;
+	pthread_mutex_lock(&guests_lock);
+	g->next = guests;
+	g->back = &guests;
+	if (guests)
+		guests->back = &g->next;
+	guests = g;
+	pthread_mutex_unlock(&guests_lock);
+}
+
+void access_leave(struct guest *g)
+{
+	if (!g->back)
+		return;
+	pthread_mutex_lock(&guests_lock);
+	*g->back = g->next;
+	if (g->next)
+		g->next->back = g->back;
+	pthread_mutex_unlock(&guests_lock);
+	g->back = NULL;
+}
+
+size_t access_guests(const struct sockaddr *sa)
+{
+	uint8_t address[ADDRESS_BITS / 8];
+	size_t n = 0;
+
+	if (!address_of(sa, address))
+		return 0;
+	pthread_mutex_lock(&guests_lock);
+	for (const struct guest *g = guests; g; g = g->next)
+		n += memcmp(g->address, address, sizeof(address)) == 0;
+	pthread_mutex_unlock(&guests_lock);
+	return n;
 }

@@ -1,5 +1,5 @@
 /*
- * access.h - which TCP clients may connect: the rules of --allow.
+ * access.h - which TCP clients may connect: the rules of --allow, and how many of one host.
  */
 #ifndef XNBD_ACCESS_H
 #define XNBD_ACCESS_H
@@ -27,5 +27,18 @@ const char *access_parse(struct access_rule *rule, const char *text);
 
 /* Whether one of the rules matches a client's address. */
 bool access_admits(const struct access_rule *rule, size_t count, const struct sockaddr *sa);
+
+/* A TCP client among those of its host.  All zero is none. */
+struct guest {
+	struct guest *next, **back;
+	uint8_t address[16];
+};
+
+/* It is one of them from now on, until access_leave(), which may be called for none.  Any thread. */
+void access_enter(struct guest *g, const struct sockaddr *sa);
+void access_leave(struct guest *g);
+
+/* How many there are of that host. */
+size_t access_guests(const struct sockaddr *sa);
 
 #endif

@@ -28,7 +28,7 @@ enum { SPARSE_READ_EXTENTS = 64 };
 /* A range of the disk that one reply describes at most, in a time that nobody notices. */
 static const uint64_t DESCRIBED_MAX = UINT64_C(64) << 30;
 
-struct load load = { .requests_max = 8192, .bytes_max = 8 * 1024 * 1024 };
+struct load load = { .requests_max = 8192, .bytes_max = 3 * 1024 * 1024 };
 
 /* "Transmission flags": what this backend lets a client do. */
 static uint16_t transmission_flags(const struct backend *b)

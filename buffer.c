@@ -18,7 +18,7 @@
 enum {
 	SMALLEST = 64 * 1024,		/* what is smaller comes from malloc() warm enough */
 	SIZES = 5,			/* each is twice the one before */
-	KEPT_MAX = 8 * 1024 * 1024,	/* bytes in all lists */
+	KEPT_MAX = 2 * 1024 * 1024,	/* bytes in all lists */
 	IDLE_MS = 1000,
 };
 
@@ -82,6 +82,14 @@ static void let_go(struct job *job)
 	pthread_mutex_unlock(&pool.lock);
 	if (again)
 		worker_submit_later(job, IDLE_MS);
+}
+
+void buffer_init(void)
+{
+#if defined(__GLIBC__)
+	/* Or the heap of each thread that had a large one would keep as much. */
+	mallopt(M_MMAP_THRESHOLD, SMALLEST);
+#endif
 }
 
 void *buffer_get(size_t len)

@@ -8,6 +8,9 @@
 
 #include <stddef.h>
 
+/* Before there are threads. */
+void buffer_init(void);
+
 /* Memory for len bytes, or NULL.  Any thread. */
 void *buffer_get(size_t len);
 

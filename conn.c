@@ -32,6 +32,8 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -79,7 +81,7 @@ static uint8_t zeros[128 * 1024];
 /* Life and death */
 
 struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports *exports,
-		      const char *peer)
+		      const char *peer, unsigned keepalive)
 {
 	struct conn *c = calloc(1, sizeof(*c));
 
@@ -92,7 +94,7 @@ struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports
 	c->again_end = &c->again;
 	c->piece_end = &c->piece;
 	strncpy(c->peer, peer, sizeof(c->peer) - 1);
-	tune_socket(fd);
+	tune_socket(fd, keepalive);
 	return c;
 }
 
@@ -108,6 +110,12 @@ static size_t room_in(const atomic_size_t *total, size_t max)
 static bool is_enough(size_t own, size_t own_max, size_t room)
 {
 	return own >= own_max || (own > 0 && (room == 0 || own / 2 > room));
+}
+
+/* Whether no more data may be on its way for that client. */
+static bool has_data_enough(const struct conn *c)
+{
+	return is_enough(c->buffered, BUFFERED_MAX, room_in(&load.bytes, load.bytes_max));
 }
 
 /* Count down; there may be room again for those who had too little. */
@@ -137,13 +145,15 @@ static void take_home(struct conn *c, struct request *r)
 	r->lent = false;
 	c->in_flight--;
 	unload(&load.requests, 1, load.requests_max);
-	unload(&load.bytes, r->counted, load.bytes_max);
 }
 
 static void free_request(struct conn *c, struct request *r)
 {
 	take_home(c, r);
-	c->buffered -= r->counted;
+	if (r->counted > 0) {
+		c->buffered -= r->counted;
+		unload(&load.bytes, r->counted, load.bytes_max);
+	}
 	if (r->buf_len > 0)
 		buffer_put(r->buf, r->buf_len);
 	if (r->change.order)
@@ -254,7 +264,7 @@ void conn_kill(struct conn *c, const char *why)
 	c->kept_len = 0;
 	if (c->backlog) {
 		free_requests(c, &c->backlog->held);
-		free(c->backlog);
+		tx_free(c->backlog);
 		c->backlog = NULL;
 	}
 	take_all_back(c);
@@ -347,13 +357,9 @@ static void flush(struct conn *c)
 	enum tx_result result = c->state == CONN_DEAD || c->mute ? TX_SENT : tx_send(l->tx, c->fd);
 
 	if (result == TX_MORE) {
-		struct tx *fresh = tx_new();
-
-		if (fresh) {
-			c->backlog = l->tx;
-			l->tx = fresh;
+		c->backlog = tx_rest(l->tx);
+		if (c->backlog)
 			return;
-		}
 	}
 	free_requests(c, &l->tx->held);
 	tx_reset(l->tx);
@@ -374,7 +380,7 @@ static bool send_backlog(struct conn *c)
 	if (result == TX_MORE)
 		return false;
 	free_requests(c, &c->backlog->held);
-	free(c->backlog);
+	tx_free(c->backlog);
 	c->backlog = NULL;
 	if (result == TX_DEAD)
 		lose(c, "cannot send");
@@ -1058,7 +1064,7 @@ static void lend_piece(struct conn *c, struct request *piece)
 /* Let others read some pieces more, while the first of them is waited for. */
 static void read_ahead(struct conn *c)
 {
-	while (c->stream_asked < c->stream->h.len && c->buffered + READ_PIECE <= BUFFERED_MAX) {
+	while (c->stream_asked < c->stream->h.len && !has_data_enough(c)) {
 		struct request *piece = new_piece(c);
 
 		if (!piece)
@@ -1157,7 +1163,7 @@ static bool is_full(const struct conn *c)
 {
 	return c->export && !c->gone &&
 	       (is_enough(c->in_flight, IN_FLIGHT_MAX, room_in(&load.requests, load.requests_max)) ||
-		is_enough(c->buffered, BUFFERED_MAX, room_in(&load.bytes, load.bytes_max)));
+		has_data_enough(c));
 }
 
 /* Whether a step may be taken: room for its reply, and not too much in flight. */
@@ -1432,6 +1438,24 @@ short conn_events(const struct conn *c)
 	if (c->state == CONN_LINGERING)
 		return POLLIN;
 	return takes_input(c) ? POLLIN | POLLRDHUP : in_transmission(c) ? POLLRDHUP : 0;
+}
+
+bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes)
+{
+	bool vanished = false;
+
+	*owes = c->in_flight > 0 || c->backlog;
+#if defined(__linux__)
+	struct tcp_info tcp;
+	socklen_t len = sizeof(tcp);
+
+	if (!seconds || getsockopt(c->fd, IPPROTO_TCP, TCP_INFO, &tcp, &len) < 0)	/* not TCP */
+		return *owes = false;
+	*owes |= tcp.tcpi_unacked > 0;
+	vanished = tcp.tcpi_retransmits + tcp.tcpi_probes >= 2 &&
+		   tcp.tcpi_last_ack_recv / 1000 >= seconds;
+#endif
+	return vanished;
 }
 
 bool conn_may_park(const struct conn *c)

@@ -11,6 +11,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "access.h"
 #include "proto.h"
 #include "tx.h"
 #include "util.h"
@@ -78,6 +79,7 @@ struct conn {
 	bool uncounted;			/* the loop's: it keeps no other client out any more */
 	bool blocked;			/* kept may hold whole requests, taken when there is room */
 	bool turned_away;		/* by the gate: goes on when it opens */
+	struct guest guest;		/* of its host, from the main thread to the loop's end of it */
 	bool dirty;			/* in the loop's list of those with something ready */
 	bool lively;			/* had something to read in its last turn */
 	bool tired;			/* that has ended before all was done: another must follow */
@@ -89,11 +91,12 @@ struct conn {
 };
 
 /*
- * Make a connection of a socket, which it owns from now on; exports must outlive it.  NULL if
- * out of memory, and then the socket is still the caller's.
+ * Make a connection of a socket, which it owns from now on; exports must outlive it.  A host that is
+ * silent for keepalive seconds has lost it; 0 for never.  NULL if out of memory, and then the socket
+ * is still the caller's.
  */
 struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports *exports,
-		      const char *peer);
+		      const char *peer, unsigned keepalive);
 
 /* Send the first words.  It has been given to loop. */
 void conn_start(struct conn *c, struct loop *loop);
@@ -106,6 +109,12 @@ void conn_turn(struct conn *c, short revents);
 
 /* A request of c has come back.  A conn_turn() must follow. */
 void conn_complete(struct conn *c, struct request *r);
+
+/*
+ * Whether the client's host has answered nothing for that many seconds, though it has been asked;
+ * never for 0.  A host that answers may be slow to take what it is sent.  *owes: it may come to that.
+ */
+bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes);
 
 /* Whether nothing is to be done until the client speaks. */
 bool conn_may_park(const struct conn *c);

@@ -42,6 +42,7 @@ enum {
 	LARGE = 32 * 1024,
 	LARGE_RX_BYTES = 128,
 
+	KEEPALIVE_S = 120,		/* while it owes nothing */
 	PROGRESS = 1024,		/* bytes; who sends less in the time allowed counts as silent */
 };
 
@@ -387,7 +388,7 @@ static const char *link_connected(struct link *l)
 		err = errno;
 	if (err)
 		return link_try_next(l, strerror(err));
-	tune_socket(l->fd);
+	tune_socket(l->fd, KEEPALIVE_S);
 	proto_client_begin(&l->client, l->target->export_name);
 	l->tx_from = l->tx_to = l->rx_to = 0;
 	l->state = LINK_NEGOTIATE;

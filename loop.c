@@ -43,6 +43,7 @@ enum {
 	SWEEP_US = 250 * 1000,
 	PATIENCE_US = 250 * 1000,
 	PATIENCE_MAX_US = 256 * PATIENCE_US,
+	CHECK_US = 100 * 1000,	/* a tenth of the time that a host may be silent, for each second of it */
 };
 
 /* The car park is the first loop; those that serve come behind it. */
@@ -52,6 +53,7 @@ static struct {
 	struct loop *loop;
 	atomic_uint count;		/* with the place of the parked ones */
 	unsigned max, spinners_max;
+	uint64_t keepalive;		/* seconds */
 	pthread_mutex_t moving;		/* a connection changes loops; all are told something */
 	bool parks;			/* there is the loop of the parked ones; with that lock */
 } loops = { .moving = PTHREAD_MUTEX_INITIALIZER };
@@ -142,6 +144,7 @@ static void give_up_place(struct conn *c)
 	if (c->uncounted)
 		return;
 	c->uncounted = true;
+	access_leave(&c->guest);
 	atomic_fetch_sub(&loops_places, 1);
 	wake_main();
 }
@@ -374,18 +377,32 @@ static bool can_park(void)
 	return loops.parks;
 }
 
-/* Park those who have been silent for long. */
+/* Whether it was parked; from then on it is another loop's. */
+static bool park(struct loop *l, size_t i)
+{
+	const struct conn *c = l->conn[i];
+
+	return l->polled - c->active >= c->patience && conn_may_park(c) && can_park() &&
+	       move(l, i, &loops.loop[PARKED]);
+}
+
+/* End those whose hosts are gone, and park those who have been silent for long. */
 static void sweep(struct loop *l)
 {
-	bool later = false;
+	uint64_t wait = UINT64_MAX;
 
-	for (size_t i = l->count; i-- > 0 && l->count > PARK_FROM;) {
-		struct conn *c = l->conn[i];
-		bool silent = l->polled - c->active >= c->patience && conn_may_park(c);
+	for (size_t i = l->count; i-- > 0;) {
+		bool owes, vanished = conn_has_vanished(l->conn[i],
+								(unsigned)loops.keepalive, &owes);
 
-		later |= !silent || !can_park() || !move(l, i, &loops.loop[PARKED]);
+		if (vanished)
+			conn_kill(l->conn[i], "its host does not answer any more");
+		if (owes && wait > loops.keepalive * CHECK_US)
+			wait = loops.keepalive * CHECK_US;
+		if (l->count > PARK_FROM && (owes || !park(l, i)))
+			wait = SWEEP_US;
 	}
-	l->sweep_due = later ? l->polled + SWEEP_US : UINT64_MAX;
+	l->sweep_due = wait < UINT64_MAX ? l->polled + wait : UINT64_MAX;
 }
 
 static struct loop *least_loaded(void)
@@ -529,9 +546,10 @@ static void *loop_main(void *arg)
 
 /* Starting and stopping */
 
-int loops_init(unsigned max)
+int loops_init(unsigned max, unsigned keepalive)
 {
 	loops.count = SERVING;
+	loops.keepalive = keepalive;
 	loops.max = SERVING + max;
 	loops.loop = calloc(loops.max, sizeof(*loops.loop));
 	if (!loops.loop || !order_prepare(loops.max))
@@ -551,7 +569,7 @@ static void free_loop(struct loop *l)
 	free(l->conn);
 	free(l->pfd);
 	free(l->rx);
-	free(l->tx);
+	tx_free(l->tx);
 	bell_free(&l->bell);
 	pthread_mutex_destroy(&l->lock);
 }

@@ -58,10 +58,11 @@ struct loop {
 };
 
 /*
- * Prepare for at most max threads.  The main thread is woken whenever a connection ends.  Main
+ * Prepare for at most max threads that serve.  A client whose host owes an answer for keepalive
+ * seconds is gone; 0 for never.  The main thread is woken whenever a connection ends.  Main
  * thread.  0 or -errno.
  */
-int loops_init(unsigned max);
+int loops_init(unsigned max, unsigned keepalive);
 
 /*
  * Give a connection to a loop, starting one if there is none idle and the bound allows.  On

@@ -80,6 +80,10 @@ static const struct known server_known[] = {
 	  "TCP clients that may connect: ADDRESS[/PREFIX], may be repeated (all)" },
 	{ 0, "max-connections", "N", MODE_ANY, NUMBER(max_connections, 1, 65536),
 	  "clients at a time, at most (4096)" },
+	{ 0, "max-per-host", "N", MODE_ANY, NUMBER(max_per_host, 1, 65536),
+	  "of those, clients of one address (all)" },
+	{ 0, "keepalive", "SECONDS", MODE_ANY, NUMBER(keepalive, 0, 36000),
+	  "a client whose host is silent for so long is gone (300, 0 for never)" },
 	{ 'i', "inetd", NULL, MODE_ANY, FLAG(inetd), "serve the one client on standard input" },
 	{ 0, "connected-fd", "N", MODE_ANY, NUMBER(connected_fd, 0, INT_MAX),
 	  "serve the one client on descriptor N, already negotiated" },
@@ -97,10 +101,10 @@ static const struct known server_known[] = {
 	{ 0, "target-exportname", "NAME", MODE_PROXY, VALUE(KIND_STRING, export_name),
 	  "name of the remote server's export (the empty name)" },
 	{ 0, "clear-bitmap", NULL, MODE_PROXY, FLAG(clear_bitmap), "forget what is cached" },
-	{ 0, "max-queue-size", "N", MODE_PROXY, NUMBER(max_queue_size, 0, INT_MAX),
-	  "requests of all clients that may wait (0: 512 of each)" },
-	{ 0, "max-buf-size", "SIZE", MODE_PROXY, VALUE(KIND_SIZE, max_buf_size),
-	  "memory for the data of those (0: 2M of each)" },
+	{ 0, "max-queue-size", "N", MODE_ANY, NUMBER(max_queue_size, 0, INT_MAX),
+	  "requests of all clients that may wait (0: 8192)" },
+	{ 0, "max-buf-size", "SIZE", MODE_ANY, VALUE(KIND_SIZE, max_buf_size),
+	  "memory for the data of those (0: 3M)" },
 	{ 0, "origin-connections", "N", MODE_PROXY, NUMBER(origin_connections, 1, 16),
 	  "connections to the remote server, at most (2)" },
 	{ 0, "origin-timeout", "SECONDS", MODE_PROXY, NUMBER(origin_timeout, 1, 3600),
@@ -191,6 +195,7 @@ static const char *const exclusive[][2] = {
 	{ "inetd", "unix" },	      { "connected-fd", "unix" },
 	{ "inetd", "threads" },	      { "connected-fd", "threads" },
 	{ "inetd", "max-connections" }, { "connected-fd", "max-connections" },
+	{ "inetd", "max-per-host" },  { "connected-fd", "max-per-host" },
 };
 
 enum {
@@ -520,6 +525,7 @@ void options_parse(struct options *o, int argc, char **argv)
 	o->export_name = "";
 	o->origin_connections = 2;
 	o->origin_timeout = 15;
+	o->keepalive = 300;
 	seen = parse_words(&server, o, argc, argv);
 	o->lport_given = has(&server, seen, "lport");
 	o->create = has(&server, seen, "create");

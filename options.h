@@ -37,8 +37,6 @@ struct options {
 	const char *control;		/* in other modes NULL for none */
 	const char *export_name;
 	bool clear_bitmap;
-	unsigned long max_queue_size;	/* requests; 0 for the default */
-	uint64_t max_buf_size;		/* bytes; 0 for the default */
 	unsigned long origin_connections;
 	unsigned long origin_timeout;	/* seconds */
 
@@ -51,6 +49,10 @@ struct options {
 	struct access_rule *allow;	/* allows of them; none: everybody may connect */
 	unsigned allows;
 	unsigned long max_connections;	/* 0 for the default */
+	unsigned long max_per_host;	/* 0: all of them */
+	unsigned long keepalive;	/* seconds; 0 for never */
+	unsigned long max_queue_size;	/* requests; 0 for the default */
+	uint64_t max_buf_size;		/* bytes; 0 for the default */
 	bool inetd;
 	long connected_fd;	/* -1 for none */
 	bool oldstyle;

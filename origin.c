@@ -24,7 +24,7 @@
 
 enum {
 	ORIGIN_STACK = 128 * 1024,
-	UNSTORED_MAX = 16 * 1024 * 1024,	/* delivered, and not put away */
+	UNSTORED_MAX = 4 * 1024 * 1024,	/* delivered, and not put away */
 	ROUNDS = 16,		/* of receiving from one link, or so many bytes of data: */
 	ROUND_BYTES = 256 * 1024,	/* then it is the others' turn */
 	BACKOFF_MIN = 100,	/* ms */

@@ -4,16 +4,21 @@
 #define _GNU_SOURCE
 #include "tx.h"
 
+#include "buffer.h"
+
 #include <assert.h>
 #include <errno.h>
+#include <stddef.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/socket.h>
 
 struct tx *tx_new(void)
 {
-	struct tx *tx = malloc(sizeof(*tx));
+	struct tx *tx = buffer_get(sizeof(*tx));
 
 	if (tx) {
+		tx->size = sizeof(*tx);
 		tx->held = NULL;
 		tx_reset(tx);
 	}
@@ -25,6 +30,47 @@ void tx_reset(struct tx *tx)
 	assert(!tx->held);
 	tx->first = tx->iovs = 0;
 	tx->used = 0;
+}
+
+void tx_free(struct tx *tx)
+{
+	if (tx)
+		buffer_put(tx, tx->size);
+}
+
+static bool is_own(const struct tx *tx, const struct iovec *v)
+{
+	const uint8_t *p = v->iov_base;
+
+	return p >= tx->bytes && p < tx->bytes + tx->used;
+}
+
+struct tx *tx_rest(struct tx *tx)
+{
+	size_t own = 0;
+	struct tx *rest;
+
+	for (unsigned i = tx->first; i < tx->iovs; i++)
+		own += is_own(tx, &tx->iov[i]) ? tx->iov[i].iov_len : 0;
+	rest = buffer_get(offsetof(struct tx, bytes) + own);
+	if (!rest)
+		return NULL;
+	rest->size = offsetof(struct tx, bytes) + own;
+	rest->held = NULL;
+	tx_reset(rest);
+	for (unsigned i = tx->first; i < tx->iovs; i++) {
+		struct iovec v = tx->iov[i];
+
+		if (is_own(tx, &v)) {
+			v.iov_base = memcpy(tx_tail(rest), v.iov_base, v.iov_len);
+			rest->used += v.iov_len;
+		}
+		tx_refer(rest, v.iov_base, v.iov_len);
+	}
+	rest->held = tx->held;
+	tx->held = NULL;
+	tx_reset(tx);
+	return rest;
 }
 
 void tx_refer(struct tx *tx, const void *p, size_t len)

@@ -24,15 +24,24 @@ enum {
 struct tx {
 	struct request *held;		/* own the memory referred to; freed when all is sent */
 	unsigned first, iovs;		/* iov[first] to iov[iovs - 1] are not sent yet */
+	size_t size;			/* of this memory, in bytes */
 	size_t used;			/* of bytes */
 	struct iovec iov[TX_IOVS];
-	uint8_t bytes[TX_BYTES];
+	uint8_t bytes[TX_BYTES];	/* of tx_rest(): as many as there are */
 };
 
 enum tx_result { TX_SENT, TX_MORE, TX_DEAD };
 
 /* NULL if out of memory. */
 struct tx *tx_new(void);
+
+/*
+ * What is not sent yet, in memory of just that size; nothing is in tx any more.  NULL if out of
+ * memory.
+ */
+struct tx *tx_rest(struct tx *tx);
+
+void tx_free(struct tx *tx);
 
 /* Forget what is in it.  The caller has taken care of held. */
 void tx_reset(struct tx *tx);

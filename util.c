@@ -548,22 +548,25 @@ bool is_unix_socket(int fd)
 	return getsockname(fd, &address.sa, &len) == 0 && address.sa.sa_family == AF_UNIX;
 }
 
-void tune_socket(int fd)
+void tune_socket(int fd, unsigned keepalive)
 {
-	int on = 1;
+	int on = 1, probes = 6, alive = keepalive > 0;
 
 	/* Its buffer does not grow by itself, as TCP's does, and by default holds no full batch. */
 	if (is_unix_socket(fd)) {
-		setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &(int){ 512 * 1024 }, sizeof(int));
+		setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &(int){ 256 * 1024 }, sizeof(int));
 		return;
 	}
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-	setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+	setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &alive, sizeof(alive));
 #if defined(TCP_KEEPIDLE) && defined(TCP_KEEPINTVL) && defined(TCP_KEEPCNT)
-	/* A client that is gone without a word is noticed within two minutes, not two hours. */
-	setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &(int){ 60 }, sizeof(int));
-	setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &(int){ 10 }, sizeof(int));
-	setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &(int){ 6 }, sizeof(int));
+	int idle = (int)(keepalive + 1) / 2, interval = (int)keepalive / 2 / probes;
+
+	if (!alive)
+		return;
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, interval ? &interval : &on, sizeof(on));
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
 #endif
 }
 

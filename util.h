@@ -165,8 +165,11 @@ bool is_unix_socket(int fd);
 /* Whether both descriptors are the same socket. */
 bool is_same_socket(int a, int b);
 
-/* TCP: no delay, and notice a peer that is gone.  Unix sockets: room for a batch of replies. */
-void tune_socket(int fd);
+/*
+ * TCP: no delay, and notice a peer that has been silent for keepalive seconds, unless that is 0.
+ * Unix sockets: room for a batch of replies.
+ */
+void tune_socket(int fd, unsigned keepalive);
 
 /* Tell the process that started us and waits for it, if one does, as sd_notify(3) would. */
 void notify_supervisor(const char *state);

@@ -5,6 +5,7 @@
  * ends them.  Signals are its own: they ring its bell, and are looked at when it does not sleep.
  */
 #define _GNU_SOURCE
+#include "buffer.h"
 #include "commit.h"
 #include "confine.h"
 #include "control.h"
@@ -382,7 +383,7 @@ static bool start_loops(struct server *s)
 
 	if (max == 0)
 		max = cpu_count() > LOOPS_MIN ? cpu_count() : LOOPS_MIN;
-	err = loops_init(max);
+	err = loops_init(max, (unsigned)s->options.keepalive);
 	if (err)
 		log_failure("cannot start: %s", strerror(-err));
 	return err == 0;
@@ -458,9 +459,14 @@ static bool may_connect(struct server *s, const struct sockaddr *sa, const char 
 		log_refusal(s, peer, reason);
 		return false;
 	}
-	if (loops_clients() < s->connections_max)
+	if (loops_clients() >= s->connections_max)
+		snprintf(reason, sizeof(reason), "there are %zu connections already",
+			 s->connections_max);
+	else if (sa && s->options.max_per_host && access_guests(sa) >= s->options.max_per_host)
+		snprintf(reason, sizeof(reason), "its host has %lu connections already",
+			 s->options.max_per_host);
+	else
 		return true;
-	snprintf(reason, sizeof(reason), "there are %zu connections already", s->connections_max);
 	log_refusal(s, peer, reason);
 	return false;
 }
@@ -482,15 +488,19 @@ static void add_client(struct server *s, int fd, const struct sockaddr *sa, cons
 		close(fd);
 		return;
 	}
-	c = conn_new(fd, greeting_of(&s->options), exports_table(), peer);
+	c = conn_new(fd, greeting_of(&s->options), exports_table(), peer,
+		     (unsigned)s->options.keepalive);
 	if (!c) {
 		log_error("%s: refused: out of memory", peer);
 		close(fd);
 		return;
 	}
+	if (sa)
+		access_enter(&c->guest, sa);
 	err = loops_add(c);
 	if (err) {
 		conn_kill(c, strerror(-err));
+		access_leave(&c->guest);
 		conn_free(c);
 	}
 }
@@ -672,6 +682,7 @@ int main(int argc, char **argv)
 	int status = EXIT_FAILURE;
 
 	open_standard_descriptors();
+	buffer_init();
 	log_name("xnbd-server");
 	options_parse(&s.options, argc, argv);
 	s.passed = listen_count_passed();

@@ -293,6 +293,25 @@ def test_one_connection_too_many_is_closed(server, image, tmp_path, count):
     until(lambda: is_greeted(s.raw()), what="room for one more")
 
 
+def test_one_connection_of_a_host_too_many_is_closed(server, image, tmp_path):
+    """Of that host: others are not its business, nor are clients of a Unix socket."""
+    s = server(args=["--target", "--max-per-host", "2", "--unix", tmp_path / "sock", "--laddr",
+                     "127.0.0.1", "--lport", "0", image])
+    here = [from_address(s, "127.0.0.1", next(a for a in s.addresses if isinstance(a, tuple)))
+            for _ in range(2)]
+    for c in here:
+        c.greeting()
+    tcp = next(a for a in s.addresses if isinstance(a, tuple))
+    from_address(s, "127.0.0.1", tcp).expect_closed()
+    until(lambda: "refused: its host has 2 connections already" in s.log(), what="a line")
+    for _ in range(2):
+        from_address(s, "127.0.0.2", tcp).greeting()
+    for _ in range(3):
+        s.client(address=str(tmp_path / "sock"))
+    here.pop().close()
+    until(lambda: is_greeted(from_address(s, "127.0.0.1", tcp)), what="room for one more")
+
+
 def test_more_connections_than_files_can_be_opened_is_told(server, image, tmp_path):
 
     s = server(image, "--max-connections", "60000", "--unix", tmp_path / "sock",

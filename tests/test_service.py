@@ -29,7 +29,8 @@ from nbd import *
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = MIB + 77
-OPTIONS = {"target", "lport", "laddr", "unix", "unix-mode", "allow", "max-connections", "inetd",
+OPTIONS = {"target", "lport", "laddr", "unix", "unix-mode", "allow", "max-connections",
+           "max-per-host", "keepalive", "max-queue-size", "max-buf-size", "inetd",
            "connected-fd", "oldstyle", "readonly", "create", "threads", "daemonize", "pidfile",
            "logpath", "syslog", "user", "no-sandbox", "quiet", "verbose", "stats", "ctl", "help",
            "version"}
@@ -129,6 +130,8 @@ USAGE_ERRORS += [(["--target", option, value], option) for option, values in {
     "--stats": ["", "0", "-1", "x", "1.5", "86401"],
     "--threads": ["", "0", "-1", "two", "4294967297"],
     "--max-connections": ["", "0", "-1", "many", "65537"],
+    "--max-per-host": ["", "0", "-1", "many", "65537"],
+    "--keepalive": ["", "-1", "x", "1.5", "36001"],
     "--connected-fd": ["", "-1", "x", "0x3", "2147483648"],
     "--create": ["", "K", "1Q", "1KB", "-1", "1.5G", "1 G", "16777216T",
                  "99999999999999999999"],
@@ -137,7 +140,8 @@ USAGE_ERRORS += [(["--target", option, value], option) for option, values in {
 CONTRADICTIONS = [
     "--inetd --daemonize", "--inetd --connected-fd=3", "--inetd --lport=0",
     "--inetd --laddr=127.0.0.1", "--inetd --unix=sock", "--inetd --threads=2",
-    "--inetd --max-connections=2", "--connected-fd=3 --max-connections=2",
+    "--inetd --max-connections=2", "--inetd --max-per-host=2", "--connected-fd=3 --max-per-host=2",
+    "--connected-fd=3 --max-connections=2",
     "--connected-fd=3 --daemonize", "--connected-fd=3 --lport=0", "--connected-fd=3 --unix=sock",
     "--connected-fd=3 --laddr=::1", "--connected-fd=3 --oldstyle", "--connected-fd=3 --threads=2",
     "--quiet --verbose", "--logpath=log --syslog", "--create=1M --readonly",
