@@ -32,6 +32,7 @@ FIXED = struct.pack(">I", NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES)
 # What allocators, buffers that are used again, and stacks may have kept.
 SLACK = 512 * MIB if SANITIZED else 2 * MIB
 WORKERS = 16                            # threads that the server may start when it needs them
+PARKING_FDS = 2                         # of one more, which polls those who are silent
 hazard = pytest.mark.hazard
 MODES = ["target", "cow", "proxy"]
 modes = pytest.mark.parametrize("mode", MODES)
@@ -57,7 +58,8 @@ class House:
     def is_back(self, slack=SLACK):
         """All is as it was when note() was called."""
         (fds, threads, rss), (fds0, threads0, rss0) = self.footprint(), self.before
-        return fds <= fds0 and threads <= threads0 + WORKERS and rss <= rss0 + slack
+        return (fds <= fds0 + PARKING_FDS and threads <= threads0 + WORKERS + 1
+                and rss <= rss0 + slack)
 
     def note(self):
         """Remembers what it has, once it has all its threads and buffers."""
@@ -68,6 +70,7 @@ class House:
             c.request(NBD_CMD_WRITE, 0, payload=pattern(0, 32 * KIB))
         for c in clients:
             c.collect_all()
+        for c in clients:
             c.close()
         until(lambda: self.server.sockets() <= nobody, what="closed connections")
         self.server.settle()

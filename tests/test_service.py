@@ -1044,7 +1044,8 @@ def test_clients_are_spread_over_as_many_threads(image, server, options, loops):
 # Many connections, few threads, few descriptors
 
 def test_one_thread_serves_many_connections(server, image, path):
-    """In turns, and at the same time as one that takes no replies."""
+    """In turns, and at the same time as one that takes no replies.  (A second one polls those who
+    are silent.)"""
     s = server(image, "--threads", "1", "--unix", path, *ANY_PORT)
     deaf = not_reading(s)
     before = s.status("Threads")
@@ -1054,7 +1055,7 @@ def test_one_thread_serves_many_connections(server, image, path):
     for c, cookies in zip(clients, sent):
         for (offset, length), cookie in zip(places, cookies):
             assert c.collect(cookie).data == pattern(offset, length)
-    assert s.status("Threads") == before or is_portable()   # workers do all that may wait
+    assert s.status("Threads") <= before + 1 or is_portable()   # workers do all that may wait
     deaf.close()
 
 
