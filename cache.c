@@ -193,8 +193,6 @@ static int op_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, 
 
 	if (!layer_holds(&c->layer, len, off))
 		return ABSENT;
-	if (how == TRY)
-		fetch_hit(&c->fetcher, len, off);
 	return disk_read(c->layer.disk, buf, len, off, how);
 }
 

@@ -370,8 +370,8 @@ int fetch_copy(struct fetcher *f, struct waiter *w)
 /*
  * Read-ahead.  A read that misses belongs to a stream if it is near the place where that expects its
  * next one: near, since a client's reads are handled by several threads, in any order.  After some
- * such reads a window ahead of the reader is fetched, which grows as the stream goes on.  The
- * reads that follow find their blocks; one of them, at the mark, lets the window move on.
+ * such reads a window ahead of the reader is fetched, which grows as the stream goes on: with reads
+ * that find their blocks on their way, or, of a slow reader, with the first one behind the window.
  */
 
 /* A new fetch for the beginning of a run that is not held nor on its way; NULL if there is none. */
@@ -409,25 +409,17 @@ static void fetch_ahead(struct fetcher *f, uint64_t off, uint64_t end)
 	}
 }
 
-/* Called with the lock, as are the next ones. */
-static void stream_mark(struct fetcher *f, struct stream *s, uint64_t off)
-{
-	size_t mark = (size_t)(off / BLOCK_SIZE);
-	size_t old = atomic_exchange(&f->mark[s - f->stream], mark);
-
-	if (!old && mark)
-		atomic_fetch_add(&f->marks, 1);
-	if (old && !mark)
-		atomic_fetch_sub(&f->marks, 1);
-}
-
-/* The stream that a read belongs to, or in its place the one that was used longest ago. */
+/*
+ * The stream that a read belongs to, or in its place the one that was used longest ago.  Called with
+ * the lock.
+ */
 static struct stream *stream_find(struct fetcher *f, uint64_t len, uint64_t off)
 {
 	struct stream *oldest = f->stream;
 
 	for (struct stream *s = f->stream; s < f->stream + FETCH_STREAMS; s++) {
-		uint64_t distance = off > s->next ? off - s->next : s->next - off;
+		uint64_t last = s->end > s->next ? s->end : s->next;	/* what it has found there */
+		uint64_t distance = off < s->next ? s->next - off : off > last ? off - last : 0;
 
 		if (s->reads > 0 && distance <= NEAR_READS * len) {
 			s->reads++;
@@ -436,16 +428,8 @@ static struct stream *stream_find(struct fetcher *f, uint64_t len, uint64_t off)
 		if (s->used < oldest->used)
 			oldest = s;
 	}
-	stream_mark(f, oldest, 0);
 	*oldest = (struct stream){ .reads = 1 };
 	return oldest;
-}
-
-static void stream_read(struct fetcher *f, struct stream *s, uint64_t end)
-{
-	s->used = ++f->reads;
-	if (end > s->next)
-		s->next = end;
 }
 
 /* Move the window on.  Returns where what is to be fetched begins; it ends at s->end. */
@@ -458,7 +442,6 @@ static uint64_t stream_advance(struct fetcher *f, struct stream *s)
 		s->window = WINDOW_MAX;
 	to = size - s->next > s->window ? s->next + s->window : size;
 	s->end = to > from ? to : from;
-	stream_mark(f, s, to < size && layer_missing(f->layer) ? to - s->window / 2 : 0);
 	return from;
 }
 
@@ -469,42 +452,15 @@ void fetch_missed(struct fetcher *f, uint64_t len, uint64_t off)
 
 	pthread_mutex_lock(&f->lock);
 	s = stream_find(f, len, off);
-	stream_read(f, s, off + len);
+	s->used = ++f->reads;
+	if (off + len > s->next)
+		s->next = off + len;
 	if (s->reads >= SEQUENTIAL_READS && s->end < s->next + s->window / 2 + len) {
 		from = stream_advance(f, s);
 		end = s->end;
 	}
 	pthread_mutex_unlock(&f->lock);
 	fetch_ahead(f, from, end);
-}
-
-/* A read that may have come to the mark of stream i. */
-static void fetch_at_mark(struct fetcher *f, unsigned i, uint64_t len, uint64_t off)
-{
-	struct stream *s = &f->stream[i];
-	uint64_t from = 0, end = 0;
-
-	pthread_mutex_lock(&f->lock);
-	if (atomic_load(&f->mark[i]) && off < s->end) {
-		stream_read(f, s, off + len);
-		from = stream_advance(f, s);
-		end = s->end;
-	}
-	pthread_mutex_unlock(&f->lock);
-	fetch_ahead(f, from, end);
-}
-
-void fetch_hit(struct fetcher *f, uint64_t len, uint64_t off)
-{
-	if (atomic_load_explicit(&f->marks, memory_order_relaxed) == 0)
-		return;
-	for (unsigned i = 0; i < FETCH_STREAMS; i++) {
-		size_t mark = atomic_load_explicit(&f->mark[i], memory_order_relaxed);
-		uint64_t at = (uint64_t)mark * BLOCK_SIZE;
-
-		if (mark && off + len > at && off < at + WINDOW_MAX)
-			fetch_at_mark(f, i, len, off);
-	}
 }
 
 /* Misses */

@@ -37,8 +37,6 @@ struct fetcher {
 	struct origin *origin;
 	atomic_bool cannot_store;	/* has been logged */
 	atomic_uint demanded;		/* fetches that were begun for clients, who wait */
-	atomic_uint marks;		/* streams that have one */
-	atomic_size_t mark[FETCH_STREAMS];	/* the block whose read lets the stream go on, 0: none */
 	pthread_mutex_t lock;		/* guards all that follows, and who waits; a leaf */
 	struct fetch *bucket[FETCH_BUCKETS];	/* by region */
 	struct fetch *arrived[ORIGIN_PRIORITIES];	/* to be stored, oldest first ... */
@@ -79,11 +77,10 @@ int fetch_copy(struct fetcher *f, struct waiter *w);
 uint64_t fetch_fit(const struct fetcher *f, uint64_t len, uint64_t off, uint64_t max);
 
 /*
- * A client's read found blocks that were not held; or it found all, which costs next to nothing.  What
- * a sequential reader will want next is fetched ahead of it.  Does not block.
+ * A client's read found blocks that were not held.  What a sequential reader will want next is
+ * fetched ahead of it.  Does not block.
  */
 void fetch_missed(struct fetcher *f, uint64_t len, uint64_t off);
-void fetch_hit(struct fetcher *f, uint64_t len, uint64_t off);
 
 /*
  * A client's request that waits for blocks.  When all has arrived a READ up to READ_PIECE is done,

@@ -56,7 +56,7 @@ mutant("each option gets the handshake's deadline anew",
        "\t\tset_deadline(c, HANDSHAKE_MS);",
        tests="test_hazards.py::test_handshake_has_a_deadline_of_10_seconds")
 mutant("connections have no cap", "idle connections that never finish the handshake: a cap",
-       "xnbd.c", "if (loops_clients() < s->connections_max)", "if (true)",
+       "xnbd.c", "if (loops_clients() >= s->connections_max)", "if (false)",
        tests="test_hazards.py::test_connections_have_a_cap")
 mutant("addresses are compared as bytes of text", "address rule matched as a text prefix",
        "access.c", "same_bits(rule[i].address, address, rule[i].bits) &&",
@@ -329,9 +329,9 @@ mutant("a connection is freed while its requests are in flight", "closes with 64
        tests="test_origin.py::test_clients_that_leave_while_they_wait_leave_nothing "
              "test_origin.py::test_client_may_leave_while_it_waits")
 mutant("the memory of a dead client's request stays", "closes with 64 reads in flight",
-       "conn.c", "\ttake_home(c, r);\n\tc->buffered -= r->counted;",
+       "conn.c", "\ttake_home(c, r);\n\tif (r->counted > 0) {",
        "\tif (c->state == CONN_DEAD) {\n" + TAKE.format("1 << 20") + "\n\t}\n\ttake_home(c, r);\n"
-       "\tc->buffered -= r->counted;",
+       "\tif (r->counted > 0) {",
        tests="test_order.py::test_clients_that_gave_up_give_back_all_at_once")
 mutant("a WRITE clears its range before its payload comes", "client dies within a payload",
        "conn.c", "c->current = r;\n\tc->current_left = r->h.len;",
@@ -930,11 +930,11 @@ mutant("a lost origin is tried again at once", "origin that is always wrong",
        tests="test_origin.py::test_origin_that_is_always_wrong_is_not_asked_all_the_time "
              "test_origin.py::test_attempts_back_off")
 mutant("a cached read waits for the origin", "one dead origin stalls every client",
-       "cache.c", "if (!layer_holds(&c->layer, len, off))\n\t\treturn ABSENT;\n\tif (how == TRY)",
+       "cache.c", "if (!layer_holds(&c->layer, len, off))\n\t\treturn ABSENT;\n\treturn disk_read",
        "struct origin_status s;\n\n"
        "\tif (!layer_holds(&c->layer, len, off))\n\t\treturn ABSENT;\n"
        "\tfor (origin_status(c->origin, &s); !s.up; origin_status(c->origin, &s))\n"
-       "\t\tusleep(1000);\n\tif (how == TRY)",
+       "\t\tusleep(1000);\n\treturn disk_read",
        tests="test_proxy.py::test_cached_blocks_need_no_origin_and_others_wait_for_it")
 mutant("an error of the origin is for all who wait", "one EIO of the origin",
        "fetch.c", "error == -EIO && is_wider(fetch, w) ? -EAGAIN : error", "error",
@@ -973,14 +973,11 @@ mutant("a WRITE that found no room is marked", "disk full on a write",
        "\tif (ret == 0) {\n\t\tret = bitmap_set(",
        tests="test_proxy.py::test_full_disk_is_enospc_for_writes_and_nothing_for_reads")
 mutant("what waits for the origin is not bounded", "a bound on what waits for a dead origin",
-       "conn.c", "while (count < load->requests_max)\n\t\tif (", "for (;;)\n\t\tif (",
-       "conn.c", "load->requests_max ? atomic_load(&load->requests) >= load->requests_max :",
-       "load->requests_max ? false :",
+       "conn.c", "room_in(&load.requests, load.requests_max)", "SIZE_MAX",
        tests="test_proxy.py::test_limits_hold_while_the_origin_is_stopped")
 mutant("memory for what waits for the origin is not bounded",
        "a bound on what waits for a dead origin",
-       "conn.c", "return load->bytes_max ? atomic_load(&load->bytes) >= load->bytes_max :",
-       "return load->bytes_max ? false :",
+       "conn.c", "room_in(&load.bytes, load.bytes_max)", "SIZE_MAX",
        tests="test_proxy.py::test_limits_hold_while_the_origin_is_stopped")
 mutant("what is not cached is a hole", 'a proxy never reports "not cached" as a hole',
        "cache.c", "r->extent[0] = (struct extent){ len, 0 };",
@@ -1033,9 +1030,10 @@ mutant("who was turned away by the gate is forgotten", "a request in flight is n
 mutant("a client that does not read keeps the switch", "it may not stop the switch",
        "conn.c", "static uint8_t zeros[128 * 1024];",
        "static uint8_t zeros[128 * 1024];\natomic_uint backlogs;",
-       "conn.c", "c->backlog = l->tx;", "c->backlog = l->tx;\n\t\t\tatomic_fetch_add(&backlogs, 1);",
-       "conn.c", "free(c->backlog);\n\tc->backlog = NULL;\n\tif (result == TX_DEAD)",
-       "free(c->backlog);\n\tc->backlog = NULL;\n\tatomic_fetch_sub(&backlogs, 1);\n"
+       "conn.c", "c->backlog = tx_rest(l->tx);",
+       "c->backlog = tx_rest(l->tx);\n\t\tatomic_fetch_add(&backlogs, 1);",
+       "conn.c", "tx_free(c->backlog);\n\tc->backlog = NULL;\n\tif (result == TX_DEAD)",
+       "tx_free(c->backlog);\n\tc->backlog = NULL;\n\tatomic_fetch_sub(&backlogs, 1);\n"
        "\tif (result == TX_DEAD)",
        "cache.c", "if (!atomic_exchange(&c->step_done, false))",
        "extern atomic_uint backlogs;\n\n"
@@ -1254,6 +1252,48 @@ mutant("replies wait for the next event", "a reply stays behind a READ in pieces
        "conn.c", "go_on(c);\t/* a stream comes first, and may end */\n\t\tput_ready_replies(c);",
        "put_ready_replies(c);\n\t\tgo_on(c);",
        tests="test_protocol.py::test_small_read_beside_one_in_pieces_is_answered")
+
+# Those who say nothing
+
+mutant("nobody is parked", "many who are silent slow down who works",
+       "loop.c", "if (l->count > PARK_FROM && (owes || !park(l, i)))", "if (false)",
+       tests="test_silence.py::test_silent_clients_are_served_when_they_speak")
+mutant("who is parked does not come back", "a request is lost while its client is parked, or comes back",
+       "loop.c", "\t\tif (!l->pfd[i + 1].revents)\n\t\t\tcontinue;\n\t\tc->patience",
+       "\t\tif (!l->pfd[i + 1].revents || l->pfd[i + 1].revents == POLLIN)\n\t\t\tcontinue;\n"
+       "\t\tc->patience",
+       tests="test_silence.py::test_silent_clients_are_served_when_they_speak")
+mutant("who comes back has to speak again", "a request is lost while its client is parked, or comes back",
+       "loop.c", "\t\tturn(l, c, POLLIN);\n\t}\n}", "\t\tc->active = l->polled;\n\t}\n}",
+       tests="test_silence.py::test_silent_clients_are_served_when_they_speak "
+             "test_silence.py::test_change_is_not_lost_on_the_way")
+mutant("a client moves while it is being told", "a client that is parked is counted twice, or not",
+       "loop.c", "may = !atomic_load(&from->surveyed) && !atomic_load(&from->stop);",
+       "may = !atomic_load(&from->stop);",
+       "loop.c", "surveyed = atomic_exchange(&l->surveyed, false);", "surveyed = false;",
+       "loop.c", "if (surveyed)\n\t\ttell_survey(l);",
+       "surveyed = atomic_exchange(&l->surveyed, false);\n\tusleep(1000);\n"
+       "\tif (surveyed)\n\t\ttell_survey(l);",
+       tests="test_silence.py::test_each_request_counts_once_while_clients_come_and_go")
+mutant("who was away for a moment is gone", "a host that is away for a moment loses its connections",
+       "conn.c", "tcp.tcpi_last_ack_recv / 1000 >= seconds;", "tcp.tcpi_last_ack_recv / 1000 >= 3;",
+       tests="test_silence.py::test_clients_whose_host_was_away_for_a_moment_stay")
+mutant("hosts are not asked", "a host that vanished keeps its connections",
+       "conn.c", "*owes |= tcp.tcpi_unacked > 0;", "return *owes = false;",
+       tests="test_silence.py::test_clients_whose_host_is_gone_are_noticed")
+mutant("a host that answers is gone, too", "a paused machine loses its disk",
+       "conn.c", "tcp.tcpi_retransmits + tcp.tcpi_probes >= 2 &&", "c->backlog &&",
+       tests="test_silence.py::test_client_that_takes_nothing_for_long_stays")
+mutant("a host may have all connections", "one host takes all connections",
+       "xnbd.c", "access_guests(sa) >= s->options.max_per_host", "false",
+       tests="test_access.py::test_one_connection_of_a_host_too_many_is_closed")
+mutant("a signal waits for the end of the start", "a start that waits for a silent origin cannot be ended",
+       "xnbd.c", "if (opening)\n\t\t_exit(EXIT_SUCCESS);", "",
+       tests="test_silence.py::test_signal_ends_a_start_that_waits")
+mutant("pieces are read for a client whatever others have", "16 MiB of memory, and clients that want more",
+       "conn.c", "c->stream_asked < c->stream->h.len && !has_data_enough(c)",
+       "c->stream_asked < c->stream->h.len && c->buffered + READ_PIECE <= BUFFERED_MAX",
+       tests="test_silence.py::test_16_mib_suffice")
 
 # Clients that vanish, changes that overlap
 

@@ -293,6 +293,7 @@ def test_one_connection_too_many_is_closed(server, image, tmp_path, count):
     until(lambda: is_greeted(s.raw()), what="room for one more")
 
 
+@hazard("one host takes all connections")
 def test_one_connection_of_a_host_too_many_is_closed(server, image, tmp_path):
     """Of that host: others are not its business, nor are clients of a Unix socket."""
     s = server(args=["--target", "--max-per-host", "2", "--unix", tmp_path / "sock", "--laddr",

@@ -3,6 +3,7 @@
 Who has been silent for a while is parked, where there are many: a thread of its own polls them.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import random
@@ -19,6 +20,7 @@ from conftest import SERVER, need, skip
 from nbd import *
 from test_access import is_greeted
 from test_control import bgctl, done
+from test_protocol import evict
 
 MIB = 1 << 20
 MANY = 60
@@ -46,6 +48,7 @@ def parked(server, image):
     return start
 
 
+@hazard("many who are silent slow down who works")
 def test_silent_clients_are_served_when_they_speak(parked):
     s, clients = parked()
     dice = random.Random(1)
@@ -74,6 +77,7 @@ def test_silent_client_that_leaves_makes_room(parked, end):
     assert clients[5].pread(512) == pattern(0, 512)
 
 
+@hazard("a client that is parked is counted twice, or not")
 def test_each_request_counts_once_while_clients_come_and_go(parked, tmp_path):
     """Whoever asks meanwhile: a client is told by one thread or by another, never by two or none."""
     control = tmp_path / "ctl"
@@ -95,6 +99,7 @@ def test_each_request_counts_once_while_clients_come_and_go(parked, tmp_path):
         assert reads() == told
 
 
+@hazard("a request is lost while its client is parked, or comes back")
 def test_change_is_not_lost_on_the_way(parked):
     """A request that comes while its client is being parked is carried out like any other."""
     s, clients = parked()
@@ -185,6 +190,67 @@ def test_client_that_takes_nothing_for_long_stays(server, image, structured):
         time.sleep(12)
         for cookie in wanted:
             assert c.collect(cookie).data == pattern(0, 4 * MIB)
+
+
+# Memory
+
+@pytest.fixture
+def cgroup():
+    """A directory of 16 MiB, with nothing to swap to."""
+    for parent, bounds in (("/sys/fs/cgroup/memory", ["memory.limit_in_bytes",
+                                                      "memory.memsw.limit_in_bytes"]),
+                           ("/sys/fs/cgroup", ["memory.max"])):
+        path = Path(parent) / f"xnbd{os.getpid()}"
+        try:
+            path.mkdir()
+            (path / bounds[0]).write_text("16M")
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            continue
+        for name in (*bounds[1:], "memory.swap.max"):
+            with contextlib.suppress(OSError):
+                (path / name).write_text("0" if "swap" in name else "16M")
+        yield path
+        until(lambda: not (path / "cgroup.procs").read_text(), what="an end")
+        path.rmdir()
+        return
+    skip("needs control groups with memory (root)")
+
+
+def take_pieces(address, number, length, command):
+    """Four at a time, all of them whole."""
+    with Client(address).negotiate(structured=True) as c:
+        for round in range(3):
+            for i in range(4):
+                at = (number * 37 + 4 * round + i) * length % (63 * MIB - length)
+                c.request(command, at, length, payload=bytes(length) if command == WRITE else b"")
+            for reply in c.collect_all().values():
+                assert not reply.error
+                if command == READ:
+                    assert reply.data == pattern(reply.request.offset, length)
+
+
+@hazard("16 MiB of memory, and clients that want more")
+@pytest.mark.skipif(SANITIZED, reason="sanitizers take more themselves")
+@pytest.mark.parametrize("command", [READ, WRITE], ids=["READ", "WRITE"])
+@pytest.mark.parametrize("mode", ["target", "cow", "proxy"])
+def test_16_mib_suffice(cgroup, server, disk, tmp_path, mode, command):
+    """For eight clients and 1 MiB at a time, two and 8 MiB, of data that is not in the page cache."""
+    image, where = disk(content=pattern(0, 64 * MIB)), tmp_path / "sock"
+    evict(image)
+    words = {"target": ["--target"], "cow": ["--cow-target"], "proxy": ["--proxy"]}[mode]
+    files = [image]
+    if mode == "proxy":
+        server(image, "--unix", tmp_path / "origin", "--readonly")
+        files = [f"unix:{tmp_path}/origin", *(tmp_path / name for name in ("cache", "map", "ctl"))]
+    s = server(args=[*words, "--unix", where, *files], preexec_fn=lambda: (
+        cgroup / "cgroup.procs").write_text(str(os.getpid())))
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        for result in [pool.submit(take_pieces, str(where), i, MIB if i < 8 else 8 * MIB, command)
+                       for i in range(10)]:
+            result.result()
+    assert s.is_served()
 
 
 # A start
