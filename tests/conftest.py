@@ -3,11 +3,13 @@
 import contextlib
 import faulthandler
 import functools
+import mmap
 import os
 import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,8 +22,8 @@ import pytest
 import nbd
 from nbd import DEADLINE, SANITIZED, until
 
-SERVER = os.environ.get("XNBD_SERVER",
-                        str(Path(__file__).resolve().parent.parent / "xnbd-server"))
+HERE = Path(__file__).resolve().parent
+SERVER = os.environ.get("XNBD_SERVER", str(HERE.parent / "xnbd-server"))
 TIME_LIMIT = 900 if SANITIZED else 240      # seconds for one test
 STOP_LIMIT = 5                              # seconds from SIGTERM to the end
 POLL = 0.002                                # seconds
@@ -437,6 +439,46 @@ def run_server():
         return done
 
     return run
+
+
+# What is preloaded into a server
+
+def build_library(name, tmp_path_factory, *options):
+    """tests/NAME.c, built."""
+    path = tmp_path_factory.mktemp(name) / f"{name}.so"
+    subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-O1", *options, "-o", path,
+                    HERE / f"{name}.c", "-ldl"], check=True)
+    return path
+
+
+def preload(library, **settings):
+    """The environment of a server with that library, which finds the settings there."""
+    asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
+    return {**os.environ, "LD_PRELOAD": str(library), "ASAN_OPTIONS": asan,
+            **{name: str(value) for name, value in settings.items()}}
+
+
+class SharedPage:
+    """Numbers that this process and a library share; .environment is for the server."""
+
+    NUMBER = struct.Struct("=I")
+
+    def __init__(self, path, library, **settings):
+        path.write_bytes(bytes(mmap.PAGESIZE))
+        with open(path, "r+b") as f:
+            self.page = mmap.mmap(f.fileno(), mmap.PAGESIZE)
+        self.environment = preload(library, SHARED_PAGE=path, **settings)
+
+    def get(self, word):
+        return self.NUMBER.unpack_from(self.page, self.NUMBER.size * word)[0]
+
+    def set(self, word, value):
+        self.NUMBER.pack_into(self.page, self.NUMBER.size * word, value)
+
+
+@pytest.fixture(scope="session")
+def slow_library(tmp_path_factory):
+    return build_library("slow", tmp_path_factory)
 
 
 def raise_descriptor_limit(wanted):

@@ -1,35 +1,16 @@
 /*
  * faults: fails, shortens or holds up the n-th call of one function of a server.  test_faults.py
- * builds it, preloads it, and tells it through a page of shared memory what to do.
- *
- *	FAULTS_CONTROL		the file that is mapped: struct control
+ * preloads it, and says by the page that they share what it is to do.
  *
  * Functions that do the same have one name and one count: "pread" are preadv2() and pread64(),
  * too.  They are counted from the beginning; the test arms when the server is where it wants it.
  */
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
+#include "preload.h"
+
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/file.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/uio.h>
-#include <time.h>
-#include <unistd.h>
 
 /* The order is known to test_faults.py. */
 enum call {
@@ -58,36 +39,15 @@ struct control {
 
 static struct control *control;
 
-/* The function that a caller would have got without us. */
-#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
-
 __attribute__((constructor)) static void begin(void)
 {
-	const char *path = getenv("FAULTS_CONTROL");
-	int fd = path ? (int)syscall(SYS_openat, AT_FDCWD, path, O_RDWR | O_CLOEXEC) : -1;
-	void *map;
-
-	if (fd < 0)
-		return;
-	map = REAL(mmap)(NULL, sizeof(*control), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	close(fd);
-	if (map != MAP_FAILED)
-		control = map;
-}
-
-static void wait_ms(long ms)
-{
-	const struct timespec time = { 0, ms * 1000000 };
-	int saved = errno;
-
-	nanosleep(&time, NULL);
-	errno = saved;
+	control = shared_page();
 }
 
 static void hold(void)
 {
 	while (!atomic_load(&control->release))
-		wait_ms(1);
+		sleep_us(1000);
 }
 
 /* Counts a call.  0 if it is to be made as it is, else an errno or a kind. */
@@ -107,7 +67,7 @@ static unsigned fault(enum call call)
 	if (kind == HOLD)
 		hold();
 	else if (kind == SLOW)
-		wait_ms(200);
+		sleep_us(200000);
 	else
 		return kind;
 	return 0;
@@ -199,26 +159,15 @@ ssize_t pwritev_name(int fd, const struct iovec *iov, int count, off_type at)			
 
 AT_POSITIONS(pread, pwrite, pwritev, off_t)
 
-/* The server makes preadv2() itself, which not every C library has. */
-static long preadv2_call(int fd, const struct iovec *iov, int count, long low, long high, int flags)
+static long preadv2_call(const long *a)
 {
-	VECTORS(PREAD, REAL(syscall)(SYS_preadv2, fd, iov, count, low, high, flags));
+	const struct iovec *iov = (const struct iovec *)a[1];
+	int count = (int)a[2];
+
+	VECTORS(PREAD, REAL(syscall)(SYS_preadv2, a[0], iov, count, a[3], a[4], a[5]));
 }
 
-long syscall(long number, ...)
-{
-	long a[6];
-	va_list args;
-
-	va_start(args, number);
-	for (int i = 0; i < 6; i++)
-		a[i] = va_arg(args, long);
-	va_end(args);
-	if (number == SYS_preadv2)
-		return preadv2_call((int)a[0], (const struct iovec *)a[1], (int)a[2], a[3], a[4],
-				    (int)a[5]);
-	return REAL(syscall)(number, a[0], a[1], a[2], a[3], a[4], a[5]);
-}
+SYSCALL(preadv2_call)
 
 /* What does not fail is not made either: there are thousands of servers, and no power cut. */
 int fdatasync(int fd)

@@ -20,27 +20,13 @@
  * copy_file_range(), splice(), stores through a mapping and their like are not seen: the test
  * compares the files with the record, so that it does not miss a server that uses them.
  */
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
+#include "preload.h"
+
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/uio.h>
-#include <time.h>
-#include <unistd.h>
 
 /* Kinds of records.  The numbers are known to test_powercut.py. */
 enum kind {
@@ -73,9 +59,6 @@ typedef unsigned long ioctl_request;
 #else
 typedef int ioctl_request;
 #endif
-
-/* The function that a caller would have got without us. */
-#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 enum {
 	LOG_FD = 900,			/* where the server's own descriptors do not come */
@@ -216,7 +199,6 @@ static void leave(const struct call *c)
 /* Without the lock: wait while there is a file at that path, if nobody else does. */
 static void wait_for(const char *path, uint64_t inode)
 {
-	struct timespec pause = { 0, 1000000 };
 	bool waits;
 
 	if (!path || access(path, F_OK) < 0)
@@ -230,7 +212,7 @@ static void wait_for(const char *path, uint64_t inode)
 	if (!waits)
 		return;
 	while (access(path, F_OK) == 0)
-		nanosleep(&pause, NULL);
+		sleep_us(1000);
 	pthread_mutex_lock(&order);
 	somebody_waits = false;
 	pthread_mutex_unlock(&order);

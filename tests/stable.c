@@ -1,26 +1,12 @@
 /*
  * stable: fails calls on files of certain names, or ends the server at them.  test_durability.py
- * builds it, preloads it, and tells it through a page of shared memory what to do.  Other than
- * with faults.c, every call that does not fail is made: data gets onto the disk.
- *
- *	STABLE_CONTROL		the file that is mapped: struct control
+ * preloads it, and says by the page that they share what it is to do.  Other than with faults.c,
+ * every call that does not fail is made: data gets onto the disk.
  */
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
+#include "preload.h"
+
 #include <fnmatch.h>
 #include <limits.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <sys/uio.h>
-#include <unistd.h>
 
 /* Bits; the order is known to test_durability.py. */
 enum call { FDATASYNC, FSYNC, PWRITE, FALLOCATE, FTRUNCATE, LINK };
@@ -42,20 +28,9 @@ struct control {
 
 static struct control *control;
 
-#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
-
 __attribute__((constructor)) static void begin(void)
 {
-	const char *path = getenv("STABLE_CONTROL");
-	int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
-	void *map;
-
-	if (fd < 0)
-		return;
-	map = mmap(NULL, sizeof(*control), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	close(fd);
-	if (map != MAP_FAILED)
-		control = map;
+	control = shared_page();
 }
 
 static bool take_one(atomic_uint *left)

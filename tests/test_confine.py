@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import is_portable, need, skip
+from conftest import build_library, is_portable, need, preload, skip
 from nbd import *
 from test_control import bgctl, done
 from test_proxy import proxy, original
@@ -88,10 +88,7 @@ def of_threads(s, field):
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("intruder") / "intruder.so"
-    subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-O1", "-o", path,
-                    Path(__file__).with_name("intruder.c")], check=True)
-    return path
+    return build_library("intruder", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -113,12 +110,9 @@ class Intruder:
             path.mkdir()
         (self.outside / "file").write_text("secret")
         shutil.copy(program, self.inside / "program")
-        asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
-        self.environment = {
-            **os.environ, "LD_PRELOAD": str(library), "ASAN_OPTIONS": asan,
-            "INTRUDER_REPORT": str(self.report), "INTRUDER_OUTSIDE": str(self.outside),
-            "INTRUDER_INSIDE": str(self.inside), "INTRUDER_PORT": str(port),
-            "INTRUDER_ABSTRACT": abstract}
+        self.environment = preload(library, INTRUDER_REPORT=self.report,
+                                   INTRUDER_OUTSIDE=self.outside, INTRUDER_INSIDE=self.inside,
+                                   INTRUDER_PORT=port, INTRUDER_ABSTRACT=abstract)
 
     def attempts(self, s, thread):
         """{what is tried: its errno} in that thread."""

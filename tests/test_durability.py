@@ -14,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import mmap
 import os
 import re
 import struct
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SERVER, make_disk, need, skip
+from conftest import SERVER, SharedPage, build_library, make_disk, need, skip
 from nbd import *
 from origin import Origin
 from test_cow import fnv1a
@@ -89,7 +88,7 @@ def disk_with(size, changes):
 
 # Faults
 
-class Faults:
+class Faults(SharedPage):
     """The page that is shared with stable.c in one server: struct control."""
 
     CALLS = ["fdatasync", "fsync", "pwrite", "fallocate", "ftruncate", "link"]
@@ -97,20 +96,6 @@ class Faults:
     MASK, KIND, SKIP, TIMES, INJECTED = range(5)
     NAME = 20
     EVER = (1 << 32) - 1
-
-    def __init__(self, path, library):
-        path.write_bytes(bytes(mmap.PAGESIZE))
-        with open(path, "r+b") as f:
-            self.page = mmap.mmap(f.fileno(), mmap.PAGESIZE)
-        asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
-        self.environment = {**os.environ, "LD_PRELOAD": str(library), "ASAN_OPTIONS": asan,
-                            "STABLE_CONTROL": str(path)}
-
-    def set(self, word, value):
-        struct.pack_into("=I", self.page, 4 * word, value)
-
-    def get(self, word):
-        return struct.unpack_from("=I", self.page, 4 * word)[0]
 
     def arm(self, calls, kind, name="*", skip=0, times=1):
         """So many of these calls, on files whose path matches name, fail from now on, after
@@ -134,11 +119,7 @@ class Faults:
 
 @pytest.fixture(scope="session")
 def stable(tmp_path_factory):
-    """The library, built."""
-    path = tmp_path_factory.mktemp("stable") / "stable.so"
-    subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-O1", "-o", path,
-                    Path(__file__).with_name("stable.c"), "-ldl"], check=True)
-    return path
+    return build_library("stable", tmp_path_factory)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SERVER, make_disk, need, raise_descriptor_limit
+from conftest import SERVER, make_disk, need, preload, raise_descriptor_limit
 from nbd import *
 from test_control import bgctl, done, refused_in_one_line, state
 from test_snapshot import Load, Numbered, Snapshots, leave, names
@@ -481,29 +481,19 @@ def test_daemon_finds_images_with_relative_paths(run_server, tmp_path):
 
 # A disk that does not answer
 
-@pytest.fixture(scope="session")
-def stuck_library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("stuck") / "stuck.so"
-    subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-O1", "-o", path,
-                    Path(__file__).with_name("stuck.c"), "-ldl"], check=True)
-    return path
-
-
 WAITING = 40                    # requests: more than a lane has threads
 ALLOCATION = "base:allocation"
 
 
 @pytest.fixture(params=[1, 4], ids=["one thread", "four threads"])
-def stuck(request, server, disk, stuck_library, tmp_path):
+def stuck(request, server, disk, slow_library, tmp_path):
     """A server; a client of export "a", whose disk does not answer, and its requests; what
     the disk waits for; a client of export "b", which may share the thread."""
     images = {name: disk(content=content(name, MIB), name=f"{name}.img") for name in "ab"}
     flag = tmp_path / "while"
     flag.touch()
-    asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
     s = server(args=["--target", *ANY_PORT, "--threads", request.param, *exports(images)],
-               env={**os.environ, "LD_PRELOAD": str(stuck_library), "ASAN_OPTIONS": asan,
-                    "STUCK_IMAGE": str(images["a"]), "STUCK_WHILE": str(flag)})
+               env=preload(slow_library, SLOW_COLD=1, SLOW_IMAGE=images["a"], SLOW_WHILE=flag))
     a, b = (s.client(name=name, contexts=[ALLOCATION]) for name in "ab")
     before = s.status("Threads")
     cookies = [a.request(NBD_CMD_READ, i * 5000, 4096) for i in range(WAITING)]

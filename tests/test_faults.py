@@ -24,21 +24,18 @@ import concurrent.futures
 import contextlib
 import errno
 import itertools
-import mmap
 import os
 import random
 import re
 import resource
 import signal
 import socket
-import struct
-import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 
-from conftest import CRASH, Server, is_portable, make_disk, need, need_holes, skip
+from conftest import CRASH, Server, SharedPage, build_library, is_portable, make_disk, need_holes, skip
 from nbd import *
 from origin import Origin
 from test_cow import Map, spoil_uncommitted
@@ -72,32 +69,14 @@ EVER = (1 << 32) - 1
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     """The library, built.  Sanitizers have allocators of their own."""
-    path = tmp_path_factory.mktemp("faults") / "faults.so"
-    own = ["-DFAULTS_NO_MALLOC"] if SANITIZED else []
-    subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-O1", *own, "-o", path,
-                    Path(__file__).with_name("faults.c"), "-ldl"], check=True)
-    return path
+    return build_library("faults", tmp_path_factory, *["-DFAULTS_NO_MALLOC"] * SANITIZED)
 
 
-class Control:
+class Control(SharedPage):
     """The page that is shared with the library in one server: words, as struct
     control of faults.c has them."""
 
-    def __init__(self, path, library):
-        path.write_bytes(bytes(mmap.PAGESIZE))
-        with open(path, "r+b") as f:
-            self.page = mmap.mmap(f.fileno(), mmap.PAGESIZE)
-        asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
-        self.environment = {**os.environ, "LD_PRELOAD": str(library), "ASAN_OPTIONS": asan,
-                            "FAULTS_CONTROL": str(path)}
-
     CALL, FIRST, KIND, TIMES, INJECTED, RELEASE, COUNTS = range(7)
-
-    def get(self, word):
-        return struct.unpack_from("=I", self.page, 4 * word)[0]
-
-    def set(self, word, value):
-        struct.pack_into("=I", self.page, 4 * word, value)
 
     def count(self, call):
         """How often it was called."""

@@ -2,7 +2,7 @@
 is gone: nothing of it lands over what is newer and was acknowledged.
 
 In each test an older change is held up: by an origin that says nothing, by a disk that is slow
-(behind.c, preloaded, lets one chosen call wait until the test lets it go on), by the first copy
+(slow.c, preloaded, lets one chosen call wait until the test lets it go on), by the first copy
 for a snapshot, by its own length.  Its client leaves, in one of several ways, or stays.  Then
 another connection changes the same blocks, and is answered.  The older change may go on only
 after that, and nothing of it may be seen where the newer one was.
@@ -13,7 +13,6 @@ reading through NBD.
 """
 
 import contextlib
-import mmap
 import os
 import random
 import select
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SANITIZED, need, need_holes, need_module, skip
+from conftest import SANITIZED, SharedPage, need_holes, need_module, skip
 from nbd import *
 from origin import Origin
 from test_model import SECONDS, random_seed
@@ -120,16 +119,8 @@ def read(server, length, at=0):
 
 # Servers
 
-@pytest.fixture(scope="session")
-def behind_library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("behind") / "behind.so"
-    subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-O1", "-o", path,
-                    Path(__file__).with_name("behind.c"), "-ldl"], check=True)
-    return path
-
-
-class SlowDisk:
-    """The page that is shared with behind.c: its struct control.
+class SlowDisk(SharedPage):
+    """The page that is shared with slow.c: its struct control.
 
     .hold(at, length)   the next change of that range waits
     .caught()           until it does; returns whether the thread also serves sockets
@@ -141,19 +132,7 @@ class SlowDisk:
     (START, END, LEFT, CLOSED, CAUGHT, INLINE, PASSED, SYNC_CLOSED, SYNC_CAUGHT,
      JITTER) = range(10)
 
-    def __init__(self, path, library, cold):
-        path.write_bytes(bytes(mmap.PAGESIZE))
-        with open(path, "r+b") as f:
-            self.page = mmap.mmap(f.fileno(), mmap.PAGESIZE)
-        asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
-        self.environment = {**os.environ, "LD_PRELOAD": str(library), "ASAN_OPTIONS": asan,
-                            "BEHIND_CONTROL": str(path), **({"BEHIND_COLD": "1"} if cold else {})}
-
-    def get(self, word):
-        return struct.unpack_from("=Q", self.page, 8 * word)[0]
-
-    def set(self, word, value):
-        struct.pack_into("=Q", self.page, 8 * word, value)
+    NUMBER = struct.Struct("=Q")
 
     def hold(self, at, length):
         for word in (self.CAUGHT, self.INLINE, self.PASSED):
@@ -187,7 +166,7 @@ class SlowDisk:
 
 
 @pytest.fixture
-def serve(server, proxy, disk, behind_library, tmp_path, request):
+def serve(server, proxy, disk, slow_library, tmp_path, request):
     """serve(mode, *options): starts a server of a disk.
 
     content, size       what is on the disk; as Origin() takes it
@@ -224,7 +203,7 @@ def serve(server, proxy, disk, behind_library, tmp_path, request):
 
     def start(mode, *options, content=CONTENT, size=None, place=tmp_path, transport="tcp",
               cold=False):
-        slow = SlowDisk(tmp_path / "behind", behind_library, cold)
+        slow = SlowDisk(tmp_path / "slow", slow_library, **{"SLOW_COLD": 1} if cold else {})
         stack.callback(slow.set, SlowDisk.SYNC_CLOSED, 0)
         stack.callback(slow.set, SlowDisk.CLOSED, 0)
         address = ["--unix", tmp_path / "socket"] if transport == "unix" else ADDRESS

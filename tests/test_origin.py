@@ -8,7 +8,6 @@ After each test the cache image is compared, too, once its server has ended.
 
 import contextlib
 import itertools
-import os
 import random
 import re
 import select
@@ -21,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from conftest import need
+from conftest import need, preload
 from nbd import *
 from origin import (BAD_HANDSHAKES, BAD_REPLIES, BAD_SIMPLE_REPLIES, BAD_STATUSES, CLOSE, RESET,
                     SILENCE, Fault, ODD_HANDSHAKES, ODD_REPLIES, ODD_STATUSES, Origin, failing,
@@ -827,9 +826,8 @@ def silent_resolver(tmp_path, monkeypatch):
     library = tmp_path / "silent.so"
     subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-xc", "-", "-o", library, "-ldl"],
                    input=SILENT_RESOLVER, text=True, check=True)
-    monkeypatch.setenv("ASAN_OPTIONS",
-                       os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0")
-    monkeypatch.setenv("LD_PRELOAD", str(library))
+    for name, value in preload(library).items():
+        monkeypatch.setenv(name, value)
 
 
 def test_name_that_is_looked_up_for_ever_is_refused_at_start(origin, refused, silent_resolver):

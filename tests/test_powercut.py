@@ -41,7 +41,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CRASH, SERVER, is_portable, make_disk, need, need_punch, skip
+from conftest import CRASH, SERVER, build_library, is_portable, make_disk, need_punch, preload, skip
 from nbd import *
 from test_cow import fnv1a
 from test_model import random_seed
@@ -934,18 +934,12 @@ def has_proxy():
 
 def preloaded(library, directory, log):
     """An environment for a server: what it does to that directory is recorded."""
-    asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
-    return {**os.environ, "LD_PRELOAD": str(library), "ASAN_OPTIONS": asan,
-            "POWERCUT_DIRECTORY": str(directory), "POWERCUT_LOG": str(log)}
+    return preload(library, POWERCUT_DIRECTORY=directory, POWERCUT_LOG=log)
 
 
 @pytest.fixture(scope="session")
 def recorder(tmp_path_factory):
-    """The library, built."""
-    library = tmp_path_factory.mktemp("powercut") / "powercut.so"
-    subprocess.run([need("cc", "gcc"), "-shared", "-fPIC", "-O1", "-o", library,
-                    Path(__file__).with_name("powercut.c"), "-ldl"], check=True)
-    return library
+    return build_library("powercut", tmp_path_factory)
 
 
 class Rig:

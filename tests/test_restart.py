@@ -30,10 +30,9 @@ from pathlib import Path
 import pytest
 
 import vm
-from conftest import STOP_LIMIT, Server, end_all, need, skip
+from conftest import STOP_LIMIT, Server, end_all, need, preload, skip
 from nbd import *
 from origin import Origin
-from test_exports import stuck_library
 from test_faults import EVER, SLOW, Control, library
 from test_kernel import check_image
 from test_kill import Disk, Generator
@@ -587,9 +586,7 @@ def stuck(mode, library, directory):
     the disk waits for."""
     flag = directory / f"{mode.directory.name}.while"
     held = mode.path("cache.img") if isinstance(mode, Proxied) else mode.file
-    asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
-    s = mode.start(env={**os.environ, "LD_PRELOAD": str(library), "ASAN_OPTIONS": asan,
-                        "STUCK_IMAGE": str(held), "STUCK_WHILE": str(flag)})
+    s = mode.start(env=preload(library, SLOW_COLD=1, SLOW_IMAGE=held, SLOW_WHILE=flag))
     with s.client() as c:
         c.pread(SIZE)
     flag.touch()
@@ -601,9 +598,9 @@ def stuck(mode, library, directory):
     return s, clients, flag
 
 
-def test_disk_that_answers_in_time_costs_nobody_a_reply(make, stuck_library, tmp_path):
+def test_disk_that_answers_in_time_costs_nobody_a_reply(make, slow_library, tmp_path):
     for name in MODES:
-        s, clients, flag = stuck(make(name), stuck_library, tmp_path)
+        s, clients, flag = stuck(make(name), slow_library, tmp_path)
         begin_stop(s)
         flag.unlink()
         for c in clients:
@@ -614,8 +611,8 @@ def test_disk_that_answers_in_time_costs_nobody_a_reply(make, stuck_library, tmp
 
 
 @hazard("exit status 0 though something is lost: a disk that hangs")
-def test_disk_that_keeps_a_thread_is_told_by_the_status(make, stuck_library, tmp_path):
-    modes = [stuck(make(name), stuck_library, tmp_path) for name in MODES]
+def test_disk_that_keeps_a_thread_is_told_by_the_status(make, slow_library, tmp_path):
+    modes = [stuck(make(name), slow_library, tmp_path) for name in MODES]
     all_end_in_time([s for s, _, _ in modes], status=1)
     for _, clients, flag in modes:
         for c in clients:
