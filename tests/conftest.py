@@ -47,6 +47,14 @@ def need(program, package):
     return path or skip(f"needs {program} ({package})")
 
 
+def terminal():
+    """The two ends of a terminal."""
+    try:
+        return os.openpty()
+    except OSError as e:
+        skip(f"needs a terminal of its own (/dev/pts): {e.strerror}")
+
+
 def need_module(module, package):
     """Skips if another process cannot import that Python module.  (In this
     one `nbd` is the raw client, not libnbd.)"""
@@ -181,6 +189,14 @@ def tmp_path(request, tmp_path):
     yield tmp_path
     if request.session.testsfailed == failed:
         shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_stays(request, tmp_path_factory):
+    """Of a run in which no test failed."""
+    yield
+    if not request.session.testsfailed:
+        shutil.rmtree(tmp_path_factory.getbasetemp(), ignore_errors=True)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import build_library, is_portable, need, preload, skip
+from conftest import SERVER, build_library, is_portable, need, preload, skip
 from nbd import *
 from test_control import bgctl, done
 from test_proxy import proxy, original
@@ -485,8 +485,11 @@ def test_user_that_there_is_not_is_named(run_server, tmp_path, user, named):
 
 @needs_root
 def test_only_root_becomes_another_user(run_server, place):
-    refused(run_server("--target", *ANY_PORT, "--user", "nobody", place / "disk.img",
-                       preexec_fn=lambda: os.setuid(4711)), 1, "--user", "root")
+    """Who may not get to where the program is has it opened by root."""
+    with open(SERVER, "rb") as program:
+        refused(run_server("--target", *ANY_PORT, "--user", "nobody", place / "disk.img",
+                           executable=f"/dev/fd/{program.fileno()}", pass_fds=[program.fileno()],
+                           preexec_fn=lambda: os.setuid(4711)), 1, "--user", "root")
 
 
 @needs_root

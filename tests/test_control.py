@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CRASH, SERVER, Server, need_holes
+from conftest import CRASH, SERVER, Server, need_holes, terminal
 from nbd import *
 from origin import Origin, failing
 from test_service import Adopted, foster, read_pid
@@ -501,7 +501,7 @@ def test_zeroed_blocks_are_told(pretend):
 
 def on_terminal(width, *arguments):
     """What xnbd-bgctl draws on a terminal of that width, and its status."""
-    master, slave = os.openpty()
+    master, slave = terminal()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     process = start_bgctl(*arguments, stderr=slave, stdout=subprocess.DEVNULL)
     os.close(slave)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SERVER, is_portable, make_disk, need, skip
+from conftest import SERVER, is_portable, make_disk, need, skip, terminal
 from nbd import *
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -974,7 +974,7 @@ def own_terminal(fd):
 
 def test_daemon_survives_its_terminal(daemon, image):
     """Whose end hangs up the processes that belong to it."""
-    master, slave = os.openpty()
+    master, slave = terminal()
     s = daemon(image, stdin=slave, stdout=slave, stderr=slave,
                preexec_fn=lambda: own_terminal(slave))
     os.close(slave)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import terminal
 from nbd import *
 from test_control import (Control, bgctl, check_state, done, end_of, refused_in_one_line,
                           start_bgctl, state, subset)
@@ -560,7 +561,7 @@ class Terminal:
     """xnbd-bgctl --watch on a terminal of that size."""
 
     def __init__(self, control, width=80, height=24, *options):
-        self.master, slave = os.openpty()
+        self.master, slave = terminal()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
         self.process = start_bgctl("--watch", *options, control, stdout=slave)
         os.close(slave)
