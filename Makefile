@@ -1,7 +1,8 @@
 # xnbd: see README.md.  The programs need a C11 compiler and libc, nothing else.
 #
 #   make                    build
-#   make check              build and test (installs what the tests need, where it may)
+#   make check              build and test (needs python3-pytest and qemu-utils)
+#   make smoke              the same in seconds, with a shell alone; RUN=qemu-arm for other processors
 #   make asan, make tsan    the same with sanitizers
 #   make static             static programs in build/static, with musl-gcc
 #   make PORTABLE=1         in build/portable, without what only Linux has
@@ -77,6 +78,9 @@ $(BUILD)/%.o: %.c
 check: $(PROGRAMS)
 	XNBD_SERVER=$(abspath $(BUILD)/xnbd-server) tests/run $(CHECKFLAGS)
 
+smoke: $(PROGRAMS) $(BUILD)/tests/load
+	RUN='$(RUN)' tests/smoke.sh $(BUILD)
+
 SANITIZE = -O1 -g -fno-omit-frame-pointer
 
 asan:
@@ -123,8 +127,9 @@ static:
 	$(MAKE) BUILD=$(STATIC_BUILD) CC=$(STATIC_CC) CFLAGS='$(STATIC_CFLAGS)' \
 		LDFLAGS='$(STATIC_LDFLAGS)' all
 
-tests/load: tests/load.c
-	$(CC) $(CPPFLAGS) -std=c11 -Wall -Wextra -pthread -O2 -g $(LDFLAGS) -o $@ tests/load.c
+$(BUILD)/tests/load: tests/load.c
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) -std=c11 -Wall -Wextra -pthread -O2 -g $(LDFLAGS) -o $@ $< $(LIBATOMIC)
 
 bench: all static tests/load
 	$(PYTHON) tests/bench.py $(BENCHFLAGS)
@@ -185,4 +190,4 @@ portability:
 clean:
 	rm -rf xnbd-server xnbd-bgctl *.o *.d build tests/load tests/__pycache__ .pytest_cache
 
-.PHONY: all check asan tsan coverage mutants fuzz static bench footprint install uninstall dist deb portability clean
+.PHONY: all check smoke asan tsan coverage mutants fuzz static bench footprint install uninstall dist deb portability clean
