@@ -14,7 +14,7 @@ servers=' '
 finish() {
 	status=$?
 	trap - EXIT
-	[ "$servers" = ' ' ] || kill -9 $servers
+	[ "$servers" = ' ' ] || kill -9 $servers 2>/dev/null || true
 	if [ $status -ne 0 ]; then
 		echo "smoke: failed"
 		cat ./*.log said
@@ -50,6 +50,7 @@ await() {
 serve() {
 	name=$1
 	shift
+	rm -f "$name.log"
 	${RUN:-} "$build/xnbd-server" --unix "$name" "$@" 2>"$name.log" &
 	servers="$servers$! "
 	eval "pid_$name=$!"
@@ -156,9 +157,9 @@ copy proxy written
 end proxy KILL 137
 serve proxy "$@"
 control proxy --cache-all
-control proxy --query
-grep -q '^cached-percent: 100.0$' said
 control proxy --switch
+control proxy --query
+grep -q '^mode: target$' said
 stop origin
 copy proxy copied
 cmp written copied

@@ -165,6 +165,45 @@ def test_static_server_knows_names_of_hosts_and_users(static, image, server, mon
         assert s.status("Uid") == pwd.getpwnam("nobody").pw_uid
 
 
+# make smoke
+
+def smoke(directory, **keywords):
+    return subprocess.run([ROOT / "tests/smoke.sh", directory], text=True, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **keywords)
+
+
+@pytest.fixture
+def shell_alone(tmp_path):
+    """An environment that has the programs of every system, and nothing else; TMPDIR is empty."""
+    for directory in "bin", "empty":
+        (tmp_path / directory).mkdir()
+    for name in "sh cat cmp cp dirname grep head mkdir mktemp rm sed sleep test".split():
+        (tmp_path / "bin" / name).symlink_to(need(name, "coreutils"))
+    return {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path / "empty")}
+
+
+def test_smoke_passes_with_a_shell_alone_and_leaves_nothing(shell_alone):
+    make("smoke")
+    done = smoke(Path(SERVER).parent, env=shell_alone)
+    assert done.returncode == 0 and done.stdout.endswith("smoke: passed\n"), done
+    assert os.listdir(shell_alone["TMPDIR"]) == []
+
+
+@pytest.mark.parametrize("broken, word", [("xnbd-server", "--daemonize"), ("xnbd-bgctl", "--switch"),
+                                          ("tests/load", "--verify")])
+def test_smoke_fails_where_a_program_does(tmp_path, shell_alone, broken, word):
+    """Here each program says that all is well, and does nothing, where it sees one word."""
+    runner = tmp_path / "runner"
+    runner.write_text(f'''#!/bin/sh
+case "$*" in *{broken}*{word}*) exit 0 ;; esac
+exec "$@"
+''')
+    runner.chmod(0o755)
+    done = smoke(Path(SERVER).parent, env={**shell_alone, "RUN": str(runner)})
+    assert done.returncode and "smoke: failed" in done.stdout, done
+    assert os.listdir(shell_alone["TMPDIR"]) == []
+
+
 # Completion
 
 def options_of(program):
