@@ -893,13 +893,18 @@ def empty(cow, run_server, disk, tmp_path):
 WRITTEN = {0: 4096, 5000: 10, 100000: 50000, MIB - 100: 177}
 
 
-@pytest.fixture
-def kept(empty):
-    """One that was started and stopped, and holds WRITTEN."""
+def write_all(empty):
+    """Its server; WRITTEN is written, and not flushed."""
     with (s := empty.start()).client() as c:
         for at, length in WRITTEN.items():
             c.pwrite(pattern(at, length, seed=1), at)
-    s.stop()
+    return s
+
+
+@pytest.fixture
+def kept(empty):
+    """One that was started and stopped, and holds WRITTEN."""
+    write_all(empty).stop()
     return empty
 
 
@@ -1141,11 +1146,7 @@ def test_overlay_of_version_1_goes_on(kept):
 
 def test_killed_server_of_version_1_loses_nothing(empty):
     """Of the same boot: its live map is believed."""
-    s = empty.start()
-    with s.client() as c:
-        for at, length in WRITTEN.items():
-            c.pwrite(pattern(at, length, seed=1), at)
-    s.kill()
+    write_all(empty).kill()
     empty.map.make_version_1()
     holds(empty)
 
@@ -1310,22 +1311,14 @@ def test_power_cut_keeps_a_write_across_pages_of_the_map(cow, run_server, disk, 
 @hazard("kill -9 loses what was acknowledged")
 def test_kill_without_a_power_cut_believes_the_live_map(empty):
     """No flush, no orderly end: and the machine has been up all the time."""
-    s = empty.start()
-    with s.client() as c:
-        for at, length in WRITTEN.items():
-            c.pwrite(pattern(at, length, seed=1), at)
-    s.kill()
+    write_all(empty).kill()
     holds(empty).kill()
     holds(empty)
 
 
 def test_flush_after_a_kill_commits_what_the_one_before_wrote(empty):
     """The second server has set no bit of its own; then the power goes."""
-    s = empty.start()
-    with s.client() as c:
-        for at, length in WRITTEN.items():
-            c.pwrite(pattern(at, length, seed=1), at)
-    s.kill()
+    write_all(empty).kill()
     s = holds(empty)
     with s.client() as c:
         c.flush()
@@ -1467,11 +1460,7 @@ def test_map_tells_whether_clients_have_written(empty):
 @hazard("the live map is believed after a reboot: bits that were committed are gone")
 def test_record_after_a_restart_takes_nothing_from_the_committed_map(empty):
     """A page of the map that only the live map had is committed, and then recorded in."""
-    s = empty.start()
-    with s.client() as c:
-        for at, length in WRITTEN.items():
-            c.pwrite(pattern(at, length, seed=1), at)
-    s.kill()
+    write_all(empty).kill()
     s = holds(empty)
     with s.client() as c:
         c.flush()

@@ -412,13 +412,19 @@ SYNCS = [("fdatasync", "EIO", "image", "stop"), ("fdatasync", "ENOSPC", "image",
 FLUSHED = (0, 4 * BLOCK)                # what was committed before
 
 
-def loses(store, faults, call="fdatasync", error="EIO", where="image"):
-    """Starts it, and lets a sync fail, which is met by a FLUSH or just before.  Returns the
-    server and an old client."""
-    s = store.start(faults=faults)
+def flushed(store, **options):
+    """Starts it.  Returns the server and a client, which has flushed FLUSHED."""
+    s = store.start(**options)
     c = store.client(s)
     c.pwrite(written(*FLUSHED))
     c.flush()
+    return s, c
+
+
+def loses(store, faults, call="fdatasync", error="EIO", where="image"):
+    """Starts it, and lets a sync fail, which is met by a FLUSH or just before.  Returns the
+    server and an old client."""
+    s, c = flushed(store, faults=faults)
     faults.arm(call, error, store.file(where))
     c.error_of(WRITE, 10 * BLOCK, payload=written(10 * BLOCK, 4 * BLOCK))
     c.error_of(READ, 20 * BLOCK, 10 * BLOCK)
@@ -472,10 +478,7 @@ def all_is_as_somebody_wrote_it(disk):
 def test_map_that_cannot_be_written_any_more_ends_the_export(store, faults, kind):
     """Not even that stable storage has failed can be noted."""
     disk = store(kind)
-    s = disk.start(faults=faults)
-    c = disk.client(s)
-    c.pwrite(written(*FLUSHED))
-    c.flush()
+    s, c = flushed(disk, faults=faults)
     faults.arm("pwrite fdatasync fsync", "EIO", disk.map, times=Faults.EVER)
     c.error_of(WRITE, 10 * BLOCK, payload=written(10 * BLOCK, 4 * BLOCK))
     assert c.error_of(FLUSH) == NBD_EIO
@@ -492,10 +495,7 @@ def test_map_that_cannot_be_written_any_more_ends_the_export(store, faults, kind
 def test_map_without_space_costs_one_request(store, faults, kind, error):
     """No stable storage has failed."""
     disk = store(kind, 4 * GIB, base=make_disk(store.base, 4 * GIB))
-    s = disk.start(faults=faults)
-    c = s.client()
-    c.pwrite(written(*FLUSHED))
-    c.flush()
+    s, c = flushed(disk, faults=faults)
     faults.arm("pwrite fallocate", error, disk.map)
     assert c.error_of(WRITE, 2 * GIB, payload=written(0, BLOCK)) == NBD_ENOSPC
     assert faults.injected == 1
@@ -535,10 +535,7 @@ def test_map_that_others_truncate_harms_no_client(store, kind):
 def test_error_that_no_client_asked_for_ends_the_export(store, faults, kind):
     """A commit that is due by time meets it."""
     disk = store(kind)
-    s = disk.start(faults=faults)
-    c = disk.client(s)
-    c.pwrite(written(*FLUSHED))
-    c.flush()
+    s, c = flushed(disk, faults=faults)
     faults.arm("fdatasync", "EIO", disk.image)
     c.pwrite(written(10 * BLOCK, BLOCK), 10 * BLOCK)
     until(lambda: faults.injected, what="a commit")
@@ -665,10 +662,7 @@ def test_writeback_that_fails_below_the_map(store, thin, volume):
     device = thin(THIN, ROOM)
     place = volume("thin", None, device=device.path).place
     disk = store("proxy", 16 * GIB, map=place / "map")
-    s = disk.start()
-    c = s.client()
-    c.pwrite(written(*FLUSHED))
-    c.flush()
+    s, c = flushed(disk)
     device.volume.fill()
     held = {}
     told = writes_far(c, disk.size, held)
@@ -763,10 +757,7 @@ def test_writeback_that_fails_after_a_switch(store, thin, tmp_path):
 def test_switch_is_refused_after_an_error(store, faults):
     """It meets the error itself; so do all that follow."""
     disk = store("proxy")
-    s = disk.start(faults=faults)
-    c = disk.client(s)
-    c.pwrite(written(*FLUSHED))
-    c.flush()
+    s, c = flushed(disk, faults=faults)
     disk.ask("cache-all")
     c.pwrite(written(disk.size - 77, 77), disk.size - 77)
     faults.arm("fdatasync", "EIO", disk.image)

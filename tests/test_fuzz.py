@@ -16,6 +16,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -267,13 +268,13 @@ class Fuzzer:
         self.corpus = artifacts / "corpus" / target
         self.found = artifacts / "found"
 
-    def run(self, seed):
-        """Builds it, and lets it run; a CompletedProcess."""
+    def run(self, seed, stopped):
+        """Builds it, and lets it run, if nobody has interrupted the tests; a CompletedProcess."""
         self.found.mkdir(parents=True, exist_ok=True)
         make_seeds(self.target, self.corpus)
         built = build(self.clang, self.target, self.program,
                       *sanitizers("fuzzer," + SANITIZERS))
-        assert built is True, built
+        assert built is True and not stopped.is_set(), built
         words = dictionary(self.target, self.program.with_suffix(".dict"))
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
         with tempfile.TemporaryDirectory(dir=memory) as scratch:
@@ -303,13 +304,15 @@ def fuzzing(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("fuzz")
     need_libfuzzer(clang, directory)
     artifacts = Path(os.environ.get("XNBD_FUZZ_DIR") or directory).resolve()
-    seed = random_seed()
+    seed, stopped = random_seed(), threading.Event()
     wanted = {item.callspec.params["target"] for item in request.session.items
               if item.originalname == "test_no_input_is_a_finding"}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        running = {target: pool.submit(Fuzzer(clang, target, directory, artifacts).run, seed)
+        running = {target: pool.submit(Fuzzer(clang, target, directory, artifacts).run, seed, stopped)
                    for target in TARGETS if target in wanted}
         yield lambda target: running[target].result()
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.limit(120 + 3 * SECONDS * len(TARGETS))

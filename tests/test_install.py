@@ -5,7 +5,6 @@ import os
 import pwd
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys

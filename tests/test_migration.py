@@ -35,20 +35,11 @@ WRITE_STRIDE = 7919                         # of vm/writer.c
 
 # The machine
 
-def writer():
-    """vm/writer.c, compiled.  It lies where a guest mounts nothing."""
-    source = Path(vm.HERE, "vm/writer.c")
-    name = "writer-" + hashlib.md5(source.read_bytes()).hexdigest()[:8]
-    compiler = need("cc", "gcc")
-    return vm.kept(name, lambda directory: subprocess.run(
-        [compiler, "-O2", "-o", directory / "writer", source], check=True)) / "writer"
-
-
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     try:
         booted = vm.Guest(tmp_path_factory.mktemp("machine"),
-                          deadline=3000 if SANITIZED else 1200, extra=[writer()])
+                          deadline=3000 if SANITIZED else 1200, extra=[vm.compiled("writer")])
     except vm.Missing as e:
         skip(str(e))
     with booted:

@@ -92,6 +92,20 @@ def take_answers(client):
     client.finished.update(found)
 
 
+def overtake(server, older, newer, how):
+    """While the disk holds changes of older, (client, cookies), that client leaves, and those of
+    newer, (client, changes), are made.  Then the disk goes on."""
+    (a, cookies), (b, changes) = older, newer
+    leave(a, how)
+    answers = pipeline(b, changes)
+    take_answers(b)
+    server.slow.release()
+    assert not any(b.collect(answer).error for answer in answers)
+    b.flush()
+    assert how != "stays" or not any(a.collect(cookie).error for cookie in cookies)
+    calm(server)
+
+
 def write(offset, payload, flags=0):
     return WRITE, offset, payload, flags
 
@@ -247,14 +261,7 @@ def check_newer_change_wins(s, change, newer, how, first):
         s.slow.hold(at, 2 * BLOCK)
         cookie, = pipeline(a, [change])
         on_loop = s.slow.caught()
-        leave(a, how)
-        answers = pipeline(b, newer)
-        take_answers(b)
-        s.slow.release()
-        assert not any(b.collect(answer).error for answer in answers)
-        b.flush()
-        assert how != "stays" or not a.collect(cookie).error
-        calm(s)
+        overtake(s, (a, [cookie]), (b, newer), how)
         got, before, after = b.pread(2 * BLOCK, at), CONTENT, result(change, CONTENT)
         for command in newer:
             before, after = result(command, before), result(command, after)
@@ -318,16 +325,9 @@ def test_newer_write_outlives_each_piece_of_a_payload(serve, mode, flags):
             a.send(b"A" * piece)
             s.slow.caught()
             a.send(b"A" * piece)
-            leave(a, how)
             places = [at, at + piece, at + 2 * piece - BLOCK, at + 2 * piece,
                       at + 3 * piece - BLOCK]
-            answers = pipeline(b, [write(place, b"B" * BLOCK) for place in places])
-            take_answers(b)
-            s.slow.release()
-            assert not any(b.collect(answer).error for answer in answers)
-            b.flush()
-            assert how != "stays" or not a.collect(cookie).error
-            calm(s)
+            overtake(s, (a, [cookie]), (b, [write(place, b"B" * BLOCK) for place in places]), how)
             assert [b.pread(BLOCK, place) for place in places[:3]] == [b"B" * BLOCK] * 3, how
             assert all(b.pread(BLOCK, place) in (b"B" * BLOCK, b"A" * BLOCK)[:1 + (how == "stays")]
                        for place in places[3:]), f"what was in the socket ({how})"
@@ -348,12 +348,7 @@ def test_requests_behind_one_that_the_disk_holds_up_are_not_carried_out(serve, m
             pipeline(a, [write(at, b"A" * BLOCK)])
             s.slow.caught()
             pipeline(a, changes)
-            leave(a, how)
-            answer, = pipeline(b, [write(at + BLOCK, b"B" * 6 * BLOCK, FUA)])
-            take_answers(b)
-            s.slow.release()
-            assert not b.collect(answer).error
-            calm(s)
+            overtake(s, (a, []), (b, [write(at + BLOCK, b"B" * 6 * BLOCK, FUA)]), how)
             assert b.pread(6 * BLOCK, at + BLOCK) == b"B" * 6 * BLOCK, how
 
 
@@ -507,14 +502,7 @@ def test_newer_writes_outlive_a_long_zeroing(serve, roomy, mode, how, flags):
         s.slow.hold(MIB, 64 * KIB)
         cookie = a.request(ZEROES, 0, size - 1, flags)
         s.slow.caught()
-        leave(a, how)
-        answers = pipeline(b, [write(at, b"B" * 5000) for at in places])
-        take_answers(b)
-        s.slow.release()
-        assert not any(b.collect(answer).error for answer in answers)
-        b.flush()
-        assert how != "stays" or not a.collect(cookie).error
-        calm(s)
+        overtake(s, (a, [cookie]), (b, [write(at, b"B" * 5000) for at in places]), how)
         assert [b.pread(5000, at) for at in places] == [b"B" * 5000] * len(places)
         if how == "stays":
             assert not b.pread(MIB, 3 * MIB).strip(b"\0") and b.pread(BLOCK) == bytes(BLOCK)
@@ -566,13 +554,7 @@ def test_newer_writes_outlive_those_that_wait_for_a_snapshot(serve, ram, mode, h
         older = pipeline(a, [write(at, b"A" * 56 * KIB, i % 2 * FUA)
                              for i, at in enumerate(pieces)])
         calm(s)
-        leave(a, how)
-        newer = pipeline(b, [write(at + 1, b"B" * 50 * KIB) for at in pieces])
-        take_answers(b)
-        s.slow.release()
-        assert not any(b.collect(cookie).error for cookie in newer)
-        b.flush()
-        assert how != "stays" or not any(a.collect(cookie).error for cookie in older)
+        overtake(s, (a, older), (b, [write(at + 1, b"B" * 50 * KIB) for at in pieces]), how)
         until(lambda: snapshots.over() == 1, what="a snapshot")
         calm(s)
         assert [b.pread(50 * KIB, at + 1) for at in pieces] == [b"B" * 50 * KIB] * len(pieces)

@@ -1420,6 +1420,11 @@ def test_power_cut_keeps_what_was_flushed(proxy, image, how):
             5 + 3 * BLOCK:]
 
 
+def failing_sync(p, directory, when=1):
+    """While this goes on the first fdatasync() fails; with "1+" all do."""
+    return traced(p, directory / "calls", "-e", f"inject=fdatasync:error=EIO:when={when}")
+
+
 @hazard("fdatasync fails, the next one succeeds: in the next process")
 def test_restart_after_a_failed_sync_has_what_was_committed_before(proxy, image, tmp_path):
     """What was fetched or written since is the origin's again; and the log says so."""
@@ -1428,7 +1433,7 @@ def test_restart_after_a_failed_sync_has_what_was_committed_before(proxy, image,
         c.pwrite(b"safe", 100)
         c.flush()
         committed = bits(p.map.maps()[0])
-        with traced(p, tmp_path / "calls", "-e", "inject=fdatasync:error=EIO:when=1"):
+        with failing_sync(p, tmp_path):
             c.pwrite(pattern(0, 5 * BLOCK, seed=1), MIB)
             c.pread(BLOCK, 2 * MIB)
             assert c.error_of(FLUSH) == NBD_EIO
@@ -1451,7 +1456,7 @@ def test_failed_commit_that_comes_by_itself_ends_the_export(proxy, image, tmp_pa
     """Nobody has asked for a flush: the clients learn it by the next request."""
     p = proxy(image)
     with p.client() as c:
-        with traced(p, tmp_path / "calls", "-e", "inject=fdatasync:error=EIO:when=1"):
+        with failing_sync(p, tmp_path):
             c.pwrite(pattern(0, 5 * BLOCK, seed=1), MIB)
             until(lambda: "not on stable storage" in p.log(), what="a commit")
         fails_for_good(c)
@@ -2091,7 +2096,7 @@ def test_switch_is_refused_when_the_data_cannot_be_made_durable(proxy, image, tm
     p = proxy(image)
     with p.client() as c:
         p.cache_all()
-        with traced(p, tmp_path / "calls", "-e", "inject=fdatasync:error=EIO:when=1+"):
+        with failing_sync(p, tmp_path, "1+"):
             c.pwrite(b"new", 5)
             with pytest.raises(Refused, match="nput/output error|durable"):
                 p.switch()
@@ -2171,7 +2176,7 @@ def test_forced_switch_whose_sync_fails_leaves_the_origins_blocks(proxy, image, 
     with p.client() as c:
         c.pwrite(b"new", 5)
         c.flush()
-        with traced(p, tmp_path / "calls", "-e", "inject=fdatasync:error=EIO:when=1"):
+        with failing_sync(p, tmp_path):
             with pytest.raises(Refused):
                 p.switch(force=True)
         assert not p.map.flags() & Map.WHOLE
@@ -2193,7 +2198,7 @@ def test_second_switch_that_fails_takes_nothing_from_the_first(proxy, image, tmp
     p.stop()
     p = proxy(p.origin)
     with p.client() as c:
-        with traced(p, tmp_path / "calls", "-e", "inject=fdatasync:error=EIO:when=1"):
+        with failing_sync(p, tmp_path):
             with pytest.raises(Refused):
                 p.switch()
         fails_for_good(c)

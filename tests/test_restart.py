@@ -13,7 +13,6 @@ XNBD_RESTARTS=<number> restarts more often; XNBD_SEED=<seed> repeats the operati
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -817,15 +816,6 @@ await 100 reconnected
 """
 
 
-def reconnect():
-    """vm/reconnect.c, compiled.  It lies where a guest mounts nothing."""
-    source = Path(vm.HERE, "vm/reconnect.c")
-    name = "reconnect-" + hashlib.md5(source.read_bytes()).hexdigest()[:8]
-    compiler = need("cc", "gcc")
-    return vm.kept(name, lambda directory: subprocess.run(
-        [compiler, "-O2", "-o", directory / "reconnect", source], check=True)) / "reconnect"
-
-
 class OwnDisk(Target):
     """The disk that a machine has by way of qemu's client, from its boot on."""
 
@@ -843,7 +833,7 @@ def machine(tmp_path_factory):
                 "server": {"type": "unix", "path": str(disk.socket)}}
     server = disk.start()
     try:
-        booted = vm.Guest(directory, deadline=900, extra=[reconnect()], devices=[
+        booted = vm.Guest(directory, deadline=900, extra=[vm.compiled("reconnect")], devices=[
             "-blockdev", json.dumps(blockdev), "-device", "virtio-blk-pci,drive=disk,romfile="])
     except vm.Missing as e:
         server.stop()
