@@ -128,7 +128,8 @@ static void try_all(int unused)
 	report("bind", try_tcp(bind, 0));
 	report("connect abstract", try_abstract());
 	report("signal", kill(getppid(), 0) < 0 ? errno : 0);
-	report("become root", syscall(SYS_setresuid, 0, 0, 0) < 0 ? errno : 0);
+	/* EINVAL: this namespace does not even know a root. */
+	report("become root", syscall(SYS_setresuid, 0, 0, 0) == 0 ? 0 : errno == EINVAL ? EPERM : errno);
 	report("end", 0);
 	errno = saved;
 }

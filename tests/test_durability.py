@@ -168,7 +168,7 @@ class Volume:
                                self.device or "none", self.place],
                               stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            skip(f"needs to mount {self.type} (root): {done.stderr.strip()}")
+            skip(f"needs to mount {self.type} (root): {done.stderr.splitlines()[0]}")
         self.mounted = True
 
     def unmount(self, *options):

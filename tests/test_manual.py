@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SERVER, make_disk, need, need_module
+from conftest import SERVER, make_disk, need, need_module, skip
 from nbd import until
 
 BGCTL = os.environ.get("XNBD_BGCTL", str(Path(SERVER).with_name("xnbd-bgctl")))
@@ -159,6 +159,8 @@ def need_programs(session):
             need(program, package)
     if "nbdsh" in text:
         need_module("nbd", "python3-libnbd")
+    if "--user" in text and os.getuid() != 0:
+        skip("needs root")
 
 
 def start_proxy(port):

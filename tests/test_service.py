@@ -982,8 +982,8 @@ def test_daemon_survives_its_terminal(daemon, image):
     s.address = s.addresses[0]
     assert s.is_served()
     assert os.getsid(s.proc.pid) == s.proc.pid
-    terminal = Path(f"/proc/{s.proc.pid}/stat").read_text().rpartition(")")[2].split()[4]
-    assert terminal == "0"
+    controlling = Path(f"/proc/{s.proc.pid}/stat").read_text().rpartition(")")[2].split()[4]
+    assert controlling == "0"
 
 
 @pytest.mark.parametrize("options, named", [

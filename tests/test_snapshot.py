@@ -303,7 +303,7 @@ def file_system(tmp_path):
         done = subprocess.run([need("mount", "mount"), *how_to_mount(kind, size, tmp_path), place],
                               stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            skip(f"needs to mount {kind} (root): {done.stderr.strip()}")
+            skip(f"needs to mount {kind} (root): {done.stderr.splitlines()[0]}")
         mounted.append(place)
         return place
 
