@@ -278,8 +278,8 @@ class Phases:
 
     def __init__(self, kernel):
         self.kernel = kernel
-        self.job = kernel.start("exec $WRITER $DEV2 $FIRST $BLOCKS", WRITER=writer(),
-                                FIRST=FILES // BLOCK, BLOCKS=NUMBERED // BLOCK)
+        self.job = kernel.start("exec $WRITER $DEV2 $FIRST $BLOCKS", FIRST=FILES // BLOCK,
+                                BLOCKS=NUMBERED // BLOCK, WRITER=vm.compiled("writer"))
         self.figures = {}
         self._await("begun", 1)
 

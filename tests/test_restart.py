@@ -882,13 +882,13 @@ def test_file_system_on_the_client_of_the_kernel_does_not_notice_restarts(machin
     s = mode.start()
     machine.run("cleanup; rm -f $TMP/stop; dmesg -c >/dev/null")
     machine.run("attach $DEV debian -t 10 -b 4096; $RECONNECT $DEV 200", PORT=s.port,
-                RECONNECT=reconnect())
+                RECONNECT=vm.compiled("reconnect"))
     job = machine.start(USE_DISK, DISK="/dev/nbd0", SLOTS=SLOTS)
     job.wait_for("file 3", PATIENCE)
     for _ in range(RESTARTS // 2):
         port = s.port
         s = restart(s, mode, signal.SIGTERM, port=port)
-        machine.run(RECONNECT, PATIENCE, PORT=port, RECONNECT=reconnect())
+        machine.run(RECONNECT, PATIENCE, PORT=port, RECONNECT=vm.compiled("reconnect"))
         wait_for_files(job, 5)
     last = end_use(machine, job)
     machine.run("detach $DEV debian")
