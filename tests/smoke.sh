@@ -1,9 +1,10 @@
 #!/bin/sh
 # Whether what was built works on this machine: tests/smoke.sh [DIRECTORY].  "make smoke" does.
 #
-# The programs are in that directory, and so is tests/load, the only other client.  Besides these it
-# needs a shell, and takes some seconds.  RUN, if set, is what runs programs that were built for
-# another processor: make smoke BUILD=build/arm CC=arm-linux-gnueabihf-gcc LDFLAGS=-static RUN=qemu-arm
+# The programs are in that directory, and so is tests/load, a client.  Besides these it needs a
+# shell, and takes some seconds.  RUN, if set, runs what was built for another processor:
+#
+#	make smoke BUILD=build/arm CC=arm-linux-gnueabihf-gcc LDFLAGS=-static RUN=qemu-arm
 
 set -eu
 build=$(cd "${1:-.}" && pwd)

@@ -308,8 +308,8 @@ def fuzzing(request, tmp_path_factory):
     wanted = {item.callspec.params["target"] for item in request.session.items
               if item.originalname == "test_no_input_is_a_finding"}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        running = {target: pool.submit(Fuzzer(clang, target, directory, artifacts).run, seed, stopped)
-                   for target in TARGETS if target in wanted}
+        running = {target: pool.submit(Fuzzer(clang, target, directory, artifacts).run, seed,
+                                       stopped) for target in TARGETS if target in wanted}
         yield lambda target: running[target].result()
         stopped.set()
         pool.shutdown(cancel_futures=True)

@@ -164,7 +164,18 @@ def test_static_server_knows_names_of_hosts_and_users(static, image, server, mon
         assert s.status("Uid") == pwd.getpwnam("nobody").pw_uid
 
 
-# make smoke
+# make check, make smoke
+
+def test_check_names_what_is_missing_and_installs_nothing(shell_alone, tmp_path):
+    for name in "apt-get", "sudo":
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\n: >$TMPDIR/called\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    done = subprocess.run([ROOT / "tests/run"], env={**shell_alone, "PYTHONHOME": "/nowhere"},
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith("type: apt-get install -y python3-pytest qemu-utils\n"), done
+    assert os.listdir(shell_alone["TMPDIR"]) == []
+
 
 def smoke(directory, **keywords):
     return subprocess.run([ROOT / "tests/smoke.sh", directory], text=True, stdin=subprocess.DEVNULL,
@@ -188,8 +199,8 @@ def test_smoke_passes_with_a_shell_alone_and_leaves_nothing(shell_alone):
     assert os.listdir(shell_alone["TMPDIR"]) == []
 
 
-@pytest.mark.parametrize("broken, word", [("xnbd-server", "--daemonize"), ("xnbd-bgctl", "--switch"),
-                                          ("tests/load", "--verify")])
+@pytest.mark.parametrize("broken, word", [
+    ("xnbd-server", "--daemonize"), ("xnbd-bgctl", "--switch"), ("tests/load", "--verify")])
 def test_smoke_fails_where_a_program_does(tmp_path, shell_alone, broken, word):
     """Here each program says that all is well, and does nothing, where it sees one word."""
     runner = tmp_path / "runner"
