@@ -216,6 +216,21 @@ def disk(tmp_path):
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def loop_device(backing):
+    """The path of one on that file; skips where there is none."""
+    losetup = need("losetup", "mount")
+    done = subprocess.run([losetup, "--show", "-f", backing], stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True)
+    if done.returncode:
+        skip("needs a loop device (root, CONFIG_BLK_DEV_LOOP)")
+    device = done.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run([losetup, "-d", device], check=True)
+
+
 # Servers
 
 class Server:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SERVER, SharedPage, build_library, make_disk, need, skip
+from conftest import SERVER, SharedPage, build_library, loop_device, make_disk, need, skip
 from nbd import *
 from origin import Origin
 from test_cow import fnv1a
@@ -231,14 +231,10 @@ class Thin:
     """A block device of some size for which there is less room.  What the kernel writes back to
     it fails when that is used up."""
 
-    def __init__(self, volume, size):
+    def __init__(self, volume, size, stack):
         self.volume, self.size = volume, size
         self.backing = make_disk(volume.place / "thin", size)
-        done = subprocess.run([need("losetup", "mount"), "--show", "-f", self.backing],
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        if done.returncode:
-            skip("needs a loop device (root)")
-        self.path = Path(done.stdout.strip())
+        self.path = Path(stack.enter_context(loop_device(self.backing)))
 
     def make_room(self):
         self.volume.grow(4 * self.size)
@@ -246,15 +242,8 @@ class Thin:
 
 @pytest.fixture
 def thin(volume):
-    made = []
-
-    def make(size, room):
-        made.append(Thin(volume("tmpfs", room), size))
-        return made[-1]
-
-    yield make
-    for one in made:
-        subprocess.run(["losetup", "-d", one.path], check=True)
+    with contextlib.ExitStack() as stack:
+        yield lambda size, room: Thin(volume("tmpfs", room), size, stack)
 
 
 def drop(path):

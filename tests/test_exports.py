@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SERVER, make_disk, need, preload, raise_descriptor_limit
+from conftest import SERVER, loop_device, make_disk, need, preload, raise_descriptor_limit
 from nbd import *
 from test_control import bgctl, done, refused_in_one_line, state
 from test_snapshot import Load, Numbered, Snapshots, leave, names
@@ -291,15 +291,8 @@ def test_image_may_be_exported_twice_read_only(server, disk):
 
 
 def test_device_that_is_exported_twice_is_refused(run_server, disk):
-    losetup = need("losetup", "mount")
-    made = subprocess.run([losetup, "-f", "--show", disk(MIB)], stdout=subprocess.PIPE, text=True)
-    if made.returncode:
-        pytest.skip("needs a loop device (root)")
-    device = made.stdout.strip()
-    try:
+    with loop_device(disk(MIB)) as device:
         refused(run_server("--target", *ANY_PORT, *exports({"a": device, "b": device})), 1, device)
-    finally:
-        subprocess.run([losetup, "-d", device], check=True)
 
 
 def test_image_that_is_not_there_is_named(run_server, disk, tmp_path):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SERVER, is_portable, make_disk, need, skip, terminal
+from conftest import SERVER, is_portable, loop_device, make_disk, need, skip, terminal
 from nbd import *
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -313,16 +313,10 @@ def test_sparse_image_as_large_as_the_file_system_allows(server, tmp_path):
 @pytest.fixture
 def block_device(tmp_path):
     """A loop device and its file."""
-    losetup = need("losetup", "mount")
     backing = make_disk(tmp_path / "backing", content=pattern(0, 4 * MIB))
-    done = subprocess.run([losetup, "--show", "-f", backing], stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, text=True)
-    if done.returncode:
-        skip("needs a loop device (root, CONFIG_BLK_DEV_LOOP)")
-    device = done.stdout.strip()
-    yield device, backing
-    subprocess.run([need("blockdev", "util-linux"), "--setrw", device], check=True)
-    subprocess.run([losetup, "-d", device], check=True)
+    with loop_device(backing) as device:
+        yield device, backing
+        subprocess.run([need("blockdev", "util-linux"), "--setrw", device], check=True)
 
 
 def test_block_device_is_an_image(server, block_device):

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SANITIZED, is_portable, make_disk, need, need_holes, need_punch, skip
+from conftest import (SANITIZED, is_portable, loop_device, make_disk, need, need_holes, need_punch,
+                      skip)
 from nbd import *
 from test_model import Session, extents, turn
 
@@ -725,20 +726,12 @@ def test_directory_that_cannot_be_written_is_logged(server, disk, tmp_path):
 
 
 def test_device_has_no_snapshot_and_says_so(server, disk):
-    losetup = need("losetup", "mount")
-    image = disk(MIB)
-    made = subprocess.run([losetup, "-f", "--show", image], stdout=subprocess.PIPE, text=True)
-    if made.returncode:
-        skip("needs a loop device (root)")
-    device = made.stdout.strip()
-    try:
+    with loop_device(disk(MIB)) as device:
         s = server(device)
         s.proc.send_signal(signal.SIGUSR1)
         until(lambda: re.search(r"snapshot.*failed: .*device", s.log()))
         assert s.is_served()
         s.stop()
-    finally:
-        subprocess.run([losetup, "-d", device], check=True)
 
 
 # Where the file system can share blocks
