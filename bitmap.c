@@ -495,13 +495,32 @@ static uint64_t file_bytes(const struct bitmap *b)
 	return HEADER_SIZE + 2 * b->map_bytes;
 }
 
+/* Whether nothing is lost but what was cached: another file may be an image, named by mistake. */
+static bool may_clear(const struct bitmap *b)
+{
+	uint8_t found[16];
+	struct stat st;
+
+	return fstat(b->fd, &st) == 0 &&
+	       (st.st_size == 0 ||
+		(read_at(b->fd, found, sizeof(found), 0) == 0 &&
+		 memcmp(found, magic, sizeof(magic)) == 0 && get_le(found + 12, 4) == BITMAP_CACHE));
+}
+
 /* What to do about a file that is refused. */
 static const char *remedy(const struct bitmap *b)
 {
-	return b->id.kind == BITMAP_CACHE ? " (--clear-bitmap begins afresh)" : "";
+	return b->id.kind == BITMAP_CACHE && may_clear(b) ? " (--clear-bitmap begins afresh)" : "";
 }
 
-static bool refuse(const struct bitmap *b, const char *what, uint64_t found, uint64_t expected)
+static bool refuse(const struct bitmap *b, const char *why)
+{
+	log_failure("bitmap file %s: %s%s", b->path, why, remedy(b));
+	return false;
+}
+
+static bool refuse_number(const struct bitmap *b, const char *what, uint64_t found,
+			  uint64_t expected)
 {
 	log_failure("bitmap file %s: %s is %llu, and %llu is expected%s", b->path, what,
 		    (unsigned long long)found, (unsigned long long)expected, remedy(b));
@@ -514,29 +533,25 @@ static bool check_header(const struct bitmap *b, const uint8_t *p, uint64_t size
 	uint64_t version = get_le(p + 8, 4);
 	int checked = version == 1 ? CHECKED_SIZE_1 : CHECKED_SIZE;
 
-	if (memcmp(p, magic, sizeof(magic)) != 0) {
-		log_failure("bitmap file %s: it is no bitmap file of xnbd%s", b->path, remedy(b));
-		return false;
-	}
+	if (memcmp(p, magic, sizeof(magic)) != 0)
+		return refuse(b, "it is no bitmap file of xnbd");
 	if (version != 1 && version != VERSION)
-		return refuse(b, "version", version, VERSION);
-	if (get_le(p + checked, 8) != checksum(p, checked)) {
-		log_failure("bitmap file %s: the header is damaged, its checksum is wrong%s",
-			    b->path, remedy(b));
-		return false;
-	}
+		return refuse_number(b, "version", version, VERSION);
+	if (get_le(p + checked, 8) != checksum(p, checked))
+		return refuse(b, "the header is damaged, its checksum is wrong");
 	if (get_le(p + 12, 4) != b->id.kind)
-		return refuse(b, "kind", get_le(p + 12, 4), b->id.kind);
+		return refuse(b, b->id.kind == BITMAP_CACHE ?
+					 "it belongs to an overlay, and not to a proxy" :
+					 "it belongs to a proxy, and not to an overlay");
 	if (get_le(p + 16, 8) != BLOCK_SIZE)
-		return refuse(b, "block size", get_le(p + 16, 8), BLOCK_SIZE);
+		return refuse_number(b, "block size", get_le(p + 16, 8), BLOCK_SIZE);
 	if (get_le(p + 24, 8) != b->id.disk_size)
-		return refuse(b, "size of the disk", get_le(p + 24, 8), b->id.disk_size);
+		return refuse_number(b, "size of the disk", get_le(p + 24, 8), b->id.disk_size);
 	if (get_le(p + 32, 8) != b->id.fingerprint)
-		return refuse(b, "fingerprint of the base image", get_le(p + 32, 8),
-			      b->id.fingerprint);
+		return refuse(b, "the base image has changed since this overlay was made");
 	/* Without the live map: see empty_live_map(). */
 	if (size != file_bytes(b) && size != file_bytes(b) - b->map_bytes)
-		return refuse(b, "size of the file", size, file_bytes(b));
+		return refuse_number(b, "size of the file", size, file_bytes(b));
 	return true;
 }
 
@@ -691,18 +706,6 @@ static int open_existing(struct bitmap *b, const char *path)
 	return st.st_dev == named.st_dev && st.st_ino == named.st_ino ? 0 : -EWOULDBLOCK;
 }
 
-/* What is larger than the bitmap should be, and is none, may be an image by mistake. */
-static bool may_clear(const struct bitmap *b)
-{
-	uint8_t found[sizeof(magic)];
-	struct stat st;
-
-	return fstat(b->fd, &st) == 0 &&
-	       ((uint64_t)st.st_size <= file_bytes(b) ||
-		(read_at(b->fd, found, sizeof(found), 0) == 0 &&
-		 memcmp(found, magic, sizeof(magic)) == 0));
-}
-
 static int open_file(struct bitmap *b, const char *path, bool clear, bool *created)
 {
 	int err = open_existing(b, path), old = b->fd;
@@ -730,7 +733,7 @@ static bool take_over(struct bitmap *b, int *err)
 		return true;
 	}
 	if ((uint64_t)st.st_size < HEADER_SIZE)
-		return refuse(b, "size of the file", (uint64_t)st.st_size, file_bytes(b));
+		return refuse_number(b, "size of the file", (uint64_t)st.st_size, file_bytes(b));
 	*err = read_at(b->fd, header, sizeof(header), 0);
 	if (*err)
 		return true;
@@ -754,7 +757,7 @@ static bool prepare(struct bitmap *b, bool clear)
 	if (err)
 		log_failure("bitmap file %s: %s", b->path,
 			    err == -EWOULDBLOCK ? "another server uses it" :
-			    err == -EINVAL	? "it is no bitmap file, and is left alone" :
+			    err == -EINVAL	? "it is no bitmap file of this kind, and is left alone" :
 						  strerror(-err));
 	return err == 0;
 }
