@@ -546,9 +546,10 @@ void copy_status(struct copy *c, struct copy_status *status)
 {
 	pthread_mutex_lock(&c->lock);
 	measure_rate(c);
-	status->state = c->state;
+	/* What was asked for already may still arrive, but nobody waits for it. */
+	status->state = c->state == COPY_RUNNING && c->wanted == 0 ? COPY_IDLE : c->state;
 	status->error = -c->error;
-	status->rate = c->state == COPY_RUNNING ? c->rate : 0;
+	status->rate = status->state == COPY_RUNNING ? c->rate : 0;
 	status->failed_blocks = c->failed_blocks;
 	status->failures = c->failures;
 	status->failures_more = c->failures_more;
