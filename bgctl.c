@@ -12,6 +12,7 @@
 #include "xnbd.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -25,7 +26,7 @@
 #include <unistd.h>
 
 enum {
-	SILENCE_SECONDS = 30,		/* then a server will not answer any more */
+	SILENCE_SECONDS = 10,		/* then a server will not answer any more */
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than a server says */
 	FIELDS_MAX = 8192,		/* of a query; likewise: one for each client */
 	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
@@ -38,8 +39,9 @@ struct server {
 	const char *path;
 	char aim[300];			/* "host:port: ", the subject of its errors; or "" */
 	bool known;			/* it has answered before, over another connection */
-	FILE *in;
-	char line[ANSWER_LINE_MAX];
+	int fd;
+	size_t at, len;			/* of text: where the next line begins, its end */
+	char text[ANSWER_LINE_MAX];
 };
 
 /* Whether the cursor is at the end of the progress bar. */
@@ -70,7 +72,7 @@ static _Noreturn void fail(const char *fmt, ...)
 
 static _Noreturn void fail_garbage(const struct server *s, const char *text)
 {
-	fail("%s: the server sends '%.100s', which is not an answer", s->path, text);
+	fail("%s is no control socket: '%.100s' is not an answer", s->path, text);
 }
 
 /* How long to wait for the server; 0: for as long as it takes. */
@@ -82,21 +84,32 @@ static void limit_silence(int fd, unsigned seconds)
 	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
 }
 
-/* Returns the descriptor. */
-static int connect_to(const struct server *s)
+/* A socket that takes no place of standard input, output or errors, where these are closed. */
+static int new_socket(void)
+{
+	int low = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), fd = low;
+
+	if (low >= 0 && low <= STDERR_FILENO) {
+		fd = fcntl(low, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+		close(low);
+	}
+	return fd;
+}
+
+static void connect_to(struct server *s)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
-	int fd;
 
 	if (strlen(s->path) >= sizeof(sun.sun_path))
 		fail("cannot connect to %s: the path has %zu bytes, %zu is the most", s->path,
 		     strlen(s->path), sizeof(sun.sun_path) - 1);
 	strcpy(sun.sun_path, s->path);
-	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (fd >= 0)
-		limit_silence(fd, SILENCE_SECONDS);
-	if (fd >= 0 && connect(fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
-		return fd;
+	s->fd = new_socket();
+	s->at = s->len = 0;
+	if (s->fd >= 0)
+		limit_silence(s->fd, SILENCE_SECONDS);
+	if (s->fd >= 0 && connect(s->fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
+		return;
 	if (s->known && (errno == ECONNREFUSED || errno == ENOENT))
 		fail("%s: the server has ended", s->path);
 	fail("cannot connect to %s: %s", s->path,
@@ -106,36 +119,50 @@ static int connect_to(const struct server *s)
 }
 
 /* Send a line.  That it cannot be sent has a reason which the server tells, or is its end. */
-static void ask(struct server *s, const char *line)
+static void ask(const struct server *s, const char *line)
 {
-	int fd = connect_to(s);
+	send(s->fd, line, strlen(line), MSG_NOSIGNAL);
+}
 
-	send(fd, line, strlen(line), MSG_NOSIGNAL);
-	s->in = fdopen(fd, "r");
-	if (!s->in)
-		fail("out of memory");
+/* What may begin a line of an answer: other servers may neither end their line nor close. */
+static const char name_characters[] = "abcdefghijklmnopqrstuvwxyz0123456789-";
+
+static void receive(struct server *s)
+{
+	ssize_t n;
+
+	s->len -= s->at;
+	memmove(s->text, s->text + s->at, s->len);
+	s->at = 0;
+	if (s->len == sizeof(s->text) - 1)
+		fail("%s: the server sends lines that are too long", s->path);
+	do
+		n = recv(s->fd, s->text + s->len, sizeof(s->text) - 1 - s->len, 0);
+	while (n < 0 && errno == EINTR);
+	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+		fail("%s: the server did not answer in %d s", s->path, SILENCE_SECONDS);
+	if (n < 0 && errno != ECONNRESET)
+		fail("%s: %s", s->path, strerror(errno));
+	if (n <= 0)
+		fail("%s: the server closed the connection", s->path);
+	s->len += (size_t)n;
+	s->text[s->len] = '\0';
+	if (!memchr(name_characters, *s->text, sizeof(name_characters) - 1))
+		fail_garbage(s, s->text);
 }
 
 /* The next line, which is good until the next call. */
 static char *next_line(struct server *s)
 {
-	size_t len;
+	char *line, *end;
 
-	errno = 0;
-	if (!fgets(s->line, sizeof(s->line), s->in) && (errno == EAGAIN || errno == EWOULDBLOCK))
-		fail("%s: the server did not answer in %d s", s->path, SILENCE_SECONDS);
-	if (ferror(s->in) && errno != ECONNRESET)
-		fail("%s: %s", s->path, strerror(errno));
-	if (ferror(s->in) || feof(s->in))
-		fail("%s: the server closed the connection", s->path);
-	len = strlen(s->line);
-	if (len == sizeof(s->line) - 1)
-		fail("%s: the server sends lines that are too long", s->path);
-	if (len == 0 || s->line[len - 1] != '\n')
-		fail_garbage(s, s->line);
-	s->line[len - 1] = '\0';
-	mask_control_characters(s->line, len - 1);
-	return s->line;
+	while (!(end = memchr(s->text + s->at, '\n', s->len - s->at)))
+		receive(s);
+	line = s->text + s->at;
+	*end = '\0';
+	s->at = (size_t)(end + 1 - s->text);
+	mask_control_characters(line, (size_t)(end - line));
+	return line;
 }
 
 /* The next line of an answer: its name, and *value; NULL for "ok".  "error" ends the program. */
@@ -146,7 +173,7 @@ static const char *next_value(struct server *s, const char **value)
 
 	if (strcmp(line, "ok") == 0)
 		return NULL;
-	len = strspn(line, "abcdefghijklmnopqrstuvwxyz0123456789-");
+	len = strspn(line, name_characters);
 	if (!colon || colon != line + len || len == 0)
 		fail_garbage(s, line);
 	*colon = '\0';
@@ -250,13 +277,14 @@ static struct fields ask_state(struct server *s)
 	struct fields f = { 0 };
 	const char *name, *value;
 
+	connect_to(s);
 	ask(s, "query\n");
 	while ((name = next_value(s, &value))) {
 		if (f.count == FIELDS_MAX)
 			fail("%s: the server's answer is too long", s->path);
 		take_field(&f, name, value);
 	}
-	fclose(s->in);
+	close(s->fd);
 	s->known = true;
 	return f;
 }
@@ -291,14 +319,27 @@ static uint64_t number_of(const struct fields *f, const char *name)
 	return value ? strtoull(value, NULL, 10) : 0;
 }
 
+/* The next of delays such as "7:17 15:3": n requests took up to us.  False if there is none. */
+static bool next_delay(const char **at, uint64_t *us, uint64_t *n)
+{
+	char *end;
+
+	*us = strtoull(*at, &end, 10);
+	if (*end != ':')
+		return false;
+	*n = strtoull(end + 1, &end, 10);
+	*at = end;
+	return true;
+}
+
 /* --query */
 
-/* Values that are text even if they look like a number. */
+/* Values that are text whatever they look like. */
 static bool is_text(const char *name)
 {
 	static const char *const texts[] = { "image", "bitmap", "origin-export", "origin-reason",
 					     "copy-error", "snapshot-last", "snapshot-error",
-					     "delays-us", "address", "name" };
+					     "address", "name" };
 
 	for (size_t i = 0; i < ARRAY_SIZE(texts); i++)
 		if (strcmp(name, texts[i]) == 0)
@@ -320,6 +361,11 @@ static bool is_number(const char *s)
 	return more > 0 && s[len + 1 + more] == '\0';
 }
 
+static bool is_boolean(const char *s)
+{
+	return strcmp(s, "yes") == 0 || strcmp(s, "no") == 0;
+}
+
 /* Paths are bytes, JSON is characters. */
 static void print_json_string(const char *s)
 {
@@ -338,13 +384,31 @@ static void print_json_string(const char *s)
 	putchar('"');
 }
 
+/* Pairs of numbers. */
+static void print_json_delays(const char *value)
+{
+	const char *before = "";
+	uint64_t us, n;
+
+	putchar('[');
+	while (next_delay(&value, &us, &n)) {
+		printf("%s[%" PRIu64 ", %" PRIu64 "]", before, us, n);
+		before = ", ";
+	}
+	putchar(']');
+}
+
 static void print_json_pair(const char *before, const char *name, const char *value)
 {
 	fputs(before, stdout);
 	print_json_string(name);
 	fputs(": ", stdout);
-	if (is_number(value) && !is_text(name))
+	if (strcmp(name, "delays-us") == 0)
+		print_json_delays(value);
+	else if (is_number(value) && !is_text(name))
 		fputs(value, stdout);
+	else if (is_boolean(value) && !is_text(name))
+		fputs(*value == 'y' ? "true" : "false", stdout);
 	else
 		print_json_string(value);
 }
@@ -389,12 +453,6 @@ static void print_json(const struct fields *f)
 	puts(*before == ',' ? "\n}" : "}");
 }
 
-static void flush_output(void)
-{
-	if (fflush(stdout) != 0 || ferror(stdout))
-		fail("cannot write to standard output: %s", strerror(errno));
-}
-
 static void show_query(struct server *s, bool json)
 {
 	struct fields f = ask_state(s);
@@ -433,8 +491,11 @@ static struct winsize terminal_size(int fd)
 
 /* --cache-all */
 
+enum { DESCRIPTION_MAX = 512 };
+
 struct progress {
 	uint64_t cached, blocks, rate;	/* as the server tells them; rate in bytes per second */
+	char reason[256];		/* why the origin is down; "": it is not */
 	uint64_t next;			/* now_ms(): when there may be another line */
 	bool complete;			/* has been shown */
 };
@@ -452,15 +513,20 @@ static void describe(const struct progress *p, char *text, size_t size)
 {
 	uint64_t left = p->blocks > p->cached ? p->blocks - p->cached : 0;
 	uint64_t seconds = p->rate ? left / (p->rate / BLOCK_SIZE + 1) : 0;
+	unsigned share = permille(p);
 	char rate[MIB_TEXT];
-	int n = snprintf(text, size, "%u.%u%%  %s MiB/s  ", permille(p) / 10, permille(p) % 10,
-			 mib(p->rate, rate));
 
-	if (left && !p->rate)
-		snprintf(text + n, size - (size_t)n, "-:--:-- left");
+	mib(p->rate, rate);
+	if (*p->reason)
+		snprintf(text, size, "%u.%u%%  the origin is down: %s", share / 10, share % 10,
+			 p->reason);
+	else if (left && !p->rate)
+		snprintf(text, size, "%u.%u%%  %s MiB/s  -:--:-- left", share / 10, share % 10,
+			 rate);
 	else
-		snprintf(text + n, size - (size_t)n, "%" PRIu64 ":%02u:%02u left", seconds / 3600,
-			 (unsigned)(seconds / 60 % 60), (unsigned)(seconds % 60));
+		snprintf(text, size, "%u.%u%%  %s MiB/s  %" PRIu64 ":%02u:%02u left", share / 10,
+			 share % 10, rate, seconds / 3600, (unsigned)(seconds / 60 % 60),
+			 (unsigned)(seconds % 60));
 }
 
 /* All columns but the last, which some terminals leave at once; without room for a bar, text. */
@@ -468,7 +534,7 @@ static void draw_bar(const struct progress *p)
 {
 	enum { BAR_MIN = 6 };
 	int room = terminal_size(STDERR_FILENO).ws_col - 1, bar;
-	char text[128], full[WIDTH_MAX];
+	char text[DESCRIPTION_MAX], full[WIDTH_MAX];
 
 	describe(p, text, sizeof(text));
 	memset(full, '=', sizeof(full));
@@ -483,7 +549,7 @@ static void draw_bar(const struct progress *p)
 static void print_progress(struct progress *p)
 {
 	uint64_t now = now_ms();
-	char text[128];
+	char text[DESCRIPTION_MAX];
 
 	if (p->complete || (p->cached < p->blocks && now < p->next))
 		return;
@@ -502,12 +568,11 @@ static void take_progress(const struct server *s, const char *value, bool show,
 	p->cached = n[0];
 	p->blocks = n[1];
 	p->rate = n[2];
-	if (!show)
-		return;
-	if (isatty(STDERR_FILENO))
+	if (show && isatty(STDERR_FILENO))
 		draw_bar(p);
-	else
+	else if (show)
 		print_progress(p);
+	*p->reason = '\0';
 }
 
 static void show_failure(const struct server *s, const char *value)
@@ -525,9 +590,10 @@ static void follow_copy(struct server *s, bool show)
 	const char *name, *value;
 
 	while ((name = next_value(s, &value))) {
-		limit_silence(fileno(s->in), 0);	/* it is alive, and works */
 		if (strcmp(name, "progress") == 0)
 			take_progress(s, value, show, &progress);
+		else if (strcmp(name, "origin-reason") == 0)
+			snprintf(progress.reason, sizeof(progress.reason), "%s", value);
 		else if (strcmp(name, "failed") == 0)
 			show_failure(s, value);
 		else if (strcmp(name, "failed-more") == 0)
@@ -564,28 +630,30 @@ static uint64_t since(const struct fields *now, const struct fields *before, con
 	return n >= old ? n - old : n;
 }
 
+/* They follow the reason why the origin is down, NULL if it is not, and what follows them. */
 static void show_rates(const struct fields *now, const struct fields *before, uint64_t ms,
-		       const char *what)
+		       const char *reason, const char *what)
 {
 	uint64_t requests = since(now, before, "reads") + since(now, before, "writes") +
 			    since(now, before, "flushes") + since(now, before, "others");
 	char read[MIB_TEXT], written[MIB_TEXT];
 
-	show_row("%" PRIu64 " requests/s, %s MiB/s read, %s MiB/s written, %s",
+	show_row("%s%s%s%" PRIu64 " requests/s, %s MiB/s read, %s MiB/s written, %s",
+		 reason ? "origin down: " : "", reason ? reason : "", reason ? "; " : "",
 		 (requests * 1000 + ms / 2) / ms,
 		 mib(since(now, before, "read-bytes") * 1000 / ms, read),
 		 mib(since(now, before, "written-bytes") * 1000 / ms, written), what);
 }
 
-/* How many requests took up to that many microseconds, by "7:17 15:3". */
+/* How many requests took up to that many microseconds. */
 static uint64_t count_up_to(const struct fields *f, uint64_t us)
 {
-	uint64_t count = 0;
-	char *colon;
+	const char *delays = find(f, "delays-us");
+	uint64_t count = 0, top, n;
 
-	for (const char *at = find(f, "delays-us"); at && *at; at = strchr(at + 1, ' '))
-		if (strtoull(at, &colon, 10) <= us && *colon == ':')
-			count += strtoull(colon + 1, NULL, 10);
+	while (delays && next_delay(&delays, &top, &n))
+		if (top <= us)
+			count += n;
 	return count;
 }
 
@@ -593,7 +661,6 @@ static void show_total(const struct fields *now, const struct fields *before, ui
 {
 	uint64_t all = count_up_to(now, UINT64_MAX) - count_up_to(before, UINT64_MAX), us = 0;
 	const char *cached = find(now, "cached-percent"), *link = find(now, "origin-link");
-	const char *reason = find(now, "origin-reason");
 	char text[512];
 	int n;
 
@@ -602,9 +669,9 @@ static void show_total(const struct fields *now, const struct fields *before, ui
 	n = snprintf(text, sizeof(text), "p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64
 		     " errors", us, number_of(now, "clients"), number_of(now, "errors"));
 	if (cached && link)
-		snprintf(text + n, sizeof(text) - (size_t)n, ", %s %% cached, origin %s%s%s", cached,
-			 link, reason ? ": " : "", reason ? reason : "");
-	show_rates(now, before, ms, text);
+		snprintf(text + n, sizeof(text) - (size_t)n, ", %s %% cached, origin %s", cached,
+			 link);
+	show_rates(now, before, ms, find(now, "origin-reason"), text);
 }
 
 static void show_client(const struct field *f, const struct fields *before, uint64_t ms)
@@ -612,7 +679,8 @@ static void show_client(const struct field *f, const struct fields *before, uint
 	const struct field *old = find_client(before, f->key);
 
 	if (!old || strcmp(old->value, f->value) != 0 || number_of(&f->pairs, "in-flight") > 0)
-		show_rates(&f->pairs, old ? &old->pairs : &(struct fields){ 0 }, ms, f->key);
+		show_rates(&f->pairs, old ? &old->pairs : &(struct fields){ 0 }, ms, NULL,
+			   f->key);
 }
 
 /* A screen is drawn over the one before; the terminal cuts what is too long. */
@@ -693,6 +761,18 @@ static int make_line(const struct bgctl_options *o, char *line, size_t size)
 	}
 }
 
+/* A command may take its time, but a server that will not carry it out is not waited for. */
+static void greet(struct server *s)
+{
+	const char *value;
+
+	connect_to(s);
+	ask(s, "help\n");
+	while (next_value(s, &value))
+		;
+	limit_silence(s->fd, 0);
+}
+
 static void run(const struct bgctl_options *o, struct server *s)
 {
 	char line[CTL_LINE_MAX + 2];	/* with "\n" and its end */
@@ -702,12 +782,11 @@ static void run(const struct bgctl_options *o, struct server *s)
 		log_error("HOST, PORT and NAME are too long");
 		exit(EXIT_USAGE);
 	}
+	greet(s);
 	if (o->command == COMMAND_RECONNECT)
 		snprintf(s->aim, sizeof(s->aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
 			 o->host, o->port);
 	ask(s, line);
-	if (!(o->command & (COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2)))
-		limit_silence(fileno(s->in), 0);
 	if (o->command == COMMAND_CACHE_ALL)
 		follow_copy(s, o->progress);
 	else

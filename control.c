@@ -42,7 +42,7 @@ static void say_load(struct ctl_reply *reply)
 	ctl_say_number(reply, "buffer-bytes-limit", load.bytes_max);
 }
 
-/* The only image has lines of its own; of several each has one: "name size 1048576 snapshot 0". */
+/* The only image has lines of its own; of several each has one: "name size 1048576 snapshot idle". */
 static void say_exports(struct ctl_reply *reply)
 {
 	size_t count = exports_table()->count;
@@ -54,8 +54,8 @@ static void say_exports(struct ctl_reply *reply)
 	}
 	ctl_say(reply, "readonly", e->export.backend->readonly ? "yes" : "no");
 	for (; count > 1 && e < exports_at(count); e++)
-		ctl_say(reply, "export", "%s size %llu snapshot %d", e->export.proto.name,
-			(unsigned long long)e->export.proto.size, e->snapshot != NULL);
+		ctl_say(reply, "export", "%s size %llu snapshot %s", e->export.proto.name,
+			(unsigned long long)e->export.proto.size, e->snapshot ? "running" : "idle");
 }
 
 /* "address reads 1 writes 2 ..." */
@@ -232,10 +232,14 @@ static void release_copy(void)
 static bool tell_copy(struct ctl_reply *reply)
 {
 	static struct copy_status s;
+	struct origin_status o;
 	struct cache_status c;
 
 	copy_status(cache_copy(exports_cache()), &s);
+	origin_status(cache_origin(exports_cache()), &o);
 	cache_status(exports_cache(), &c);
+	if (reply && !o.up && !cache_is_target(exports_cache()))
+		ctl_say(reply, "origin-reason", "%s", o.reason);
 	if (reply)
 		ctl_say(reply, "progress", "%llu %llu %llu", (unsigned long long)c.held,
 			(unsigned long long)c.blocks, (unsigned long long)s.rate);

@@ -217,10 +217,10 @@ static _Noreturn void usage_error(const char *fmt, ...)
 	exit(EXIT_USAGE);
 }
 
-/* Standard output may take nothing. */
 static _Noreturn void end_output(void)
 {
-	exit(fflush(stdout) ? EXIT_FAILURE : EXIT_SUCCESS);
+	flush_output();
+	exit(EXIT_SUCCESS);
 }
 
 static _Noreturn void show_help(const struct program *p)

@@ -228,6 +228,14 @@ void *not_null(void *memory)
 	exit(EXIT_FAILURE);
 }
 
+void flush_output(void)
+{
+	if (fflush(stdout) == 0 && !ferror(stdout))
+		return;
+	log_failure("cannot write to standard output: %s", strerror(errno));
+	exit(EXIT_FAILURE);
+}
+
 uint64_t now_us(void)
 {
 	struct timespec ts;

@@ -70,6 +70,9 @@ void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
 /* The memory; if there is none, the end of the program, which has just begun. */
 void *not_null(void *memory);
 
+/* All that was printed is with who reads standard output; else the end of the program. */
+void flush_output(void);
+
 /* Replace what terminals obey by '?': C0, DEL, and C1 in UTF-8. */
 void mask_control_characters(char *s, size_t len);
 

@@ -6,6 +6,7 @@ says that no good one would, comes from a pretended one.
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import random
@@ -51,9 +52,8 @@ STATE = ["mode", "image", "size", "readonly", "export", "uptime", "clients", "pe
          "snapshot-last", "snapshot-error", *COUNTERS, "delays-us", "threads-missing", "client"]
 SOMETIMES = {"export", "origin-reason", "copy-error", "snapshot-last", "snapshot-error",
              "threads-missing"}
-TEXTS = {"mode", "image", "bitmap", "readonly", "origin", "origin-export", "origin-link",
-         "origin-reason", "copy", "copy-error", "snapshot", "snapshot-last", "snapshot-error",
-         "delays-us"}
+TEXTS = {"mode", "image", "bitmap", "origin", "origin-export", "origin-link",
+         "origin-reason", "copy", "copy-error", "snapshot", "snapshot-last", "snapshot-error"}
 
 
 # xnbd-bgctl
@@ -202,7 +202,7 @@ def is_served(control):
 # A pretended server
 
 class Pretender:
-    """Listens at path and answers a line with bytes, or by function(socket)."""
+    """Listens at path and answers a line with bytes, or by function(socket); "help" is answered first."""
 
     def __init__(self, path, answer):
         self.path, self.answer, self.lines = path, answer, []
@@ -219,7 +219,11 @@ class Pretender:
                     self._answer(sock)
 
     def _answer(self, sock):
-        line = sock.makefile("rb").readline()
+        lines = sock.makefile("rb")
+        line = lines.readline()
+        if line == b"help\n":
+            sock.sendall(b"command: help\nok\n")
+            line = lines.readline()
         self.lines.append(line.decode(errors="surrogateescape"))
         if callable(self.answer):
             self.answer(sock)
@@ -229,6 +233,19 @@ class Pretender:
     def close(self):
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
+
+
+class Silent(Pretender):
+    """Greets with these bytes, if any, and says nothing else until it is left."""
+
+    def _answer(self, sock):
+        threading.Thread(target=self._keep, args=[sock.dup()], daemon=True).start()
+
+    def _keep(self, sock):
+        with sock, contextlib.suppress(OSError):
+            sock.sendall(self.answer)
+            while sock.recv(100):
+                pass
 
 
 @pytest.fixture
@@ -435,6 +452,23 @@ def test_endless_answer_does_no_harm(pretend, command, flood):
     refused_in_one_line(bgctl(*arguments_of(command, server.path)), 1, server.path)
 
 
+@pytest.mark.parametrize("command", EACH)
+@pytest.mark.parametrize("options", [[], ["--oldstyle"]], ids=["newstyle", "oldstyle"])
+def test_socket_for_clients_is_no_control_socket(server, disk, tmp_path, command, options):
+    """At once, though an old server waits for more."""
+    s = server(disk(SIZE), "--unix", tmp_path / "nbd", *options)
+    refused_in_one_line(bgctl(*arguments_of(command, s.unix)), 1, f"{s.unix} is no control socket", "NBDMAGIC")
+
+
+@pytest.mark.parametrize("command", EACH)
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.2", b"* OK IMAP4 ready\r\n", b"\0\0\0\x2a", b"{}", b"\x16\3\1",
+                                      b"220 mail ESMTP\r\n", b"hello, what do you want?\n"], ids=repr)
+def test_greeting_of_another_server_is_no_control_socket(tmp_path, command, greeting):
+    with contextlib.closing(Silent(tmp_path / "other", greeting)) as server:
+        refused_in_one_line(bgctl(*arguments_of(command, server.path)), 1, server.path,
+                            "is no control socket")
+
+
 def test_answer_in_single_bytes_is_understood(pretend):
     def answer(sock):
         for byte in b"mode: proxy\nsize: 5\nok\n":
@@ -449,25 +483,70 @@ def test_query_shows_all_or_nothing(pretend, options):
     refused_in_one_line(bgctl("--query", *options, server.path), 1, "closed")
 
 
-def test_output_that_cannot_be_written_is_an_error(pretend):
-    server = pretend(b"mode: proxy\nok\n")
-    with open("/dev/full", "w") as full:
-        result = bgctl("--query", server.path, stdout=full)
-    assert result.returncode == 1
-    assert "standard output" in result.stderr
+def with_output(*arguments, output, program=BGCTL):
+    """Run with a standard output that takes nothing: full, or closed."""
+    close = f'exec "$0" "$@" >{"&-" if output == "closed" else "/dev/full"}'
+    return bgctl("-c", close, program, *arguments, stdout=None, executable="/bin/sh")
+
+
+outputs = pytest.mark.parametrize("output", ["closed", "full"])
+
+
+@outputs
+@pytest.mark.parametrize("options", [["--query"], ["--query", "--json"], ["--watch"], ["--snapshot"]],
+                         ids=" ".join)
+def test_output_that_cannot_be_written_is_an_error(server, disk, tmp_path, options, output):
+    """And the control socket does not become the output."""
+    s = server(disk(SIZE), "--ctl", tmp_path / "ctl")
+    result = with_output(*options, tmp_path / "ctl", output=output)
+    assert result.returncode == 1, result
+    assert result.stderr.startswith("xnbd-bgctl: cannot write to standard output: "), result
+    assert result.stderr.count("\n") == 1
+    assert s.is_served()
+
+
+@outputs
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_that_cannot_be_written_is_an_error(option, output, program=BGCTL):
+    result = with_output(option, output=output, program=program)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result
+    assert "cannot write to standard output: " in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_of_the_server_that_cannot_be_written_is_an_error(option):
+    test_help_that_cannot_be_written_is_an_error(option, "full", SERVER)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_command_without_output_needs_none(proxy, closed):
+    """What it says on standard error does not go to the server."""
+    result = bgctl("-c", f'exec "$0" "$@" {closed}', BGCTL, "--switch", "--force", proxy.control,
+                   executable="/bin/sh")
+    assert result.returncode == 0, result
+    subset(state(proxy.control), mode="target")
 
 
 @pytest.mark.parametrize("value, shown", [
     ("5", 5), ("0", 0), ("99.9", 99.9), (str(2**64 - 1), 2**64 - 1), ("100.0", 100.0),
     ("007", "007"), ("-1", "-1"), ("1e5", "1e5"), ("1.", "1."), (".5", ".5"), ("1.2.3", "1.2.3"),
-    ("", ""), ("yes", "yes"), ("true", "true"), ("null", "null"), ("NaN", "NaN"), ("5 ", "5 "),
+    ("", ""), ("yes", True), ("no", False), ("yes ", "yes "), ("true", "true"), ("null", "null"), ("NaN", "NaN"), ("5 ", "5 "),
     ('say "x" \\ /', 'say "x" \\ /'), ("a\tb\x1bc\x7f", "a?b?c?"), ("ä€😀", "ä€😀"), ("a: b", "a: b")],
     ids=repr)
 def test_json_is_valid(pretend, value, shown):
-    server = pretend(f"size: {value}\nimage: 5\norigin-export: 7\nok\n".encode())
+    server = pretend(f"size: {value}\nimage: no\norigin-export: 7\nok\n".encode())
     result = json.loads(done(bgctl("--query", "--json", server.path), out=None).stdout)
-    assert result == {"size": shown, "image": "5", "origin-export": "7"}
+    assert result == {"size": shown, "image": "no", "origin-export": "7"}
     assert isinstance(result["size"], type(shown))
+
+
+@pytest.mark.parametrize("value, shown", [
+    ("", []), ("7:17", [[7, 17]]), (f"0:1 7:17 {2**40}:{2**63}", [[0, 1], [7, 17], [2**40, 2**63]]),
+    ("x", []), ("7", []), ("7:", [[7, 0]]), (" ", []), ("1:2 x", [[1, 2]]), (":::", 3 * [[0, 0]])], ids=repr)
+def test_json_has_delays_as_pairs_of_numbers(pretend, value, shown):
+    server = pretend(f"delays-us: {value}\nok\n".encode())
+    result = json.loads(done(bgctl("--query", "--json", server.path), out=None).stdout)
+    assert result == {"delays-us": shown}
 
 
 @pytest.mark.parametrize("value", [b"\xff", b"a\x80b", b"\xc3", b"\xc0\xaf", b"\xe0\x80\x80",
@@ -567,6 +646,27 @@ def test_bar_of_extreme_numbers_is_drawn(pretend, width, values):
         assert all(("100.0%" in bar) == (cached >= blocks) for bar in frames(drawn, width))
 
 
+@pytest.mark.parametrize("width", [1, 20, 80, 300])
+def test_bar_tells_why_the_origin_is_down(pretend, width):
+    """In place of rate and time, as long as it is down."""
+    server = pretend(b"origin-reason: no answer for 15 s\n" + progress("250 1000 0") + progress("250 1000 1048576")
+                     + b"ok\n")
+    drawn, status = on_terminal(width, "--cache-all", "--progress", server.path)
+    down, up = frames(drawn, width)
+    assert status == 0
+    if width >= 80:
+        assert re.fullmatch(r"(\[=+ +\]  )?25\.0%  the origin is down: no answer for 15 s *", down)
+        assert "25.0%  1.0 MiB/s" in up
+
+
+@pytest.mark.parametrize("length", [1000, LINE_MAX])
+def test_long_reason_does_no_harm(pretend, length):
+    server = pretend(b"origin-reason: " + b"x" * length + b"\n" + progress("1 2 3") + b"ok\n")
+    assert bgctl("--cache-all", "--progress", server.path).returncode == 0
+    drawn, status = on_terminal(80, "--cache-all", "--progress", server.path)
+    assert status == 0 and len(frames(drawn, 80)) == 1
+
+
 def test_error_stands_below_the_bar(pretend):
     server = pretend(progress("1 2 3") + b"failed: 4096 4096\n" + progress("1 2 0")
                      + b"error: 1 block is missing\n")
@@ -595,7 +695,7 @@ def test_without_progress_nothing_is_said(pretend):
 
 # Deadlines: all of them at once, while other tests run
 
-SILENCE, IDLE = 30, 60
+SILENCE, IDLE = 10, 60
 
 
 class Ending(threading.Thread):
@@ -631,22 +731,29 @@ def idle(control, sent):
 
 def deadlines(directory, stack):
     origin = stack.enter_context(Origin(CONTENT))
-    control = directory / "ctl"
-    s = Server(["--proxy", "--unix", directory / "nbd", *origin.arguments, directory / "cache",
-                directory / "map", control], directory, 0, {})
-    stack.callback(s.kill)
-    s.wait_ready()
+    s, stopped = [Server(["--proxy", "--unix", directory / f"nbd{i}", *origin.arguments,
+                          directory / f"cache{i}", directory / f"map{i}", directory / f"ctl{i}"],
+                         directory, i, {}) for i in range(2)]
+    control, stopped.control = directory / "ctl0", directory / "ctl1"
+    for one in s, stopped:
+        stack.callback(one.kill)
+        one.wait_ready()
+    stopped.proc.send_signal(signal.SIGSTOP)
     origin.hold()
     silent = stack.enter_context(contextlib.closing(
-        Pretender(directory / "pretended", lambda sock: sock.recv(1))))
+        Silent(directory / "pretended", b"")))
     waits, asks, deaf = (Control(control) for _ in range(3))
     waits.send(b"cache-all\n")
     deaf.send(b"help\n" * 100)
     closed = [idle(control, b""), idle(control, b"quer")]
-    given_up = Ending(lambda: start_bgctl("--query", silent.path),
-                      lambda process: end_of(process, SILENCE + 2 * DEADLINE))
+    given_up = [Ending(functools.partial(start_bgctl, *arguments_of(command, path)),
+                       lambda process: end_of(process, SILENCE + 2 * DEADLINE))
+                for command in EACH for path in (silent.path, stopped.control)]
 
-    refused_in_one_line(given_up.check(SILENCE), 1, silent.path, f"{SILENCE} s")
+    for one in given_up:
+        refused_in_one_line(one.check(SILENCE), 1, f"{SILENCE} s")
+    stopped.proc.send_signal(signal.SIGCONT)
+    subset(state(stopped.control), mode="proxy", copy="idle", origin=origin.label, snapshot="idle")
     assert asks.ask("help")[-1] == "ok"
     assert all(one.check(IDLE) for one in closed)
     assert asks.ask("help")[-1] == "ok"
@@ -675,7 +782,7 @@ def check_state(values):
     assert all(isinstance(value, str) == (name in TEXTS) for name, value in values.items())
     assert all(list(one) == ["address", *COUNTERS, "in-flight"] for one in values["client"])
     assert len(values["client"]) <= values["clients"]
-    delays = [list(map(int, step.split(":"))) for step in values["delays-us"].split()]
+    delays = values["delays-us"]
     assert delays == sorted(delays)
     assert sum(n for _, n in delays) <= sum(values[kind] for kind in COUNTERS[:4])
     assert values["snapshot"] in ("idle", "running")
@@ -685,7 +792,7 @@ def check_state(values):
     assert blocks == -(-values["size"] // BLOCK) and 0 <= cached <= blocks
     assert values["cached-percent"] == (1000 * cached // blocks if blocks else 1000) / 10
     assert values["block-size"] == BLOCK
-    assert values["mode"] in ("proxy", "target") and values["readonly"] in ("yes", "no")
+    assert values["mode"] in ("proxy", "target") and values["readonly"] in (True, False)
     assert values["origin-link"] in ("up", "down", "closed")
     assert ("origin-reason" in values) == (values["origin-link"] == "down")
     assert values["copy"] in ("idle", "running", "done", "failed")
@@ -706,7 +813,7 @@ def left_alone(proxy):
 def test_query_of_a_fresh_proxy(proxy, origin):
     left_alone(proxy)
     subset(check_state(state(proxy.control)), mode="proxy", image=str(proxy.image),
-           bitmap=str(proxy.bitmap), size=SIZE, readonly="no", origin=origin.label,
+           bitmap=str(proxy.bitmap), size=SIZE, readonly=False, origin=origin.label,
            origin_export="", origin_link="up", blocks=BLOCKS, cached_blocks=0, cached_percent=0.0,
            written_blocks=0, fetched_bytes=0, origin_requests=0, pending_requests=0,
            buffer_bytes=0, clients=0, copy="idle", copy_rate=0, copy_failed_blocks=0)
@@ -719,6 +826,9 @@ def test_query_lines_and_json_are_the_same(proxy, connect):
     shown = dict(line.split(": ", 1) for line in lines.splitlines())
     asked, told = connect(proxy.control).values(), state(proxy.control)
     assert told.pop("client") == []
+    assert told.pop("readonly") is False and told.pop("delays-us") == []
+    for one in shown, asked:
+        assert one.pop("readonly") == "no" and one.pop("delays-us") == ""
     told = {name: str(value) for name, value in told.items()}
     for one in shown, asked, told:
         assert int(one.pop("uptime")) < 1000
@@ -751,7 +861,7 @@ def test_query_tells_what_waits_for_the_origin(proxy, origin):
 
 def test_query_tells_limits_and_readonly(run_proxy, origin):
     s = run_proxy(origin, "--readonly", "--max-queue-size", "50", "--max-buf-size", "1000000")
-    subset(check_state(state(s.control)), readonly="yes", pending_requests_limit=50,
+    subset(check_state(state(s.control)), readonly=True, pending_requests_limit=50,
            buffer_bytes_limit=1000000)
 
 
@@ -774,11 +884,16 @@ def test_query_tells_why_the_link_is_down(proxy, origin):
     values = check_state(state(proxy.control))
     assert values["origin-reason"] and values["origin-links"] == 0
     watch = start_bgctl("--watch", proxy.control)
-    assert re.search(r", 0\.0 % cached, origin down: \S+", watch.stdout.readline())
-    watch.send_signal(signal.SIGINT)
-    assert end_of(watch).returncode == 0
+    assert re.match(r"origin down: \S.*; 0 requests/s, 0\.0 MiB/s read, .*, 0\.0 % cached, origin down\n", watch.stdout.readline())
+    waiting = start_bgctl("--cache-all", "--progress", proxy.control)
+    assert re.fullmatch(r"xnbd-bgctl: 0\.0%  the origin is down: \S.*\n", waiting.stderr.readline())
     origin.come_back()
     until(lambda: state(proxy.control)["origin-link"] == "up", what="a link that is up")
+    until(lambda: re.match(r"\d+ requests/s, .* % cached, origin up$", watch.stdout.readline()), what="it in the view")
+    watch.send_signal(signal.SIGINT)
+    assert end_of(watch).returncode == 0
+    result = end_of(waiting)
+    assert result.returncode == 0 and re.search(r"(?m)^xnbd-bgctl: 100\.0%  0\.0 MiB/s  0:00:00 left$", result.stderr)
 
 
 @hazard("100 percent while a block is missing")
@@ -1194,6 +1309,29 @@ def test_interrupted_cache_all_stops(run_proxy, big, number):
     assert end_of(waiting).returncode in (1, -number)
     stopped(s, big)
     assert s.is_served()
+
+
+@pytest.mark.parametrize("command", ["cache-all", "cache-all2"])
+def test_copy_that_nobody_wants_is_idle_while_the_origin_is_away(run_proxy, big, connect, command):
+    """And goes on with what it lacks when somebody wants it again."""
+    s = run_proxy(big)
+    big.hold(is_read)
+    c = connect(s.control)
+    c.send(command.encode() + b"\n")
+    big.wait(is_read)
+    big.die()
+    until(lambda: state(s.control)["origin-link"] == "down", what="a lost link")
+    subset(check_state(state(s.control)), copy="running")
+    c.close()
+    assert connect(s.control).ask("stop-copy") == ["ok"]
+    until(lambda: state(s.control)["copy"] == "idle", what="the end of the copy")
+    assert check_state(state(s.control))["origin-requests"] > 0
+    waiting = start_bgctl("--cache-all", s.control)
+    until(lambda: state(s.control)["copy"] == "running", what="another copy")
+    big.release()
+    big.come_back()
+    done(end_of(waiting, timeout=3 * DEADLINE))
+    subset(check_state(state(s.control)), cached_percent=100.0, copy="done")
 
 
 def test_interrupted_cache_all_stops_whatever_was_before_it(run_proxy, big):

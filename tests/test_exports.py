@@ -619,11 +619,11 @@ def controlled(server, images, named, tmp_path):
 
 def test_query_tells_each_export(controlled):
     values = state(controlled.control)
-    assert values["export"] == [{"name": name, "size": size, "snapshot": 0}
+    assert values["export"] == [{"name": name, "size": size, "snapshot": "idle"}
                                 for name, size in SIZES.items()]
     assert "image" not in values and "size" not in values
     lines = done(bgctl("--query", controlled.control), out=None).stdout.splitlines()
-    assert [f"export: {name} size {size} snapshot 0" for name, size in SIZES.items()] == \
+    assert [f"export: {name} size {size} snapshot idle" for name, size in SIZES.items()] == \
         [line for line in lines if line.startswith("export: ")]
 
 
