@@ -54,21 +54,8 @@ static void leave_bar(void)
 	bar_is_shown = false;
 }
 
-static _Noreturn void fail(const char *fmt, ...) PRINTF_LIKE(1, 2);
-
 /* One line on stderr, and exit status 1. */
-static _Noreturn void fail(const char *fmt, ...)
-{
-	char line[1000];
-	va_list ap;
-
-	leave_bar();
-	va_start(ap, fmt);
-	vsnprintf(line, sizeof(line), fmt, ap);
-	va_end(ap);
-	log_error("%s", line);
-	exit(EXIT_FAILURE);
-}
+#define fail(...) (leave_bar(), log_error(__VA_ARGS__), exit(EXIT_FAILURE))
 
 static _Noreturn void fail_garbage(const struct server *s, const char *text)
 {
@@ -513,19 +500,16 @@ static void describe(const struct progress *p, char *text, size_t size)
 {
 	uint64_t left = p->blocks > p->cached ? p->blocks - p->cached : 0;
 	uint64_t seconds = p->rate ? left / (p->rate / BLOCK_SIZE + 1) : 0;
-	unsigned share = permille(p);
+	size_t n = (size_t)snprintf(text, size, "%u.%u%%  ", permille(p) / 10, permille(p) % 10);
 	char rate[MIB_TEXT];
 
-	mib(p->rate, rate);
 	if (*p->reason)
-		snprintf(text, size, "%u.%u%%  the origin is down: %s", share / 10, share % 10,
-			 p->reason);
+		snprintf(text + n, size - n, "the origin is down: %s", p->reason);
 	else if (left && !p->rate)
-		snprintf(text, size, "%u.%u%%  %s MiB/s  -:--:-- left", share / 10, share % 10,
-			 rate);
+		snprintf(text + n, size - n, "0.0 MiB/s  -:--:-- left");
 	else
-		snprintf(text, size, "%u.%u%%  %s MiB/s  %" PRIu64 ":%02u:%02u left", share / 10,
-			 share % 10, rate, seconds / 3600, (unsigned)(seconds / 60 % 60),
+		snprintf(text + n, size - n, "%s MiB/s  %" PRIu64 ":%02u:%02u left",
+			 mib(p->rate, rate), seconds / 3600, (unsigned)(seconds / 60 % 60),
 			 (unsigned)(seconds % 60));
 }
 

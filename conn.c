@@ -280,7 +280,7 @@ void conn_free(struct conn *c)
 	if (!c)
 		return;
 	assert(conn_is_over(c) && c->buffered == 0);
-	stats_free(c->stats);
+	free(c->stats);
 	free(c);
 }
 

@@ -21,6 +21,7 @@ static struct {
 	char reconnect_error[256];	/* "" for none */
 	atomic_bool reconnect_done;
 	enum mode mode;
+	uint64_t started;		/* now_ms() */
 	char snapshot_path[4096];	/* of the last one; "" for none, or if it failed */
 	char snapshot_error[128];	/* why it failed; "" if it did not */
 } control;
@@ -140,19 +141,21 @@ static void say_blocks(struct ctl_reply *reply, struct backend *b)
 	ctl_say_number(reply, "written-blocks", s.written);
 }
 
-/* Why a copy ended early, in buf; NULL if it did not. */
-static const char *copy_error(const struct copy_status *s, char *buf, size_t size)
+/* Why a copy ended early; NULL if it did not. */
+static const char *copy_error(const struct copy_status *s)
 {
+	static char text[128];
+
 	if (s->state == COPY_RUNNING || s->state == COPY_DONE)
 		return NULL;
 	if (s->state == COPY_IDLE)
 		return "the copy was stopped";
 	if (s->error)
-		snprintf(buf, size, "cannot copy: %s", strerror(s->error));
+		snprintf(text, sizeof(text), "cannot copy: %s", strerror(s->error));
 	else
-		snprintf(buf, size, "%llu blocks could not be copied",
+		snprintf(text, sizeof(text), "%llu blocks could not be copied",
 			 (unsigned long long)s->failed_blocks);
-	return buf;
+	return text;
 }
 
 static void say_copy(struct ctl_reply *reply, struct backend *b)
@@ -160,14 +163,13 @@ static void say_copy(struct ctl_reply *reply, struct backend *b)
 	static const char *const name[] = { [COPY_IDLE] = "idle", [COPY_RUNNING] = "running",
 					    [COPY_DONE] = "done", [COPY_FAILED] = "failed" };
 	static struct copy_status s;
-	char error[128];
 
 	copy_status(cache_copy(b), &s);
 	ctl_say(reply, "copy", "%s", name[s.state]);
 	ctl_say_number(reply, "copy-rate", s.rate);
 	ctl_say_number(reply, "copy-failed-blocks", s.failed_blocks);
 	if (s.state == COPY_FAILED)
-		ctl_say(reply, "copy-error", "%s", copy_error(&s, error, sizeof(error)));
+		ctl_say(reply, "copy-error", "%s", copy_error(&s));
 }
 
 static void say_proxy(struct ctl_reply *reply)
@@ -190,7 +192,7 @@ static void query(struct ctl_reply *reply)
 {
 	ctl_say(reply, "mode", "%s", mode_name());
 	say_exports(reply);
-	ctl_say_number(reply, "uptime", stats_uptime() / 1000);
+	ctl_say_number(reply, "uptime", (now_ms() - control.started) / 1000);
 	ctl_say_number(reply, "clients", loops_load());
 	say_load(reply);
 	say_proxy(reply);
@@ -199,15 +201,6 @@ static void query(struct ctl_reply *reply)
 }
 
 /* Snapshots */
-
-static const char *snapshot(const char *name, const void **of, bool *behind)
-{
-	const struct export *e = NULL;
-	const char *why = exports_snapshot_of(name, &e, behind);
-
-	*of = e;
-	return why;
-}
 
 static void snapshot_ended(const struct export *e, const char *path, const char *error)
 {
@@ -229,39 +222,31 @@ static void release_copy(void)
 	copy_release(cache_copy(exports_cache()));
 }
 
-static bool tell_copy(struct ctl_reply *reply)
+static const char *tell_copy(struct ctl_reply *reply, bool *runs)
 {
 	static struct copy_status s;
+	struct backend *b = exports_cache();
 	struct origin_status o;
 	struct cache_status c;
 
-	copy_status(cache_copy(exports_cache()), &s);
-	origin_status(cache_origin(exports_cache()), &o);
-	cache_status(exports_cache(), &c);
-	if (reply && !o.up && !cache_is_target(exports_cache()))
+	copy_status(cache_copy(b), &s);
+	*runs = s.state == COPY_RUNNING;
+	if (!reply)
+		return NULL;
+	origin_status(cache_origin(b), &o);
+	cache_status(b, &c);
+	if (!o.up && !cache_is_target(b))
 		ctl_say(reply, "origin-reason", "%s", o.reason);
-	if (reply)
-		ctl_say(reply, "progress", "%llu %llu %llu", (unsigned long long)c.held,
-			(unsigned long long)c.blocks, (unsigned long long)s.rate);
-	return s.state == COPY_RUNNING;
-}
-
-static const char *tell_copy_result(struct ctl_reply *reply)
-{
-	static struct copy_status s;
-	static char error[128];
-	struct cache_status c;
-
-	copy_status(cache_copy(exports_cache()), &s);
-	cache_status(exports_cache(), &c);
-	if (c.held == c.blocks)
+	ctl_say(reply, "progress", "%llu %llu %llu", (unsigned long long)c.held,
+		(unsigned long long)c.blocks, (unsigned long long)s.rate);
+	if (*runs || c.held == c.blocks)
 		return NULL;
 	for (unsigned i = 0; i < s.failures; i++)
 		ctl_say(reply, "failed", "%llu %llu", (unsigned long long)s.failure[i].off,
 			(unsigned long long)s.failure[i].len);
 	if (s.failures_more)
 		ctl_say_number(reply, "failed-more", s.failures_more);
-	return copy_error(&s, error, sizeof(error));
+	return copy_error(&s);
 }
 
 /* The origin's thread, or ours. */
@@ -321,7 +306,6 @@ static const struct ctl_proxy_ops proxy_ops = {
 	.start_copy = start_copy,
 	.release_copy = release_copy,
 	.copy = tell_copy,
-	.copy_result = tell_copy_result,
 };
 
 /* Life */
@@ -331,9 +315,10 @@ bool control_open(const struct options *o)
 	static struct ctl_ops ops = {
 		.query = query,
 		.gather = stats_gather,
-		.snapshot = snapshot,
+		.snapshot = exports_snapshot_of,
 	};
 
+	control.started = now_ms();
 	exports_on_snapshot(snapshot_ended);
 	if (!o->control)
 		return true;

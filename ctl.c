@@ -52,7 +52,7 @@ struct client {
 	bool ended;			/* there is no more input to come */
 	bool broken;			/* nothing can be received or sent any more */
 	bool behind;			/* waits for the end after the next one */
-	const void *snapshot_of;	/* STATE_SNAPSHOT: which export */
+	const struct export *snapshot_of;	/* STATE_SNAPSHOT */
 	uint64_t due;			/* now_us(): for progress, or an answer; else to be closed */
 	struct ctl_reply out;
 	size_t len;			/* of the input that was not carried out yet */
@@ -64,7 +64,7 @@ static struct {
 	const struct ctl_ops *ops;	/* NULL: there is none */
 	struct listeners listeners;
 	uint64_t accept_again;		/* now_us() when a pause of accepting ends */
-	bool switching, reconnecting;	/* even if who asked for it has left */
+	bool reconnecting;		/* even if who asked for it has left */
 	bool gathering;			/* likewise */
 	bool background;		/* somebody wanted a copy, and need not wait for it */
 	struct client *client[CTL_CONNECTIONS];		/* NULL: a free place */
@@ -164,13 +164,17 @@ static void run_snapshot(struct client *cl, char *arguments)
 /* Tell how the copy is going, unless the client does not read that; and that it has ended. */
 static void tell_copy(struct client *cl)
 {
-	bool running = ctl.ops->proxy->copy(cl->out.len ? NULL : &cl->out);
+	size_t unread = cl->out.len;
+	bool runs;
+	const char *error = ctl.ops->proxy->copy(&cl->out, &runs);
 
 	cl->due = now_us() + PROGRESS_US;
-	if (running)
-		return;
-	answer(cl, ctl.ops->proxy->copy_result(&cl->out));
-	ctl.ops->proxy->release_copy();
+	if (!runs) {
+		answer(cl, error);
+		ctl.ops->proxy->release_copy();
+	} else if (unread) {
+		cl->out.len = unread;
+	}
 }
 
 /* False after answering what is wrong. */
@@ -222,17 +226,14 @@ static void run_switch(struct client *cl, char *arguments)
 {
 	const char *error;
 
-	if (arguments && strcmp(arguments, "force")) {
-		answer(cl, "switch may be followed by 'force' only");
-		return;
-	}
-	cl->state = STATE_SWITCHING;
-	if (ctl.switching)
-		return;		/* one end for all who ask meanwhile */
-	ctl.switching = true;
-	error = ctl.ops->proxy->switch_over(arguments != NULL);
+	if (arguments && strcmp(arguments, "force"))
+		error = "switch may be followed by 'force' only";
+	else
+		error = ctl.ops->proxy->switch_over(arguments != NULL);
 	if (error)
-		ctl_switched(error, 0);
+		answer(cl, error);
+	else
+		cl->state = STATE_SWITCHING;	/* one end for all who ask meanwhile */
 }
 
 /* The word at *rest, which is ended there; *rest goes to what follows it, or is NULL. */
@@ -593,7 +594,6 @@ static void answer_all(enum state state, const char *error, uint64_t zeroed)
 
 void ctl_switched(const char *error, uint64_t zeroed)
 {
-	ctl.switching = false;
 	answer_all(STATE_SWITCHING, error, zeroed);
 }
 
@@ -628,7 +628,7 @@ void ctl_gathered(void)
 		ctl.ops->gather();
 }
 
-void ctl_snapshot_ended(const void *of, const char *path, const char *error)
+void ctl_snapshot_ended(const struct export *of, const char *path, const char *error)
 {
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
 		struct client *cl = ctl.client[i];
@@ -643,7 +643,10 @@ void ctl_snapshot_ended(const void *of, const char *path, const char *error)
 
 void ctl_copied(void)
 {
-	if (ctl.ops->proxy->copy(NULL))
+	bool runs;
+
+	ctl.ops->proxy->copy(NULL, &runs);
+	if (runs)
 		return;
 	give_up_background();
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++)

@@ -19,6 +19,7 @@ enum {
 
 /* Lines of an answer that grows; freed by ctl.c. */
 struct ctl_reply;
+struct export;
 
 /* Append "name: value". */
 void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
@@ -38,19 +39,18 @@ struct ctl_ops {
 	void (*gather)(void);
 
 	/*
-	 * Make a snapshot of the export of that name, NULL if none was given.  *of is set to
-	 * something that stands for it; ctl_snapshot_ended() is called with that when it has
-	 * happened or failed.  *behind says that it is the second such call from now: one is being
-	 * made already.
+	 * Make a snapshot of the export of that name, NULL if none was given.  *of is set to it, with
+	 * which ctl_snapshot_ended() is called when it has happened or failed.  *behind says that it
+	 * is the second such call from now: one is being made already.
 	 */
-	const char *(*snapshot)(const char *name, const void **of, bool *behind);
+	const char *(*snapshot)(const char *name, const struct export **of, bool *behind);
 
 	const struct ctl_proxy_ops *proxy;	/* NULL: there is none */
 };
 
 /* The same, of a proxy. */
 struct ctl_proxy_ops {
-	/* Become a target.  ctl_switched() is called when it has happened or failed. */
+	/* Become a target, if that is not under way.  ctl_switched() is called when it is or failed. */
 	const char *(*switch_over)(bool force);
 
 	/*
@@ -66,11 +66,11 @@ struct ctl_proxy_ops {
 	void (*start_copy)(unsigned blocks);
 	void (*release_copy)(void);
 
-	/* Tell how the copy is going, unless reply is NULL.  Whether it goes on. */
-	bool (*copy)(struct ctl_reply *reply);
-
-	/* It has ended: tell the parts that failed.  NULL, or why blocks are missing. */
-	const char *(*copy_result)(struct ctl_reply *reply);
+	/*
+	 * Tell how the copy is going, unless reply is NULL; *runs is whether it goes on.  If not, tell
+	 * the parts that failed: NULL, or why blocks are missing.
+	 */
+	const char *(*copy)(struct ctl_reply *reply, bool *runs);
 };
 
 /*
@@ -102,7 +102,7 @@ void ctl_reconnected(const char *error);
 void ctl_gathered(void);
 
 /* A snapshot of that has ended: its path, or NULL and why there is none. */
-void ctl_snapshot_ended(const void *of, const char *path, const char *error);
+void ctl_snapshot_ended(const struct export *of, const char *path, const char *error);
 
 /* A copy may have ended. */
 void ctl_copied(void);

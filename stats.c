@@ -53,11 +53,6 @@ void stats_end_turn(struct stats *s)
 	s->now = 0;
 }
 
-void stats_free(struct stats *s)
-{
-	free(s);
-}
-
 /* Sums */
 
 static void tally_add(struct tally *sum, const struct tally *t)
@@ -240,7 +235,6 @@ enum {
 };
 
 static struct {
-	uint64_t started;		/* now_ms() */
 	uint64_t interval;		/* ms; 0 for none */
 	uint64_t due;			/* now_ms(); UINT64_MAX for never */
 	void (*ask)(void);
@@ -330,7 +324,6 @@ void stats_told(void)
 
 void stats_init(unsigned seconds, void (*ask)(void))
 {
-	survey.started = now_ms();
 	survey.interval = seconds * UINT64_C(1000);
 	survey.due = UINT64_MAX;
 	survey.ask = ask;
@@ -408,9 +401,4 @@ const struct survey *stats_take(void)
 void stats_release(void)
 {
 	pthread_mutex_unlock(&survey.lock);
-}
-
-uint64_t stats_uptime(void)
-{
-	return now_ms() - survey.started;
 }

@@ -111,8 +111,6 @@ void tally_describe(const struct tally *t, char *line);
 /* A client leaves: add what it did to those of all that have left. */
 void stats_leave(struct stats *gone, const struct stats *s);
 
-void stats_free(struct stats *s);
-
 /* The log is told of an error that a client has got, but not of too many. */
 void stats_complain(struct stats *s, const char *peer, const struct request *r);
 
@@ -163,8 +161,5 @@ struct survey {
 };
 const struct survey *stats_take(void);
 void stats_release(void);
-
-/* Milliseconds since stats_init(). */
-uint64_t stats_uptime(void);
 
 #endif

@@ -77,6 +77,7 @@ static unsigned copies;			/* started and not released */
 static bool copy_runs, copy_failed, switching, reconnecting, gathering;
 static unsigned snapshots;		/* to be made; the first may be under way */
 static bool snapshot_runs;
+static const struct export *const this_export = (const void *)&snapshots;
 static uint64_t cached, total;
 
 /* Sockets */
@@ -197,11 +198,11 @@ static void gather(void)
 }
 
 /* One that was wanted begins at the end of the one before. */
-static const char *snapshot(const char *name, const void **of, bool *behind)
+static const char *snapshot(const char *name, const struct export **of, bool *behind)
 {
 	if (cached % 8 == 7 || (name && strlen(name) % 8 == 7))
 		return "it is a device";
-	*of = &snapshots;
+	*of = this_export;
 	*behind = snapshot_runs;
 	snapshots = snapshot_runs ? 2 : 1;
 	return NULL;
@@ -209,8 +210,7 @@ static const char *snapshot(const char *name, const void **of, bool *behind)
 
 static const char *switch_over(bool force)
 {
-	assert(!switching);
-	if (!force && cached < total)
+	if (!switching && !force && cached < total)
 		return "not all of it is here";
 	switching = true;
 	return NULL;
@@ -241,17 +241,12 @@ static void release_copy(void)
 		copy_runs = false;
 }
 
-static bool tell(struct ctl_reply *reply)
+static const char *tell(struct ctl_reply *reply, bool *runs)
 {
+	*runs = copy_runs;
 	if (reply)
 		ctl_say(reply, "progress", "%" PRIu64 " %" PRIu64 " 0", cached, total);
-	return copy_runs;
-}
-
-static const char *tell_result(struct ctl_reply *reply)
-{
-	assert(!copy_runs);
-	if (cached == total)
+	if (!reply || copy_runs || cached == total)
 		return NULL;
 	if (copy_failed)
 		ctl_say(reply, "failed", "%d %" PRIu64, 8192, UINT64_MAX);
@@ -259,7 +254,7 @@ static const char *tell_result(struct ctl_reply *reply)
 }
 
 static const struct ctl_proxy_ops proxy_ops = { switch_over, reconnect, start_copy, release_copy,
-						tell, tell_result };
+						tell };
 static const struct ctl_ops ops = { query, gather, snapshot, &proxy_ops };
 static const struct ctl_ops no_proxy = { query, gather, snapshot, NULL };
 
@@ -388,8 +383,8 @@ static void tend_snapshot(unsigned how)
 	} else if (snapshots > 0) {
 		snapshots--;
 		snapshot_runs = false;
-		ctl_snapshot_ended(&gathering, NULL, "of another export, which nobody wanted");
-		ctl_snapshot_ended(&snapshots, how & 2 ? "/a\nb" : NULL, "the disk is full");
+		ctl_snapshot_ended(NULL, NULL, "of another export, which nobody wanted");
+		ctl_snapshot_ended(this_export, how & 2 ? "/a\nb" : NULL, "the disk is full");
 	}
 }
 
@@ -418,8 +413,7 @@ static void settle(void)
 
 	while (take_turn())
 		assert(++turns < TURNS_MAX);
-	assert(ctl.switching == switching && ctl.reconnecting == reconnecting);
-	assert(ctl.gathering == gathering);
+	assert(ctl.reconnecting == reconnecting && ctl.gathering == gathering);
 	for (unsigned i = 0; i < peers; i++)
 		read_answers(&peer[i]);
 }
