@@ -348,11 +348,6 @@ static bool is_number(const char *s)
 	return more > 0 && s[len + 1 + more] == '\0';
 }
 
-static bool is_boolean(const char *s)
-{
-	return strcmp(s, "yes") == 0 || strcmp(s, "no") == 0;
-}
-
 /* Paths are bytes, JSON is characters. */
 static void print_json_string(const char *s)
 {
@@ -392,9 +387,11 @@ static void print_json_pair(const char *before, const char *name, const char *va
 	fputs(": ", stdout);
 	if (strcmp(name, "delays-us") == 0)
 		print_json_delays(value);
-	else if (is_number(value) && !is_text(name))
+	else if (is_text(name))
+		print_json_string(value);
+	else if (is_number(value))
 		fputs(value, stdout);
-	else if (is_boolean(value) && !is_text(name))
+	else if (strcmp(value, "yes") == 0 || strcmp(value, "no") == 0)
 		fputs(*value == 'y' ? "true" : "false", stdout);
 	else
 		print_json_string(value);
@@ -568,22 +565,28 @@ static void show_failure(const struct server *s, const char *value)
 	log_error("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, n[1], n[0]);
 }
 
-static void follow_copy(struct server *s, bool show)
+/* Until the command has been carried out. */
+static void follow(struct server *s, bool show_progress)
 {
 	struct progress progress = { 0 };
 	const char *name, *value;
 
 	while ((name = next_value(s, &value))) {
 		if (strcmp(name, "progress") == 0)
-			take_progress(s, value, show, &progress);
+			take_progress(s, value, show_progress, &progress);
 		else if (strcmp(name, "origin-reason") == 0)
 			snprintf(progress.reason, sizeof(progress.reason), "%s", value);
 		else if (strcmp(name, "failed") == 0)
 			show_failure(s, value);
 		else if (strcmp(name, "failed-more") == 0)
 			log_error("and more, in %s further places", value);
+		else if (strcmp(name, "zeroed") == 0)
+			log_line("%s blocks were missing, and read as zeros now", value);
+		else if (strcmp(name, "snapshot") == 0)
+			puts(value);
 	}
 	leave_bar();
+	flush_output();
 }
 
 /*
@@ -712,20 +715,6 @@ static _Noreturn void watch(struct server *s, unsigned long seconds)
 
 /* The other commands */
 
-static void wait_for_end(struct server *s)
-{
-	const char *name, *value;
-
-	while ((name = next_value(s, &value))) {
-		if (strcmp(name, "zeroed") == 0)
-			log_line("%s blocks were missing, and read as zeros now", value);
-		if (strcmp(name, "snapshot") == 0) {
-			puts(value);
-			flush_output();
-		}
-	}
-}
-
 /* The line to the server; returns like snprintf(). */
 static int make_line(const struct bgctl_options *o, char *line, size_t size)
 {
@@ -771,10 +760,7 @@ static void run(const struct bgctl_options *o, struct server *s)
 		snprintf(s->aim, sizeof(s->aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
 			 o->host, o->port);
 	ask(s, line);
-	if (o->command == COMMAND_CACHE_ALL)
-		follow_copy(s, o->progress);
-	else
-		wait_for_end(s);
+	follow(s, o->progress);
 }
 
 int main(int argc, char **argv)

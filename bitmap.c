@@ -507,24 +507,22 @@ static bool may_clear(const struct bitmap *b)
 		 memcmp(found, magic, sizeof(magic)) == 0 && get_le(found + 12, 4) == BITMAP_CACHE));
 }
 
-/* What to do about a file that is refused. */
-static const char *remedy(const struct bitmap *b)
-{
-	return b->id.kind == BITMAP_CACHE && may_clear(b) ? " (--clear-bitmap begins afresh)" : "";
-}
-
 static bool refuse(const struct bitmap *b, const char *why)
 {
-	log_failure("bitmap file %s: %s%s", b->path, why, remedy(b));
+	log_failure("bitmap file %s: %s%s", b->path, why,
+		    b->id.kind == BITMAP_CACHE && may_clear(b) ? " (--clear-bitmap begins afresh)" :
+								 "");
 	return false;
 }
 
 static bool refuse_number(const struct bitmap *b, const char *what, uint64_t found,
 			  uint64_t expected)
 {
-	log_failure("bitmap file %s: %s is %llu, and %llu is expected%s", b->path, what,
-		    (unsigned long long)found, (unsigned long long)expected, remedy(b));
-	return false;
+	char why[128];
+
+	snprintf(why, sizeof(why), "%s is %llu, and %llu is expected", what,
+		 (unsigned long long)found, (unsigned long long)expected);
+	return refuse(b, why);
 }
 
 /* Whether the header p, and the size of the file, are what they should be. */

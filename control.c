@@ -300,14 +300,6 @@ void control_tend(void)
 		ctl_switched(*news.error ? news.error : NULL, news.zeroed);
 }
 
-static const struct ctl_proxy_ops proxy_ops = {
-	.switch_over = switch_over,
-	.reconnect = reconnect,
-	.start_copy = start_copy,
-	.release_copy = release_copy,
-	.copy = tell_copy,
-};
-
 /* Life */
 
 bool control_open(const struct options *o)
@@ -316,6 +308,11 @@ bool control_open(const struct options *o)
 		.query = query,
 		.gather = stats_gather,
 		.snapshot = exports_snapshot_of,
+		.switch_over = switch_over,
+		.reconnect = reconnect,
+		.start_copy = start_copy,
+		.release_copy = release_copy,
+		.copy = tell_copy,
 	};
 
 	control.started = now_ms();
@@ -323,7 +320,7 @@ bool control_open(const struct options *o)
 	if (!o->control)
 		return true;
 	control.mode = o->mode;
-	ops.proxy = exports_cache() ? &proxy_ops : NULL;
+	ops.proxy = exports_cache() != NULL;
 	control.bitmap = o->bitmap ? absolute_path(o->bitmap) : NULL;
 	return ctl_open(o->control, &ops);
 }

@@ -20,6 +20,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -60,6 +61,7 @@ struct copy {
 	void (*ended)(void *arg);
 	void *arg;
 	struct job job;			/* the pump */
+	atomic_bool asking;		/* the origin about map */
 
 	pthread_mutex_t lock;		/* guards all that follows but the pump's own; a leaf */
 	unsigned wanted;		/* by so many */
@@ -75,7 +77,6 @@ struct copy {
 	unsigned failures;
 	struct copy_failure failure[COPY_FAILURES];
 	uint64_t copied, rate, rate_copied, rate_since;	/* bytes, and now_ms() */
-	bool asking;			/* the origin about map */
 
 	/* The pump's own, and the answer's while it is asking. */
 	uint64_t pos;			/* the pass has come to here */
@@ -258,7 +259,7 @@ static void map_answered(struct origin_request *q)
 	pthread_mutex_lock(&c->lock);
 	if (q->error == -ECANCELED && !c->error)
 		c->error = -ESHUTDOWN;
-	c->asking = false;
+	atomic_store(&c->asking, false);
 	unlock_and_pump(c);
 }
 
@@ -276,21 +277,14 @@ static void ask_map(struct copy *c, uint64_t off)
 	};
 	c->map.off = off;
 	c->map.end = off + c->question.len;
-	pthread_mutex_lock(&c->lock);
-	c->asking = true;
-	pthread_mutex_unlock(&c->lock);
+	atomic_store(&c->asking, true);
 	origin_submit(c->origin, &c->question);
 }
 
 /* Have the map that pos lies in.  False if that has to wait. */
 static bool have_map(struct copy *c)
 {
-	bool asking;
-
-	pthread_mutex_lock(&c->lock);
-	asking = c->asking;
-	pthread_mutex_unlock(&c->lock);
-	if (asking)
+	if (atomic_load(&c->asking))
 		return false;
 	if (c->pos < c->map.end)
 		return true;
@@ -416,7 +410,7 @@ static void free_again(struct copy *c)
 /* Nothing more can be asked for.  Called with the lock; true if the copy has ended. */
 static bool settle(struct copy *c)
 {
-	if (c->under_way > 0 || c->asking || c->state != COPY_RUNNING)
+	if (c->under_way > 0 || atomic_load(&c->asking) || c->state != COPY_RUNNING)
 		return false;
 	if (is_over(c))
 		free_again(c);

@@ -65,7 +65,6 @@ static struct {
 	struct listeners listeners;
 	uint64_t accept_again;		/* now_us() when a pause of accepting ends */
 	bool reconnecting;		/* even if who asked for it has left */
-	bool gathering;			/* likewise */
 	bool background;		/* somebody wanted a copy, and need not wait for it */
 	struct client *client[CTL_CONNECTIONS];		/* NULL: a free place */
 } ctl;
@@ -139,16 +138,12 @@ static void answer_query(struct client *cl)
 	answer(cl, NULL);
 }
 
-/* What is being gathered already may lack what was done since. */
 static void run_query(struct client *cl, char *arguments)
 {
 	(void)arguments;
 	cl->state = STATE_QUERYING;
 	cl->due = now_us() + GATHER_US;
-	cl->behind = ctl.gathering;
-	if (!ctl.gathering)
-		ctl.ops->gather();
-	ctl.gathering = true;
+	cl->behind = ctl.ops->gather();
 }
 
 static void run_snapshot(struct client *cl, char *arguments)
@@ -166,12 +161,12 @@ static void tell_copy(struct client *cl)
 {
 	size_t unread = cl->out.len;
 	bool runs;
-	const char *error = ctl.ops->proxy->copy(&cl->out, &runs);
+	const char *error = ctl.ops->copy(&cl->out, &runs);
 
 	cl->due = now_us() + PROGRESS_US;
 	if (!runs) {
 		answer(cl, error);
-		ctl.ops->proxy->release_copy();
+		ctl.ops->release_copy();
 	} else if (unread) {
 		cl->out.len = unread;
 	}
@@ -186,7 +181,7 @@ static bool begin_copy(struct client *cl, const char *arguments)
 		answer(cl, "BLOCKS_PER_REQUEST has to be a number from 1 to 8192");
 		return false;
 	}
-	ctl.ops->proxy->start_copy((unsigned)blocks);
+	ctl.ops->start_copy((unsigned)blocks);
 	return true;
 }
 
@@ -201,7 +196,7 @@ static void run_cache_all(struct client *cl, char *arguments)
 static void give_up_background(void)
 {
 	if (ctl.background)
-		ctl.ops->proxy->release_copy();
+		ctl.ops->release_copy();
 	ctl.background = false;
 }
 
@@ -229,7 +224,7 @@ static void run_switch(struct client *cl, char *arguments)
 	if (arguments && strcmp(arguments, "force"))
 		error = "switch may be followed by 'force' only";
 	else
-		error = ctl.ops->proxy->switch_over(arguments != NULL);
+		error = ctl.ops->switch_over(arguments != NULL);
 	if (error)
 		answer(cl, error);
 	else
@@ -263,7 +258,7 @@ static void run_reconnect(struct client *cl, char *arguments)
 		port = NULL;
 	cl->state = STATE_RECONNECTING;
 	ctl.reconnecting = true;
-	error = ctl.ops->proxy->reconnect(host, port, arguments);
+	error = ctl.ops->reconnect(host, port, arguments);
 	if (error)
 		ctl_reconnected(error);
 }
@@ -389,7 +384,7 @@ static void drop(size_t place)
 	struct client *cl = ctl.client[place];
 
 	if (cl->state == STATE_COPYING)
-		ctl.ops->proxy->release_copy();
+		ctl.ops->release_copy();
 	close(cl->fd);
 	free(cl->out.text);
 	free(cl);
@@ -615,17 +610,9 @@ static bool is_due(struct client *cl, enum state state)
 
 void ctl_gathered(void)
 {
-	ctl.gathering = false;
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		struct client *cl = ctl.client[i];
-
-		if (is_due(cl, STATE_QUERYING))
-			answer_query(cl);
-		else if (cl && cl->state == STATE_QUERYING)
-			ctl.gathering = true;
-	}
-	if (ctl.gathering)
-		ctl.ops->gather();
+	for (size_t i = 0; i < CTL_CONNECTIONS; i++)
+		if (is_due(ctl.client[i], STATE_QUERYING))
+			answer_query(ctl.client[i]);
 }
 
 void ctl_snapshot_ended(const struct export *of, const char *path, const char *error)
@@ -645,7 +632,7 @@ void ctl_copied(void)
 {
 	bool runs;
 
-	ctl.ops->proxy->copy(NULL, &runs);
+	ctl.ops->copy(NULL, &runs);
 	if (runs)
 		return;
 	give_up_background();

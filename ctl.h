@@ -35,21 +35,20 @@ struct ctl_ops {
 	/* Tell the state, with what has been gathered. */
 	void (*query)(struct ctl_reply *reply);
 
-	/* Begin to gather what is asked for; ctl_gathered() is called when that is complete. */
-	void (*gather)(void);
+	/*
+	 * Gather what clients did; ctl_gathered() is called when that is complete.  True if it is the
+	 * second such call from now: what is being gathered already may lack what was done since.
+	 */
+	bool (*gather)(void);
 
 	/*
 	 * Make a snapshot of the export of that name, NULL if none was given.  *of is set to it, with
-	 * which ctl_snapshot_ended() is called when it has happened or failed.  *behind says that it
-	 * is the second such call from now: one is being made already.
+	 * which ctl_snapshot_ended() is called when it has happened or failed.  *behind as above.
 	 */
 	const char *(*snapshot)(const char *name, const struct export **of, bool *behind);
 
-	const struct ctl_proxy_ops *proxy;	/* NULL: there is none */
-};
+	bool proxy;			/* whether there is one; the rest is about that */
 
-/* The same, of a proxy. */
-struct ctl_proxy_ops {
 	/* Become a target, if that is not under way.  ctl_switched() is called when it is or failed. */
 	const char *(*switch_over)(bool force);
 

@@ -344,10 +344,11 @@ void stats_log(void)
 	survey.wanted |= TOTALS;
 }
 
-void stats_gather(void)
+bool stats_gather(void)
 {
 	survey.wanted |= ANSWER;
 	wake_main();
+	return survey.running & ANSWER;
 }
 
 static void stats_begin(void)

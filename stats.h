@@ -139,8 +139,11 @@ uint64_t stats_due(bool clients);
 /* Log what each client did since it connected. */
 void stats_log(void);
 
-/* Gather what clients did for who asks; stats_tend() tells when that is complete. */
-void stats_gather(void);
+/*
+ * Gather what clients did for who asks; stats_tend() tells when that is complete.  True if it tells
+ * that of somebody who asked before first.
+ */
+bool stats_gather(void);
 
 /*
  * Go on with what is due.  True once for each survey that was asked for by stats_gather(): it is

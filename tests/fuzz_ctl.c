@@ -74,7 +74,7 @@ static bool no_memory, no_descriptors;
 
 /* The proxy. */
 static unsigned copies;			/* started and not released */
-static bool copy_runs, copy_failed, switching, reconnecting, gathering;
+static bool copy_runs, copy_failed, switching, reconnecting, gathering, gather_again;
 static unsigned snapshots;		/* to be made; the first may be under way */
 static bool snapshot_runs;
 static const struct export *const this_export = (const void *)&snapshots;
@@ -191,10 +191,12 @@ static void query(struct ctl_reply *reply)
 		ctl_say(reply, "name", "%*u", (int)cached, i);
 }
 
-static void gather(void)
+/* What was asked for meanwhile begins at the end of what is gathered. */
+static bool gather(void)
 {
-	assert(!gathering);
+	gather_again = gathering;
 	gathering = true;
+	return gather_again;
 }
 
 /* One that was wanted begins at the end of the one before. */
@@ -253,10 +255,9 @@ static const char *tell(struct ctl_reply *reply, bool *runs)
 	return copy_failed ? "the origin\nis gone" : "the copy was stopped";
 }
 
-static const struct ctl_proxy_ops proxy_ops = { switch_over, reconnect, start_copy, release_copy,
-						tell };
-static const struct ctl_ops ops = { query, gather, snapshot, &proxy_ops };
-static const struct ctl_ops no_proxy = { query, gather, snapshot, NULL };
+static const struct ctl_ops ops = { query, gather, snapshot, true, switch_over, reconnect,
+				    start_copy, release_copy, tell };
+static const struct ctl_ops no_proxy = { .query = query, .gather = gather, .snapshot = snapshot };
 
 /* Peers */
 
@@ -372,7 +373,8 @@ static void end_gather(void)
 {
 	if (!gathering)
 		return;
-	gathering = false;
+	gathering = gather_again;
+	gather_again = false;
 	ctl_gathered();
 }
 
@@ -413,7 +415,7 @@ static void settle(void)
 
 	while (take_turn())
 		assert(++turns < TURNS_MAX);
-	assert(ctl.reconnecting == reconnecting && ctl.gathering == gathering);
+	assert(ctl.reconnecting == reconnecting);
 	for (unsigned i = 0; i < peers; i++)
 		read_answers(&peer[i]);
 }
@@ -516,7 +518,7 @@ static void begin(void)
 	now = 1000;
 	no_memory = no_descriptors = false;
 	copies = 0;
-	copy_runs = copy_failed = switching = reconnecting = gathering = snapshot_runs = false;
+	copy_runs = copy_failed = switching = reconnecting = gathering = gather_again = snapshot_runs = false;
 	snapshots = 0;
 	cached = 0;
 	total = 100;

@@ -1109,7 +1109,7 @@ mutant("a line without end is waited for", "an oversized message",
        "ctl.c", "|| (!end && cl->len == sizeof(cl->input))) {", ") {",
        tests="test_control.py::test_line_without_end_costs_its_connection")
 mutant("a copy goes on when who wanted it is gone", "a foreground cache-all stops",
-       "ctl.c", "if (cl->state == STATE_COPYING)\n\t\tctl.ops->proxy->release_copy();\n\tclose", "close",
+       "ctl.c", "if (cl->state == STATE_COPYING)\n\t\tctl.ops->release_copy();\n\tclose", "close",
        tests="test_control.py::test_interrupted_cache_all_stops")
 mutant("who is gone is not noticed", "bgctl killed at any point: server unaffected",
        "ctl.c", "n = send(cl->fd, r->text, r->len, MSG_NOSIGNAL | MSG_DONTWAIT);",
@@ -1122,7 +1122,7 @@ mutant("a query waits for a thread that hangs", "a disk that hangs",
        tests="test_stats.py::test_query_does_not_wait_for_a_thread_that_hangs")
 mutant("a query is answered with what was gathered before it",
        "an answer that is older than its question",
-       "ctl.c", "cl->behind = ctl.gathering;", "cl->behind = false;",
+       "ctl.c", "cl->behind = ctl.ops->gather();", "ctl.ops->gather();",
        tests="test_stats.py::"
              "test_query_that_comes_while_another_is_gathered_waits_for_the_next")
 mutant("a snapshot that was begun before is the one that was asked for",
