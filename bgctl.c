@@ -769,6 +769,7 @@ int main(int argc, char **argv)
 	static struct server server;
 
 	log_name("xnbd-bgctl");
+	occupy_standard_descriptors();
 	options_parse_bgctl(&o, argc, argv);
 	server.path = o.socket;
 	if (o.command == COMMAND_QUERY)

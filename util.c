@@ -476,6 +476,61 @@ void format_address(const struct sockaddr *sa, socklen_t len, char *buf)
 	}
 }
 
+void strip_brackets(char *host)
+{
+	size_t len = strlen(host);
+
+	if (len < 2 || host[0] != '[' || host[len - 1] != ']')
+		return;
+	memmove(host, host + 1, len - 2);
+	host[len - 2] = '\0';
+}
+
+bool is_out_of_resources(int err)
+{
+	return err == EMFILE || err == ENFILE || err == ENOBUFS || err == ENOMEM;
+}
+
+void remove_own(const char *what, const char *path, dev_t dev, ino_t ino)
+{
+	struct stat st;
+
+	if (lstat(path, &st) == 0 && st.st_dev == dev && st.st_ino == ino && unlink(path) < 0)
+		log_line("cannot remove %s%s: %s", what, path, strerror(errno));
+}
+
+int open_nothing(void)
+{
+	int fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+
+	return fd >= 0 ? fd : socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+}
+
+void occupy_standard_descriptors(void)
+{
+	int fd;
+
+	do
+		fd = open_nothing();
+	while (fd >= 0 && fd <= STDERR_FILENO);
+	if (fd >= 0)
+		close(fd);
+	for (fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++) {
+		if (fcntl(fd, F_GETFD) >= 0)
+			continue;
+		log_failure("descriptor %d is closed, and nothing can be put there", fd);
+		exit(EXIT_FAILURE);
+	}
+}
+
+void flush_output(void)
+{
+	if (fflush(stdout) == 0 && !ferror(stdout))
+		return;
+	log_failure("cannot write to standard output: %s", strerror(errno));
+	exit(EXIT_FAILURE);
+}
+
 int make_pipe(int fds[2])
 {
 	return pipe2(fds, O_CLOEXEC | O_NONBLOCK) < 0 ? -errno : 0;

@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/socket.h>
+#include <sys/types.h>
 
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
@@ -129,6 +130,27 @@ union address {
 
 /* "127.0.0.1:8520", "[::1]:8520" or "unix:/path", in buf of ADDRESS_MAX bytes. */
 void format_address(const struct sockaddr *sa, socklen_t len, char *buf);
+
+/* Take away the brackets that an IPv6 address may have. */
+void strip_brackets(char *host);
+
+/* Whether that errno is a lack of descriptors or memory. */
+bool is_out_of_resources(int err);
+
+/* Remove a file if it is still that one; what stands before its path in the log, if that fails. */
+void remove_own(const char *what, const char *path, dev_t dev, ino_t ino);
+
+/* A descriptor that neither gives nor takes anything, also without /dev/null; -1 with errno. */
+int open_nothing(void);
+
+/*
+ * Put that in place of standard descriptors that are closed: a file or socket with such a number
+ * would get what is meant for a terminal.  Ends the program if it cannot.
+ */
+void occupy_standard_descriptors(void);
+
+/* Write what printf() has left; ends the program, with a line, if standard output does not take it. */
+void flush_output(void);
 
 /* A pipe whose both ends do not block and are closed on exec.  0 or -errno. */
 int make_pipe(int fds[2]);

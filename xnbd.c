@@ -155,9 +155,9 @@ static bool daemonize(struct server *s)
 	}
 	close(fds[0]);
 	s->ready_fd = fds[1];
-	s->null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+	s->null_fd = open_nothing();
 	if (s->null_fd < 0)
-		log_failure("cannot daemonize: /dev/null: %s", strerror(errno));
+		log_failure("cannot daemonize: %s", strerror(errno));
 	setsid();
 	return s->null_fd >= 0;
 }
@@ -229,7 +229,7 @@ static bool take_inetd(struct server *s)
 	if (!listen_check(STDIN_FILENO, false, "--inetd"))
 		return false;
 	s->single_fd = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
-	null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	null = open_nothing();
 	if (s->single_fd < 0 || null < 0) {
 		log_failure("--inetd: %s", strerror(errno));
 		return false;
@@ -664,26 +664,14 @@ static void run(struct server *s)
 	loops_free();
 }
 
-/* A socket or an image that got one of these numbers would take what is meant for a terminal. */
-static void open_standard_descriptors(void)
-{
-	int fd;
-
-	do
-		fd = open("/dev/null", O_RDWR);
-	while (fd >= 0 && fd <= STDERR_FILENO);
-	if (fd >= 0)
-		close(fd);
-}
-
 int main(int argc, char **argv)
 {
 	static struct server s = { .single_fd = -1, .ready_fd = -1 };
 	int status = EXIT_FAILURE;
 
-	open_standard_descriptors();
 	buffer_init();
 	log_name("xnbd-server");
+	occupy_standard_descriptors();
 	options_parse(&s.options, argc, argv);
 	s.passed = listen_count_passed();
 	if (s.passed < 0)

@@ -492,6 +492,7 @@ def with_output(*arguments, output, program=BGCTL):
 outputs = pytest.mark.parametrize("output", ["closed", "full"])
 
 
+@pytest.mark.hazard("the log in the image: an answer in a socket")
 @outputs
 @pytest.mark.parametrize("options", [["--query"], ["--query", "--json"], ["--watch"], ["--snapshot"]],
                          ids=" ".join)

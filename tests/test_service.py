@@ -174,6 +174,15 @@ def test_missing_value_is_named(run_server, option):
     refused(run_server("--target", option), 2, option)
 
 
+@pytest.mark.parametrize("option", ["--help", "--version"])
+@pytest.mark.parametrize("way", ["closed", "full"])
+def test_output_that_cannot_be_written_is_an_error(run_server, option, way):
+    with open("/dev/full", "w") as full:
+        done = run_server(option, stdout=full, preexec_fn=lambda: way == "full" or os.close(1))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and "standard output" in done.stderr
+
+
 def test_control_characters_do_not_reach_the_log(run_server):
     refused(run_server("--target", *ANY_PORT, "\x1b[31m\n\x7f\x9b ä.img"), 1, "?[31m???? ä.img")
 
@@ -1138,6 +1147,47 @@ def test_closed_standard_descriptors_harm_nothing(foster, server, image, tmp_pat
     assert s.is_served()
     s.stop()
     assert image.read_bytes() == pattern(0, SIZE)
+
+
+@pytest.mark.hazard("the log in the image")
+@pytest.mark.parametrize("closed", CLOSABLE, ids=str)
+@pytest.mark.parametrize("options", [[], ["--daemonize"]], ids=" ".join)
+def test_closed_standard_descriptors_without_devices(foster, server, image, tmp_path, monkeypatch,
+                                                     closed, options):
+    """There is no /dev/null that could stand there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dev").mkdir()
+
+    def prepare():
+        return (unshare(CLONE_NEWNS) and mount("none", "/", MS_REC | MS_PRIVATE)
+                and mount(tmp_path / "dev", "/dev", MS_BIND))
+
+    def begin(enter=alone(prepare)):
+        enter()
+        for fd in closed:
+            os.close(fd)
+
+    s = server(image, "--unix", "sock", "--pidfile", "pid", *options, wait=False, preexec_fn=begin)
+    until(lambda: os.path.exists("pid") and os.path.exists("sock"), what="start")
+    if options:
+        assert s.proc.wait(DEADLINE) == 0
+        s.proc = Adopted(read_pid(tmp_path / "pid"))
+    s.address = "sock"
+    assert s.is_served()
+    files = [os.path.realpath(f"/proc/{s.proc.pid}/fd/{fd}") for fd in (0, 1, 2)]
+    assert str(image) not in files and len(files) == 3
+    s.stop()
+    assert image.read_bytes() == pattern(0, SIZE)
+
+
+def test_inetd_needs_no_devices(single, tmp_path):
+    (tmp_path / "dev").mkdir()
+    s, c = single("--inetd", stdin=THEIRS, stdout=THEIRS, stderr=THEIRS, preexec_fn=alone(
+        lambda: unshare(CLONE_NEWNS) and mount("none", "/", MS_REC | MS_PRIVATE)
+        and mount(tmp_path / "dev", "/dev", MS_BIND)))
+    in_step(c.negotiate())
+    c.disc()
+    assert s.wait() == 0
 
 
 def idle(server):
