@@ -74,6 +74,7 @@ const char *access_parse(struct access_rule *rule, const char *text)
 	uint8_t network[sizeof(rule->address)];
 	char copy[INET6_ADDRSTRLEN + IF_NAMESIZE + 8], *slash, *zone;
 	unsigned long prefix;
+	bool bracket;
 	unsigned width;
 
 	memset(rule, 0, sizeof(*rule));
@@ -81,11 +82,13 @@ const char *access_parse(struct access_rule *rule, const char *text)
 	slash = strchr(copy, '/');
 	if (slash)
 		*slash++ = '\0';
+	bracket = *copy == '[';
+	strip_brackets(copy);
 	zone = strchr(copy, '%');
 	if (zone)
 		*zone++ = '\0';
 	width = parse_address(rule->address, copy);
-	if (!width)
+	if (!width || (bracket && width != ADDRESS_BITS))
 		return "is no address such as 192.0.2.1 or 2001:db8::1, nor one with a /PREFIX";
 	if (zone && !parse_zone(rule, zone))
 		return "has a zone that is no interface, or that its address cannot have";

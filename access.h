@@ -20,8 +20,8 @@ struct access_rule {
 };
 
 /*
- * Read ADDRESS[/PREFIX], where an IPv6 ADDRESS may have a %ZONE.  NULL, or what is wrong with it,
- * in memory that lasts until the next call.
+ * Read ADDRESS[/PREFIX], where an IPv6 ADDRESS may have a %ZONE, and brackets.  NULL, or what is
+ * wrong with it, in memory that lasts until the next call.
  */
 const char *access_parse(struct access_rule *rule, const char *text);
 

@@ -126,13 +126,14 @@ _Static_assert(sizeof(struct link_addresses) <= 4096, "a pipe takes all addresse
 
 static char *copy_host(const char *host, bool local)
 {
-	size_t len = strlen(host);
+	char *copy;
 
 	if (local)
 		return absolute_path(host + 5);
-	if (len > 2 && host[0] == '[' && host[len - 1] == ']')
-		return strndup(host + 1, len - 2);
-	return strdup(host);
+	copy = strdup(host);
+	if (copy)
+		strip_brackets(copy);
+	return copy;
 }
 
 static void name_address(struct link_target *t)

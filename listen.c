@@ -10,9 +10,11 @@
 #include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -22,6 +24,8 @@ enum {
 	BACKLOG = 1024,
 	PASSED_FIRST = 3,	/* SD_LISTEN_FDS_START */
 	FREE_PORT_TRIES = 32,
+	LOCK_TRIES = 500,	/* for another start, in a directory; LOCK_PAUSE_MS each */
+	LOCK_PAUSE_MS = 10,
 };
 
 /* Takes fd and unix_path over, also when it fails. */
@@ -66,14 +70,27 @@ static unsigned get_port(const struct listener *l)
 	return (unsigned)atoi(strrchr(l->address, ':') + 1);
 }
 
-/* 0 or -errno */
+/* Whether one of our sockets has that address already. */
+static bool is_listened_on(const struct listeners *l, const struct addrinfo *ai, unsigned port)
+{
+	char address[ADDRESS_MAX];
+
+	set_port(ai->ai_addr, port);
+	format_address(ai->ai_addr, ai->ai_addrlen, address);
+	for (size_t i = 0; i < l->count; i++)
+		if (strcmp(l->all[i].address, address) == 0)
+			return true;
+	return false;
+}
+
+/* 0 or -errno; -EAFNOSUPPORT if the system has no such sockets, for whatever reason. */
 static int listen_address(struct listeners *l, const struct addrinfo *ai, unsigned port)
 {
 	int on = 1, err;
 	int fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
 	if (fd < 0)
-		return -errno;
+		return is_out_of_resources(errno) ? -errno : -EAFNOSUPPORT;
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
 	if (ai->ai_family == AF_INET6)
 		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof(on));
@@ -89,44 +106,63 @@ static int listen_address(struct listeners *l, const struct addrinfo *ai, unsign
 /* A machine without IPv6, or without IPv4, still has all of its addresses. */
 static bool family_is_missing(int err)
 {
-	return err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL || err == -EPROTONOSUPPORT;
+	return err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL;
 }
 
 /*
- * All addresses of one list, without those of a missing family if there are others; *port is set
- * when 0.  Returns 0 or -errno, failed names the address.
+ * All addresses of one list, each once, without those of a missing family if there are others:
+ * these have their error in ai_flags then.  *port is set when 0.  Returns 0 or -errno, failed names
+ * the address.
  */
-static int listen_list(struct listeners *l, const struct addrinfo *list, unsigned *port,
-		       char *failed)
+static int listen_list(struct listeners *l, struct addrinfo *list, unsigned *port, char *failed)
 {
-	size_t before = l->count;
+	bool any = false;
 	int err = 0;
 
-	for (const struct addrinfo *ai = list; ai; ai = ai->ai_next) {
-		err = listen_address(l, ai, *port);
-		if (err) {
-			set_port(ai->ai_addr, *port);
+	for (struct addrinfo *ai = list; ai; ai = ai->ai_next) {
+		ai->ai_flags = 0;
+		if (!is_listened_on(l, ai, *port))
+			err = ai->ai_flags = listen_address(l, ai, *port);
+		if (ai->ai_flags) {
 			format_address(ai->ai_addr, ai->ai_addrlen, failed);
-			if (family_is_missing(err))
-				continue;
-			return err;
+			if (!family_is_missing(err))
+				return err;
 		}
-		if (*port == 0)
+		any |= !ai->ai_flags;
+		if (*port == 0 && !ai->ai_flags)
 			*port = get_port(&l->all[l->count - 1]);
 	}
-	return l->count > before ? 0 : err;
+	return any ? 0 : err;
+}
+
+static void log_missing(const struct addrinfo *list, unsigned port)
+{
+	char address[ADDRESS_MAX];
+
+	for (const struct addrinfo *ai = list; ai; ai = ai->ai_next) {
+		set_port(ai->ai_addr, port);
+		format_address(ai->ai_addr, ai->ai_addrlen, address);
+		if (ai->ai_flags)
+			log_line("cannot listen on %s: %s; going on without", address,
+				 strerror(-ai->ai_flags));
+	}
 }
 
 static struct addrinfo *resolve(const char *name)
 {
+	char *host = name ? not_null(strdup(name)) : NULL;
 	const struct addrinfo hints = {
 		.ai_flags = AI_PASSIVE,
 		.ai_family = AF_UNSPEC,
 		.ai_socktype = SOCK_STREAM,
 	};
 	struct addrinfo *list;
-	int err = getaddrinfo(name, "0", &hints, &list);
+	int err;
 
+	if (host)
+		strip_brackets(host);
+	err = getaddrinfo(host, "0", &hints, &list);
+	free(host);
 	if (err) {
 		log_failure("cannot listen on %s: %s", name ? name : "all addresses",
 			    err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err));
@@ -140,6 +176,7 @@ bool listen_tcp(struct listeners *l, const char *const *names, size_t count, uns
 	struct addrinfo *lists[count ? count : 1];
 	size_t lists_count = count ? count : 1, before = l->count;
 	char failed[ADDRESS_MAX] = "";
+	unsigned chosen = port;
 	int err = -EADDRINUSE;
 
 	for (size_t i = 0; i < lists_count; i++) {
@@ -150,9 +187,8 @@ bool listen_tcp(struct listeners *l, const char *const *names, size_t count, uns
 		}
 	}
 	for (int tries = 0; tries < FREE_PORT_TRIES && err == -EADDRINUSE; tries++) {
-		unsigned chosen = port;
-
 		close_from(l, before);
+		chosen = port;
 		err = 0;
 		for (size_t i = 0; i < lists_count && !err; i++)
 			err = listen_list(l, lists[i], &chosen, failed);
@@ -161,6 +197,8 @@ bool listen_tcp(struct listeners *l, const char *const *names, size_t count, uns
 	}
 	if (err)
 		log_failure("cannot listen on %s: %s", failed, strerror(-err));
+	for (size_t i = 0; i < lists_count && !err; i++)
+		log_missing(lists[i], chosen);
 out:
 	for (size_t i = 0; i < lists_count; i++)
 		freeaddrinfo(lists[i]);
@@ -196,10 +234,35 @@ static int bind_mode(int fd, const struct sockaddr_un *sun, mode_t mode)
 	return err;
 }
 
-/* Bind, in place of a stale socket if there is one.  0 or -errno. */
-static int bind_unix(int fd, const struct sockaddr_un *sun, mode_t mode)
+/*
+ * Lock the directory of a socket, since one that another start has bound, and that does not listen
+ * yet, looks as one that nobody serves.  The descriptor that holds the lock, or -errno.
+ */
+static int lock_directory(const char *path)
 {
-	int err = bind_mode(fd, sun, mode);
+	char *dir = directory_of(path);
+	int fd = dir ? open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1, err = 0;
+
+	if (fd < 0)
+		err = dir ? -errno : -ENOMEM;
+	free(dir);
+	for (int tries = 0; fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) < 0; tries++) {
+		err = -errno;
+		if ((err != -EWOULDBLOCK && err != -EINTR) || tries == LOCK_TRIES) {
+			close(fd);
+			return err;
+		}
+		poll(NULL, 0, LOCK_PAUSE_MS);
+	}
+	return fd < 0 ? err : fd;
+}
+
+/*
+ * Bind, in place of a stale socket if there is one, and if the directory is locked.  0 or -errno.
+ */
+static int bind_unix(int fd, const struct sockaddr_un *sun, mode_t mode, int lock)
+{
+	int err = lock == -EWOULDBLOCK ? EWOULDBLOCK : bind_mode(fd, sun, mode);
 	struct stat st;
 
 	if (err != EADDRINUSE)
@@ -210,6 +273,8 @@ static int bind_unix(int fd, const struct sockaddr_un *sun, mode_t mode)
 		return -EEXIST;
 	if (is_alive(sun))
 		return -EADDRINUSE;
+	if (lock < 0)
+		return lock;
 	if (unlink(sun->sun_path) < 0)
 		return -errno;
 	return -bind_mode(fd, sun, mode);
@@ -219,14 +284,17 @@ static int bind_unix(int fd, const struct sockaddr_un *sun, mode_t mode)
 static int start_unix(struct listeners *l, int fd, const struct sockaddr_un *sun, mode_t mode)
 {
 	char *path = absolute_path(sun->sun_path);
+	int lock = lock_directory(sun->sun_path);
 	struct stat st;
 	bool bound;
 	int err;
 
-	err = path ? bind_unix(fd, sun, mode) : -ENOMEM;
+	err = path ? bind_unix(fd, sun, mode, lock) : -ENOMEM;
 	bound = err == 0;
 	if (!err && (listen(fd, BACKLOG) < 0 || lstat(path, &st) < 0))
 		err = -errno;
+	if (lock >= 0)
+		close(lock);
 	if (err) {
 		close(fd);
 		free(path);
@@ -257,9 +325,10 @@ bool listen_unix(struct listeners *l, const char *path, mode_t mode)
 	err = fd < 0 ? -errno : start_unix(l, fd, &sun, mode);
 	if (err)
 		log_failure("cannot listen on unix:%s: %s", path,
-			    err == -EADDRINUSE ? "another server is listening there" :
-			    err == -EEXIST     ? "there is a file that is not a socket" :
-						 strerror(-err));
+			    err == -EADDRINUSE	? "another server is listening there" :
+			    err == -EEXIST	? "there is a file that is not a socket" :
+			    err == -EWOULDBLOCK ? "somebody else has its directory locked" :
+						  strerror(-err));
 	return err == 0;
 }
 
@@ -317,23 +386,15 @@ bool listen_passed(struct listeners *l, int count)
 	return true;
 }
 
-static void remove_socket(const struct listener *l)
-{
-	struct stat st;
-
-	if (lstat(l->unix_path, &st) < 0 || st.st_dev != l->dev || st.st_ino != l->ino)
-		return;
-	if (unlink(l->unix_path) < 0)
-		log_line("cannot remove unix:%s: %s", l->unix_path, strerror(errno));
-}
-
 void listen_close(struct listeners *l)
 {
 	for (size_t i = 0; i < l->count; i++) {
-		if (l->all[i].unix_path)
-			remove_socket(&l->all[i]);
-		free(l->all[i].unix_path);
-		close(l->all[i].fd);
+		struct listener *one = &l->all[i];
+
+		if (one->unix_path)
+			remove_own("unix:", one->unix_path, one->dev, one->ino);
+		free(one->unix_path);
+		close(one->fd);
 	}
 	free(l->all);
 	l->all = NULL;

@@ -511,11 +511,6 @@ static void pause_accepting(struct server *s)
 	s->accept_again = now_ms() + ACCEPT_PAUSE_MS;
 }
 
-static bool out_of_resources(int err)
-{
-	return err == EMFILE || err == ENFILE || err == ENOBUFS || err == ENOMEM;
-}
-
 /* Accept one client.  False if there is none, or accepting has to pause. */
 static bool accept_client(struct server *s, const struct listener *l)
 {
@@ -526,7 +521,7 @@ static bool accept_client(struct server *s, const struct listener *l)
 	int fd = accept4(l->fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 	if (fd < 0) {
-		if (out_of_resources(errno))
+		if (is_out_of_resources(errno))
 			pause_accepting(s);
 		return errno == EINTR || errno == ECONNABORTED;
 	}

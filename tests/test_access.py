@@ -104,6 +104,7 @@ def test_prefix_of_no_bits_admits_all_of_its_kind_only(allowing):
 
 @pytest.mark.parametrize("rule, admitted", [
     ("::1", True), ("0:0:0:0:0:0:0:1", True), ("::1/128", True), ("::/127", True), ("::/64", True),
+    ("[::1]", True), ("[::1]/128", True), ("[::]/64", True), ("[::2]", False),
     ("::2", False), ("::2/127", False), ("::", False), ("::10", False), ("1::", False),
     ("8000::/1", False), ("::ffff:0.0.0.1", False), ("0.0.0.1", False)])
 def test_rules_of_ipv6(allowing, rule, admitted):
@@ -181,7 +182,8 @@ def test_zone_is_that_of_the_client(passed):
 
 BAD_RULES = {
     "": "address", "host": "address", "10.0.0": "address", "10.0.0.1.1": "address",
-    "010.0.0.1": "address", "[::1]": "address", "::1::": "address", "1" * 200: "address",
+    "010.0.0.1": "address", "[127.0.0.1]": "address", "[::1": "address", "::1]": "address",
+    "[::1]/129": "prefix", "::1::": "address", "1" * 200: "address",
     "10.0.0.1/": "0 to 32", "10.0.0.1/33": "0 to 32", "10.0.0.1/-1": "0 to 32",
     "10.0.0.1/8x": "0 to 32", "10.0.0.1/255.0.0.0": "0 to 32", "::1/129": "0 to 128",
     "10.0.0.1/24": "10.0.0.0/24", "10.0.0.1/0": "0.0.0.0/0", "2001:db8::1/32": "2001:db8::/32",

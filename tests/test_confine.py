@@ -290,10 +290,12 @@ class Filter(ctypes.Structure):
     _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
 
-def failing(number, error):
-    """For preexec_fn: that system call fails."""
+def failing(number, error, argument=None):
+    """For preexec_fn: that system call fails, or that with such a first argument."""
     PR_SET_SECCOMP, MODE_FILTER, ALLOW, ERRNO = 22, 2, 0x7fff0000, 0x50000
-    code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, ERRNO | error), (0x06, 0, 0, ALLOW)]
+    which = [] if argument is None else [(0x20, 0, 0, 16), (0x15, 0, 1, argument)]
+    code = [(0x20, 0, 0, 0), (0x15, 0, len(which) + 1, number), *which,
+            (0x06, 0, 0, ERRNO | error), (0x06, 0, 0, ALLOW)]
     text = b"".join(struct.pack("=HBBI", *c) for c in code)
 
     def prepare():
@@ -328,6 +330,21 @@ def test_server_that_may_stay_unconfined_starts(server, image, tmp_path):
                preexec_fn=failing(RESTRICT_SELF, errno.ENOMEM))
     s.address = str(tmp_path / "sock")
     assert s.is_served()
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES, errno.EINVAL, errno.EAFNOSUPPORT])
+@pytest.mark.parametrize("where", [[], ["--laddr", "localhost"]], ids=["all", "a name"])
+def test_system_that_refuses_ipv6_leaves_ipv4(server, image, error, where):
+    """A filter of system calls, or a kernel without it."""
+    if os.uname().machine != "x86_64":
+        skip("needs the number of socket()")
+    s = server(args=["--target", "--lport", "0", *where, image], wait=False,
+               preexec_fn=failing(41, error, socket.AF_INET6))
+    until(lambda: s.addresses or s.proc.poll() is not None, what="listening")
+    [address] = s.addresses
+    assert "." in address[0]
+    if not where:
+        assert f"cannot listen on [::]:{address[1]}: Address family not supported" in s.log()
 
 
 # What goes on in spite of it

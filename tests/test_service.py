@@ -450,6 +450,40 @@ def test_port_in_use_is_named(server, run_server, image, host):
     assert s.is_served()
 
 
+def test_address_may_have_brackets(server, image):
+    need_ipv6()
+    assert server(args=["--target", "--lport", "0", "--laddr", "[::1]", image]).addresses[0][0] == "::1"
+
+
+def test_address_that_is_named_twice_counts_once(server, image):
+    names = ["127.0.0.1", "127.0.0.2", "localhost", "127.0.0.1"]
+    s = server(args=["--target", "--lport", "0", *[f"--laddr={n}" for n in names], image], wait=False)
+    until(lambda: len(s.addresses) >= 2 or s.proc.poll() is not None, what="listening")
+    assert len(s.addresses) == len(set(s.addresses)), s.log()
+    in_step(s.client(s.addresses[1]))
+
+
+def own_hosts(path, text):
+    """For preexec_fn: /etc/hosts has this text."""
+    path.write_text(text)
+    return alone(lambda: unshare(CLONE_NEWNS) and mount("none", "/", MS_REC | MS_PRIVATE)
+                 and mount(path, "/etc/hosts", MS_BIND))
+
+
+def test_name_whose_addresses_repeat_is_listened_on_once(server, image, tmp_path):
+    s = server(args=["--target", "--lport", "0", "--laddr", "disk.invalid", image],
+               preexec_fn=own_hosts(tmp_path / "hosts", 2 * "127.0.0.1 disk.invalid\n"))
+    assert len(s.addresses) == 1
+    in_step(s.client())
+
+
+def test_address_of_a_name_that_cannot_be_had_is_logged(server, image, tmp_path):
+    hosts = own_hosts(tmp_path / "hosts", "203.0.113.77 disk.invalid\n127.0.0.1 disk.invalid\n")
+    s = server(args=["--target", "--lport", "0", "--laddr", "disk.invalid", image], preexec_fn=hosts)
+    assert [host for host, _ in s.addresses] == ["127.0.0.1"]
+    assert f"cannot listen on 203.0.113.77:{s.port}: Cannot assign requested address" in s.log()
+
+
 def test_port_is_free_again_after_the_end(server, image):
     """Although connections to it may still be in TIME_WAIT."""
     first = server(image)
@@ -557,6 +591,54 @@ def test_unix_path_too_long_is_refused(server, run_server, image, tmp_path, monk
 def test_unix_socket_in_no_directory_is_refused(run_server, image, tmp_path):
     where = tmp_path / "nowhere" / "sock"
     refused(run_server("--target", "--unix", where, image), 1, where)
+
+
+@pytest.mark.hazard("two starts at once")
+@pytest.mark.parametrize("option", ["--unix", "--ctl"])
+def test_socket_of_a_server_that_starts_is_not_stolen(server, image, tmp_path, option):
+    """It is bound, and does not listen yet; its server has the directory locked."""
+    path = tmp_path / "sockets" / "sock"
+    path.parent.mkdir()
+    directory = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    with socket.socket(socket.AF_UNIX) as first:
+        first.bind(str(path))
+        own = path.lstat().st_ino
+        s = server(image, *ANY_PORT, option, path, wait=False)
+        s.expected_status = 1
+        until(lambda: s.proc.poll() is not None or str(path.parent) in
+              [os.readlink(fd) for fd in Path(f"/proc/{s.proc.pid}/fd").iterdir()], what="start")
+        first.listen()
+        os.close(directory)
+        assert s.wait() == 1 and "another server is listening there" in s.log()
+        assert path.lstat().st_ino == own
+
+
+def locked_directory(directory, stack):
+    (directory / "disk.img").write_bytes(bytes(512))
+    fd = os.open(directory, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    done = subprocess.run([SERVER, "--target", "--unix", directory / "sock", directory / "disk.img"],
+                          stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          timeout=DEADLINE)
+    os.close(fd)
+    refused(done, 1, directory / "sock", "lock")
+
+
+@pytest.mark.meanwhile(work=locked_directory)
+def test_directory_that_stays_locked_holds_no_start_up(meanwhile):
+    meanwhile()
+
+
+def test_stale_socket_in_a_directory_that_cannot_be_locked_is_left(server, run_server, image,
+                                                                   tmp_path):
+    """One that may be written to and not be read."""
+    directory = tmp_path / "closed"
+    directory.mkdir(mode=0o300)
+    in_step(server(image, "--unix", directory / "sock", preexec_fn=bound_by_modes).client())
+    unix_socket(directory / "stale")
+    done = run_server("--target", "--unix", directory / "stale", image, preexec_fn=bound_by_modes)
+    refused(done, 1, directory / "stale", "ermission denied")
 
 
 # The log
