@@ -27,6 +27,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -56,6 +57,7 @@ struct server {
 	int null_fd;			/* likewise: /dev/null */
 	struct confine_user user;	/* --user: who to become */
 	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
+	struct stat pid_file;		/* of our pidfile, if there is a path */
 	size_t connections_max;
 	uint64_t accept_again;		/* now_ms() when a pause of accepting ends */
 	uint64_t refusal_logged;	/* now_ms(), 0 for never */
@@ -279,32 +281,58 @@ static bool open_sockets(struct server *s)
 	return !o->unix_path || listen_unix(&s->listeners, o->unix_path, (mode_t)o->unix_mode);
 }
 
+/* Whether a file is empty, or holds a number and a newline alone, as a pidfile does. */
+static bool holds_number(int fd)
+{
+	char text[24] = "";
+	ssize_t n = pread(fd, text, sizeof(text) - 1, 0);
+	size_t digits = strspn(text, "0123456789");
+
+	return n == 0 || (digits > 0 && n == (ssize_t)digits + 1 && text[digits] == '\n');
+}
+
+/* Open and lock a pidfile, of which *st is then known.  NULL, or why not. */
+static const char *open_pidfile(const char *path, int *fd, struct stat *st)
+{
+	*fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0644);
+	if (*fd < 0 || fstat(*fd, st) < 0)
+		return strerror(errno);
+	if (!S_ISREG(st->st_mode))
+		return "it is not a file";
+	if (flock(*fd, LOCK_EX | LOCK_NB) < 0)
+		return errno == EWOULDBLOCK ? "the server of that pidfile runs already" :
+					      strerror(errno);
+	if (fstat(*fd, st) < 0)
+		return strerror(errno);
+	if (st->st_nlink > 1)
+		return "the file has another name";
+	return holds_number(*fd) ? NULL : "the file holds something else than a process id";
+}
+
+/* The pidfile stays open, since it is locked while this process lives. */
 static bool write_pidfile(struct server *s)
 {
-	const char *path = s->options.pidfile;
-	char line[32];
-	int fd, n;
+	const char *path = s->options.pidfile, *wrong;
+	int fd;
 
 	if (!path)
 		return true;
-	fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0644);
-	n = snprintf(line, sizeof(line), "%ld\n", (long)getpid());
-	n = fd < 0 ? -1 : (int)write(fd, line, (size_t)n);
-	if (fd >= 0 && close(fd) < 0)
-		n = -1;
-	s->pid_path = n < 0 ? NULL : absolute_path(path);
-	if (!s->pid_path) {
-		log_failure("cannot write pidfile %s: %s", path, strerror(errno));
-		if (fd >= 0)
-			unlink(path);
-	}
-	return s->pid_path != NULL;
+	do	/* until it is not one that another server has just removed */
+		wrong = open_pidfile(path, &fd, &s->pid_file);
+	while (!wrong && s->pid_file.st_nlink == 0 && close(fd) == 0);
+	s->pid_path = wrong ? NULL : absolute_path(path);
+	if (!wrong && (!s->pid_path || ftruncate(fd, 0) < 0 ||
+		       dprintf(fd, "%ld\n", (long)getpid()) < 0))
+		wrong = strerror(errno);
+	if (wrong)
+		log_failure("cannot write pidfile %s: %s", path, wrong);
+	return !wrong;
 }
 
 static void remove_pidfile(const struct server *s)
 {
-	if (s->pid_path && unlink(s->pid_path) < 0 && errno != ENOENT)
-		log_line("cannot remove pidfile %s: %s", s->pid_path, strerror(errno));
+	if (s->pid_path)
+		remove_own("pidfile ", s->pid_path, s->pid_file.st_dev, s->pid_file.st_ino);
 }
 
 /* Sockets are made by root, who may make them anywhere, and belong to who serves them. */

@@ -1082,8 +1082,8 @@ mutant("a daemon forgets where it came from", "--daemonize: control acts on the 
        tests="test_proxy.py::test_daemon_works_from_any_directory")
 
 mutant("a daemon leaves its pid file", "relative paths break after chdir",
-       "xnbd.c", "s->pid_path = n < 0 ? NULL : absolute_path(path);",
-       "s->pid_path = n < 0 ? NULL : strdup(path);",
+       "xnbd.c", "s->pid_path = wrong ? NULL : absolute_path(path);",
+       "s->pid_path = wrong ? NULL : strdup(path);",
        tests="test_service.py::test_prompt_returns_when_clients_can_connect "
              "test_proxy.py::test_daemon_works_from_any_directory")
 

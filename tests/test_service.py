@@ -1098,7 +1098,7 @@ def test_daemon_logs_to_syslog(daemon, image, syslog, path):
 
 def test_pidfile_names_the_process_while_it_lives(server, image, tmp_path):
     pidfile = tmp_path / "pid"
-    pidfile.write_text("123456789012345\nstale\n")
+    pidfile.write_text("123456789012345\n")
     s = server(image, "--pidfile", pidfile)
     assert read_pid(pidfile) == s.proc.pid
     s.stop()
@@ -1111,6 +1111,58 @@ def test_server_that_cannot_start_leaves_no_pidfile(run_server, server, image, t
                       image, cwd=tmp_path)
     refused(done, 1, s.port)
     assert not (tmp_path / "pid").exists()
+
+
+@pytest.mark.hazard("two servers with one pidfile")
+def test_pidfile_of_a_running_server_is_refused(server, run_server, image, tmp_path):
+    s = server(image, "--pidfile", tmp_path / "pid")
+    done = run_server("--target", *ANY_PORT, "--readonly", "--pidfile", tmp_path / "pid", image)
+    refused(done, 1, tmp_path / "pid", "runs already")
+    assert read_pid(tmp_path / "pid") == s.proc.pid
+    s.kill()
+    later = server(image, "--pidfile", tmp_path / "pid")
+    assert read_pid(tmp_path / "pid") == later.proc.pid
+
+
+@pytest.mark.hazard("two servers with one pidfile")
+def test_pidfile_of_somebody_else_is_not_removed(server, image, tmp_path):
+    s = server(image, "--pidfile", tmp_path / "pid")
+    (tmp_path / "pid").unlink()
+    (tmp_path / "pid").write_text("1\n")
+    s.stop()
+    assert (tmp_path / "pid").read_text() == "1\n"
+
+
+def second_name(path):
+    path.with_name("precious").write_text("1\n")
+    os.link(path.with_name("precious"), path)
+
+
+NO_PIDFILES = [fifo, unix_socket, dangling_link, second_name, Path.mkdir,
+               lambda path: path.symlink_to("/dev/null"),
+               *[lambda path, text=text: path.write_text(text)
+                 for text in ("12", "\n", "12\n\n", "12\n13\n", "x\n", " 12\n", "-1\n", "1\0\n",
+                              30 * "1" + "\n", "an image")]]
+
+
+@pytest.mark.hazard("a pidfile that is none")
+@pytest.mark.parametrize("make", NO_PIDFILES)
+def test_what_is_no_pidfile_is_left_alone(run_server, image, tmp_path, make):
+    """As an image is, by the wrong name."""
+    path = tmp_path / "pid"
+    make(path)
+    before = path.lstat(), path.is_file() and path.read_bytes()
+    refused(run_server("--target", *ANY_PORT, "--pidfile", path, image), 1, path)
+    after = path.lstat(), path.is_file() and path.read_bytes()
+    assert (before[0].st_ino, before[0].st_mtime_ns, before[1]) == (
+        after[0].st_ino, after[0].st_mtime_ns, after[1])
+
+
+def test_empty_pidfile_is_one(server, image, tmp_path):
+    """Of a server that was killed before it wrote to it."""
+    (tmp_path / "pid").touch()
+    s = server(image, "--pidfile", tmp_path / "pid")
+    assert read_pid(tmp_path / "pid") == s.proc.pid
 
 
 @pytest.mark.parametrize("options, loops", [([], max(2, os.cpu_count())), (["--threads", "3"], 3)],
