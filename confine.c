@@ -118,6 +118,8 @@ bool confine_become(const struct confine_user *user)
 
 /* The reach */
 
+static bool in_force;
+
 void confine_no_new_privileges(void)
 {
 #ifdef __linux__
@@ -220,6 +222,7 @@ bool confine_enter(struct confine *c)
 	if (c->error)
 		log_failure("cannot confine the server: %s (--no-sandbox starts it without)",
 			    strerror(-c->error));
+	in_force = c->fd >= 0 && !c->error;
 	return c->error == 0;
 }
 
@@ -245,6 +248,11 @@ bool confine_enter(struct confine *c)
 }
 
 #endif
+
+bool confine_is_in_force(void)
+{
+	return in_force;
+}
 
 void confine_keep_beside(struct confine *c, const char *path, unsigned rights)
 {

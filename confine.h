@@ -70,6 +70,9 @@ void confine_keep_beside(struct confine *c, const char *path, unsigned rights);
 /* The rules hold from now on, as far as the kernel knows them.  False after logging why not. */
 bool confine_enter(struct confine *c);
 
+/* Whether rules hold. */
+bool confine_is_in_force(void);
+
 /* No program that this process might execute can give it rights. */
 void confine_no_new_privileges(void);
 

@@ -4,6 +4,7 @@
 #include "control.h"
 
 #include "cache.h"
+#include "confine.h"
 #include "ctl.h"
 #include "exports.h"
 #include "loop.h"
@@ -193,6 +194,7 @@ static void query(struct ctl_reply *reply)
 	ctl_say(reply, "mode", "%s", mode_name());
 	say_exports(reply);
 	ctl_say_number(reply, "uptime", (now_ms() - control.started) / 1000);
+	ctl_say(reply, "confined", confine_is_in_force() ? "yes" : "no");
 	ctl_say_number(reply, "clients", loops_load());
 	say_load(reply);
 	say_proxy(reply);

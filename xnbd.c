@@ -358,15 +358,35 @@ static void keep_log(struct confine *c, const char *path)
 		confine_keep_beside(c, path, CONFINE_APPEND);
 }
 
+/*
+ * A file that may be a link, to a link maybe: of each the directory, since others replace the file
+ * now and then.
+ */
+static void keep_links(struct confine *c, const char *file)
+{
+	enum { LINKS_MAX = 40, ROOM = 4096 };
+	char path[2 * ROOM], target[ROOM];
+	ssize_t len;
+
+	snprintf(path, sizeof(path), "%s", file);
+	for (int i = 0; i < LINKS_MAX; i++) {
+		confine_keep_beside(c, path, CONFINE_READ);
+		len = readlink(path, target, sizeof(target) - 1);
+		if (len <= 0)
+			return;
+		target[len] = '\0';
+		len = *target == '/' ? 0 : base_name(path) - path;
+		snprintf(path + len, sizeof(path) - (size_t)len, "%s", target);
+	}
+}
+
 /* What a proxy needs to look up the name of an origin, later. */
 static void keep_resolver(struct confine *c)
 {
-	char path[512] = "/etc/", *target = path + 5;
-
-	/* A link to a file that others replace now and then: it is the directory that lasts. */
-	if (readlink("/etc/resolv.conf", target, sizeof(path) - 6) > 0)
-		confine_keep_beside(c, *target == '/' ? target : path, CONFINE_READ);
-	confine_keep(c, "/etc", CONFINE_READ);
+	keep_links(c, "/etc/hosts");
+	keep_links(c, "/etc/resolv.conf");
+	keep_links(c, "/etc/nsswitch.conf");
+	keep_links(c, "/etc/gai.conf");
 #ifdef __GLIBC__
 	confine_keep(c, "/usr", CONFINE_READ);		/* it may load libraries for that */
 	confine_keep(c, "/lib", CONFINE_READ);

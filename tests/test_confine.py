@@ -263,6 +263,33 @@ def test_proxy_can_read_what_resolv_conf_is_a_link_to(proxy, image, intruder, tm
                                        "list outside"))
 
 
+@pytest.mark.parametrize("name", ["hosts", "resolv.conf", "nsswitch.conf", "gai.conf"])
+def test_proxy_can_read_what_links_lead_to(proxy, image, intruder, tmp_path, name):
+    """By way of a link to a directory, of one to a link, and of one that is relative."""
+    need_sandbox()
+    etc, middle = tmp_path / "etc", tmp_path / "middle"
+    for path in (etc, middle):
+        path.mkdir()
+    (etc / "passwd").touch()
+    (etc / "static").symlink_to(middle)
+    (etc / name).symlink_to(f"static/{name}")
+    (middle / name).symlink_to(os.path.relpath(intruder.outside / "file", middle))
+    p = proxy(image, place=intruder.inside, env=intruder.environment, preexec_fn=alone(
+        lambda: unshare(CLONE_NEWNS) and mount("none", "/", MS_REC | MS_PRIVATE)
+        and mount(etc, "/etc", MS_BIND)))
+    check_all_threads(intruder, p, but(*SNAPSHOTS, "read the users", "connect", "read outside",
+                                       "list outside"))
+
+
+@pytest.mark.parametrize("options, expected", [([], "yes"), (["--no-sandbox"], "no")])
+def test_query_and_log_tell_whether_it_is_confined(server, image, tmp_path, options, expected):
+    need_sandbox()
+    s = server(image, *ANY_PORT, "--ctl", tmp_path / "ctl", *options)
+    assert f"confined: {expected}\n" in done(bgctl("--query", tmp_path / "ctl"), out=None).stdout
+    line = "not confined: --no-sandbox" if options else "confined to the files that are needed"
+    assert f" {line}\n" in s.log()
+
+
 def test_daemon_is_confined(daemon, image, intruder, tmp_path):
     need_sandbox()
     s = daemon(image, "--unix", tmp_path / "sock", env=intruder.environment)
@@ -313,7 +340,7 @@ def test_kernel_without_landlock_is_no_obstacle(server, image, intruder, tmp_pat
     s.address = str(tmp_path / "sock")
     assert s.is_served()
     assert intruder.attempts(s, s.proc.pid)["read outside"] == ALLOWED
-    assert "sandbox" not in s.log() and "confine" not in s.log()
+    assert "not confined: this system has no Landlock\n" in s.log()
 
 
 @pytest.mark.parametrize("number", [ADD_RULE, RESTRICT_SELF])

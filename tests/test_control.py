@@ -47,8 +47,8 @@ OF_A_PROXY = ["bitmap", "origin", "origin-export", "origin-link", "origin-reason
               "copy-error"]
 COUNTERS = ["reads", "writes", "flushes", "others", "read-bytes", "written-bytes", "errors",
             "max-us", "p50-us", "p99-us"]
-STATE = ["mode", "image", "size", "readonly", "export", "uptime", "clients", "pending-requests",
-         "pending-requests-limit", "buffer-bytes", "buffer-bytes-limit", *OF_A_PROXY, "snapshot",
+STATE = ["mode", "image", "size", "readonly", "export", "uptime", "confined", "clients",
+         "pending-requests", "pending-requests-limit", "buffer-bytes", "buffer-bytes-limit", *OF_A_PROXY, "snapshot",
          "snapshot-last", "snapshot-error", *COUNTERS, "delays-us", "threads-missing", "client"]
 SOMETIMES = {"export", "origin-reason", "copy-error", "snapshot-last", "snapshot-error",
              "threads-missing"}
