@@ -333,7 +333,7 @@ static bool can_open(const char *path)
 
 	if (stat(path, &st) < 0)
 		return true;
-	d = disk_open(path, false, "");
+	d = disk_open(path, false, false);
 	disk_close(d);
 	return d != NULL;
 }
@@ -373,7 +373,7 @@ static bool open_layer(struct cache *c, const struct cache_options *o)
 	if (!l->map || is_same_file(o->image, o->bitmap) ||
 	    !prepare_image(o->image, l->size, bitmap_count(l->map)))
 		return false;
-	l->disk = disk_open(o->image, false, "");
+	l->disk = disk_open(o->image, false, false);
 	return l->disk && disk_limit(l->disk, o->image, l->size);
 }
 

@@ -305,8 +305,9 @@ struct backend *cow_open(const struct cow_options *o)
 	c->backend.readonly = o->readonly;
 	layer_init(&c->layer, &c->backend, 0, "the overlay");
 	c->layer.durable = o->file != NULL;
-	c->layer.base = disk_open(o->base, true, "");
+	c->layer.base = disk_open(o->base, true, false);
 	if (c->layer.base) {
+		disk_look(c->layer.base, o->base);
 		c->backend.size = c->layer.size = disk_size(c->layer.base);
 		if (o->file ? open_kept(c, o->file) : open_throw_away(c, o)) {
 			layer_begin(&c->layer);

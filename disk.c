@@ -615,15 +615,17 @@ static bool is_readonly_device(int fd)
 }
 
 /* Open a file or device, and find out its kind and size.  -1 after logging why not. */
-static int open_image(const char *path, bool readonly, const char *hint, uint64_t *size)
+static int open_image(const char *path, bool readonly, bool hints, uint64_t *size)
 {
+	const char *hint = hints && !readonly ? " (--readonly may help)" : "";
 	struct stat st;
 	int fd;
 	off_t end;
 
 	/* Before open(), which would hang on a FIFO. */
 	if (stat(path, &st) < 0) {
-		log_failure("cannot open image %s: %s", path, strerror(errno));
+		log_failure("cannot open image %s: %s%s", path, strerror(errno),
+			    *hint && errno == ENOENT ? " (--create SIZE makes one)" : "");
 		return -1;
 	}
 	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) {
@@ -633,7 +635,7 @@ static int open_image(const char *path, bool readonly, const char *hint, uint64_
 	}
 	fd = open(path, (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY);
 	if (fd < 0) {
-		bool perhaps = !readonly && (errno == EACCES || errno == EROFS || errno == EPERM);
+		bool perhaps = errno == EACCES || errno == EROFS || errno == EPERM;
 
 		log_failure("cannot open image %s%s: %s%s", path, readonly ? "" : " for writing",
 			    strerror(errno), perhaps ? hint : "");
@@ -696,10 +698,34 @@ struct disk *disk_adopt(int fd, uint64_t size, bool readonly)
 	return d;
 }
 
-struct disk *disk_open(const char *path, bool readonly, const char *hint)
+struct disk *disk_open(const char *path, bool readonly, bool hints)
 {
 	uint64_t size;
-	int fd = open_image(path, readonly, hint, &size);
+	int fd = open_image(path, readonly, hints, &size);
 
 	return fd < 0 ? NULL : disk_adopt(fd, size, readonly);
+}
+
+void disk_look(struct disk *d, const char *path)
+{
+	static const struct {
+		const char *format, *magic;
+		unsigned off;
+	} known[] = {
+		{ "qcow2", "QFI\xfb", 0 },
+		{ "VMDK", "KDMV", 0 },
+		{ "VMDK", "COWD", 0 },
+		{ "VMDK", "# Disk DescriptorFile", 0 },
+		{ "VDI", "\x7f\x10\xda\xbe", 64 },
+	};
+	uint8_t head[68];
+
+	if (d->backend.size == 0)
+		log_line("image %s is empty: a disk of 0 bytes is served", path);
+	if (d->backend.size < sizeof(head) || read_at(d->fd, head, sizeof(head), 0) < 0)
+		return;
+	for (size_t i = 0; i < ARRAY_SIZE(known); i++)
+		if (memcmp(head + known[i].off, known[i].magic, strlen(known[i].magic)) == 0)
+			log_line("image %s looks like %s: clients get the file as it is, as a raw "
+				 "image", path, known[i].format);
 }

@@ -19,10 +19,13 @@ struct disk;
 bool disk_create(const char *path, uint64_t size);
 
 /*
- * Open the image at path.  NULL after logging why it could not; hint is added to that if it
- * cannot be written to.
+ * Open the image at path.  NULL after logging why it could not, with hints at options of a target
+ * that may help.
  */
-struct disk *disk_open(const char *path, bool readonly, const char *hint);
+struct disk *disk_open(const char *path, bool readonly, bool hints);
+
+/* Log that the image is empty, or has a format of its own, which clients will see. */
+void disk_look(struct disk *d, const char *path);
 
 /*
  * Make a disk of an open image of that size; takes fd over, also

@@ -59,9 +59,10 @@ static struct backend *open_target(const struct options *o, struct exported *e, 
 {
 	if (o->create && !disk_create(image, o->create_size))
 		return NULL;
-	e->disk = disk_open(image, o->readonly, " (--readonly may help)");
+	e->disk = disk_open(image, o->readonly, true);
 	if (!e->disk)
 		return NULL;
+	disk_look(e->disk, image);
 	if (o->readonly || is_alone(e->disk, image))
 		return disk_backend(e->disk);
 	disk_close(e->disk);

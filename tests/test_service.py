@@ -242,6 +242,40 @@ def test_what_is_no_image_is_refused_by_name(run_server, tmp_path, make, options
     refused(run_server("--target", *ANY_PORT, *options, path), 1, path)
 
 
+def test_missing_image_hints_at_create(run_server, tmp_path):
+    path = tmp_path / "no.img"
+    refused(run_server("--target", *ANY_PORT, path), 1, path, "--create")
+    for options in (["--target", "--readonly"], ["--cow-target"]):
+        done = run_server(*options, *ANY_PORT, path)
+        refused(done, 1, path)
+        assert "--create" not in done.stderr
+
+
+FORMATS = [("qcow2", b"QFI\xfb\0\0\0\3"), ("VMDK", b"KDMV\1\0\0\0"), ("VMDK", b"COWD"),
+           ("VMDK", b"# Disk DescriptorFile\nversion=1\n"),
+           ("VDI", b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(64, b"\0") + b"\x7f\x10\xda\xbe")]
+
+
+@pytest.mark.parametrize("mode", ["--target", "--cow-target"])
+@pytest.mark.parametrize("name, head", FORMATS)
+def test_image_of_another_format_is_told_and_served(server, disk, mode, name, head):
+    image = disk(SIZE, head)
+    s = server(args=[mode, *ANY_PORT, image])
+    assert re.search(f"image {image} looks like {name}: .* raw image\n", s.log())
+    assert s.client().pread(len(head)) == head
+
+
+@pytest.mark.parametrize("mode", ["--target", "--cow-target"])
+def test_empty_image_is_told(server, disk, mode):
+    s = server(args=[mode, *ANY_PORT, disk(0)])
+    assert "is empty" in s.log() and s.client().size == 0
+
+
+def test_usual_image_is_not_remarked_on(server, image):
+    s = server(image)
+    assert "looks like" not in s.log() and "empty" not in s.log()
+
+
 def test_character_device_is_refused(run_server):
     refused(run_server("--target", *ANY_PORT, "/dev/zero"), 1, "/dev/zero")
 
