@@ -66,6 +66,7 @@ struct conn {
 	struct tx *backlog;		/* replies that the client does not take yet */
 	struct request *out;		/* what others have */
 	unsigned in_flight;		/* requests that are not done */
+	unsigned entry;			/* the loop's: of those that it polls, 0 if it is none */
 	uint64_t buffered;		/* bytes of data that they need */
 	size_t spent;			/* bytes of this turn */
 

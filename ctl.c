@@ -48,6 +48,7 @@ enum state {
 
 struct client {
 	int fd;
+	size_t entry;			/* its place among what is polled */
 	enum state state;
 	bool ended;			/* there is no more input to come */
 	bool broken;			/* nothing can be received or sent any more */
@@ -521,22 +522,25 @@ static short wanted_events(const struct client *cl)
 	return (short)((wants_input(cl) ? POLLIN : 0) | (cl->out.len ? POLLOUT : 0));
 }
 
-/* One entry for each place, so that they can be told apart even if some were closed. */
+/* No more entries than descriptors, or poll() would refuse them where these are few. */
 size_t ctl_poll(struct pollfd *pfd)
 {
+	size_t n = 1;
+
 	if (!ctl.ops)
 		return 0;
 	pfd[0] = (struct pollfd){ .fd = ctl.listeners.all[0].fd, .events = POLLIN };
 	if (is_pausing() || is_place_near())
 		pfd[0].fd = -1;
 	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		const struct client *cl = ctl.client[i];
+		struct client *cl = ctl.client[i];
 
-		pfd[1 + i] = (struct pollfd){ .fd = -1 };
-		if (cl)
-			pfd[1 + i] = (struct pollfd){ .fd = cl->fd, .events = wanted_events(cl) };
+		if (!cl)
+			continue;
+		pfd[n] = (struct pollfd){ .fd = cl->fd, .events = wanted_events(cl) };
+		cl->entry = n++;
 	}
-	return CTL_FDS;
+	return n;
 }
 
 uint64_t ctl_due(void)
@@ -560,11 +564,11 @@ uint64_t ctl_due(void)
 
 void ctl_turn(const struct pollfd *pfd, size_t n)
 {
-	for (size_t i = 0; i + 1 < n; i++)
-		if (ctl.client[i])
-			turn(i, pfd[1 + i].revents);
 	if (n == 0)
 		return;
+	for (size_t i = 0; i < CTL_CONNECTIONS; i++)
+		if (ctl.client[i])
+			turn(i, pfd[ctl.client[i]->entry].revents);
 	if (pfd[0].revents)
 		accept_clients();
 }

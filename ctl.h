@@ -81,7 +81,7 @@ bool ctl_open(const char *path, const struct ctl_ops *ops);
 /* Close everything, and remove the socket's file if it is still ours. */
 void ctl_close(void);
 
-/* Fill pfd, of CTL_FDS entries; returns how many, 0 without a socket. */
+/* Fill pfd, which has room for CTL_FDS entries; returns how many there are, 0 without a socket. */
 size_t ctl_poll(struct pollfd *pfd);
 
 /* now_ms() when something is to be done without input, UINT64_MAX for never. */

@@ -415,6 +415,12 @@ static struct loop *least_loaded(void)
 	return best;
 }
 
+/* What poll() saw of a connection. */
+static short revents_of(const struct loop *l, const struct conn *c)
+{
+	return c->entry ? l->pfd[c->entry].revents : 0;
+}
+
 /* Give back those who have spoken. */
 static void unpark(struct loop *l)
 {
@@ -422,7 +428,7 @@ static void unpark(struct loop *l)
 		struct conn *c = l->conn[i];
 		bool soon = l->polled - c->active < 4 * c->patience;
 
-		if (!l->pfd[i + 1].revents)
+		if (!revents_of(l, c))
 			continue;
 		c->patience = !soon ? PATIENCE_US :
 			      c->patience < PATIENCE_MAX_US ? 2 * c->patience : PATIENCE_MAX_US;
@@ -430,14 +436,20 @@ static void unpark(struct loop *l)
 	}
 }
 
-static void prepare_poll(struct loop *l)
+/* No more entries than descriptors, or poll() would refuse them.  Returns how many. */
+static unsigned prepare_poll(struct loop *l)
 {
-	for (size_t i = 0; i < l->count; i++) {
-		struct pollfd *p = &l->pfd[i + 1];
+	unsigned n = 1;
 
-		p->events = conn_events(l->conn[i]);
-		p->fd = p->events ? l->conn[i]->fd : -1;
+	for (size_t i = 0; i < l->count; i++) {
+		struct conn *c = l->conn[i];
+		short events = conn_events(c);
+
+		c->entry = events ? n++ : 0;
+		if (events)
+			l->pfd[c->entry] = (struct pollfd){ .fd = c->fd, .events = events };
 	}
+	return n;
 }
 
 /* A turn for everyone whom poll() named; busy gets those who had input, up to max of them. */
@@ -447,7 +459,7 @@ static unsigned turn_ready(struct loop *l, struct conn **busy, unsigned max)
 
 	for (size_t i = 0; i < l->count; i++) {
 		struct conn *c = l->conn[i];
-		short revents = l->pfd[i + 1].fd < 0 ? 0 : l->pfd[i + 1].revents;
+		short revents = revents_of(l, c);
 
 		if (!revents && !l->stopping && !c->tired)
 			continue;
@@ -530,8 +542,7 @@ static void *loop_main(void *arg)
 			return NULL;
 		if (l->stopping)
 			timeout = STOPPING_TICK_MS;
-		prepare_poll(l);
-		ready = bell_poll(&l->bell, l->pfd, l->count + 1, timeout);
+		ready = bell_poll(&l->bell, l->pfd, prepare_poll(l), timeout);
 		l->polled = now_us();
 		if (is_parked(l) && !l->stopping)
 			unpark(l);
@@ -545,18 +556,6 @@ static void *loop_main(void *arg)
 }
 
 /* Starting and stopping */
-
-int loops_init(unsigned max, unsigned keepalive)
-{
-	loops.count = SERVING;
-	loops.keepalive = keepalive;
-	loops.max = SERVING + max;
-	loops.loop = calloc(loops.max, sizeof(*loops.loop));
-	if (!loops.loop || !order_prepare(loops.max))
-		return -ENOMEM;
-	loops.spinners_max = cpu_count() - 1;
-	return 0;
-}
 
 static void free_loop(struct loop *l)
 {
@@ -594,31 +593,41 @@ static int start_loop(struct loop *l)
 	return err;
 }
 
-/* The loop with the fewest connections; a new one while there may be more and none is idle. */
-static struct loop *choose_loop(int *err)
+int loops_init(unsigned max, unsigned keepalive)
 {
-	struct loop *best = loops.count > SERVING ? least_loaded() : NULL;
+	int err;
 
-	if (best && (atomic_load(&best->load) == 0 || loops.count == loops.max))
-		return best;
-	*err = start_loop(&loops.loop[loops.count]);
-	if (*err)
+	loops.count = SERVING;
+	loops.keepalive = keepalive;
+	loops.max = SERVING + max;
+	loops.loop = calloc(loops.max, sizeof(*loops.loop));
+	if (!loops.loop || !order_prepare(loops.max))
+		return -ENOMEM;
+	loops.spinners_max = cpu_count() - 1;
+	err = start_loop(&loops.loop[SERVING]);
+	loops.count += !err;
+	return err;
+}
+
+/* The loop with the fewest connections; a new one while there may be more and none is idle. */
+static struct loop *choose_loop(void)
+{
+	struct loop *best = least_loaded();
+
+	if (atomic_load(&best->load) == 0 || loops.count == loops.max ||
+	    start_loop(&loops.loop[loops.count]))
 		return best;
 	return &loops.loop[loops.count++];
 }
 
-int loops_add(struct conn *c)
+void loops_add(struct conn *c)
 {
-	int err = 0;
-	struct loop *l = choose_loop(&err);
+	struct loop *l = choose_loop();
 
-	if (!l)
-		return err;
 	c->patience = PATIENCE_US;
 	atomic_fetch_add(&loops_total, 1);
 	atomic_fetch_add(&loops_places, 1);
 	give(l, c);
-	return 0;
 }
 
 /* The first of all loops that there are. */

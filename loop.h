@@ -58,17 +58,17 @@ struct loop {
 };
 
 /*
- * Prepare for at most max threads that serve.  A client whose host owes an answer for keepalive
- * seconds is gone; 0 for never.  The main thread is woken whenever a connection ends.  Main
- * thread.  0 or -errno.
+ * Start the first of at most max threads that serve.  A client whose host owes an answer for
+ * keepalive seconds is gone; 0 for never.  The main thread is woken whenever a connection ends.
+ * Main thread.  0 or -errno.
  */
 int loops_init(unsigned max, unsigned keepalive);
 
 /*
- * Give a connection to a loop, starting one if there is none idle and the bound allows.  On
- * success the loop owns it.  Main thread.  0 or -errno.
+ * Give a connection to a loop, which owns it then; starts one if there is none idle, and the bound
+ * and the system allow.  Main thread.
  */
-int loops_add(struct conn *c);
+void loops_add(struct conn *c);
 
 /* Connections on all loops; those of clients that are not gone.  Any thread. */
 size_t loops_load(void);

@@ -581,6 +581,10 @@ int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms)
 	atomic_store(&b->sleeping, true);
 	ready = poll(pfd, n, atomic_load(&b->rung) ? 0 : timeout_ms);
 	atomic_store(&b->sleeping, false);
+	if (ready < 0 && errno != EINTR && errno != ENOMEM) {	/* for ever: the caller would spin */
+		log_failure("cannot wait for %lu descriptors: %s", (unsigned long)n, strerror(errno));
+		_exit(EXIT_FAILURE);
+	}
 	if (ready > 0 && pfd[0].revents)
 		while (read(b->pipe[0], buf, sizeof(buf)) == (ssize_t)sizeof(buf))
 			;

@@ -178,7 +178,10 @@ void bell_ring(struct bell *b);
 /* Whether it was rung since the last call. */
 bool bell_answer(struct bell *b);
 
-/* poll() of n descriptors, of which the first is the bell's; at once if it was rung. */
+/*
+ * poll() of n descriptors, of which the first is the bell's; at once if it was rung.  Ends the
+ * program if it fails for another reason than a signal or a moment's lack of memory.
+ */
 int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms);
 
 /* A thread that no signal disturbs.  0 or an errno. */

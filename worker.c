@@ -37,6 +37,7 @@ static struct {
 	unsigned count;
 	pthread_t *thread;		/* count of them */
 	bool begun, stop;
+	bool lacking;			/* it was logged that a thread could not be started */
 } pool = {
 	.lock = PTHREAD_MUTEX_INITIALIZER,
 	.last = &pool.first,
@@ -169,14 +170,12 @@ static void *worker_main(void *unused)
 	return NULL;
 }
 
-/* Called with the lock. */
-static void start_thread(void)
+/* Called with the lock.  0 or an errno; one that is not the first can be done without. */
+static int begin_thread(void)
 {
 	pthread_t *thread;
 	int err = ENOMEM;
 
-	if (!pool.begun || pool.stop)	/* then they are being joined */
-		return;
 	thread = realloc(pool.thread, (pool.count + 1) * sizeof(*thread));
 	if (thread)
 		pool.thread = thread;
@@ -185,14 +184,24 @@ static void start_thread(void)
 	if (!err) {
 		pool.count++;
 		pool.idle++;
-	} else if (pool.count == 0) {
-		log_error("cannot start a worker thread: %s", strerror(err));
 	}
+	return err;
 }
 
-void worker_begin(void)
+static void start_thread(void)
+{
+	int err = !pool.begun || pool.stop ? 0 : begin_thread();	/* they may be being joined */
+
+	if (err && !pool.lacking)
+		log_error("cannot start a further worker thread: %s; going on with %u",
+			  strerror(err), pool.count);
+	pool.lacking |= err != 0;
+}
+
+int worker_begin(void)
 {
 	pthread_condattr_t clock;
+	int err;
 
 	pthread_condattr_init(&clock);
 	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
@@ -200,9 +209,9 @@ void worker_begin(void)
 	pthread_condattr_destroy(&clock);
 	pthread_mutex_lock(&pool.lock);
 	pool.begun = true;
-	if (pool.later)
-		start_thread();
+	err = begin_thread();
 	pthread_mutex_unlock(&pool.lock);
+	return -err;
 }
 
 void worker_submit(struct job *job)
@@ -213,7 +222,7 @@ void worker_submit(struct job *job)
 	put_job(job);
 	if (pool.waiting > pool.idle)
 		start_thread();
-	here = pool.count == 0;		/* no thread at all: then it must be done here */
+	here = pool.count == 0;		/* before the first and after the last thread */
 	while (here && pool.first)
 		run_first();
 	pthread_mutex_unlock(&pool.lock);

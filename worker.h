@@ -29,8 +29,11 @@ struct job {
 	uint64_t due;		/* now_ms() at which it may run, if it was submitted for later */
 };
 
-/* Threads may be started from now on; jobs for later wait for that.  Main thread, once. */
-void worker_begin(void);
+/*
+ * Start the first thread; jobs for later wait for that.  Further ones come when they are needed,
+ * and can be had.  Main thread, once.  0 or -errno.
+ */
+int worker_begin(void);
 
 /* Run the job on a worker, soon, in order of the lane.  Any thread; does not block. */
 void worker_submit(struct job *job);

@@ -21,6 +21,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -36,8 +37,11 @@
 
 enum {
 	CONNECTIONS_MAX = 4096,
-	SPARE_FDS = 64,			/* for everything that is not a connection ... */
-	EXPORT_FDS = 3,			/* ... nor belongs to a further export */
+	DESCRIPTORS_SEEN = 4096,	/* those from there on are not looked for */
+	EXPORT_FDS = 3,			/* for an image, and for a snapshot of it */
+	LOOP_FDS = 2,
+	PROXY_FDS = 6,			/* to look up a name, while it has a link already */
+	SPARE_FDS = 64,			/* for all that can wait until there are some, at most */
 	ACCEPT_BATCH = 64,
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 	REFUSALS_MS = 1000,		/* between two lines about clients that are refused */
@@ -164,9 +168,15 @@ static bool daemonize(struct server *s)
 	return s->null_fd >= 0;
 }
 
-/* The daemon can be used: let the first process go, and let go of its terminal and directory. */
+/*
+ * The daemon can be used: let the first process go, and let go of its terminal, its directory, and
+ * what it had open.  What we have opened, or were meant to get, is what a program that we executed
+ * would not get.
+ */
 static bool detach(struct server *s)
 {
+	int flags;
+
 	if (chdir("/") < 0) {
 		log_failure("cannot daemonize: %s", strerror(errno));
 		return false;
@@ -175,6 +185,11 @@ static bool detach(struct server *s)
 		dup2(s->null_fd, fd);
 	if (s->null_fd > STDERR_FILENO)
 		close(s->null_fd);
+	for (int fd = STDERR_FILENO + 1; fd < DESCRIPTORS_SEEN; fd++) {
+		flags = fcntl(fd, F_GETFD);
+		if (flags >= 0 && !(flags & FD_CLOEXEC))
+			close(fd);
+	}
 	while (write(s->ready_fd, "", 1) < 0 && errno == EINTR)
 		;
 	close(s->ready_fd);
@@ -202,25 +217,61 @@ static bool setup_log(struct server *s)
 	return true;
 }
 
-/*
- * As many descriptors as that many connections, and exports, need; how many connections there can
- * be.
- */
-static size_t raise_limits(size_t wanted, unsigned exports)
+static size_t connections_wanted(const struct options *o)
 {
-	rlim_t spare = SPARE_FDS + EXPORT_FDS * exports, files = (rlim_t)wanted + spare;
+	return o->max_connections ? o->max_connections : CONNECTIONS_MAX;
+}
+
+/* As many descriptors as we may have, up to what all connections, loops and exports need. */
+static void raise_limits(const struct options *o)
+{
+	rlim_t files = (rlim_t)connections_wanted(o) + 3 * SPARE_FDS +
+		       (rlim_t)(2 * EXPORT_FDS) * o->exports + LOOP_FDS * (rlim_t)o->threads;
 	struct rlimit r;
 
+	if (getrlimit(RLIMIT_NOFILE, &r) < 0 || r.rlim_cur >= r.rlim_max || r.rlim_cur >= files)
+		return;
+	r.rlim_cur = r.rlim_max < files ? r.rlim_max : files;
+	setrlimit(RLIMIT_NOFILE, &r);
+}
+
+/* How many descriptors may still be opened. */
+static size_t free_descriptors(void)
+{
+	struct rlimit r;
+	size_t limit, open = 0;
+
 	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
-		return wanted < 256 ? wanted : 256;
-	if (r.rlim_cur < r.rlim_max && r.rlim_cur < files) {
-		r.rlim_cur = r.rlim_max < files ? r.rlim_max : files;
-		setrlimit(RLIMIT_NOFILE, &r);
-		getrlimit(RLIMIT_NOFILE, &r);
+		r.rlim_cur = 256;
+	limit = r.rlim_cur < INT_MAX ? (size_t)r.rlim_cur : INT_MAX;
+	for (int fd = 0; fd < DESCRIPTORS_SEEN; fd++)
+		open += fcntl(fd, F_GETFD) >= 0;
+	return limit > open ? limit - open : 0;
+}
+
+/* Threads for connections, and connections: as many as leave descriptors to the server itself. */
+static bool share_descriptors(struct server *s, unsigned *loops)
+{
+	const struct options *o = &s->options;
+	size_t images = o->exports + (o->image != NULL), spare, there = free_descriptors();
+	/* One client more is accepted before it is refused; the log is opened again. */
+	size_t needed = 2 + LOOP_FDS + EXPORT_FDS * images + (o->control ? 2 : 0) +
+			(o->mode == MODE_PROXY ? PROXY_FDS : 0);
+
+	if (there <= needed) {
+		log_failure("the limit of open files is too low: %zu more are needed",
+			    needed + 1 - there);
+		return false;
 	}
-	if (r.rlim_cur >= files)
-		return wanted;
-	return (size_t)(r.rlim_cur > 2 * spare ? r.rlim_cur - spare : r.rlim_cur / 2);
+	there -= needed;
+	spare = there / 4 < SPARE_FDS ? there / 4 : SPARE_FDS;
+	if (*loops > 1 + there / 8)
+		*loops = (unsigned)(1 + there / 8);
+	there -= spare + LOOP_FDS * (*loops - 1);
+	s->connections_max = connections_wanted(o) < there ? connections_wanted(o) : there;
+	if (s->connections_max < o->max_connections)
+		log_line("the limit of open files leaves room for %zu connections", there);
+	return true;
 }
 
 /* Take the client from standard input, and keep everything else off its socket. */
@@ -424,36 +475,39 @@ static bool give_up_rights(struct server *s)
 	return s->options.no_sandbox || confine(s);
 }
 
-static bool start_loops(struct server *s)
+/* The first loop, and the first worker: without them nobody could be served. */
+static bool start_threads(struct server *s)
 {
 	unsigned max = (unsigned)s->options.threads;
 	int err;
 
 	if (max == 0)
 		max = cpu_count() > LOOPS_MIN ? cpu_count() : LOOPS_MIN;
+	if (!share_descriptors(s, &max))
+		return false;
 	err = loops_init(max, (unsigned)s->options.keepalive);
+	if (!err)
+		err = worker_begin();
 	if (err)
-		log_failure("cannot start: %s", strerror(-err));
+		log_failure("cannot start a thread: %s", strerror(-err));
 	return err == 0;
 }
 
 static bool start(struct server *s)
 {
-	size_t wanted = s->options.max_connections;
-
-	s->connections_max = raise_limits(wanted ? wanted : CONNECTIONS_MAX, s->options.exports);
+	raise_limits(&s->options);
 	stats_init((unsigned)s->options.stats, loops_survey);
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
 	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) || !open_sockets(s))
 		return false;
 	opening = 0;
-	if (!allow_is_of_use(s) || !control_open(&s->options) || !start_loops(s) || !write_pidfile(s) || !give_up_rights(s) || !exports_start())
+	if (!allow_is_of_use(s) || !control_open(&s->options) || !write_pidfile(s) ||
+	    !give_up_rights(s) || !start_threads(s) || !exports_start())
 		return false;
-	worker_begin();
-	if (s->connections_max < wanted)
-		log_line("the limit of open files leaves room for %zu connections",
-			 s->connections_max);
+	log_line("%s", confine_is_in_force() ? "confined to the files that are needed" :
+		 s->options.no_sandbox	     ? "not confined: --no-sandbox" :
+					       "not confined: this system has no Landlock");
 	for (size_t i = 0; i < s->listeners.count; i++)
 		log_line("listening on %s", s->listeners.all[i].address);
 	notify_supervisor("READY=1");
@@ -530,7 +584,6 @@ static enum greeting greeting_of(const struct options *o)
 static void add_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
 {
 	struct conn *c;
-	int err;
 
 	if (!may_connect(s, sa, peer)) {
 		close(fd);
@@ -545,12 +598,7 @@ static void add_client(struct server *s, int fd, const struct sockaddr *sa, cons
 	}
 	if (sa)
 		access_enter(&c->guest, sa);
-	err = loops_add(c);
-	if (err) {
-		conn_kill(c, strerror(-err));
-		access_leave(&c->guest);
-		conn_free(c);
-	}
+	loops_add(c);
 }
 
 static void pause_accepting(struct server *s)
@@ -727,7 +775,10 @@ int main(int argc, char **argv)
 		status = EXIT_SUCCESS;
 	} else {
 		control_close();
+		loops_stop();
+		loops_join();
 		worker_stop();		/* a commit may be due */
+		loops_free();
 	}
 	if (!exports_close() || commit_has_lost())
 		status = EXIT_FAILURE;

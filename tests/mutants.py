@@ -84,6 +84,22 @@ mutant("stopping tells no connection", "idle connections: stopping closes them",
 mutant("a failed accept() is tried again at once", "accept() out of descriptors",
        "xnbd.c", "s->accept_again = now_ms() + ACCEPT_PAUSE_MS;", "",
        tests="test_hazards.py::test_running_out_of_descriptors_pauses_and_does_not_spin")
+mutant("it starts with fewer descriptors than it needs", "few descriptors",
+       "xnbd.c", "if (there <= needed) {", "if (false) {",
+       tests="test_limits.py::test_any_number_of_descriptors_is_refused_or_enough")
+mutant("clients may have all descriptors", "few descriptors: clients take them all",
+       "xnbd.c", "there -= spare + LOOP_FDS * (*loops - 1);", "there += needed;",
+       tests="test_limits.py::test_clients_leave_descriptors_to_the_server "
+             "test_limits.py::test_clients_leave_descriptors_for_a_new_link")
+mutant("poll() is tried again for ever", "poll() fails for ever",
+       "util.c", "if (ready < 0 && errno != EINTR && errno != ENOMEM) {", "if (false) {",
+       tests="test_limits.py::test_poll_that_fails_ends_the_server_with_a_line")
+mutant("it starts without a thread", "no threads",
+       "xnbd.c", "if (!err)\n\t\terr = worker_begin();", "worker_begin();",
+       tests="test_limits.py::test_server_without_threads_does_not_start")
+mutant("each thread that is missing is logged", "no threads: a line for each request",
+       "worker.c", "if (err && !pool.lacking)", "if (err)",
+       tests="test_limits.py::test_threads_that_cannot_be_made_are_logged_once")
 mutant("an oversize option is awaited", "option length 0xffffffff",
        "conn.c", "if (len > OPTION_DATA_MAX) {", "if (false) {",
        tests="test_hazards.py::test_oversize_option_is_refused_at_once")
@@ -427,11 +443,11 @@ mutant("a target may connect", "a server that was taken over reaches other files
        "confine.c", "forbidden & CONFINE_NO_CONNECT ? NET_CONNECT : 0", "0 & forbidden",
        tests="test_confine.py::test_target_reaches_its_directory_only")
 mutant("a worker is there before", "rights that one thread keeps",
-       "worker.c", "if (!pool.begun || pool.stop)", "if (pool.stop)",
+       "worker.c", "!pool.begun || pool.stop ? 0", "pool.stop ? 0",
        tests="test_confine.py::test_files_of_a_killed_server_do_not_start_a_thread_too_early")
 mutant("the origin's thread is there before", "rights that one thread keeps",
-       "xnbd.c", "!write_pidfile(s) || !give_up_rights(s) || !exports_start())",
-       "!write_pidfile(s) || !exports_start() || !give_up_rights(s))",
+       "xnbd.c", "!give_up_rights(s) || !start_threads(s) || !exports_start())",
+       "!start_threads(s) || !exports_start() || !give_up_rights(s))",
        tests="test_confine.py::test_proxy_can_look_up_names_and_connect "
              "test_confine.py::test_all_threads_of_a_proxy_are_the_user")
 mutant("only the effective user changes", "root comes back",
@@ -456,6 +472,22 @@ mutant("a live socket is stolen", "a live Unix socket is stolen",
 mutant("a file that is no socket is replaced", "a live Unix socket is stolen",
        "listen.c", "if (!S_ISSOCK(st.st_mode))\n\t\treturn -EEXIST;", "",
        tests="test_service.py::test_what_is_no_socket_is_not_replaced")
+mutant("a socket that does not listen yet is stale", "two starts at once",
+       "listen.c", "flock(fd, LOCK_EX | LOCK_NB) < 0", "false",
+       tests="test_service.py::test_socket_of_a_server_that_starts_is_not_stolen")
+mutant("a pidfile is not locked", "two servers with one pidfile",
+       "xnbd.c", "if (flock(*fd, LOCK_EX | LOCK_NB) < 0)", "if (false)",
+       tests="test_service.py::test_pidfile_of_a_running_server_is_refused")
+mutant("whatever is there is overwritten", "a pidfile that is none",
+       "xnbd.c", "return holds_number(*fd) ?", "return true ?",
+       tests="test_service.py::test_what_is_no_pidfile_is_left_alone")
+mutant("standard descriptors stay closed", "the log in the image",
+       "xnbd.c", "occupy_standard_descriptors();", "",
+       tests="test_service.py::test_closed_standard_descriptors_without_devices "
+             "test_service.py::test_closed_standard_descriptors_harm_nothing")
+mutant("an answer goes into the socket", "the log in the image: an answer in a socket",
+       "bgctl.c", "occupy_standard_descriptors();", "",
+       tests="test_control.py::test_output_that_cannot_be_written_is_an_error")
 mutant("a misspelt option is ignored", "a misspelt option is ignored",
        "options.c", "bad_option(p, found, argv[optind - 1]);", "continue;",
        tests="test_service.py::test_wrong_usage_is_named")

@@ -1086,6 +1086,17 @@ def test_daemon_lets_go_of_its_starter(daemon, image):
     assert os.getsid(s.proc.pid) != os.getsid(0)
 
 
+def test_daemon_closes_what_it_inherits(daemon, image):
+    """Or a lock, or a pipe, of who started it would live on."""
+    r, w = os.pipe()
+    s = daemon(image, pass_fds=[w])
+    os.close(w)
+    assert select.select([r], [], [], DEADLINE)[0], "the server has the pipe"
+    assert os.read(r, 1) == b""
+    os.close(r)
+    in_step(Client(s.addresses[0]).negotiate())
+
+
 def own_terminal(fd):
     os.setsid()
     fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
@@ -1276,21 +1287,6 @@ def test_accepting_resumes_when_the_system_has_descriptors_again(starved):
     for c in waiting:
         in_step(c.negotiate())
     in_step(clients[0])
-
-
-@pytest.mark.skipif(SANITIZED, reason="a sanitizer needs descriptors of its own")
-@pytest.mark.parametrize("limit", [4, 5, 6, 8, 10, 12])
-def test_starting_with_few_descriptors_is_refused_or_works(server, image, path, limit):
-    """Whatever it lacks: one line that says so, or service."""
-    s = server(image, "--unix", path, wait=False, preexec_fn=lambda: resource.setrlimit(
-        resource.RLIMIT_NOFILE, (limit, limit)))
-    until(lambda: s.addresses or s.proc.poll() is not None, what="start")
-    if s.proc.poll() is not None:
-        s.expected_status = 1
-        assert len(s.log().splitlines()) == 1, s.log()
-    else:
-        s.address = str(path)
-        s.terminate()
 
 
 # The end
