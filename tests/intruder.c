@@ -134,6 +134,18 @@ static void try_all(int unused)
 	errno = saved;
 }
 
+/* Threads that want no signals get this one. */
+int pthread_sigmask(int how, const sigset_t *set, sigset_t *old)
+{
+	sigset_t but;
+
+	if (!set)
+		return sigprocmask(how, set, old) < 0 ? errno : 0;
+	but = *set;
+	sigdelset(&but, INTRUDER_SIGNAL);
+	return sigprocmask(how, &but, old) < 0 ? errno : 0;
+}
+
 __attribute__((constructor)) static void begin(void)
 {
 	const char *name = getenv("INTRUDER_REPORT");
