@@ -12,7 +12,6 @@
 #include "xnbd.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -71,18 +70,6 @@ static void limit_silence(int fd, unsigned seconds)
 	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
 }
 
-/* A socket that takes no place of standard input, output or errors, where these are closed. */
-static int new_socket(void)
-{
-	int low = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), fd = low;
-
-	if (low >= 0 && low <= STDERR_FILENO) {
-		fd = fcntl(low, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
-		close(low);
-	}
-	return fd;
-}
-
 static void connect_to(struct server *s)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
@@ -91,7 +78,7 @@ static void connect_to(struct server *s)
 		fail("cannot connect to %s: the path has %zu bytes, %zu is the most", s->path,
 		     strlen(s->path), sizeof(sun.sun_path) - 1);
 	strcpy(sun.sun_path, s->path);
-	s->fd = new_socket();
+	s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	s->at = s->len = 0;
 	if (s->fd >= 0)
 		limit_silence(s->fd, SILENCE_SECONDS);

@@ -523,14 +523,6 @@ void occupy_standard_descriptors(void)
 	}
 }
 
-void flush_output(void)
-{
-	if (fflush(stdout) == 0 && !ferror(stdout))
-		return;
-	log_failure("cannot write to standard output: %s", strerror(errno));
-	exit(EXIT_FAILURE);
-}
-
 int make_pipe(int fds[2])
 {
 	return pipe2(fds, O_CLOEXEC | O_NONBLOCK) < 0 ? -errno : 0;

@@ -149,9 +149,6 @@ int open_nothing(void);
  */
 void occupy_standard_descriptors(void);
 
-/* Write what printf() has left; ends the program, with a line, if standard output does not take it. */
-void flush_output(void);
-
 /* A pipe whose both ends do not block and are closed on exec.  0 or -errno. */
 int make_pipe(int fds[2]);
 
