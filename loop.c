@@ -164,6 +164,8 @@ static void remove_conn(struct loop *l, size_t i)
 		stats_leave(&l->gone, l->conn[i]->stats);
 	end_conn(l, l->conn[i]);
 	l->conn[i] = l->conn[--l->count];
+	if (l->count == 0)
+		l->sweep_due = UINT64_MAX;
 }
 
 static bool is_parked(const struct loop *l)

@@ -1291,9 +1291,8 @@ mutant("nobody is parked", "many who are silent slow down who works",
        "loop.c", "if (l->count > PARK_FROM && (owes || !park(l, i)))", "if (false)",
        tests="test_silence.py::test_silent_clients_are_served_when_they_speak")
 mutant("who is parked does not come back", "a request is lost while its client is parked, or comes back",
-       "loop.c", "\t\tif (!l->pfd[i + 1].revents)\n\t\t\tcontinue;\n\t\tc->patience",
-       "\t\tif (!l->pfd[i + 1].revents || l->pfd[i + 1].revents == POLLIN)\n\t\t\tcontinue;\n"
-       "\t\tc->patience",
+       "loop.c", "\t\tif (!revents_of(l, c))\n\t\t\tcontinue;\n",
+       "\t\tif (!revents_of(l, c) || revents_of(l, c) == POLLIN)\n\t\t\tcontinue;\n",
        tests="test_silence.py::test_silent_clients_are_served_when_they_speak")
 mutant("who comes back has to speak again", "a request is lost while its client is parked, or comes back",
        "loop.c", "\t\tturn(l, c, POLLIN);\n\t}\n}", "\t\tc->active = l->polled;\n\t}\n}",
