@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "ctl.h"
+#include "log.h"
 #include "options.h"
 #include "proto.h"
 #include "util.h"
@@ -342,7 +343,7 @@ static void print_json_string(const char *s)
 
 	putchar('"');
 	for (; *s; s += len ? len : 1) {
-		len = proto_utf8((const uint8_t *)s, strlen(s));
+		len = utf8_length((const uint8_t *)s, strlen(s));
 		if (*s == '"' || *s == '\\')
 			putchar('\\');
 		if (len)

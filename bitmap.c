@@ -53,6 +53,7 @@
 #define _GNU_SOURCE
 #include "bitmap.h"
 
+#include "log.h"
 #include "util.h"
 #include "xnbd.h"
 

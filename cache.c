@@ -14,6 +14,7 @@
 
 #include "fetch.h"
 #include "layer.h"
+#include "log.h"
 #include "util.h"
 
 #include <errno.h>

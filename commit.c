@@ -10,6 +10,7 @@
 #include "commit.h"
 
 #include "backend.h"
+#include "log.h"
 #include "util.h"
 #include "worker.h"
 

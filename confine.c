@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include "confine.h"
 
+#include "log.h"
 #include "util.h"
 
 #include <errno.h>

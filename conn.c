@@ -25,6 +25,7 @@
 
 #include "backend.h"
 #include "buffer.h"
+#include "log.h"
 #include "loop.h"
 #include "stats.h"
 #include "util.h"
@@ -215,7 +216,7 @@ static void drop_pieces(struct conn *c)
 }
 
 /* With what it did, if it did something. */
-static void log_end(struct conn *c, const char *why)
+static void tell_end(struct conn *c, const char *why)
 {
 	char did[STATS_LINE] = "";
 	bool busy = false;
@@ -227,7 +228,7 @@ static void log_end(struct conn *c, const char *why)
 	}
 	if (busy)
 		tally_describe(&c->stats->all, did);
-	log_line("%s: disconnected: %s%s%s", c->peer, why, busy ? "; " : "", did);
+	log_peer(LOG_EVENT, "%s: disconnected: %s%s%s", c->peer, why, busy ? "; " : "", did);
 }
 
 /* Give back what has not begun; the rest comes back by itself. */
@@ -246,7 +247,7 @@ void conn_kill(struct conn *c, const char *why)
 {
 	if (c->state == CONN_DEAD)
 		return;
-	log_end(c, why);
+	tell_end(c, why);
 	if (c->export)
 		atomic_fetch_sub(&c->export->backend->order->clients, 1);
 	atomic_store(&c->dead, true);	/* before the client can know, and come back */
@@ -660,13 +661,13 @@ static void enter_transmission(struct conn *c)
 	c->state = CONN_REQUEST;
 	if (!c->stopping)
 		c->deadline = 0;
-	log_line("%s: connected%s%s", c->peer, *e->name ? " to " : "", e->name);
-	log_at(LOG_DETAIL, "%s: export '%s' of %llu bytes, flags 0x%x%s%s", c->peer, e->name,
-	       (unsigned long long)e->size, e->flags,
-	       c->session.extended   ? ", extended headers" :
-	       c->session.structured ? ", structured replies" :
-				       "",
-	       c->session.allocation ? ", base:allocation" : "");
+	log_peer(LOG_EVENT, "%s: connected%s%s", c->peer, *e->name ? " to " : "", e->name);
+	log_peer(LOG_DETAIL, "%s: export '%s' of %llu bytes, flags 0x%x%s%s", c->peer, e->name,
+		 (unsigned long long)e->size, e->flags,
+		 c->session.extended   ? ", extended headers" :
+		 c->session.structured ? ", structured replies" :
+					 "",
+		 c->session.allocation ? ", base:allocation" : "");
 }
 
 static size_t step_client_flags(struct conn *c, const uint8_t *p, size_t n)
@@ -682,6 +683,9 @@ static size_t step_client_flags(struct conn *c, const uint8_t *p, size_t n)
 
 static void option_answered(struct conn *c, enum proto_next next, const struct proto_out *out)
 {
+	if (out->unknown)
+		log_peer(LOG_ERROR, "%s: refused: there is no export '%.*s'", c->peer,
+			 (int)out->unknown_len, (const char *)out->unknown);
 	tx_add(c->loop->tx, out->len);
 	switch (next) {
 	case PROTO_HAGGLE:
@@ -699,7 +703,7 @@ static void option_answered(struct conn *c, enum proto_next next, const struct p
 
 static struct proto_out option_out(struct conn *c)
 {
-	struct proto_out out = { tx_tail(c->loop->tx), 0, PROTO_OPTION_REPLY_ROOM, false };
+	struct proto_out out = { .p = tx_tail(c->loop->tx), .cap = PROTO_OPTION_REPLY_ROOM };
 
 	return out;
 }

@@ -7,6 +7,7 @@
 #include "confine.h"
 #include "ctl.h"
 #include "exports.h"
+#include "log.h"
 #include "loop.h"
 #include "origin.h"
 #include "stats.h"

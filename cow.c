@@ -11,6 +11,7 @@
 #include "cow.h"
 
 #include "layer.h"
+#include "log.h"
 #include "util.h"
 
 #include <errno.h>

@@ -12,6 +12,7 @@
 
 #include "buffer.h"
 #include "commit.h"
+#include "log.h"
 #include "util.h"
 
 #include <assert.h>

@@ -13,6 +13,7 @@
 #include "cache.h"
 #include "cow.h"
 #include "disk.h"
+#include "log.h"
 #include "loop.h"
 #include "origin.h"
 #include "snapshot.h"

@@ -18,6 +18,7 @@
 #include "fetch.h"
 
 #include "buffer.h"
+#include "log.h"
 #include "util.h"
 
 #include <errno.h>

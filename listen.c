@@ -4,6 +4,8 @@
 #define _GNU_SOURCE
 #include "listen.h"
 
+#include "log.h"
+
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "options.h"
 
+#include "log.h"
 #include "util.h"
 #include "xnbd.h"
 

@@ -12,6 +12,7 @@
 #include "origin.h"
 
 #include "link.h"
+#include "log.h"
 #include "util.h"
 
 #include <assert.h>

@@ -5,8 +5,10 @@
  * struct proto_out or into room of a stated size, so that no length from the wire is ever
  * trusted.
  */
+#define _GNU_SOURCE
 #include "proto.h"
 
+#include "util.h"
 #include "wire.h"
 
 #include <assert.h>
@@ -137,41 +139,13 @@ static enum proto_next reply(const struct option *o, uint32_t type)
 	return PROTO_HAGGLE;
 }
 
-size_t proto_utf8(const uint8_t *p, size_t left)
-{
-	uint8_t low = 0x80, high = 0xbf;
-	size_t n;
-
-	if (p[0] < 0x80)
-		return p[0] != 0;
-	if (p[0] < 0xc2 || p[0] > 0xf4)
-		return 0;
-	n = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
-	if (n > left)
-		return 0;
-	if (p[0] == 0xe0)
-		low = 0xa0;
-	else if (p[0] == 0xed)
-		high = 0x9f;
-	else if (p[0] == 0xf0)
-		low = 0x90;
-	else if (p[0] == 0xf4)
-		high = 0x8f;
-	if (p[1] < low || p[1] > high)
-		return 0;
-	for (size_t i = 2; i < n; i++)
-		if ((p[i] & 0xc0) != 0x80)
-			return 0;
-	return n;
-}
-
 /* "Conventions": UTF-8 without NUL. */
 static bool is_utf8(const struct name *name)
 {
 	size_t n;
 
 	for (size_t i = 0; i < name->len; i += n) {
-		n = proto_utf8(name->p + i, name->len - i);
+		n = utf8_length(name->p + i, name->len - i);
 		if (n == 0)
 			return false;
 	}
@@ -216,13 +190,18 @@ static uint64_t name_hash(const struct name *name)
 	return h;
 }
 
-static const struct proto_export *find_export(const struct proto_exports *x,
-					      const struct name *name)
+static const struct proto_export *find_export(const struct option *o, const struct name *name)
 {
+	const struct proto_exports *x = o->exports;
+
 	for (size_t i = 0; i < x->count; i++)
 		if (name_is(name, x->entry[i]->name))
 			return x->entry[i];
-	return x->any_name ? x->entry[0] : NULL;
+	if (x->any_name)
+		return x->entry[0];
+	o->out->unknown = name->p;
+	o->out->unknown_len = name->len;
+	return NULL;
 }
 
 static uint16_t session_flags(const struct proto_session *s, const struct proto_export *e)
@@ -249,7 +228,7 @@ static enum proto_next opt_export_name(struct option *o)
 
 	if (o->s->extended || check_name(&name) != 0)
 		return PROTO_CLOSE;
-	e = find_export(o->exports, &name);
+	e = find_export(o, &name);
 	if (!e)
 		return PROTO_CLOSE;
 	out_be(o->out, 8, e->size);
@@ -335,7 +314,7 @@ static enum proto_next opt_go(struct option *o)
 	}
 	if (o->in.bad || o->in.left > 0)
 		return reply(o, NBD_REP_ERR_INVALID);
-	e = find_export(o->exports, &name);
+	e = find_export(o, &name);
 	if (!e)
 		return reply(o, NBD_REP_ERR_UNKNOWN);
 	for (type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
@@ -398,7 +377,7 @@ static enum proto_next opt_meta_context(struct option *o)
 		err = in_queries(o, &match);
 	if (err)
 		return reply(o, err);
-	if (!find_export(o->exports, &name))
+	if (!find_export(o, &name))
 		return reply(o, NBD_REP_ERR_UNKNOWN);
 	if (set && match) {
 		o->s->allocation = true;

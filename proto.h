@@ -189,6 +189,8 @@ struct proto_out {
 	uint8_t *p;
 	size_t len, cap;
 	bool overflow;		/* something did not fit and was left out */
+	const uint8_t *unknown;	/* the name, in the option, of an export that is not there; or NULL */
+	size_t unknown_len;
 };
 
 enum proto_next {
@@ -196,12 +198,6 @@ enum proto_next {
 	PROTO_TRANSMIT,		/* send the answer, then transmission begins */
 	PROTO_CLOSE,		/* send the answer, if there is one, then close */
 };
-
-/*
- * The bytes of the UTF-8 character at p, of which left are there; 0 if it is none.  Shortest form, no
- * surrogates, no NUL.
- */
-size_t proto_utf8(const uint8_t *p, size_t left);
 
 /* Whether s may be sent as a string: "Conventions". */
 bool proto_is_string(const char *s);

@@ -16,6 +16,7 @@
 
 #include "bitmap.h"
 #include "disk.h"
+#include "log.h"
 #include "order.h"
 #include "util.h"
 

@@ -4,6 +4,7 @@
 #include "stats.h"
 
 #include "backend.h"
+#include "log.h"
 
 #include <errno.h>
 #include <pthread.h>

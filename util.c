@@ -4,6 +4,8 @@
 #define _GNU_SOURCE
 #include "util.h"
 
+#include "log.h"
+
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -11,7 +13,6 @@
 #include <netinet/tcp.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,167 +21,50 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Set before threads start, and by log_reopen() only through dup2(), which is atomic. */
-static enum log_to log_to = LOG_TO_STDERR;
-static const char *log_program = "xnbd";
-static const char *log_path;
-static int log_fd = STDERR_FILENO;
-static int syslog_fd = -1;
-static int client_fd = STDIN_FILENO;
-static enum log_level log_most = LOG_EVENT;
-
-void log_name(const char *program)
+size_t utf8_length(const uint8_t *p, size_t left)
 {
-	log_program = program;
+	uint8_t low = 0x80, high = 0xbf;
+	size_t n;
+
+	if (p[0] < 0x80)
+		return p[0] != 0;
+	if (p[0] < 0xc2 || p[0] > 0xf4)
+		return 0;
+	n = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
+	if (n > left)
+		return 0;
+	if (p[0] == 0xe0)
+		low = 0xa0;
+	else if (p[0] == 0xed)
+		high = 0x9f;
+	else if (p[0] == 0xf0)
+		low = 0x90;
+	else if (p[0] == 0xf4)
+		high = 0x8f;
+	if (p[1] < low || p[1] > high)
+		return 0;
+	for (size_t i = 2; i < n; i++)
+		if ((p[i] & 0xc0) != 0x80)
+			return 0;
+	return n;
 }
-
-void log_limit(enum log_level most)
-{
-	log_most = most;
-}
-
-bool log_shows(enum log_level level)
-{
-	return level <= log_most;
-}
-
-static int open_log_file(const char *path)
-{
-	int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY, 0640);
-
-	return fd < 0 ? -errno : fd;
-}
-
-int log_open(enum log_to to, const char *path)
-{
-	if (to == LOG_TO_FILE) {
-		int fd = open_log_file(path);
-
-		if (fd < 0)
-			return fd;
-		log_fd = fd;
-		log_path = path;
-	} else if (to == LOG_TO_SYSLOG) {
-		syslog_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-		if (syslog_fd < 0)
-			return -errno;
-	}
-	log_to = to;
-	return 0;
-}
-
-void log_reopen(void)
-{
-	int fd;
-
-	if (log_to != LOG_TO_FILE)
-		return;
-	fd = open_log_file(log_path);
-	if (fd < 0) {
-		log_error("cannot reopen log file %s: %s", log_path, strerror(-fd));
-		return;
-	}
-	dup3(fd, log_fd, O_CLOEXEC);
-	close(fd);
-	log_line("log file reopened");
-}
-
-enum { LINE_MAX_BYTES = 1024 };
 
 void mask_control_characters(char *s, size_t len)
 {
-	for (size_t i = 0; i < len; i++) {
-		bool c1 = (unsigned char)s[i] == 0xc2 && i + 1 < len && (s[i + 1] & 0xe0) == 0x80;
+	size_t n;
 
-		if (c1)
-			s[i + 1] = '?';
-		if (c1 || (unsigned char)s[i] < ' ' || s[i] == 0x7f)
-			s[i] = '?';
+	for (size_t i = 0; i < len; i += n) {
+		const uint8_t *p = (const uint8_t *)s + i;
+		uint8_t c = p[0];
+
+		n = utf8_length(p, len - i);
+		if (n == 2 && c == 0xc2)
+			c = p[1];
+		if (n == 0)
+			n = 1;
+		if (c < ' ' || (c >= 0x7f && c < 0xa0))
+			memset(s + i, '?', n);
 	}
-}
-
-/* Make a line, with its newline, of at most LINE_MAX_BYTES; returns how long it is. */
-static size_t make_line(char *line, const char *prefix, const char *fmt, va_list ap)
-{
-	size_t room = LINE_MAX_BYTES - 1;
-	int n = snprintf(line, room, "%s: ", prefix);
-	size_t len = n < 0 ? 0 : (size_t)n < room ? (size_t)n : room - 1;
-
-	n = vsnprintf(line + len, room - len, fmt, ap);
-	if (n > 0)
-		len += (size_t)n < room - len ? (size_t)n : room - len - 1;
-	mask_control_characters(line, len);
-	line[len++] = '\n';
-	return len;
-}
-
-/* A line is written by one write(), so that lines of several threads do not mix. */
-static void write_line(int fd, const char *prefix, const char *fmt, va_list ap)
-{
-	char line[LINE_MAX_BYTES];
-	size_t len = make_line(line, prefix, fmt, ap);
-
-	while (write(fd, line, len) < 0 && errno == EINTR)
-		;
-}
-
-/* UTC, so that the logs of two hosts that a disk moves between agree. */
-static void write_to_file(const char *fmt, va_list ap)
-{
-	time_t now = time(NULL);
-	char prefix[64];
-	struct tm tm;
-
-	gmtime_r(&now, &tm);
-	snprintf(prefix, sizeof(prefix), "%04d-%02d-%02dT%02d:%02d:%02dZ", tm.tm_year + 1900,
-		 tm.tm_mon + 1, tm.tm_mday, tm.tm_hour, tm.tm_min, tm.tm_sec);
-	write_line(log_fd, prefix, fmt, ap);
-}
-
-/*
- * syslog(3) waits when the daemon does not read, and would hold up whoever logs; a line that
- * finds no room is dropped here.  The daemon adds the time.
- */
-static void write_to_syslog(enum log_level level, const char *fmt, va_list ap)
-{
-	/* RFC 3164, "PRI Part": error, informational, debug */
-	static const unsigned char severity[] = { [LOG_ERROR] = 3, [LOG_ASKED] = 6,
-						  [LOG_EVENT] = 6, [LOG_DETAIL] = 7 };
-	enum { DAEMON = 3 << 3 };
-	struct sockaddr_un daemon = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
-	char prefix[64], line[LINE_MAX_BYTES];
-	size_t len;
-
-	snprintf(prefix, sizeof(prefix), "<%d>%s[%d]", DAEMON | severity[level],
-		 log_program, (int)getpid());
-	len = make_line(line, prefix, fmt, ap) - 1;
-	sendto(syslog_fd, line, len, MSG_NOSIGNAL, (struct sockaddr *)&daemon, sizeof(daemon));
-}
-
-static void log_va(enum log_level level, const char *fmt, va_list ap)
-{
-	switch (log_to) {
-	case LOG_TO_STDERR:
-		write_line(STDERR_FILENO, log_program, fmt, ap);
-		break;
-	case LOG_TO_FILE:
-		write_to_file(fmt, ap);
-		break;
-	case LOG_TO_SYSLOG:
-		write_to_syslog(level, fmt, ap);
-		break;
-	}
-}
-
-void log_at(enum log_level level, const char *fmt, ...)
-{
-	va_list ap;
-
-	if (!log_shows(level))
-		return;
-	va_start(ap, fmt);
-	log_va(level, fmt, ap);
-	va_end(ap);
 }
 
 bool is_same_socket(int a, int b)
@@ -189,35 +73,6 @@ bool is_same_socket(int a, int b)
 
 	return fstat(a, &sa) == 0 && fstat(b, &sb) == 0 && S_ISSOCK(sa.st_mode) &&
 	       sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino;
-}
-
-void log_keep_off(int fd)
-{
-	client_fd = fd;
-}
-
-bool log_would_disturb(void)
-{
-	return is_same_socket(client_fd, STDERR_FILENO);
-}
-
-void log_failure(const char *fmt, ...)
-{
-	bool silent = log_would_disturb();
-	va_list ap;
-
-	if (silent && log_to == LOG_TO_STDERR)
-		log_open(LOG_TO_SYSLOG, NULL);
-	if (!silent) {
-		va_start(ap, fmt);
-		write_line(STDERR_FILENO, log_program, fmt, ap);
-		va_end(ap);
-	}
-	if (log_to != LOG_TO_STDERR) {
-		va_start(ap, fmt);
-		log_va(LOG_ERROR, fmt, ap);
-		va_end(ap);
-	}
 }
 
 void *not_null(void *memory)
@@ -575,6 +430,7 @@ int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms)
 	atomic_store(&b->sleeping, false);
 	if (ready < 0 && errno != EINTR && errno != ENOMEM) {	/* for ever: the caller would spin */
 		log_failure("cannot wait for %lu descriptors: %s", (unsigned long)n, strerror(errno));
+		log_flush();
 		_exit(EXIT_FAILURE);
 	}
 	if (ready > 0 && pfd[0].revents)
@@ -597,6 +453,26 @@ int thread_start(pthread_t *thread, size_t stack, void *(*run)(void *), void *ar
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attr);
 	return err;
+}
+
+void cond_init(pthread_cond_t *cond)
+{
+	pthread_condattr_t clock;
+
+	pthread_condattr_init(&clock);
+	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+	pthread_cond_init(cond, &clock);
+	pthread_condattr_destroy(&clock);
+}
+
+void cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, uint64_t when)
+{
+	struct timespec until = { (time_t)(when / 1000), (long)(when % 1000 * 1000000) };
+
+	if (when == UINT64_MAX)
+		pthread_cond_wait(cond, lock);
+	else
+		pthread_cond_timedwait(cond, lock, &until);
 }
 
 bool is_unix_socket(int fd)

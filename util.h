@@ -1,5 +1,5 @@
 /*
- * util.h - the log, the clock, sockets and other small helpers.
+ * util.h - the clock, sockets, threads and other small helpers.
  */
 #ifndef XNBD_UTIL_H
 #define XNBD_UTIL_H
@@ -21,52 +21,11 @@
 #define PRINTF_LIKE(fmt, args)
 #endif
 
-enum log_to { LOG_TO_STDERR, LOG_TO_FILE, LOG_TO_SYSLOG };
-
-/* The name before each line on stderr and in syslog: static storage. */
-void log_name(const char *program);
-
 /*
- * Choose where the log goes; path, for LOG_TO_FILE, must outlive the log.  Call before threads
- * start.  Returns 0 or -errno, and then the log is where it was.
+ * The bytes of the UTF-8 character at p, of which left are there; 0 if it is none.  Shortest form, no
+ * surrogates, no NUL.
  */
-int log_open(enum log_to to, const char *path);
-
-/* Never write to this socket, the client's: standard input is it if this is not called. */
-void log_keep_off(int fd);
-
-/* Whether stderr is that socket, as it is under inetd. */
-bool log_would_disturb(void);
-
-/* Open the log file again under its name, for log rotation.  Main thread. */
-void log_reopen(void);
-
-/* What a line is about. */
-enum log_level {
-	LOG_ERROR,	/* something did not work */
-	LOG_ASKED,	/* what somebody has asked for */
-	LOG_EVENT,	/* something happened */
-	LOG_DETAIL,
-};
-
-/* Leave out lines above that level; LOG_EVENT is the default.  Call before threads start. */
-void log_limit(enum log_level most);
-bool log_shows(enum log_level level);
-
-/*
- * One line, whole, whatever other threads log at the same time.  Control characters in it become
- * question marks.
- */
-void log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
-
-#define log_line(...) log_at(LOG_EVENT, __VA_ARGS__)
-#define log_error(...) log_at(LOG_ERROR, __VA_ARGS__)
-
-/*
- * One line about a failed start: always to stderr, and to the log as well where that is another
- * place.  Where stderr is the client's socket it goes to syslog instead.
- */
-void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
+size_t utf8_length(const uint8_t *p, size_t left);
 
 /* The memory; if there is none, the end of the program, which has just begun. */
 void *not_null(void *memory);
@@ -74,7 +33,7 @@ void *not_null(void *memory);
 /* All that was printed is with who reads standard output; else the end of the program. */
 void flush_output(void);
 
-/* Replace what terminals obey by '?': C0, DEL, and C1 in UTF-8. */
+/* Replace what terminals obey by '?': C0, DEL, and C1, in UTF-8 and as single bytes. */
 void mask_control_characters(char *s, size_t len);
 
 /* Milliseconds and microseconds of a clock that only goes forward. */
@@ -183,6 +142,12 @@ int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms);
 
 /* A thread that no signal disturbs.  0 or an errno. */
 int thread_start(pthread_t *thread, size_t stack, void *(*run)(void *), void *arg);
+
+/* A condition with the clock of now_ms(). */
+void cond_init(pthread_cond_t *cond);
+
+/* Wait, until now_ms() is that at most; UINT64_MAX for ever. */
+void cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, uint64_t when);
 
 /* Whether that is a socket of this machine alone. */
 bool is_unix_socket(int fd);

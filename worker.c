@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include "worker.h"
 
+#include "log.h"
 #include "util.h"
 
 #include <errno.h>
@@ -122,18 +123,13 @@ static void put_due(void)
 /* One idle thread waits until the first job for later is due, the others for a signal. */
 static void wait_idle(void)
 {
-	struct timespec until;
+	bool timed = pool.later && !pool.timed;
 
 	pool.idle++;
-	if (pool.later && !pool.timed) {
-		until.tv_sec = (time_t)(pool.later->due / 1000);
-		until.tv_nsec = (long)(pool.later->due % 1000 * 1000000);
-		pool.timed = true;
-		pthread_cond_timedwait(&pool.wanted, &pool.lock, &until);
+	pool.timed |= timed;
+	cond_wait_until(&pool.wanted, &pool.lock, timed ? pool.later->due : UINT64_MAX);
+	if (timed)
 		pool.timed = false;
-	} else {
-		pthread_cond_wait(&pool.wanted, &pool.lock);
-	}
 	pool.idle--;
 }
 
@@ -200,13 +196,9 @@ static void start_thread(void)
 
 int worker_begin(void)
 {
-	pthread_condattr_t clock;
 	int err;
 
-	pthread_condattr_init(&clock);
-	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
-	pthread_cond_init(&pool.wanted, &clock);
-	pthread_condattr_destroy(&clock);
+	cond_init(&pool.wanted);
 	pthread_mutex_lock(&pool.lock);
 	pool.begun = true;
 	err = begin_thread();

@@ -12,6 +12,7 @@
 #include "ctl.h"
 #include "exports.h"
 #include "listen.h"
+#include "log.h"
 #include "loop.h"
 #include "options.h"
 #include "stats.h"
@@ -44,7 +45,6 @@ enum {
 	SPARE_FDS = 64,			/* for all that can wait until there are some, at most */
 	ACCEPT_BATCH = 64,
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
-	REFUSALS_MS = 1000,		/* between two lines about clients that are refused */
 	STOP_MS = 4500,
 	STOP_S = 5,			/* where even this thread is held up */
 	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
@@ -64,8 +64,6 @@ struct server {
 	struct stat pid_file;		/* of our pidfile, if there is a path */
 	size_t connections_max;
 	uint64_t accept_again;		/* now_ms() when a pause of accepting ends */
-	uint64_t refusal_logged;	/* now_ms(), 0 for never */
-	unsigned long refused;		/* since then, that the log was not told of */
 };
 
 #if defined(SIGRTMIN)
@@ -78,13 +76,19 @@ static volatile sig_atomic_t opening = 1;	/* nothing has been made that would ha
 static volatile sig_atomic_t stop_signals;
 static volatile sig_atomic_t came[128];		/* by their numbers */
 
+static void end_at_once(void)
+{
+	log_flush();
+	_exit(EXIT_FAILURE);
+}
+
 /* An origin, a name server or a disk may be silent for long: nobody waits for them any more. */
 static void take_stop_signal(void)
 {
 	if (opening)
 		_exit(EXIT_SUCCESS);
 	if (stop_signals)
-		_exit(EXIT_FAILURE);
+		end_at_once();
 	stop_signals = 1;
 	alarm(STOP_S);
 }
@@ -96,7 +100,7 @@ static void on_signal(int sig)
 		sig = SIGSTATS;
 #endif
 	if (sig == SIGALRM)
-		_exit(EXIT_FAILURE);
+		end_at_once();
 	if (sig == SIGTERM || sig == SIGINT)
 		take_stop_signal();
 	else
@@ -181,6 +185,7 @@ static bool detach(struct server *s)
 		log_failure("cannot daemonize: %s", strerror(errno));
 		return false;
 	}
+	log_flush();		/* who waits for us may look there for our port */
 	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
 		dup2(s->null_fd, fd);
 	if (s->null_fd > STDERR_FILENO)
@@ -200,21 +205,21 @@ static bool detach(struct server *s)
 static bool setup_log(struct server *s)
 {
 	const struct options *o = &s->options;
-	int err;
+	const char *error;
 
 	if (o->connected_fd >= 0)
 		log_keep_off((int)o->connected_fd);
 	log_limit(o->quiet ? LOG_ASKED : o->verbose ? LOG_DETAIL : LOG_EVENT);
-	if (o->logpath) {
-		s->log_path = absolute_path(o->logpath);
-		err = s->log_path ? log_open(LOG_TO_FILE, s->log_path) : -ENOMEM;
-		if (err)
-			log_failure("cannot open log file %s: %s", o->logpath, strerror(-err));
-		return err == 0;
+	if (!o->logpath) {
+		log_open(o->syslog || o->inetd || o->daemonize || log_would_disturb() ?
+				 LOG_TO_SYSLOG : LOG_TO_STDERR, NULL);
+		return true;
 	}
-	if (o->syslog || o->inetd || o->daemonize || log_would_disturb())
-		log_open(LOG_TO_SYSLOG, NULL);
-	return true;
+	s->log_path = not_null(absolute_path(o->logpath));
+	error = log_open(LOG_TO_FILE, s->log_path);
+	if (error)
+		log_failure("cannot open log file %s: %s", o->logpath, error);
+	return error == NULL;
 }
 
 static size_t connections_wanted(const struct options *o)
@@ -404,7 +409,7 @@ static void keep_log(struct confine *c, const char *path)
 	struct stat st;
 
 	if (path && lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
-		confine_keep(c, path, CONFINE_APPEND);
+		confine_keep(c, path, CONFINE_APPEND | CONFINE_READ_FILE);
 	else
 		confine_keep_beside(c, path, CONFINE_APPEND);
 }
@@ -503,7 +508,7 @@ static bool start(struct server *s)
 		return false;
 	opening = 0;
 	if (!allow_is_of_use(s) || !control_open(&s->options) || !write_pidfile(s) ||
-	    !give_up_rights(s) || !start_threads(s) || !exports_start())
+	    !give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start())
 		return false;
 	log_line("%s", confine_is_in_force() ? "confined to the files that are needed" :
 		 s->options.no_sandbox	     ? "not confined: --no-sandbox" :
@@ -516,41 +521,6 @@ static bool start(struct server *s)
 
 /* Connections */
 
-/* A line about a client that is refused, once a second at most; the next one counts the others. */
-static void log_refusal(struct server *s, const char *peer, const char *reason)
-{
-	uint64_t now = now_ms();
-
-	if (s->refusal_logged && now - s->refusal_logged < REFUSALS_MS) {
-		s->refused++;
-		return;
-	}
-	if (s->refused)
-		log_error("%s: refused: %s; %lu others were before", peer, reason, s->refused);
-	else
-		log_error("%s: refused: %s", peer, reason);
-	s->refusal_logged = now;
-	s->refused = 0;
-}
-
-/* Tell how many were refused, when no other one has come for a while. */
-static void tell_refused(struct server *s)
-{
-	if (s->refused)
-		log_error("%lu more clients were refused", s->refused);
-	s->refused = 0;
-}
-
-/* now_ms() when that is to be told, UINT64_MAX for never. */
-static uint64_t refused_due(struct server *s)
-{
-	uint64_t due = s->refusal_logged + 2 * REFUSALS_MS;
-
-	if (due <= now_ms())
-		tell_refused(s);
-	return s->refused ? due : UINT64_MAX;
-}
-
 /* Whether a client may connect, whose address is NULL at a Unix socket; the log says why not. */
 static bool may_connect(struct server *s, const struct sockaddr *sa, const char *peer)
 {
@@ -558,7 +528,7 @@ static bool may_connect(struct server *s, const struct sockaddr *sa, const char 
 
 	if (sa && s->options.allows &&
 	    !access_admits(s->options.allow, s->options.allows, sa)) {
-		log_refusal(s, peer, reason);
+		log_peer(LOG_ERROR, "%s: refused: %s", peer, reason);
 		return false;
 	}
 	if (loops_clients() >= s->connections_max)
@@ -569,7 +539,7 @@ static bool may_connect(struct server *s, const struct sockaddr *sa, const char 
 			 s->options.max_per_host);
 	else
 		return true;
-	log_refusal(s, peer, reason);
+	log_peer(LOG_ERROR, "%s: refused: %s", peer, reason);
 	return false;
 }
 
@@ -592,7 +562,7 @@ static void add_client(struct server *s, int fd, const struct sockaddr *sa, cons
 	c = conn_new(fd, greeting_of(&s->options), exports_table(), peer,
 		     (unsigned)s->options.keepalive);
 	if (!c) {
-		log_error("%s: refused: out of memory", peer);
+		log_peer(LOG_ERROR, "%s: refused: out of memory", peer);
 		close(fd);
 		return;
 	}
@@ -603,7 +573,8 @@ static void add_client(struct server *s, int fd, const struct sockaddr *sa, cons
 
 static void pause_accepting(struct server *s)
 {
-	log_error("cannot accept: %s; trying again when a connection ends", strerror(errno));
+	log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
+		 strerror(errno));
 	s->accept_again = now_ms() + ACCEPT_PAUSE_MS;
 }
 
@@ -671,7 +642,7 @@ static void serve(struct server *s)
 	while (!stop_signals && !(single && loops_load() == 0)) {
 		bool pause = now_ms() < s->accept_again;
 		uint64_t due = earlier(earlier(pause ? s->accept_again : UINT64_MAX, ctl_due()),
-				       earlier(refused_due(s), stats_due(loops_load() > 0)));
+				       stats_due(loops_load() > 0));
 
 		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = pause ? -1 : s->listeners.all[i].fd;
@@ -731,7 +702,6 @@ static void clean_up(struct server *s)
 	listen_close(&s->listeners);
 	remove_pidfile(s);
 	free(s->pid_path);
-	free(s->log_path);
 	options_free(&s->options);
 }
 
@@ -740,14 +710,13 @@ static void run(struct server *s)
 	if (s->single_fd >= 0)
 		add_single_client(s);
 	serve(s);
-	tell_refused(s);
 	if (stop_signals)
 		log_line("stopping");
 	listen_close(&s->listeners);
 	if (!stop_all()) {
 		log_error("stopped, but %zu connections wait for the disk", loops_load());
 		remove_pidfile(s);
-		_exit(EXIT_FAILURE);
+		end_at_once();
 	}
 	loops_join();
 	exports_end();

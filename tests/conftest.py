@@ -260,10 +260,20 @@ class Server:
         found = re.search(r"--logpath[= ](\S+)", " ".join(self.arguments))
         return Path(found.group(1)) if found else None
 
+    def has_written_its_log(self):
+        """Whether the log's thread, the first one after the main thread, has nothing to do."""
+        threads = Path(f"/proc/{self.proc.pid}/task")
+        with contextlib.suppress(OSError, IndexError):      # it has ended, or not begun
+            thread = sorted(map(int, os.listdir(threads)))[1]
+            stat = (threads / str(thread) / "stat").read_text()
+            return stat.rpartition(")")[2].split()[0] not in "RD"
+        return True
+
     def log(self):
+        until(self.has_written_its_log, what="a thread that writes the log", pause=0.001)
         text = self.stderr.read_text(errors="replace")
         other = self.logfile()
-        if other and other.exists():
+        if other and other.is_file():
             text += other.read_text(errors="replace")
         return text
 

@@ -12,7 +12,7 @@
 #define _GNU_SOURCE
 #include "fuzz.h"
 
-#include "../util.h"
+#include "../log.h"
 
 #include <fcntl.h>
 #include <stdio.h>

@@ -119,7 +119,7 @@ mutant("names are compared as far as the client's goes", "names of 0 to 4097 byt
        "proto.c", "return name->len == strlen(s) && memcmp", "return memcmp",
        tests="test_exports.py::test_names_of_many_sizes")
 mutant("every name means the first export", "a client reaches an export that it did not name",
-       "proto.c", "return x->any_name ? x->entry[0] : NULL;", "return x->entry[0];",
+       "proto.c", "if (x->any_name)", "if (true)",
        tests="test_exports.py::test_name_that_is_not_there_is_refused")
 mutant("all exports have the size of the first",
        "a client reaches an export that it did not name: its range",
@@ -128,8 +128,8 @@ mutant("all exports have the size of the first",
        tests="test_exports.py::test_ranges_are_those_of_the_export")
 mutant("EXPORT_NAME gets the first export",
        "a client reaches an export that it did not name: a thousand clients",
-       "proto.c", "e = find_export(o->exports, &name);\n\tif (!e)\n\t\treturn PROTO_CLOSE;",
-       "e = find_export(o->exports, &name);\n\tif (!e)\n\t\treturn PROTO_CLOSE;\n"
+       "proto.c", "e = find_export(o, &name);\n\tif (!e)\n\t\treturn PROTO_CLOSE;",
+       "e = find_export(o, &name);\n\tif (!e)\n\t\treturn PROTO_CLOSE;\n"
        "\te = o->exports->entry[0];",
        tests="test_exports.py::test_a_thousand_clients_of_several_exports")
 mutant("the exports are not counted before the start", "more exports than LIST can tell",
@@ -365,11 +365,9 @@ mutant("a signal ends the service", "signal storm during load",
        "xnbd.c", "controls, ms_until(due)) < 0)\n\t\t\tcontinue;",
        "controls, ms_until(due)) < 0)\n\t\t\treturn;",
        tests="test_hazards.py::test_signal_storm_during_load")
-mutant("the log is closed and opened while others write", "signal storm during load",
-       "util.c", "fd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_error(",
-       "close(log_fd);\n\tfd = open_log_file(log_path);\n\tif (fd < 0) {\n\t\tlog_error(",
-       "util.c", "dup3(fd, log_fd, O_CLOEXEC);\n\tclose(fd);", "log_fd = fd;",
-       tests="test_hazards.py::test_line_is_logged_while_the_log_file_is_opened_again")
+mutant("the main thread opens the log file again", "signal storm during load",
+       "log.c", "queue.reopen = log_to == LOG_TO_FILE;", "reopen_file();",
+       tests="test_hazards.py::test_nobody_waits_while_the_log_file_is_opened_again")
 mutant("a deadline that is over is not noticed", "SIGTERM with a client that does not read",
        "loop.c", "if (c->deadline <= now)", "if (false)",
        "xnbd.c", "STOP_MS = 4500,", "STOP_MS = 45000,",
@@ -426,9 +424,22 @@ mutant("a short write is a success", "an I/O error under a running server",
        tests="test_hazards.py::test_write_that_the_system_refuses_is_enospc "
              "test_cow.py::test_full_overlay_disk_is_enospc_for_that_write")
 mutant("a line that cannot be logged is tried again", "a full disk under the log file",
-       "util.c", "while (write(fd, line, len) < 0 && errno == EINTR)",
-       "while (write(fd, line, len) < 0)",
+       "log.c", "} else if (n == 0 || errno != EINTR) {", "} else if (n == 0) {",
        tests="test_faults.py::test_log_that_cannot_be_written_costs_nothing")
+mutant("who logs waits for the reader", "whoever should read the log does not",
+       "log.c", "if (queue.open)\n\t\tadd_line(line, len);",
+       "if (false)\n\t\tadd_line(line, len);",
+       tests="test_service.py::test_log_that_nobody_reads_costs_lines_only")
+mutant("lost lines are not counted", "whoever should read the log does not",
+       "log.c", "\t\tqueue.lost++;\n", "\t\t;\n",
+       tests="test_service.py::test_log_that_nobody_reads_costs_lines_only")
+mutant("a FIFO is opened when there is a reader", "whoever should read the log does not",
+       "log.c", "open(path, O_RDWR | flags, 0640)",
+       "open(path, O_WRONLY | (flags & ~O_NONBLOCK), 0640)",
+       tests="test_service.py::test_fifo_is_a_log_without_a_reader")
+mutant("any file is a log", "an image is named as the log file",
+       "log.c", "if (is_text(*fd))", "if (true || is_text(*fd))",
+       tests="test_service.py::test_file_that_is_no_text_is_no_log")
 mutant("nothing is confined", "a server that was taken over reaches other files",
        "xnbd.c", "return s->options.no_sandbox || confine(s);", "return true;",
        tests="test_confine.py::test_target_reaches_its_directory_only")
@@ -457,6 +468,9 @@ mutant("only the effective user changes", "root comes back",
 mutant("the groups of root stay", "root comes back",
        "confine.c", "setgroups(1, &user->gid) < 0 || ", "",
        tests="test_confine.py::test_server_becomes_the_user_for_ever")
+mutant("each connection is logged", "a client floods the log",
+       "log.c", "may = *used < now + PEER_BURST * PEER_MS;", "may = true;",
+       tests="test_service.py::test_flood_of_clients_is_counted_not_told")
 mutant("each error of a client is logged", "a client floods the log",
        "stats.c", "if (now < s->say_again) {", "if (false) {",
        tests="test_stats.py::test_errors_do_not_flood_the_log")
@@ -1270,7 +1284,7 @@ mutant("the status forgets stable storage", "exit status 0 though something is l
        "xnbd.c", "|| commit_has_lost())", "|| (commit_has_lost() && false))",
        tests="test_restart.py::test_flush_that_failed_is_told_by_the_status")
 mutant("a disk that keeps a thread is no loss", "exit status 0 though something is lost",
-       "xnbd.c", "remove_pidfile(s);\n\t\t_exit(EXIT_FAILURE);",
+       "xnbd.c", "remove_pidfile(s);\n\t\tend_at_once();",
        "remove_pidfile(s);\n\t\t_exit(EXIT_SUCCESS);",
        tests="test_restart.py::test_disk_that_keeps_a_thread_is_told_by_the_status")
 mutant("what waits for the origin is not given up", "SIGTERM waits for a silent origin",

@@ -263,7 +263,7 @@ def test_systemd_starts_the_server_for_the_first_client(image, tmp_path):
         until(lambda: os.path.exists(path), what="the socket")
         with until(lambda: client_of(path), what="listening") as c:
             in_step(c.negotiate())
-        assert f"listening on unix:{path}\n" in log.read_text()
+        until(lambda: f"listening on unix:{path}\n" in log.read_text(), what="a line in the log")
     finally:
         proc.terminate()
         assert proc.wait(DEADLINE) == 0

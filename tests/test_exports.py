@@ -87,7 +87,7 @@ def test_information_is_that_of_the_export(several, images):
 @pytest.mark.parametrize("name", ["c", "A", "a ", "aa", "b", "b/", "b/c/", "/a", "*", "\u20ac",
                                   "x" * 4096], ids=lambda name: ascii(name)[1:9])
 def test_name_that_is_not_there_is_refused(several, name):
-    """The handshake goes on, but where the protocol has no way to say no."""
+    """The handshake goes on, but where the protocol has no way to say no.  The log tells of all."""
     c = several.hello()
     c.structured_reply()
     for option, data in ((NBD_OPT_INFO, info_data(name)), (NBD_OPT_GO, info_data(name)),
@@ -99,6 +99,8 @@ def test_name_that_is_not_there_is_refused(several, name):
     c = several.hello()
     c.option(NBD_OPT_EXPORT_NAME, octets(name))
     c.expect_closed()
+    line = re.compile(rf"127\.0\.0\.1:\d+: refused: there is no export '{re.escape(name[:900])}")
+    until(lambda: len(line.findall(several.log())) == 5, what="a line for each")
 
 
 def test_without_default_the_empty_name_is_refused(server, named):

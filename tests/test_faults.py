@@ -1152,6 +1152,7 @@ def test_log_that_cannot_be_written_costs_nothing(server, file_system, tmp_path)
     with until(connects) as c:
         assert c.pread(SIZE) == CONTENT
     assert (place / "log").stat().st_size == 0
+    s.settle()
 
 
 # Files that others make shorter

@@ -30,11 +30,11 @@ HERE = Path(__file__).absolute().parent
 SECONDS = int(os.environ.get("XNBD_FUZZ_SECONDS") or 5)
 # The files that a target is made of, besides its own; longest input.
 TARGETS = {
-    "server": (["proto.c", "proto_client.c"], 4096),
-    "origin": (["proto.c", "proto_client.c"], 4096),
-    "link": (["proto.c", "proto_client.c", "util.c"], 1024),
-    "ctl": (["util.c"], 1024),
-    "bitmap": (["util.c"], 1024),
+    "server": (["proto.c", "proto_client.c", "log.c", "util.c"], 4096),
+    "origin": (["proto.c", "proto_client.c", "log.c", "util.c"], 4096),
+    "link": (["proto.c", "proto_client.c", "log.c", "util.c"], 1024),
+    "ctl": (["log.c", "util.c"], 1024),
+    "bitmap": (["log.c", "util.c"], 1024),
 }
 FLAGS = ["-std=c11", "-D_FILE_OFFSET_BITS=64", "-pthread", "-O1", "-g", "-fno-omit-frame-pointer"]
 SANITIZERS = "address,undefined"

@@ -34,6 +34,7 @@ OPTIONS = {"target", "lport", "laddr", "unix", "unix-mode", "allow", "max-connec
            "connected-fd", "oldstyle", "readonly", "create", "threads", "daemonize", "pidfile",
            "logpath", "syslog", "user", "no-sandbox", "quiet", "verbose", "stats", "ctl", "help",
            "version"}
+hazard = pytest.mark.hazard
 ANY_PORT = ["--laddr", "127.0.0.1", "--lport", "0"]
 
 
@@ -185,6 +186,9 @@ def test_output_that_cannot_be_written_is_an_error(run_server, option, way):
 
 def test_control_characters_do_not_reach_the_log(run_server):
     refused(run_server("--target", *ANY_PORT, "\x1b[31m\n\x7f\x9b ä.img"), 1, "?[31m???? ä.img")
+    raw = os.fsdecode(b"\x9b31m \x80\x9f\xc3\xa4\xa4.img")        # no UTF-8
+    refused(run_server("--target", *ANY_PORT, raw, errors="surrogateescape"), 1,
+            os.fsdecode(b"?31m ??\xc3\xa4\xa4.img"))
 
 
 def test_missing_image_argument_is_named(run_server):
@@ -787,6 +791,253 @@ def test_syslog_gets_the_log_and_stderr_nothing(server, image, path, syslog):
     assert s.is_served()
     s.stop()
     assert s.log() == ""
+
+
+# A log that nobody reads
+
+class Unread:
+    """Where a log goes: a pipe, a terminal, a FIFO, syslog.  It holds little."""
+
+    def __init__(self, kind, directory, stack):
+        self.options, self.popen, self.ends = [], {}, ()
+        if kind == "syslog":
+            self.options = ["--syslog"]
+            syslog = Syslog(directory)
+            stack.callback(syslog.sock.close)
+            self.popen = {"preexec_fn": alone(syslog.enter)}
+            self.read = lambda: syslog.sock.recv(4096) + b"\n"
+            return
+        if kind == "fifo":
+            self.options = ["--logpath", directory / "log"]
+            os.mkfifo(directory / "log")
+            self.out = os.open(directory / "log", os.O_RDONLY | os.O_NONBLOCK)
+            os.set_blocking(self.out, True)
+        else:
+            self.out, self.into = os.openpty() if kind == "terminal" else os.pipe()
+            self.popen = {"stderr": self.into}
+            stack.callback(os.close, self.into)
+        if kind != "terminal":
+            fcntl.fcntl(self.out, 1031, 4096)       # F_SETPIPE_SZ
+        stack.callback(os.close, self.out)
+        self.read = lambda: os.read(self.out, 65536)
+
+
+@pytest.fixture(params=["pipe", "terminal", "fifo", "syslog"])
+def unread(request, tmp_path):
+    with contextlib.ExitStack() as stack:
+        yield Unread(request.param, tmp_path, stack)
+
+
+def ready(s, path):
+    """Waits until a server is there whose log cannot be read."""
+    s.address = str(path)
+
+    def connects():
+        with contextlib.suppress(OSError):
+            return s.raw()
+
+    until(connects).close()
+    return s
+
+
+LONG = 240      # lines of 1024 bytes: more than there is room for
+
+
+def fill(s):
+    """A client has that many such lines logged."""
+    c = s.hello()
+    for _ in range(LONG):
+        assert c.refused(NBD_OPT_INFO, info_data("x" * 4000)) == NBD_REP_ERR_UNKNOWN
+    return c
+
+
+@hazard("whoever should read the log does not")
+def test_log_that_nobody_reads_costs_lines_only(server, image, path, unread):
+    s = ready(server(args=["--target", "--unix", path, "--export", f"a={image}", *unread.options],
+                     wait=False, **unread.popen), path)
+    c = fill(s)
+    c.go("a")
+    in_step(c)
+    in_step(s.client(name="a"))
+    log = b""
+    while not (lost := re.search(rb"(\d+) lines of the log were lost\s", log)):
+        log += unread.read()
+    assert 0 < LONG - len(re.findall(rb": refused: .*x\s", log)) <= int(lost.group(1))
+    fill(s).close()
+    s.stop()
+
+
+@hazard("whoever should read the log does not: a start that fails")
+def test_start_that_fails_waits_for_no_reader(server, path):
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(into, b"x")
+    os.set_blocking(into, True)
+    s = server("nowhere.img", "--unix", path, wait=False, stderr=into)
+    s.expected_status = 1
+    s.wait()
+    os.close(into)
+    os.close(out)
+
+
+@hazard("whoever should read the log does not: a FIFO without a reader")
+def test_fifo_is_a_log_without_a_reader(server, image, path, tmp_path):
+    os.mkfifo(tmp_path / "log")
+    s = ready(server(image, "--unix", path, "--logpath", tmp_path / "log", wait=False), path)
+    s.proc.send_signal(signal.SIGHUP)
+    assert s.is_served()
+    with open(tmp_path / "log") as log:
+        lines = iter(log.readline, "")
+        assert any("listening on" in line for line in lines)
+        assert any("log file reopened" in line for line in lines)
+    assert s.is_served()
+
+
+# What is a log
+
+@hazard("an image is named as the log file")
+@pytest.mark.parametrize("content", [
+    pattern(0, 5000), bytes(4096), b"QFI\xfb\0\0\0\3", b"a name and zeros\0", b"text\n\x01"],
+    ids=["image", "zeros", "qcow2", "tar", "one byte"])
+def test_file_that_is_no_text_is_no_log(run_server, image, tmp_path, content):
+    log = tmp_path / "log"
+    log.write_bytes(content)
+    refused(run_server("--target", *ANY_PORT, "--logpath", log, image), 1, log, "text")
+    assert log.read_bytes() == content
+
+
+@hazard("an image is named as the log file: a block device")
+def test_block_device_is_no_log(run_server, image, block_device):
+    device, backing = block_device
+    refused(run_server("--target", *ANY_PORT, "--logpath", device, image), 1, device, "block device")
+    assert backing.read_bytes() == pattern(0, 4 * MIB)
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "text", "null", "terminal"])
+def test_log_may_be(server, image, tmp_path, path, kind):
+    log = tmp_path / "log"
+    ends = os.openpty() if kind == "terminal" else ()
+    if kind in ("empty", "text"):
+        log.write_text("\x1b[1mä\x1b[m\t\r\n" if kind == "text" else "")
+    name = {"null": "/dev/null", "terminal": ends and os.ttyname(ends[1])}.get(kind, log)
+    s = ready(server(image, "--unix", path, "--logpath", name, wait=False), path)
+    assert s.is_served()
+    if kind == "terminal":
+        assert b"listening on" in os.read(ends[0], 4096)
+    for fd in ends:
+        os.close(fd)
+
+
+def test_file_that_is_replaced_by_no_text_is_not_opened_again(server, image, tmp_path):
+    log = tmp_path / "log"
+    s = server(image, "--no-sandbox", "--logpath", log)
+    log.rename(tmp_path / "old")
+    log.write_bytes(bytes(100))
+    s.proc.send_signal(signal.SIGHUP)
+    until(lambda: "cannot reopen" in (tmp_path / "old").read_text(), what="the complaint")
+    assert log.read_bytes() == bytes(100) and s.is_served()
+
+
+# The journal
+
+def journal_of(path, inode=0):
+    st = path.stat()
+    return {**os.environ, "JOURNAL_STREAM": f"{st.st_dev}:{st.st_ino + inode}"}
+
+
+@pytest.mark.parametrize("is_journal", [True, False])
+def test_journal_is_told_levels(server, image, tmp_path, is_journal):
+    """If standard error is it, and not where it was redirected."""
+    stderr = tmp_path / "server0.log"
+    stderr.touch()
+    s = server(args=["--cow-target", "--verbose", *ANY_PORT, image],
+               env=journal_of(stderr, not is_journal))
+    s.proc.send_signal(signal.SIGUSR1)
+    until(lambda: "SIGUSR1 ignored" in s.log(), what="an error")
+    s.client().disc()
+    s.stop()
+    lines = s.log().splitlines()
+    if not is_journal:
+        assert all(line.startswith("xnbd-server: ") for line in lines)
+        return
+    assert all(re.match("<[367]>xnbd-server: ", line) for line in lines)
+    for line in ("<3>xnbd-server: SIGUSR1", "<6>.* connected", "<7>.* flags"):
+        assert re.search(line, s.log())
+
+
+def test_journal_is_told_the_level_of_a_refusal(server, tmp_path):
+    stderr = tmp_path / "server0.log"
+    stderr.touch()
+    s = server(args=["--bogus"], wait=False, env=journal_of(stderr))
+    s.expected_status = 2
+    s.wait()
+    assert s.log().startswith("<3>xnbd-server: ")
+
+
+# Many clients
+
+def leaves_at_once(s):
+    s.raw().close()
+
+
+def is_refused(s):
+    with s.raw() as c:
+        c.expect_closed()
+
+
+def is_served_and_leaves(s):
+    s.client().disc()
+
+
+def asks_for_another_export(s):
+    with s.hello() as c:
+        c.option(NBD_OPT_EXPORT_NAME, b"nowhere")
+        c.expect_closed()
+
+
+@hazard("a client floods the log: by connections")
+@pytest.mark.parametrize("come, errors, events, options", [
+    (leaves_at_once, 0, 1, []), (is_refused, 1, 0, ["--allow", "127.0.0.2"]),
+    (is_served_and_leaves, 0, 2, []), (asks_for_another_export, 1, 1, ["--export", "a={}"])],
+    ids=lambda value: getattr(value, "__name__", ""))
+def test_flood_of_clients_is_counted_not_told(server, image, come, errors, events, options):
+    """The first 500 lines, of errors and of events, are there, and the number of the others."""
+    options = [word.format(image) for word in options]
+    s = server(args=["--target", *ANY_PORT, *options, *[image] * ("--export" not in options)])
+    until(lambda: re.search(r"disconnected|refused", s.log()), what="the end of who looked")
+    begun, count = time.monotonic(), 600
+    for _ in range(count):
+        come(s)
+
+    def told():
+        found = len(re.findall(r"127\.0\.0\.1:\d+: ", s.log()))
+        others = re.findall(r"(\d+) more lines about clients were left out\n", s.log())
+        return found, sum(map(int, others))
+
+    until(lambda: sum(told()) == 1 + (errors + events) * count, what="a line about all of them")
+    kinds = (errors > 0) + (events > 0)
+    assert 500 * kinds <= told()[0] <= (500 + 5 * (time.monotonic() - begun)) * kinds + 1
+
+
+def test_what_was_left_out_is_told_at_the_end(server, image):
+    s = server(image)
+    for _ in range(600):
+        leaves_at_once(s)
+    s.stop()
+    assert re.search(r"\d+ more lines about clients were left out\n", s.log())
+
+
+def test_threads_take_no_signals(server, image):
+    s = server(image)
+    in_step(s.client())
+    masks = {}
+    for task in Path(f"/proc/{s.proc.pid}/task").iterdir():
+        mask = int(re.search(r"SigBlk:\s+(\w+)", (task / "status").read_text()).group(1), 16)
+        masks[int(task.name)] = {n for n in range(1, 32) if not mask >> n - 1 & 1}
+    assert len(masks) > 2 and masks.pop(s.proc.pid)
+    assert all(taken == {signal.SIGKILL, signal.SIGSTOP} for taken in masks.values())
 
 
 # One client: --inetd, --connected-fd

@@ -1,0 +1,441 @@
+/*
+ * log.c - see log.h.
+ *
+ * There are two buffers.  Lines are added to one while the thread writes those of the other, which
+ * may take for ever: a pipe may be full, a terminal stopped, a disk gone.
+ */
+#define _GNU_SOURCE
+#include "log.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+	LINE_BYTES = 1024,
+	ROOM = 64 * 1024,		/* of each buffer */
+	FLUSH_MS = 200,
+	PEER_MS = 200,			/* a line of each level about clients in that time, ... */
+	PEER_BURST = 500,		/* ... but so many at once, if there were none before */
+	LEFT_OUT_MS = 2000,		/* until the log tells how many others there were */
+	LOG_STACK = 64 * 1024,
+};
+
+/* Set before threads start; the descriptors are then the thread's. */
+static enum log_to log_to = LOG_TO_STDERR;
+static enum log_level log_most = LOG_EVENT;
+static const char *log_program = "xnbd";
+static const char *log_path;
+static bool has_levels;			/* stderr is the journal's: lines begin with their level */
+static int log_fd = -1;			/* the file, or a socket for syslog */
+static int client_fd = STDIN_FILENO;
+
+/* Lines to be written: a byte that says where to (enum log_to), the text, a newline. */
+static char buffer[2][ROOM];
+
+static struct {
+	pthread_mutex_t lock;		/* guards all below; a leaf */
+	pthread_cond_t changed;
+	bool open;			/* lines are kept; before, each is written at once */
+	bool started;			/* the thread; the main thread's */
+	atomic_bool pending;		/* there are lines that are not written yet */
+	bool reopen;			/* it is to open the file again */
+	unsigned which;			/* the buffer that lines are added to, ... */
+	size_t len;			/* ... what it holds, ... */
+	unsigned long lost;		/* ... and how many lines found no room after that */
+	uint64_t used[LOG_DETAIL + 1];	/* by lines of a level about clients: until now_ms() is that */
+	unsigned long left_out;		/* of these lines; to be told when ... */
+	uint64_t due;			/* ... now_ms() is that */
+} queue = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+void log_name(const char *program)
+{
+	const char *journal = getenv("JOURNAL_STREAM");
+	char name[64];
+	struct stat st;
+
+	log_program = program;
+	if (!journal || fstat(STDERR_FILENO, &st) < 0)
+		return;
+	snprintf(name, sizeof(name), "%llu:%llu", (unsigned long long)st.st_dev,
+		 (unsigned long long)st.st_ino);
+	has_levels = strcmp(journal, name) == 0;
+}
+
+void log_keep_off(int fd)
+{
+	client_fd = fd;
+}
+
+bool log_would_disturb(void)
+{
+	return is_same_socket(client_fd, STDERR_FILENO);
+}
+
+void log_limit(enum log_level most)
+{
+	log_most = most;
+}
+
+bool log_shows(enum log_level level)
+{
+	return level <= log_most;
+}
+
+/* Lines */
+
+/* The time is UTC, so that the logs of two hosts that a disk moves between agree. */
+static int put_prefix(char *p, size_t room, enum log_to to, enum log_level level)
+{
+	/* RFC 3164, "PRI Part": error, informational, debug */
+	static const unsigned char severity[] = { [LOG_ERROR] = 3, [LOG_ASKED] = 6,
+						  [LOG_EVENT] = 6, [LOG_DETAIL] = 7 };
+	enum { DAEMON = 3 << 3 };
+	time_t now = time(NULL);
+	struct tm tm;
+
+	switch (to) {
+	case LOG_TO_FILE:
+		gmtime_r(&now, &tm);
+		return snprintf(p, room, "%04d-%02d-%02dT%02d:%02d:%02dZ: ", tm.tm_year + 1900,
+				tm.tm_mon + 1, tm.tm_mday, tm.tm_hour, tm.tm_min, tm.tm_sec);
+	case LOG_TO_SYSLOG:	/* whose daemon adds the time */
+		return snprintf(p, room, "<%d>%s[%d]: ", DAEMON | severity[level], log_program,
+				(int)getpid());
+	default:
+		return has_levels ? snprintf(p, room, "<%d>%s: ", severity[level], log_program) :
+				    snprintf(p, room, "%s: ", log_program);
+	}
+}
+
+/* Make a line of at most LINE_BYTES, as they are in a buffer; returns how long it is. */
+static size_t make_line(char *line, enum log_to to, enum log_level level, const char *fmt,
+			va_list ap)
+{
+	size_t room = LINE_BYTES - 1, len;
+	int n;
+
+	line[0] = (char)to;
+	len = 1 + (size_t)put_prefix(line + 1, room - 1, to, level);
+	n = vsnprintf(line + len, room - len, fmt, ap);
+	if (n > 0)
+		len += (size_t)n < room - len ? (size_t)n : room - len - 1;
+	mask_control_characters(line + 1, len - 1);
+	line[len++] = '\n';
+	return len;
+}
+
+static bool write_all(int fd, const char *p, size_t len)
+{
+	struct pollfd pfd = { .fd = fd, .events = POLLOUT };
+
+	while (len > 0) {
+		ssize_t n = write(fd, p, len);
+
+		if (n > 0) {
+			p += n;
+			len -= (size_t)n;
+		} else if (n < 0 && errno == EAGAIN) {
+			poll(&pfd, 1, -1);
+		} else if (n == 0 || errno != EINTR) {
+			return false;
+		}
+	}
+	return true;
+}
+
+/* By one call, so that it stays whole among the lines of others. */
+static bool write_line(const char *line, size_t len)
+{
+	struct sockaddr_un daemon = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
+
+	if (line[0] == LOG_TO_SYSLOG)
+		return sendto(log_fd, line + 1, len - 2, MSG_NOSIGNAL, (struct sockaddr *)&daemon,
+			      sizeof(daemon)) >= 0;
+	return write_all(line[0] == LOG_TO_FILE ? log_fd : STDERR_FILENO, line + 1, len - 1);
+}
+
+/* A line of the thread's own. */
+static bool say(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
+
+static bool say(enum log_level level, const char *fmt, ...)
+{
+	char line[LINE_BYTES];
+	va_list ap;
+	size_t len;
+
+	if (!log_shows(level))
+		return true;
+	va_start(ap, fmt);
+	len = make_line(line, log_to, level, fmt, ap);
+	va_end(ap);
+	return write_line(line, len);
+}
+
+/* Called with the lock. */
+static void add_line(const char *line, size_t len)
+{
+	if (queue.lost || queue.len + len > ROOM) {
+		queue.lost++;
+	} else {
+		memcpy(buffer[queue.which] + queue.len, line, len);
+		queue.len += len;
+	}
+	atomic_store(&queue.pending, true);
+	pthread_cond_broadcast(&queue.changed);
+}
+
+static void put_line(enum log_to to, enum log_level level, const char *fmt, va_list ap)
+{
+	char line[LINE_BYTES];
+	size_t len = make_line(line, to, level, fmt, ap);
+
+	pthread_mutex_lock(&queue.lock);
+	if (queue.open)
+		add_line(line, len);
+	else
+		write_line(line, len);
+	pthread_mutex_unlock(&queue.lock);
+}
+
+void log_at(enum log_level level, const char *fmt, ...)
+{
+	va_list ap;
+
+	if (!log_shows(level))
+		return;
+	va_start(ap, fmt);
+	put_line(log_to, level, fmt, ap);
+	va_end(ap);
+}
+
+void log_failure(const char *fmt, ...)
+{
+	bool silent = log_would_disturb();
+	va_list ap;
+
+	if (silent && log_to == LOG_TO_STDERR)
+		log_open(LOG_TO_SYSLOG, NULL);
+	if (!silent) {
+		va_start(ap, fmt);
+		put_line(LOG_TO_STDERR, LOG_ERROR, fmt, ap);
+		va_end(ap);
+	}
+	if (log_to != LOG_TO_STDERR) {
+		va_start(ap, fmt);
+		put_line(log_to, LOG_ERROR, fmt, ap);
+		va_end(ap);
+	}
+}
+
+/* Lines about clients */
+
+/* Whether there may be one more.  If not, it is counted. */
+static bool take_place(enum log_level level)
+{
+	uint64_t now = now_ms(), *used = &queue.used[level];
+	bool may;
+
+	pthread_mutex_lock(&queue.lock);
+	if (*used < now)
+		*used = now;
+	may = *used < now + PEER_BURST * PEER_MS;
+	if (may) {
+		*used += PEER_MS;
+	} else if (queue.left_out++ == 0) {
+		queue.due = now + LEFT_OUT_MS;
+		pthread_cond_broadcast(&queue.changed);
+	}
+	pthread_mutex_unlock(&queue.lock);
+	return may;
+}
+
+void log_peer(enum log_level level, const char *fmt, ...)
+{
+	va_list ap;
+
+	if (!log_shows(level) || !take_place(level))
+		return;
+	va_start(ap, fmt);
+	put_line(log_to, level, fmt, ap);
+	va_end(ap);
+}
+
+/* Files */
+
+/* Whether a file may be a log: no control characters are at its beginning but those of texts. */
+static bool is_text(int fd)
+{
+	static const char of_texts[] = { '\t', '\n', '\f', '\r', '\033' };
+	char head[512];
+	ssize_t n = pread(fd, head, sizeof(head), 0);
+
+	for (ssize_t i = 0; i < n; i++)
+		if ((unsigned char)head[i] < ' ' && !memchr(of_texts, head[i], sizeof(of_texts)))
+			return false;
+	return true;
+}
+
+/* Open a log, and wait for nobody.  NULL and *fd, or why not. */
+static const char *open_file(const char *path, int *fd)
+{
+	const int flags = O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
+	struct stat st;
+
+	if (stat(path, &st) == 0 && S_ISBLK(st.st_mode))
+		return "it is a block device";
+	*fd = open(path, O_RDWR | flags, 0640);		/* a FIFO needs no reader then */
+	if (*fd < 0 && errno == EACCES)
+		*fd = open(path, O_WRONLY | flags, 0640);
+	if (*fd < 0)
+		return strerror(errno);
+	if (is_text(*fd))
+		return NULL;
+	close(*fd);
+	return "what is in it is no text";
+}
+
+static void reopen_file(void)
+{
+	int fd;
+	const char *error = open_file(log_path, &fd);
+
+	if (error) {
+		say(LOG_ERROR, "cannot reopen log file %s: %s", log_path, error);
+		return;
+	}
+	close(log_fd);
+	log_fd = fd;
+	say(LOG_EVENT, "log file reopened");
+}
+
+void log_reopen(void)
+{
+	pthread_mutex_lock(&queue.lock);
+	queue.reopen = log_to == LOG_TO_FILE;
+	pthread_cond_broadcast(&queue.changed);
+	pthread_mutex_unlock(&queue.lock);
+}
+
+/* The thread */
+
+/* Whether there is something to write.  Called with the lock. */
+static bool has_lines(void)
+{
+	return queue.len || queue.lost || queue.reopen ||
+	       (queue.left_out && queue.due <= now_ms());
+}
+
+/* Write what there is.  Called with the lock, which is let go meanwhile. */
+static void write_lines(void)
+{
+	static unsigned long lost;	/* that the log has not been told of */
+	const char *p = buffer[queue.which], *end = p + queue.len;
+	unsigned long no_room = queue.lost, left_out = 0;
+	bool reopen = queue.reopen;
+
+	if (queue.due <= now_ms()) {
+		left_out = queue.left_out;
+		queue.left_out = 0;
+	}
+	queue.which ^= 1;
+	queue.len = queue.lost = 0;
+	queue.reopen = false;
+	pthread_mutex_unlock(&queue.lock);
+	for (const char *next; p < end; p = next) {
+		next = (const char *)memchr(p + 1, '\n', (size_t)(end - p)) + 1;
+		lost += !write_line(p, (size_t)(next - p));
+	}
+	lost += no_room;
+	if (lost && say(LOG_ERROR, "%lu lines of the log were lost", lost))
+		lost = 0;
+	if (left_out)
+		say(LOG_ERROR, "%lu more lines about clients were left out", left_out);
+	if (reopen)
+		reopen_file();
+	pthread_mutex_lock(&queue.lock);
+}
+
+static void *log_main(void *unused)
+{
+	(void)unused;
+	pthread_mutex_lock(&queue.lock);
+	for (;;) {
+		while (!has_lines()) {
+			atomic_store(&queue.pending, false);
+			cond_wait_until(&queue.changed, &queue.lock,
+					queue.left_out ? queue.due : UINT64_MAX);
+		}
+		write_lines();
+	}
+	return NULL;
+}
+
+/* 0 or an errno */
+static int start_thread(void)
+{
+	pthread_t thread;
+	int err = thread_start(&thread, LOG_STACK, log_main, NULL);
+
+	queue.started = err == 0;
+	if (!err)
+		pthread_detach(thread);
+	return err;
+}
+
+bool log_start(void)
+{
+	int err = start_thread();
+
+	if (err)
+		log_failure("cannot start a thread: %s", strerror(err));
+	return err == 0;
+}
+
+void log_flush(void)
+{
+	uint64_t until = now_ms() + FLUSH_MS;
+
+	while (atomic_load(&queue.pending) && now_ms() < until)
+		poll(NULL, 0, 1);
+}
+
+/* The end of the program, which may come before the thread. */
+static void end(void)
+{
+	pthread_mutex_lock(&queue.lock);
+	queue.due = 0;
+	atomic_store(&queue.pending, true);
+	pthread_cond_broadcast(&queue.changed);
+	if (!queue.started && start_thread() != 0) {
+		write_lines();
+		atomic_store(&queue.pending, false);
+	}
+	pthread_mutex_unlock(&queue.lock);
+	log_flush();
+}
+
+const char *log_open(enum log_to to, const char *path)
+{
+	const char *error = to == LOG_TO_FILE ? open_file(path, &log_fd) : NULL;
+
+	if (!queue.open) {
+		cond_init(&queue.changed);
+		queue.open = true;
+		atexit(end);
+	}
+	if (error)
+		return error;
+	if (to == LOG_TO_SYSLOG)
+		log_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	log_path = path;
+	log_to = to;
+	return NULL;
+}

@@ -1,0 +1,68 @@
+/*
+ * log.h - the log: lines on stderr, in a file or FIFO, or to syslog.
+ *
+ * Nobody waits for who takes the lines.  From log_open() on they are kept in memory, and a thread
+ * writes them, in their order.  Lines that find no room there are lost, and the log counts them.
+ */
+#ifndef XNBD_LOG_H
+#define XNBD_LOG_H
+
+#include "util.h"
+
+enum log_to { LOG_TO_STDERR, LOG_TO_FILE, LOG_TO_SYSLOG };
+
+/* What a line is about. */
+enum log_level {
+	LOG_ERROR,	/* something did not work */
+	LOG_ASKED,	/* what somebody has asked for */
+	LOG_EVENT,	/* something happened */
+	LOG_DETAIL,
+};
+
+/* The name before each line on stderr and in syslog: static storage. */
+void log_name(const char *program);
+
+/* Never write to this socket, the client's: standard input is it if this is not called. */
+void log_keep_off(int fd);
+
+/* Whether stderr is that socket, as it is under inetd. */
+bool log_would_disturb(void);
+
+/* Leave out lines above that level; LOG_EVENT is the default.  Call before threads start. */
+void log_limit(enum log_level most);
+bool log_shows(enum log_level level);
+
+/*
+ * Choose where the log goes, after the last fork(); path, for LOG_TO_FILE, must outlive the log.
+ * NULL, or why not, and then the log is where it was.
+ */
+const char *log_open(enum log_to to, const char *path);
+
+/* Start the thread.  False after saying why not. */
+bool log_start(void);
+
+/* Have the thread open the log file again under its name, for log rotation. */
+void log_reopen(void);
+
+/*
+ * Wait until all lines are written, but 0.2 s at most.  exit() does; call it before _exit(), also
+ * from signal handlers.
+ */
+void log_flush(void);
+
+/* One line, whole.  Control characters in it become question marks. */
+void log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
+
+#define log_line(...) log_at(LOG_EVENT, __VA_ARGS__)
+#define log_error(...) log_at(LOG_ERROR, __VA_ARGS__)
+
+/* A line that a client causes.  If there are too many of them, some are counted instead. */
+void log_peer(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
+
+/*
+ * One line about a failed start: always to stderr, and to the log as well where that is another
+ * place.  Where stderr is the client's socket it goes to syslog instead.
+ */
+void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+#endif
