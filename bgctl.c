@@ -278,15 +278,6 @@ static bool is_client(const struct field *f)
 	return strcmp(f->name, "client") == 0;
 }
 
-/* The client of that address; NULL if there is none. */
-static const struct field *find_client(const struct fields *f, const char *address)
-{
-	for (size_t i = 0; i < f->count; i++)
-		if (is_client(&f->all[i]) && strcmp(f->all[i].key, address) == 0)
-			return &f->all[i];
-	return NULL;
-}
-
 static uint64_t number_of(const struct fields *f, const char *name)
 {
 	const char *value = find(f, name);
@@ -651,8 +642,11 @@ static void show_total(const struct fields *now, const struct fields *before, ui
 
 static void show_client(const struct field *f, const struct fields *before, uint64_t ms)
 {
-	const struct field *old = find_client(before, f->key);
+	const struct field *old = NULL;
 
+	for (size_t i = 0; i < before->count && !old; i++)
+		if (is_client(&before->all[i]) && strcmp(before->all[i].key, f->key) == 0)
+			old = &before->all[i];
 	if (!old || strcmp(old->value, f->value) != 0 || number_of(&f->pairs, "in-flight") > 0)
 		show_rates(&f->pairs, old ? &old->pairs : &(struct fields){ 0 }, ms, NULL,
 			   f->key);

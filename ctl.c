@@ -247,21 +247,19 @@ static void run_reconnect(struct client *cl, char *arguments)
 {
 	const char *host = take_word(&arguments), *port = take_word(&arguments), *error;
 
-	if (!host || !*host || !port || !*port) {
-		answer(cl, "reconnect needs HOST PORT, or unix:PATH -");
+	if (!host || !*host || !port || !*port)
+		error = "reconnect needs HOST PORT, or unix:PATH -";
+	else if (ctl.reconnecting)
+		error = "a reconnect is under way already";
+	else
+		error = ctl.ops->reconnect(host, strncmp(host, "unix:", 5) == 0 ? NULL : port,
+					   arguments);
+	if (error) {
+		answer(cl, error);
 		return;
 	}
-	if (ctl.reconnecting) {
-		answer(cl, "a reconnect is under way already");
-		return;
-	}
-	if (strncmp(host, "unix:", strlen("unix:")) == 0)
-		port = NULL;
 	cl->state = STATE_RECONNECTING;
 	ctl.reconnecting = true;
-	error = ctl.ops->reconnect(host, port, arguments);
-	if (error)
-		ctl_reconnected(error);
 }
 
 static void run_help(struct client *cl, char *arguments);

@@ -56,32 +56,21 @@ void stats_end_turn(struct stats *s)
 
 /* Sums */
 
-static void tally_add(struct tally *sum, const struct tally *t)
+/* Add it so many times: UINT64_MAX, which is -1, takes it away. */
+static void tally_add(struct tally *sum, const struct tally *t, uint64_t times)
 {
 	for (unsigned i = 0; i < STATS_COUNTS; i++)
-		sum->count[i] += t->count[i];
+		sum->count[i] += times * t->count[i];
 	for (unsigned i = 0; i < STATS_DELAYS; i++)
-		sum->delay[i] += t->delay[i];
+		sum->delay[i] += times * t->delay[i];
 	if (t->longest > sum->longest)
 		sum->longest = t->longest;
 }
 
-/* What was done since before, of which the longest time is that. */
-static struct tally tally_since(const struct tally *now, const struct tally *before, uint64_t longest)
-{
-	struct tally t = { .longest = longest };
-
-	for (unsigned i = 0; i < STATS_COUNTS; i++)
-		t.count[i] = now->count[i] - before->count[i];
-	for (unsigned i = 0; i < STATS_DELAYS; i++)
-		t.delay[i] = now->delay[i] - before->delay[i];
-	return t;
-}
-
 void stats_leave(struct stats *gone, const struct stats *s)
 {
-	tally_add(&gone->all, &s->all);
-	tally_add(&gone->before, &s->before);
+	tally_add(&gone->all, &s->all, 1);
+	tally_add(&gone->before, &s->before, 1);
 	if (s->longest > gone->longest)
 		gone->longest = s->longest;
 }
@@ -266,10 +255,12 @@ static void log_client(const char *peer, const struct tally *t)
 
 static void end_interval(const char *peer, struct stats *s)
 {
-	struct tally t = tally_since(&s->all, &s->before, s->longest);
+	struct tally t = s->all;
 
+	tally_add(&t, &s->before, UINT64_MAX);
+	t.longest = s->longest;
 	pthread_mutex_lock(&survey.lock);
-	tally_add(&survey.recent, &t);
+	tally_add(&survey.recent, &t, 1);
 	pthread_mutex_unlock(&survey.lock);
 	log_client(peer, &t);
 	s->before = s->all;
@@ -303,7 +294,7 @@ void stats_expect(void)
 void stats_tell(const char *peer, struct stats *s, unsigned in_flight)
 {
 	pthread_mutex_lock(&survey.lock);
-	tally_add(&survey.found.total, &s->all);
+	tally_add(&survey.found.total, &s->all, 1);
 	if (peer)
 		add_client(&survey.found, peer, s, in_flight);
 	pthread_mutex_unlock(&survey.lock);
