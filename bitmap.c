@@ -505,7 +505,7 @@ static bool may_clear(const struct bitmap *b)
 	return fstat(b->fd, &st) == 0 &&
 	       (st.st_size == 0 ||
 		(read_at(b->fd, found, sizeof(found), 0) == 0 &&
-		 memcmp(found, magic, sizeof(magic)) == 0 && get_le(found + 12, 4) == BITMAP_CACHE));
+		 memcmp(found, magic, sizeof(magic)) == 0 && get_le(found + 12, 4) == b->id.kind));
 }
 
 static bool refuse(const struct bitmap *b, const char *why)

@@ -236,11 +236,11 @@ static bool is_good(const struct scene *s)
 	       is_sealed(p);
 }
 
-/* Something that is no bitmap, and larger than one, is left alone even so. */
+/* Something that is no bitmap, or one of another kind, is left alone even so. */
 static bool is_clearable(const struct scene *s)
 {
-	return s->len <= 4096 + 2 * s->map_bytes ||
-	       (s->len >= 8 && memcmp(s->file, "xnbdbmap", 8) == 0);
+	return s->len == 0 || (s->len >= 16 && memcmp(s->file, "xnbdbmap", 8) == 0 &&
+			       get_le(s->file + 12, 4) == s->id.kind);
 }
 
 /* What a bitmap must say, and what it must say after a power cut. */
