@@ -35,7 +35,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CRASH, Server, SharedPage, build_library, is_portable, make_disk, need_holes, skip
+from conftest import (CRASH, Server, SharedPage, build_library, is_portable, make_disk, need_copies,
+                      need_holes, skip)
 from nbd import *
 from origin import Origin
 from test_cow import Map, spoil_uncommitted
@@ -1004,6 +1005,7 @@ def test_full_disk_does_not_keep_the_server_from_ending(running):
 @pytest.mark.parametrize("running", ["target"], indirect=True)
 def test_old_block_that_cannot_be_kept_fails_the_snapshot_and_not_the_write(running, call, kind):
     """The snapshot's own thread is held up meanwhile, at the first half of the disk."""
+    need_copies(running.directory)
     running.control.arm("pwrite", HOLD)
     running.server.proc.send_signal(signal.SIGUSR1)
     until(lambda: running.control.injected == 1, what="a snapshot that waits")

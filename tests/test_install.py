@@ -195,7 +195,7 @@ def shell_alone(tmp_path):
 def test_smoke_passes_with_a_shell_alone_and_leaves_nothing(shell_alone):
     make("smoke")
     done = smoke(Path(SERVER).parent, env=shell_alone)
-    assert done.returncode == 0 and done.stdout.endswith("smoke: passed\n"), done
+    assert done.returncode == 0 and done.stdout.endswith("smoke: passed\n"), done.stdout
     assert os.listdir(shell_alone["TMPDIR"]) == []
 
 
@@ -210,7 +210,7 @@ exec "$@"
 ''')
     runner.chmod(0o755)
     done = smoke(Path(SERVER).parent, env={**shell_alone, "RUN": str(runner)})
-    assert done.returncode and "smoke: failed" in done.stdout, done
+    assert done.returncode and "smoke: failed" in done.stdout, done.stdout
     assert os.listdir(shell_alone["TMPDIR"]) == []
 
 

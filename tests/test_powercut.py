@@ -41,7 +41,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CRASH, SERVER, build_library, is_portable, make_disk, need_punch, preload, skip
+from conftest import (CRASH, SERVER, build_library, is_portable, make_disk, need_copies, need_punch,
+                      preload, skip)
 from nbd import *
 from test_cow import fnv1a
 from test_model import random_seed
@@ -1574,6 +1575,8 @@ def target(request, server, recorder, tmp_path):
         if is_portable():
             pytest.skip("this build clones nothing (XNBD_PORTABLE)")
         place = request.getfixturevalue("file_system")("xfs", 320 << 20)
+    else:
+        need_copies(place)
     return target_rig(server, recorder, place, request.param == "cloned")
 
 
@@ -1652,6 +1655,7 @@ def end_held_up(r, how, rng):
 @pytest.mark.parametrize("how", ["stop", "kill", "cut_power"])
 def test_end_in_the_middle_of_a_copy_leaves_no_snapshot(server, recorder, tmp_path, how):
     """Neither whole nor by half."""
+    need_copies(tmp_path)
     r, rng = target_rig(server, recorder, tmp_path.resolve()), random.Random(random_seed())
     clients = load(r.start(), rng, 5)
     begin_snapshot(r)

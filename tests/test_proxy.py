@@ -2328,7 +2328,7 @@ class Spawn:
         self.directory, self.running = directory, []
 
     def start(self, name, package, *arguments):
-        path = self.directory / f"{name}.sock"
+        path = self.directory / f"{name[:4]}.sock"         # names of sockets have 107 bytes at most
         command = [need(name, package), *[str(a).format(socket=path) for a in arguments]]
         with open(self.directory / f"{name}.log", "ab") as log:
             proc = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

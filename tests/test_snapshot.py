@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import (SANITIZED, is_portable, loop_device, make_disk, need, need_holes, need_punch,
-                      skip)
+from conftest import (SANITIZED, is_portable, loop_device, make_disk, need, need_copies, need_holes,
+                      need_punch, skip)
 from nbd import *
 from test_model import Session, extents, turn
 
@@ -559,6 +559,7 @@ def check_middle(image, server, snapshots):
 
 def begun(image, server):
     """A server in the middle of a snapshot, and paused; its client; its snapshots."""
+    need_copies(image.parent)
     s = server(image)
     c, snapshots = s.client(), Snapshots(s)
     snapshots.signal()
