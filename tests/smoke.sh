@@ -47,15 +47,19 @@ await() {
 	done
 }
 
-# serve NAME OPTIONS...: a server on the Unix socket NAME.
+# serve NAME OPTIONS...: a server on the Unix socket NAME, and on a TCP port.
 serve() {
 	name=$1
 	shift
 	rm -f "$name.log"
-	${RUN:-} "$build/xnbd-server" --unix "$name" "$@" 2>"$name.log" &
+	${RUN:-} "$build/xnbd-server" --unix "$name" --laddr 127.0.0.1 --lport 0 "$@" 2>"$name.log" &
 	servers="$servers$! "
 	eval "pid_$name=$!"
-	await grep -qs "listening on unix:$name" "$name.log"
+	await grep -qs "listening on 127.0.0.1:" "$name.log"
+}
+
+port() {
+	sed -n 's/.*listening on 127.0.0.1:\([0-9]*\)$/\1/p' "$1.log"
 }
 
 # end NAME SIGNAL STATUS
@@ -82,7 +86,7 @@ control() {
 # copy NAME FILE: what that server exports, by a proxy that becomes a target.
 copy() {
 	rm -f "$2" copied.*
-	serve copy --proxy "unix:$1" "$2" copied.map copied.ctl
+	serve copy --proxy 127.0.0.1 "$(port "$1")" "$2" copied.map copied.ctl
 	control copied --cache-all
 	control copied --switch
 	stop copy
@@ -146,12 +150,11 @@ cmp written copied
 stop cow
 
 step 'a read-only target refuses writes'
-serve origin --target --readonly --laddr 127.0.0.1 --lport 0 before
+serve origin --target --readonly before
 fails load --read-percent 0 unix:origin
 
-step 'a proxy caches by TCP, keeps what it has after kill -9, and becomes a target'
-port=$(sed -n 's/.*listening on 127.0.0.1:\([0-9]*\)$/\1/p' origin.log)
-set -- --proxy 127.0.0.1 "$port" cache map proxy.ctl
+step 'a proxy caches, keeps what it has after kill -9, and becomes a target'
+set -- --proxy 127.0.0.1 "$(port origin)" cache map proxy.ctl
 serve proxy "$@"
 load --verify --read-percent 50 unix:proxy
 copy proxy written
