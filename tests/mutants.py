@@ -457,8 +457,8 @@ mutant("a worker is there before", "rights that one thread keeps",
        "worker.c", "!pool.begun || pool.stop ? 0", "pool.stop ? 0",
        tests="test_confine.py::test_files_of_a_killed_server_do_not_start_a_thread_too_early")
 mutant("the origin's thread is there before", "rights that one thread keeps",
-       "xnbd.c", "!give_up_rights(s) || !start_threads(s) || !exports_start())",
-       "!start_threads(s) || !exports_start() || !give_up_rights(s))",
+       "xnbd.c", "!give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start())",
+       "!log_start() || !start_threads(s) || !exports_start() || !give_up_rights(s))",
        tests="test_confine.py::test_proxy_can_look_up_names_and_connect "
              "test_confine.py::test_all_threads_of_a_proxy_are_the_user")
 mutant("only the effective user changes", "root comes back",

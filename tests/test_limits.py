@@ -167,8 +167,8 @@ def limited(server, place):
 @needs_exact_counts
 @hazard("no threads")
 def test_server_without_threads_does_not_start(limited):
-    """One for clients and one for the disk are the least, beside the first."""
-    for count in (1, 2):
+    """One for the log, one for clients and one for the disk are the least, beside the first."""
+    for count in (1, 2, 3):
         assert not is_started(limited(count))
 
 
@@ -176,7 +176,7 @@ def test_server_without_threads_does_not_start(limited):
 @needs_exact_counts
 @hazard("no threads: a line for each request")
 def test_threads_that_cannot_be_made_are_logged_once(limited):
-    s = limited(3)
+    s = limited(4)
     assert is_started(s)
     s.address = s.addresses[0]
     clients = [s.client() for _ in range(4)]
