@@ -277,6 +277,7 @@ def test_one_connection_of_a_host_too_many_is_closed(server, image, tmp_path):
     """Of that host: others are not its business, nor are clients of a Unix socket."""
     s = server(args=["--target", "--max-per-host", "2", "--unix", tmp_path / "sock", "--laddr",
                      "127.0.0.1", "--lport", "0", image])
+    until(lambda: "disconnected" in s.log(), what="the end of who looked whether it is ready")
     here = [from_address(s, "127.0.0.1", next(a for a in s.addresses if isinstance(a, tuple)))
             for _ in range(2)]
     for c in here:
