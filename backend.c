@@ -238,6 +238,8 @@ static int go_on_with_change(struct request *r, enum how how)
 		ret = request_is_abandoned(r) ? -ECANCELED : apply(r, &s, how);
 		hint = r->h.cmd == NBD_CMD_TRIM && ret == -EOPNOTSUPP;
 		order_end(&r->change, ret == 0 || hint, ret == 0);
+		if (ret == 0)	/* what has begun cannot be refused any more, fast or not */
+			r->h.flags &= (uint16_t)~NBD_CMD_FLAG_FAST_ZERO;
 		if (hint)
 			ret = 0;
 		if (ret != 0)

@@ -1342,6 +1342,9 @@ mutant("pieces are read for a client whatever others have", "16 MiB of memory, a
 
 # Clients that vanish, changes that overlap
 
+mutant("FAST_ZERO is refused in its middle", "FAST_ZERO fails when a part has been zeroed",
+       "backend.c", "r->h.flags &= (uint16_t)~NBD_CMD_FLAG_FAST_ZERO;", ";",
+       tests="test_order.py::test_fast_zero_that_newer_writes_cut_is_all_or_nothing")
 mutant("a change takes nothing from older ones",
        "a write of a client that is gone lands over a newer one",
        "order.c", "\t\ttake(i, len, off);\n", "\t\t(void)len, (void)off;\n",

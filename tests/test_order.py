@@ -19,6 +19,7 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -304,6 +305,33 @@ def test_newer_change_outlives_one_that_the_disk_held_up_on_a_worker(serve, mode
         assert not check_newer_change_wins(s, change, newer[:1 + i % 2], how,
                                            first=i < 2)
     assert s.is_served()
+
+
+@hazard("FAST_ZERO fails when a part has been zeroed")
+@pytest.mark.parametrize("mode", MODES)
+def test_fast_zero_that_newer_writes_cut_is_all_or_nothing(serve, mode):
+    """On a file system in memory, which cannot keep blocks that it zeroes: a part of a block it can
+    write, a whole one it refuses to clear fast."""
+    if not os.access("/dev/shm", os.W_OK):
+        skip("needs /dev/shm")
+    flags, at = NO_HOLE | NBD_CMD_FLAG_FAST_ZERO, MIB
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        s = serve(mode, "--threads", 4, place=Path(place))
+        with s.client() as a, s.client() as b:
+            a.pwrite(b"o" * 4 * BLOCK, at)
+            s.slow.hold(at, BLOCK)
+            held, = pipeline(b, [write(at, b"A" * 100)])
+            s.slow.caught()
+            zeroing, = pipeline(a, [(ZEROES, at + 100, 3 * BLOCK - 100, flags)])
+            newer, = pipeline(a, [write(at + BLOCK + 200, b"B" * 100)])
+            assert not a.collect(newer).error
+            s.slow.release()
+            assert not b.collect(held).error
+            error = a.collect(zeroing).error
+            assert error in (0, NBD_ENOTSUP)
+            old = b"o" if error else b"\0"
+            assert a.pread(4 * BLOCK, at) == over(b"A" * 100 + old * (3 * BLOCK - 100) + b"o" * BLOCK,
+                                                  BLOCK + 200, b"B" * 100)
 
 
 @hazard("a write of a client that is gone lands over a newer one: pieces of a payload")
