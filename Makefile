@@ -120,7 +120,7 @@ STATIC_CC = musl-gcc
 STATIC_BUILD = build/static
 STATIC_CFLAGS = -Os -flto=auto -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables \
 	-D_FORTIFY_SOURCE=2
-STATIC_LDFLAGS = -nostartfiles -l:rcrt1.o -static -Wl,-pie,--no-dynamic-linker,-z,text \
+STATIC_LDFLAGS = -nostartfiles -l:rcrt1.o -static -Wl,-pie,--no-dynamic-linker,-z,text,-z,noseparate-code \
 	-Wl,--gc-sections -s
 
 static:

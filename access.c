@@ -156,14 +156,13 @@ void access_enter(struct guest *g, const struct sockaddr *sa)
 
 void access_leave(struct guest *g)
 {
-	if (!g->back)
-		return;
 	pthread_mutex_lock(&guests_lock);
-	*g->back = g->next;
-	if (g->next)
+	if (g->back)
+		*g->back = g->next;
+	if (g->back && g->next)
 		g->next->back = g->back;
-	pthread_mutex_unlock(&guests_lock);
 	g->back = NULL;
+	pthread_mutex_unlock(&guests_lock);
 }
 
 size_t access_guests(const struct sockaddr *sa)

@@ -319,8 +319,8 @@ def test_fast_zero_that_newer_writes_cut_is_all_or_nothing(serve, mode):
         s = serve(mode, "--threads", 4, place=Path(place))
         with s.client() as a, s.client() as b:
             a.pwrite(b"o" * 4 * BLOCK, at)
-            s.slow.hold(at, BLOCK)
-            held, = pipeline(b, [write(at, b"A" * 100)])
+            s.slow.hold(at + 2 * BLOCK, BLOCK)
+            held, = pipeline(b, [write(at + 2 * BLOCK, b"A" * 100)])
             s.slow.caught()
             zeroing, = pipeline(a, [(ZEROES, at + 100, 3 * BLOCK - 100, flags)])
             newer, = pipeline(a, [write(at + BLOCK + 200, b"B" * 100)])
@@ -329,9 +329,9 @@ def test_fast_zero_that_newer_writes_cut_is_all_or_nothing(serve, mode):
             assert not b.collect(held).error
             error = a.collect(zeroing).error
             assert error in (0, NBD_ENOTSUP)
-            old = b"o" if error else b"\0"
-            assert a.pread(4 * BLOCK, at) == over(b"A" * 100 + old * (3 * BLOCK - 100) + b"o" * BLOCK,
-                                                  BLOCK + 200, b"B" * 100)
+            before = over(b"o" * 4 * BLOCK, 2 * BLOCK, b"A" * 100)
+            after = over(before, 100, bytes(3 * BLOCK - 100))
+            assert a.pread(4 * BLOCK, at) == over(before if error else after, BLOCK + 200, b"B" * 100)
 
 
 @hazard("a write of a client that is gone lands over a newer one: pieces of a payload")
