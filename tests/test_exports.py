@@ -298,8 +298,8 @@ def test_device_that_is_exported_twice_is_refused(run_server, disk):
 
 
 def test_image_that_is_not_there_is_named(run_server, disk, tmp_path):
-    done = run_server("--target", "--unix", tmp_path / "sock", disk(),
-                      *exports({"a": disk(), "b": tmp_path / "nowhere.img"}))
+    done = run_server("--target", "--unix", tmp_path / "sock", disk(512),
+                      *exports({"a": disk(512), "b": tmp_path / "nowhere.img"}))
     refused(done, 1, "nowhere.img")
     assert not (tmp_path / "sock").exists()
 
