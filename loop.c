@@ -372,11 +372,14 @@ static int start_loop(struct loop *l);
 /* Whether there is the loop of the parked ones; it is made when it is needed first. */
 static bool can_park(void)
 {
+	bool can;
+
 	pthread_mutex_lock(&loops.moving);
 	if (!loops.parks && !atomic_load(&loops.loop[SERVING].stop))
 		loops.parks = start_loop(&loops.loop[PARKED]) == 0;
+	can = loops.parks;
 	pthread_mutex_unlock(&loops.moving);
-	return loops.parks;
+	return can;
 }
 
 /* Whether it was parked; from then on it is another loop's. */
