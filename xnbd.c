@@ -337,14 +337,14 @@ static bool open_sockets(struct server *s)
 	return !o->unix_path || listen_unix(&s->listeners, o->unix_path, (mode_t)o->unix_mode);
 }
 
-/* Whether a file is empty, or holds a number and a newline alone, as a pidfile does. */
+/* Whether a file holds a number and a newline alone, as a pidfile does. */
 static bool holds_number(int fd)
 {
 	char text[24] = "";
 	ssize_t n = pread(fd, text, sizeof(text) - 1, 0);
 	size_t digits = strspn(text, "0123456789");
 
-	return n == 0 || (digits > 0 && n == (ssize_t)digits + 1 && text[digits] == '\n');
+	return digits > 0 && n == (ssize_t)digits + 1 && text[digits] == '\n';
 }
 
 /* Open and lock a pidfile, of which *st is then known.  NULL, or why not. */
@@ -362,7 +362,8 @@ static const char *open_pidfile(const char *path, int *fd, struct stat *st)
 		return strerror(errno);
 	if (st->st_nlink > 1)
 		return "the file has another name";
-	return holds_number(*fd) ? NULL : "the file holds something else than a process id";
+	return st->st_size == 0 || holds_number(*fd) ?
+		       NULL : "the file holds something else than a process id";
 }
 
 /* The pidfile stays open, since it is locked while this process lives. */
