@@ -314,12 +314,9 @@ static bool refuse(const char *path, const char *what, uint64_t held)
 	return false;
 }
 
-/* Whether two names on the command line lead to one file; logs that. */
-static bool is_same_file(const char *image, const char *bitmap)
+static bool are_one_file(const char *image, const char *bitmap)
 {
-	struct stat a, b;
-	bool same = stat(image, &a) == 0 && stat(bitmap, &b) == 0 && a.st_dev == b.st_dev &&
-		    a.st_ino == b.st_ino;
+	bool same = is_same_file(image, bitmap);
 
 	if (same)
 		log_failure("cache image %s and bitmap file %s are the same file", image, bitmap);
@@ -368,10 +365,10 @@ static bool open_layer(struct cache *c, const struct cache_options *o)
 	const struct bitmap_identity id = { BITMAP_CACHE, c->backend.size, 0, o->image };
 	struct layer *l = &c->layer;
 
-	if (!can_open(o->image) || is_same_file(o->image, o->bitmap))
+	if (!can_open(o->image) || are_one_file(o->image, o->bitmap))
 		return false;
 	l->map = bitmap_open(o->bitmap, &id, o->clear);
-	if (!l->map || is_same_file(o->image, o->bitmap) ||
+	if (!l->map || are_one_file(o->image, o->bitmap) ||
 	    !prepare_image(o->image, l->size, bitmap_count(l->map)))
 		return false;
 	l->disk = disk_open(o->image, false, false);

@@ -242,6 +242,22 @@ static int name_file(const char *tmp, const char *path, bool replace)
 	return rename(tmp, path) < 0 ? -errno : 0;
 }
 
+bool is_same_file(const char *one, const char *other)
+{
+	struct stat a, b;
+
+	return stat(one, &a) == 0 && stat(other, &b) == 0 && a.st_dev == b.st_dev &&
+	       a.st_ino == b.st_ino;
+}
+
+static const char *volatile unfinished;	/* the main thread's, during its start */
+
+void forget_unfinished(void)
+{
+	if (unfinished)
+		unlink(unfinished);
+}
+
 int create_file(const char *path, bool replace, int (*fill)(void *arg, int fd), void *arg)
 {
 	size_t len = strlen(path) + sizeof(".XXXXXX");
@@ -251,9 +267,11 @@ int create_file(const char *path, bool replace, int (*fill)(void *arg, int fd), 
 	if (!tmp)
 		return -ENOMEM;
 	snprintf(tmp, len, "%s.XXXXXX", path);
+	unfinished = tmp;
 	fd = mkostemp(tmp, O_CLOEXEC);
 	if (fd < 0) {
 		err = -errno;
+		unfinished = NULL;
 		free(tmp);
 		return err;
 	}
@@ -264,6 +282,7 @@ int create_file(const char *path, bool replace, int (*fill)(void *arg, int fd), 
 		err = name_file(tmp, path, replace);
 	if (err)
 		unlink(tmp);
+	unfinished = NULL;
 	free(tmp);
 	close(fd);
 	return err ? err : sync_directory_of(path);

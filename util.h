@@ -77,6 +77,12 @@ bool is_momentary(int err);
  */
 int create_file(const char *path, bool replace, int (*fill)(void *arg, int fd), void *arg);
 
+/* Whether two paths lead to one file that is there. */
+bool is_same_file(const char *one, const char *other);
+
+/* Remove the file that create_file() is at.  For a signal handler of the main thread. */
+void forget_unfinished(void);
+
 /* fsync the directory that holds path, so that its entry is durable.  0 or -errno. */
 int sync_directory_of(const char *path);
 

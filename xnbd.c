@@ -85,8 +85,10 @@ static void end_at_once(void)
 /* An origin, a name server or a disk may be silent for long: nobody waits for them any more. */
 static void take_stop_signal(void)
 {
-	if (opening)
+	if (opening) {
+		forget_unfinished();
 		_exit(EXIT_SUCCESS);
+	}
 	if (stop_signals)
 		end_at_once();
 	stop_signals = 1;
@@ -142,6 +144,14 @@ static bool setup_signals(void)
 
 /* Start-up */
 
+static pid_t daemon_pid;
+
+/* The first process waits: who wants it to end means the daemon. */
+static void pass_on(int sig)
+{
+	kill(daemon_pid, sig);
+}
+
 /*
  * Go into the background.  Returns in the child; the first process waits until the child is
  * ready and exits with status 0, or 1 when the child ended before, which then has said why.
@@ -149,18 +159,19 @@ static bool setup_signals(void)
 static bool daemonize(struct server *s)
 {
 	int fds[2], status;
-	pid_t pid;
 	char byte;
 
-	if (pipe2(fds, O_CLOEXEC) < 0 || (pid = fork()) < 0) {
+	if (pipe2(fds, O_CLOEXEC) < 0 || (daemon_pid = fork()) < 0) {
 		log_failure("cannot daemonize: %s", strerror(errno));
 		return false;
 	}
-	if (pid > 0) {
+	if (daemon_pid > 0) {
+		signal(SIGTERM, pass_on);
+		signal(SIGINT, pass_on);
 		close(fds[1]);
 		if (read(fds[0], &byte, 1) == 1)
 			_exit(EXIT_SUCCESS);
-		waitpid(pid, &status, 0);
+		waitpid(daemon_pid, &status, 0);
 		_exit(EXIT_FAILURE);
 	}
 	close(fds[0]);
@@ -202,6 +213,21 @@ static bool detach(struct server *s)
 	return true;
 }
 
+/* Whether a file for something else is one that holds blocks, too, or their bits; logs that. */
+static bool is_image(const struct options *o, const char *path)
+{
+	const char *const files[] = { o->image, o->cow_file, o->bitmap };
+	const char *image = NULL;
+
+	for (size_t i = 0; path && i < ARRAY_SIZE(files) && !image; i++)
+		image = files[i] && is_same_file(path, files[i]) ? files[i] : NULL;
+	for (unsigned i = 0; path && i < o->exports && !image; i++)
+		image = is_same_file(path, o->export[i].path) ? o->export[i].path : NULL;
+	if (image)
+		log_failure("%s is needed for the disk: the log and the pidfile go elsewhere", image);
+	return image != NULL;
+}
+
 static bool setup_log(struct server *s)
 {
 	const struct options *o = &s->options;
@@ -215,6 +241,8 @@ static bool setup_log(struct server *s)
 				 LOG_TO_SYSLOG : LOG_TO_STDERR, NULL);
 		return true;
 	}
+	if (is_image(o, o->logpath))
+		return false;
 	s->log_path = not_null(absolute_path(o->logpath));
 	error = log_open(LOG_TO_FILE, s->log_path);
 	if (error)
@@ -374,6 +402,12 @@ static bool write_pidfile(struct server *s)
 
 	if (!path)
 		return true;
+	if (is_image(&s->options, path))
+		return false;
+	if (s->log_path && is_same_file(path, s->log_path)) {
+		log_failure("pidfile %s is the log, too", path);
+		return false;
+	}
 	do	/* until it is not one that another server has just removed */
 		wrong = open_pidfile(path, &fd, &s->pid_file);
 	while (!wrong && s->pid_file.st_nlink == 0 && close(fd) == 0);
@@ -505,7 +539,8 @@ static bool start(struct server *s)
 	stats_init((unsigned)s->options.stats, loops_survey);
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
-	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) || !open_sockets(s))
+	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) ||
+	    is_image(&s->options, s->options.logpath) || !open_sockets(s))
 		return false;
 	opening = 0;
 	if (!allow_is_of_use(s) || !control_open(&s->options) || !write_pidfile(s) ||

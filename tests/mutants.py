@@ -493,7 +493,7 @@ mutant("a pidfile is not locked", "two servers with one pidfile",
        "xnbd.c", "if (flock(*fd, LOCK_EX | LOCK_NB) < 0)", "if (false)",
        tests="test_service.py::test_pidfile_of_a_running_server_is_refused")
 mutant("whatever is there is overwritten", "a pidfile that is none",
-       "xnbd.c", "return holds_number(*fd) ?", "return true ?",
+       "xnbd.c", "return st->st_size == 0 || holds_number(*fd) ?", "return true ?",
        tests="test_service.py::test_what_is_no_pidfile_is_left_alone")
 mutant("standard descriptors stay closed", "the log in the image",
        "xnbd.c", "occupy_standard_descriptors();", "",
@@ -1301,6 +1301,9 @@ mutant("replies wait for the next event", "a reply stays behind a READ in pieces
 
 # Those who say nothing
 
+mutant("the log may be an image", "a file that was named by mistake is overwritten",
+       "xnbd.c", "if (is_image(o, o->logpath))", "if (false)",
+       tests="test_service.py::test_log_and_pidfile_are_not_what_else_is_there")
 mutant("nobody is parked", "many who are silent slow down who works",
        "loop.c", "if (l->count > PARK_FROM && (owes || !park(l, i)))", "if (false)",
        tests="test_silence.py::test_silent_clients_are_served_when_they_speak")
@@ -1333,7 +1336,7 @@ mutant("a host may have all connections", "one host takes all connections",
        "xnbd.c", "access_guests(sa) >= s->options.max_per_host", "false",
        tests="test_access.py::test_one_connection_of_a_host_too_many_is_closed")
 mutant("a signal waits for the end of the start", "a start that waits for a silent origin cannot be ended",
-       "xnbd.c", "if (opening)\n\t\t_exit(EXIT_SUCCESS);", "",
+       "xnbd.c", "if (opening) {", "if (false) {",
        tests="test_silence.py::test_signal_ends_a_start_that_waits")
 mutant("pieces are read for a client whatever others have", "16 MiB of memory, and clients that want more",
        "conn.c", "c->stream_asked < c->stream->h.len && !has_data_enough(c)",

@@ -1306,7 +1306,8 @@ def stopped(proxy, origin):
 def test_interrupted_cache_all_stops(run_proxy, big, number):
     s = run_proxy(big)
     big.hold(is_read)
-    waiting = start_bgctl("--cache-all", "--progress", s.control)
+    waiting = start_bgctl("--cache-all", "--progress", s.control, preexec_fn=lambda: (
+        number != signal.SIGKILL and signal.signal(number, signal.SIG_DFL)))     # under nohup
     big.wait(is_read)
     waiting.send_signal(number)
     assert end_of(waiting).returncode in (1, -number)

@@ -1101,10 +1101,11 @@ def test_export_that_does_not_exist_is_refused(proxy, run_server, spawn, tmp_pat
     exports.mkdir()
     make_disk(exports / "one", 100000)
     o = spawn.nbdkit("file", f"dir={exports}")
+    before = set(os.listdir(tmp_path))
     done = run_server("--proxy", *ADDRESS, "--target-exportname", "nowhere", *o,
                       *cache_in(tmp_path))
     refused(done, 1, "nowhere")
-    assert sorted(os.listdir(tmp_path)) == ["exports", "nbdkit.log", "nbdkit.sock"]
+    assert set(os.listdir(tmp_path)) == before
 
 
 def cache_in(directory):

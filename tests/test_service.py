@@ -1021,9 +1021,28 @@ def test_flood_of_clients_is_counted_not_told(server, image, come, errors, event
     assert 500 * kinds <= told()[0] <= (500 + 5 * (time.monotonic() - begun)) * kinds + 1
 
 
+@hazard("a file that was named by mistake is overwritten")
+@pytest.mark.parametrize("content", [b"12345\n", b"text", b""])
+@pytest.mark.parametrize("words", ["--logpath F F", "--pidfile F F", "--logpath F --export a=F",
+                                   "--logpath L --pidfile L F", "--pidfile L F",
+                                   "--create 1M --logpath N N"])
+def test_log_and_pidfile_are_not_what_else_is_there(run_server, tmp_path, words, content):
+    """F is an image, L a link to it or, if there is none, a log; N is not there."""
+    image = tmp_path / "image"
+    image.write_bytes(content)
+    if "--logpath L" not in words:
+        (tmp_path / "link").hardlink_to(image)
+    names = {"F": image, "L": tmp_path / "link", "N": tmp_path / "new", "a=F": f"a={image}"}
+    done = run_server("--target", "--unix", tmp_path / "sock",
+                      *(names.get(word, word) for word in words.split()))
+    assert done.returncode == 1
+    assert re.search(r"needed for the disk|is the log, too", done.stderr.splitlines()[-1]), done
+    assert image.read_bytes() == content
+
+
 def test_what_was_left_out_is_told_at_the_end(server, image):
     s = server(image)
-    for _ in range(600):
+    for _ in range(2000):       # however slow: 500 lines at once, and 5 a second
         leaves_at_once(s)
     s.stop()
     assert re.search(r"\d+ more lines about clients were left out\n", s.log())
