@@ -98,7 +98,7 @@ struct gate {
 
 /*
  * What all clients have asked for and not got yet, and how much that may be.  A client that has
- * nothing may always ask: so many more there may be.
+ * nothing may ask all the same, until it is eight times as much.
  */
 struct load {
 	atomic_size_t requests;

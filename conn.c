@@ -53,6 +53,7 @@ enum {
 	TURN_BYTES = 4 * 1024 * 1024,	/* of replies and payloads; then it is another one's turn */
 	STEP_COST = 4096,		/* bytes that a request counts for besides */
 
+	CROWD = 8,			/* times the bound of all clients, where each has one request */
 	IN_FLIGHT_MAX = 512,
 	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more piece may pass it */
 
@@ -99,32 +100,32 @@ struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports
 	return c;
 }
 
-/* How much is left of what all clients may have. */
-static size_t room_in(const atomic_size_t *total, size_t max)
+/*
+ * Whether a client has enough: all of its own, or more than twice of what is left to others.  One that
+ * has nothing may go over the bound, unless too many have.
+ */
+static bool is_enough(size_t own, size_t own_max, const atomic_size_t *total, size_t max)
 {
-	size_t now = atomic_load(total);
+	size_t now = atomic_load(total), room = now < max ? max - now : 0;
 
-	return now < max ? max - now : 0;
-}
-
-/* Whether a client has enough: all of its own, or more than twice of what is left to others. */
-static bool is_enough(size_t own, size_t own_max, size_t room)
-{
-	return own >= own_max || (own > 0 && (room == 0 || own / 2 > room));
+	if (own == 0)
+		return now / CROWD >= max;
+	return own >= own_max || room == 0 || own / 2 > room;
 }
 
 /* Whether no more data may be on its way for that client. */
 static bool has_data_enough(const struct conn *c)
 {
-	return is_enough(c->buffered, BUFFERED_MAX, room_in(&load.bytes, load.bytes_max));
+	return is_enough(c->buffered, BUFFERED_MAX, &load.bytes, load.bytes_max);
 }
 
 /* Count down; there may be room again for those who had too little. */
 static void unload(atomic_size_t *total, size_t n, size_t max)
 {
-	size_t before = atomic_fetch_sub(total, n);
+	size_t before = atomic_fetch_sub(total, n), after = before - n;
 
-	if (before >= max / 2 && before - n < max / 2)
+	if ((before >= max / 2 && after < max / 2) ||
+	    (before / CROWD >= max && after / CROWD < max))
 		load.room();
 }
 
@@ -1166,7 +1167,7 @@ static bool in_transmission(const struct conn *c)
 static bool is_full(const struct conn *c)
 {
 	return c->export && !c->gone &&
-	       (is_enough(c->in_flight, IN_FLIGHT_MAX, room_in(&load.requests, load.requests_max)) ||
+	       (is_enough(c->in_flight, IN_FLIGHT_MAX, &load.requests, load.requests_max) ||
 		has_data_enough(c));
 }
 

@@ -1019,11 +1019,11 @@ mutant("a WRITE that found no room is marked", "disk full on a write",
        "\tif (ret == 0) {\n\t\tret = bitmap_set(",
        tests="test_proxy.py::test_full_disk_is_enospc_for_writes_and_nothing_for_reads")
 mutant("what waits for the origin is not bounded", "a bound on what waits for a dead origin",
-       "conn.c", "room_in(&load.requests, load.requests_max)", "SIZE_MAX",
+       "conn.c", "IN_FLIGHT_MAX, &load.requests, load.requests_max)", "IN_FLIGHT_MAX, &load.requests, SIZE_MAX)",
        tests="test_proxy.py::test_limits_hold_while_the_origin_is_stopped")
 mutant("memory for what waits for the origin is not bounded",
        "a bound on what waits for a dead origin",
-       "conn.c", "room_in(&load.bytes, load.bytes_max)", "SIZE_MAX",
+       "conn.c", "BUFFERED_MAX, &load.bytes, load.bytes_max)", "BUFFERED_MAX, &load.bytes, SIZE_MAX)",
        tests="test_proxy.py::test_limits_hold_while_the_origin_is_stopped")
 mutant("what is not cached is a hole", 'a proxy never reports "not cached" as a hole',
        "cache.c", "r->extent[0] = (struct extent){ len, 0 };",

@@ -1186,6 +1186,25 @@ def test_limits_hold_while_the_origin_is_stopped(proxy, original, option):
     assert p.is_served()
 
 
+@hazard("a bound on what waits for a dead origin: many clients")
+def test_many_clients_with_one_request_each_are_bounded(proxy, original):
+    """Each may have one beyond the bound, until there are eight times as many bytes."""
+    p = proxy(original(content=bytes(16 * MIB)), "--max-buf-size", "1M")
+    clients = [p.client() for _ in range(60)]
+    length = 256 * KIB - 2
+    with stopped(p.origin):
+        for i, c in enumerate(clients):
+            c.request(WRITE, i * 256 * KIB + 1, payload=bytes([i + 1]) * length)
+        until(lambda: p.query("buffer-bytes") >= 7 * MIB, what="as many as there may be")
+        for _ in range(30):
+            assert p.query("buffer-bytes") <= 9 * MIB
+            time.sleep(0.01)            # a measurement
+    for i, c in enumerate(clients):
+        assert not any(reply.error for reply in c.collect_all().values())
+        assert c.pread(length, i * 256 * KIB + 1) == bytes([i + 1]) * length
+    assert p.query("buffer-bytes") == 0
+
+
 @pytest.mark.parametrize("option, value", [("--max-queue-size", "1"), ("--max-buf-size", "1"),
                                            ("--max-buf-size", "4096")])
 def test_smallest_limits_let_everything_pass(proxy, image, option, value):
