@@ -199,8 +199,6 @@ static void add_conn(struct loop *l, struct conn *c)
 	if (is_new) {
 		c->active = now_us();
 		conn_start(c, l);
-	} else if (!is_parked(l)) {
-		turn(l, c, POLLIN);
 	}
 }
 
