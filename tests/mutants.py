@@ -1304,6 +1304,9 @@ mutant("replies wait for the next event", "a reply stays behind a READ in pieces
 mutant("the log may be an image", "a file that was named by mistake is overwritten",
        "xnbd.c", "if (is_image(o, o->logpath))", "if (false)",
        tests="test_service.py::test_log_and_pidfile_are_not_what_else_is_there")
+mutant("what was being made stays", "a start that is stopped leaves what it was making",
+       "util.c", "if (unfinished)\n\t\tunlink(unfinished);", "",
+       tests="test_silence.py::test_file_that_was_being_made_goes_with_the_start")
 mutant("nobody is parked", "many who are silent slow down who works",
        "loop.c", "if (l->count > PARK_FROM && (owes || !park(l, i)))", "if (false)",
        tests="test_silence.py::test_silent_clients_are_served_when_they_speak")

@@ -21,7 +21,7 @@ struct control {
 	atomic_uint_least64_t caught;		/* how many have come to wait */
 	atomic_uint_least64_t inline_;		/* of those, by threads that serve sockets */
 	atomic_uint_least64_t passed;		/* of those, that are done */
-	atomic_uint_least64_t sync_closed;	/* fdatasync() waits as long as this is set */
+	atomic_uint_least64_t sync_closed;	/* fdatasync() and fsync() wait as long as this is set */
 	atomic_uint_least64_t sync_caught;
 	atomic_uint_least64_t jitter;		/* microseconds, at most, for some of all changes */
 };
@@ -124,14 +124,25 @@ AT_POSITIONS(pread, pwrite, fallocate, off_t)
 AT_POSITIONS(pread64, pwrite64, fallocate64, off64_t)
 #endif
 
-int fdatasync(int fd)
+static void wait_to_sync(void)
 {
-	wait_for_image(fd);
 	if (control && atomic_load(&control->sync_closed)) {
 		atomic_fetch_add(&control->sync_caught, 1);
 		wait_for(&control->sync_closed);
 	}
+}
+
+int fdatasync(int fd)
+{
+	wait_for_image(fd);
+	wait_to_sync();
 	return REAL(fdatasync)(fd);
+}
+
+int fsync(int fd)
+{
+	wait_to_sync();
+	return REAL(fsync)(fd);
 }
 
 /* Threads that serve sockets */

@@ -20,6 +20,7 @@ from conftest import SERVER, need, skip
 from nbd import *
 from test_access import is_greeted
 from test_control import bgctl, done
+from test_order import SlowDisk
 from test_protocol import evict
 
 MIB = 1 << 20
@@ -280,3 +281,25 @@ def test_signal_ends_a_start_that_waits(server, tmp_path, sig, options, first):
             assert s.wait() == (1 if options else 0)    # the first process: it is not ready
             assert not any(Path("/proc", pid).exists() for pid in children)
     assert not (tmp_path / "s").exists() and not (tmp_path / "ctl").exists()
+
+
+@hazard("a start that is stopped leaves what it was making")
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("what", ["image", "overlay"])
+def test_file_that_was_being_made_goes_with_the_start(server, disk, slow_library, tmp_path, sig, what):
+    """While a slow disk makes it durable."""
+    base = disk(content=pattern(0, 4096))
+    words = {"image": ["--target", "--create", "1M", tmp_path / "new"],
+             "overlay": ["--cow-target", "--cow-file", tmp_path / "new", base]}[what]
+    slow = SlowDisk(tmp_path / "slow", slow_library)
+    slow.hold_sync()
+    before = set(os.listdir(tmp_path))
+    s = server(args=[*words[:1], "--unix", tmp_path / "sock", *words[1:]], wait=False,
+               env=slow.environment)
+    slow.sync_caught()
+    unfinished = set(os.listdir(tmp_path)) - before
+    assert any(name.startswith("new") for name in unfinished)
+    s.terminate(sig)
+    assert s.wait() == 0
+    assert not {name for name in os.listdir(tmp_path) if name.startswith("new")
+                and len(name.rsplit(".", 1)[-1]) == 6}
