@@ -124,7 +124,7 @@ static void unload(atomic_size_t *total, size_t n, size_t max)
 {
 	size_t before = atomic_fetch_sub(total, n), after = before - n;
 
-	if ((before >= max / 2 && after < max / 2) ||
+	if ((before >= max / 2 && after < max / 2) || (before >= max && after < max) ||
 	    (before / CROWD >= max && after / CROWD < max))
 		load.room();
 }
