@@ -546,7 +546,8 @@ static void lend(struct conn *c, struct request *r)
 static void queue(struct conn *c, struct request *r)
 {
 	charge(c, r);
-	if (r->h.cmd == NBD_CMD_READ && !r->absent && !r->buf) {	/* this thread will free it: so it takes it */
+	/* This thread will free it: so it takes it. */
+	if (r->h.cmd == NBD_CMD_READ && !r->absent && !r->buf) {
 		r->buf = buffer_get(r->counted);
 		r->buf_len = r->buf ? r->counted : 0;
 	}
@@ -1237,7 +1238,8 @@ static void go_on(struct conn *c)
 	if ((c->stream || c->again) && !go_inside(c, &inside))
 		return;
 	go_on_with_stream(c);
-	while (c->again && !c->stream && !c->tired && make_room(c, reply_bytes(&c->again->h), ENCODE_IOVS)) {
+	while (c->again && !c->stream && !c->tired &&
+	       make_room(c, reply_bytes(&c->again->h), ENCODE_IOVS)) {
 		start_request(c, take_first(&c->again, &c->again_end));
 		go_on_with_stream(c);
 	}
