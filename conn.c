@@ -44,7 +44,7 @@
 
 enum {
 	HANDSHAKE_MS = 10 * 1000,
-	FINISHING_MS = 10 * 1000,	/* for replies that a leaving client does not take */
+	FINISHING_MS = 60 * 1000,	/* for what a leaving client has asked, and does not take */
 	LINGERING_MS = 1000,
 	STOPPING_MS = 2500,		/* for what is in flight when the server stops */
 
