@@ -2,7 +2,7 @@
  * conn.c - one client's connection: see conn.h.
  *
  * A turn: receive what has arrived behind what was kept, take requests from it one after the
- * other, gather their replies in the loop's tx, send them at once, keep what is not a whole
+ * other, gather their replies in the workspace's tx, send them at once, keep what is not a whole
  * request yet.  Requests that would block are in flight meanwhile and come back through
  * conn_complete().
  *
@@ -48,6 +48,16 @@ enum {
 	LINGERING_MS = 1000,
 	STOPPING_MS = 2500,		/* for what is in flight when the server stops */
 
+	/*
+	 * One recv() takes this much: a batch of requests, or a piece of a payload.  It goes
+	 * behind what a connection kept, with as much room as is left: that of an option at
+	 * least, unless whole requests are waiting there.
+	 */
+	RX_CHUNK = 256 * 1024,
+	RX_BYTES = RX_CHUNK + PROTO_OPTION_MAX + PROTO_OPTION_SIZE,
+
+	FREE_REQUESTS = 64,	/* kept for use again */
+
 	OPTION_DATA_MAX = PROTO_MAX_PAYLOAD,	/* an option with more is an attack */
 
 	TURN_BYTES = 4 * 1024 * 1024,	/* of replies and payloads; then it is another one's turn */
@@ -74,11 +84,54 @@ _Static_assert(STEP_BYTES >= (int)PROTO_OPTION_REPLY_ROOM, "an answer to an opti
 _Static_assert(STEP_BYTES >= PROTO_REPLY_ROOM + (int)EXTENTS_MAX * PROTO_EXTENDED_EXTENT_SIZE,
 	       "so do extents");
 _Static_assert(TX_BYTES >= (int)READ_BYTES, "so does a piece of a READ");
-_Static_assert(LOOP_RX_CHUNK >= (int)BLOCK_SIZE + PROTO_EXTENDED_REQUEST_SIZE,
+_Static_assert(RX_CHUNK >= (int)BLOCK_SIZE + PROTO_EXTENDED_REQUEST_SIZE,
 	       "a block can be kept");
 
 /* What a READ finds in a hole, sent by reference: bss, and never written. */
 static uint8_t zeros[128 * 1024];
+
+/* Workspaces */
+
+bool workspace_init(struct workspace *w, struct loop *loop)
+{
+	*w = (struct workspace){ .loop = loop, .tx = tx_new(), .rx = malloc(RX_BYTES) };
+	return w->tx && w->rx;
+}
+
+void workspace_free(struct workspace *w)
+{
+	struct request *r;
+
+	while ((r = w->free)) {
+		w->free = r->next;
+		free(r);
+	}
+	free(w->rx);
+	tx_free(w->tx);
+}
+
+static struct request *take_request(struct workspace *w)
+{
+	struct request *r = w->free;
+
+	if (!r)
+		return calloc(1, sizeof(*r));
+	w->free = r->next;
+	w->free_count--;
+	memset(r, 0, sizeof(*r));
+	return r;
+}
+
+static void give_back_request(struct workspace *w, struct request *r)
+{
+	if (w->free_count >= FREE_REQUESTS) {
+		free(r);
+		return;
+	}
+	r->next = w->free;
+	w->free = r;
+	w->free_count++;
+}
 
 /* Life and death */
 
@@ -89,7 +142,7 @@ struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports
 
 	if (!c)
 		return NULL;
-	c->fd = fd;
+	c->source.fd = fd;
 	c->greeting = greeting;
 	c->exports = exports;
 	c->ready_end = &c->ready;
@@ -162,7 +215,7 @@ static void free_request(struct conn *c, struct request *r)
 		order_remove(&r->change);
 	if (r->extent)
 		free(r->extent);
-	loop_release(c->loop, r);
+	give_back_request(c->workspace, r);
 }
 
 static void free_requests(struct conn *c, struct request **list)
@@ -232,6 +285,8 @@ static void tell_end(struct conn *c, const char *why)
 	log_peer(LOG_EVENT, "%s: disconnected: %s%s%s", c->peer, why, busy ? "; " : "", did);
 }
 
+static void conn_complete(struct conn *c, struct request *r);
+
 /* Give back what has not begun; the rest comes back by itself. */
 static void take_all_back(struct conn *c)
 {
@@ -252,8 +307,8 @@ void conn_kill(struct conn *c, const char *why)
 	if (c->export)
 		atomic_fetch_sub(&c->export->backend->order->clients, 1);
 	atomic_store(&c->dead, true);	/* before the client can know, and come back */
-	close(c->fd);
-	c->fd = -1;
+	close(c->source.fd);
+	c->source.fd = -1;
 	c->state = CONN_DEAD;
 	c->deadline = 0;
 	drop_pieces(c);
@@ -331,7 +386,7 @@ static void close_orderly(struct conn *c)
 		return;
 	}
 	/* To close with input unread would make TCP throw away replies that are on their way. */
-	shutdown(c->fd, SHUT_WR);
+	shutdown(c->source.fd, SHUT_WR);
 	c->state = CONN_LINGERING;
 	c->deadline = 0;
 	set_deadline(c, LINGERING_MS);
@@ -352,19 +407,20 @@ static void lose(struct conn *c, const char *why)
 	}
 }
 
-/* Send what the loop's tx holds.  What is left becomes the backlog. */
+/* Send what the workspace's tx holds.  What is left becomes the backlog. */
 static void flush(struct conn *c)
 {
-	struct loop *l = c->loop;
-	enum tx_result result = c->state == CONN_DEAD || c->mute ? TX_SENT : tx_send(l->tx, c->fd);
+	struct tx *tx = c->workspace->tx;
+	enum tx_result result = c->state == CONN_DEAD || c->mute ? TX_SENT :
+								   tx_send(tx, c->source.fd);
 
 	if (result == TX_MORE) {
-		c->backlog = tx_rest(l->tx);
+		c->backlog = tx_rest(tx);
 		if (c->backlog)
 			return;
 	}
-	free_requests(c, &l->tx->held);
-	tx_reset(l->tx);
+	free_requests(c, &tx->held);
+	tx_reset(tx);
 	if (result == TX_DEAD)
 		lose(c, "cannot send");
 	else if (result == TX_MORE)
@@ -378,7 +434,7 @@ static bool send_backlog(struct conn *c)
 
 	if (!c->backlog)
 		return true;
-	result = c->mute ? TX_SENT : tx_send(c->backlog, c->fd);
+	result = c->mute ? TX_SENT : tx_send(c->backlog, c->source.fd);
 	if (result == TX_MORE)
 		return false;
 	free_requests(c, &c->backlog->held);
@@ -394,7 +450,7 @@ static bool make_room(struct conn *c, size_t bytes, unsigned iovs)
 {
 	if (c->backlog)
 		return false;
-	if (tx_has_room(c->loop->tx, bytes, iovs))
+	if (tx_has_room(c->workspace->tx, bytes, iovs))
 		return true;
 	flush(c);
 	return c->state != CONN_DEAD && !c->backlog;
@@ -421,7 +477,7 @@ static void put_run(struct conn *c, const struct request *whole, const struct re
 {
 	uint64_t off = r->h.off + pos;
 	bool last = off + e->len == whole->h.off + whole->h.len, hole = e->flags & NBD_STATE_ZERO;
-	struct tx *tx = c->loop->tx;
+	struct tx *tx = c->workspace->tx;
 
 	if (in_chunks(c, whole) && hole) {
 		tx_add(tx, proto_put_hole(&c->session, &whole->h, off, (uint32_t)e->len, last,
@@ -440,7 +496,7 @@ static void put_run(struct conn *c, const struct request *whole, const struct re
 /* What precedes all data of a READ, where it is not in chunks. */
 static void put_read_header(struct conn *c, const struct request *r)
 {
-	struct tx *tx = c->loop->tx;
+	struct tx *tx = c->workspace->tx;
 
 	if (!in_chunks(c, r))
 		tx_add(tx, proto_put_data(&c->session, &r->h, r->h.off, (uint32_t)r->h.len, true,
@@ -453,7 +509,7 @@ static void put_read_data(struct conn *c, const struct request *whole, struct re
 	const struct extent all = { r->h.len, 0 };
 	const struct extent *e = r->extents ? r->extent : &all;
 	unsigned n = r->extents ? r->extents : 1;
-	struct tx *tx = c->loop->tx;
+	struct tx *tx = c->workspace->tx;
 	uint64_t pos = 0;
 
 	for (unsigned i = 0; i < n; pos += e[i++].len)
@@ -464,7 +520,7 @@ static void put_read_data(struct conn *c, const struct request *whole, struct re
 
 static void put_block_status(struct conn *c, const struct request *r)
 {
-	struct tx *tx = c->loop->tx;
+	struct tx *tx = c->workspace->tx;
 
 	tx_add(tx, proto_put_status(&c->session, &r->h, r->extents, tx_tail(tx)));
 	for (unsigned i = 0; i < r->extents; i++)
@@ -477,7 +533,7 @@ static void put_block_status(struct conn *c, const struct request *r)
  */
 static void put_reply(struct conn *c, struct request *r)
 {
-	struct tx *tx = c->loop->tx;
+	struct tx *tx = c->workspace->tx;
 
 	if (r->error == ECANCELED) {	/* the server stops, and the origin did not answer in time */
 		free_request(c, r);
@@ -623,7 +679,7 @@ static void take_result(struct conn *c, struct request *r)
 		append(&c->ready_end, r);
 }
 
-void conn_complete(struct conn *c, struct request *r)
+static void conn_complete(struct conn *c, struct request *r)
 {
 	struct gate *gate = r->inside ? r->gate : NULL;
 
@@ -643,6 +699,20 @@ void conn_complete(struct conn *c, struct request *r)
 	}
 	if (gate)
 		gate_leave(gate);
+}
+
+static void take_back_mail(struct mail *m)
+{
+	struct request *r = (struct request *)((char *)m - offsetof(struct request, mail));
+
+	r->conn->source.due = 0;
+	conn_complete(r->conn, r);
+}
+
+/* The done function of requests.  Any thread. */
+static void come_back(struct request *r)
+{
+	loop_post(r->conn->workspace->loop, &r->mail);
 }
 
 /*
@@ -688,7 +758,7 @@ static void option_answered(struct conn *c, enum proto_next next, const struct p
 	if (out->unknown)
 		log_peer(LOG_ERROR, "%s: refused: there is no export '%.*s'", c->peer,
 			 (int)out->unknown_len, (const char *)out->unknown);
-	tx_add(c->loop->tx, out->len);
+	tx_add(c->workspace->tx, out->len);
 	switch (next) {
 	case PROTO_HAGGLE:
 		c->state = CONN_OPTION;
@@ -705,7 +775,7 @@ static void option_answered(struct conn *c, enum proto_next next, const struct p
 
 static struct proto_out option_out(struct conn *c)
 {
-	struct proto_out out = { .p = tx_tail(c->loop->tx), .cap = PROTO_OPTION_REPLY_ROOM };
+	struct proto_out out = { .p = tx_tail(c->workspace->tx), .cap = PROTO_OPTION_REPLY_ROOM };
 
 	return out;
 }
@@ -755,7 +825,7 @@ static size_t step_skip_option(struct conn *c, size_t n)
 
 static struct request *new_request(struct conn *c, const struct proto_request *h)
 {
-	struct request *r = loop_request(c->loop);
+	struct request *r = take_request(c->workspace);
 
 	if (r) {
 		r->conn = c;
@@ -763,7 +833,8 @@ static struct request *new_request(struct conn *c, const struct proto_request *h
 		r->backend = c->export->backend;
 		r->gate = &c->export->gate;
 		r->abandoned = &c->dead;
-		r->done = loop_complete;
+		r->done = come_back;
+		r->mail.deliver = take_back_mail;
 		r->h = *h;
 		r->at = (struct span){ h->off, h->len };
 		r->begun = stats_time(c->stats);
@@ -784,7 +855,7 @@ static void spend(struct conn *c, size_t bytes)
  */
 static bool read_copied(struct conn *c, const struct request *whole, struct request *r)
 {
-	struct tx *tx = c->loop->tx;
+	struct tx *tx = c->workspace->tx;
 	uint8_t *own = r->buf;
 	bool header = in_chunks(c, whole) || r->h.off == whole->h.off;
 	bool last = r->h.off + r->h.len == whole->h.off + whole->h.len;
@@ -878,7 +949,7 @@ static size_t reply_bytes(const struct proto_request *h)
  */
 static bool is_there(struct conn *c)
 {
-	struct pollfd p = { .fd = c->fd, .events = POLLRDHUP };
+	struct pollfd p = { .fd = c->source.fd, .events = POLLRDHUP };
 	uint64_t now;
 
 	if (c->gone)
@@ -886,7 +957,7 @@ static bool is_there(struct conn *c)
 	if (atomic_load(&c->export->backend->order->clients) == 1)
 		return true;
 	now = now_us();
-	if (now - c->heard < HEARD_US || now - c->loop->polled < HEARD_US)
+	if (now - c->heard < HEARD_US || now - c->workspace->loop->polled < HEARD_US)
 		return true;
 	c->heard = now;
 	c->gone = poll(&p, 1, 0) > 0;
@@ -1273,11 +1344,11 @@ static bool has_disc(const struct conn *c)
 /* Receive all that there is of a client that is gone.  False if out of memory. */
 static bool receive_rest(struct conn *c)
 {
-	uint8_t *rx = c->loop->rx, *kept;
+	uint8_t *rx = c->workspace->rx, *kept;
 	ssize_t n;
 
 	for (;;) {
-		n = recv(c->fd, rx, LOOP_RX_CHUNK, MSG_DONTWAIT);
+		n = recv(c->source.fd, rx, RX_CHUNK, MSG_DONTWAIT);
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && !c->end)
@@ -1337,7 +1408,7 @@ static size_t receive(struct conn *c, uint8_t *p, size_t room)
 	if (room == 0)		/* all is kept that can be */
 		return 0;
 	do
-		n = recv(c->fd, p, room, MSG_DONTWAIT);
+		n = recv(c->source.fd, p, room, MSG_DONTWAIT);
 	while (n < 0 && errno == EINTR);
 	if (n > 0) {
 		c->lively = true;
@@ -1355,15 +1426,15 @@ static size_t receive(struct conn *c, uint8_t *p, size_t room)
 /* Receive behind what was kept, and take from it what can be taken. */
 static void input(struct conn *c)
 {
-	uint8_t *rx = c->loop->rx;
-	size_t have = c->kept_len, room = LOOP_RX_BYTES - have, n, taken;
+	uint8_t *rx = c->workspace->rx;
+	size_t have = c->kept_len, room = RX_BYTES - have, n, taken;
 
 	if (c->gone || c->stopping) {
 		take_kept(c);
 		return;
 	}
-	if (room > LOOP_RX_CHUNK)
-		room = LOOP_RX_CHUNK;
+	if (room > RX_CHUNK)
+		room = RX_CHUNK;
 	n = receive(c, rx + have, room);
 	if (c->gone || (n == 0 && !c->blocked))
 		return;
@@ -1376,7 +1447,7 @@ static void input(struct conn *c)
 
 static void discard_input(struct conn *c)
 {
-	ssize_t n = recv(c->fd, c->loop->rx, LOOP_RX_CHUNK, MSG_DONTWAIT);
+	ssize_t n = recv(c->source.fd, c->workspace->rx, RX_CHUNK, MSG_DONTWAIT);
 
 	if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
 		conn_kill(c, c->end);
@@ -1394,7 +1465,7 @@ static bool has_unsent(const struct conn *c)
 {
 	int out = 0, in = 0;
 
-	return ioctl(c->fd, TIOCOUTQ, &out) < 0 || out > 0 || ioctl(c->fd, FIONREAD, &in) < 0 || in > 0;
+	return ioctl(c->source.fd, TIOCOUTQ, &out) < 0 || out > 0 || ioctl(c->source.fd, FIONREAD, &in) < 0 || in > 0;
 }
 
 void conn_turn(struct conn *c, short revents)
@@ -1456,7 +1527,7 @@ bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes)
 	struct tcp_info tcp;
 	socklen_t len = sizeof(tcp);
 
-	if (!seconds || getsockopt(c->fd, IPPROTO_TCP, TCP_INFO, &tcp, &len) < 0)	/* not TCP */
+	if (!seconds || getsockopt(c->source.fd, IPPROTO_TCP, TCP_INFO, &tcp, &len) < 0)	/* not TCP */
 		return *owes = false;
 	*owes |= tcp.tcpi_unacked > 0;
 	vanished = tcp.tcpi_retransmits + tcp.tcpi_probes >= 2 &&
@@ -1468,7 +1539,7 @@ bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes)
 bool conn_may_park(const struct conn *c)
 {
 	return c->state == CONN_REQUEST && is_idle(c) && c->kept_len == 0 && !c->gone &&
-	       !c->stopping && !c->turned_away && !c->dirty && !c->stats->unsaid;
+	       !c->stopping && !c->turned_away && !c->stats->unsaid;
 }
 
 bool conn_admit(struct conn *c)
@@ -1494,11 +1565,10 @@ static void bind_default(struct conn *c)
 	enter_transmission(c);
 }
 
-void conn_start(struct conn *c, struct loop *loop)
+void conn_start(struct conn *c)
 {
-	struct tx *tx = loop->tx;
+	struct tx *tx = c->workspace->tx;
 
-	c->loop = loop;
 	switch (c->greeting) {
 	case GREET_NEWSTYLE:
 		proto_put_greeting(tx_tail(tx));

@@ -1,8 +1,8 @@
 /*
  * conn.h - one client's connection: handshake, requests in, replies out.
  *
- * A connection belongs to the loop that it was given to.  But for conn_new(), all functions are
- * called by that loop's thread, and none of them blocks.
+ * A connection belongs to a thread.  But for conn_new(), all functions are called by that thread,
+ * and none of them blocks.
  */
 #ifndef XNBD_CONN_H
 #define XNBD_CONN_H
@@ -12,13 +12,22 @@
 #include <stdint.h>
 
 #include "access.h"
+#include "loop.h"
 #include "proto.h"
 #include "tx.h"
 #include "util.h"
 
-struct loop;
 struct request;
 struct stats;
+
+/* What the connections of one thread share, for the current turn. */
+struct workspace {
+	struct loop *loop;
+	struct tx *tx;			/* empty between turns */
+	uint8_t *rx;
+	struct request *free;		/* to be used again */
+	unsigned free_count;
+};
 
 /* How a connection begins. */
 enum greeting {
@@ -39,9 +48,8 @@ enum conn_state {
 };
 
 struct conn {
-	struct loop *loop;
-	struct conn *next;		/* in a list of the loop's */
-	int fd;
+	struct source source;		/* the socket */
+	struct workspace *workspace;	/* of its thread */
 	enum greeting greeting;
 	enum conn_state state;
 	const struct proto_exports *exports;
@@ -55,7 +63,7 @@ struct conn {
 	uint32_t skip_opt, skip_left;	/* CONN_SKIP_OPTION */
 	struct request *current;	/* CONN_PAYLOAD: the WRITE whose payload arrives */
 	uint64_t current_left;		/* bytes of it to come */
-	uint64_t heard;			/* now_us() when it was found to be there, but for loop.polled */
+	uint64_t heard;			/* now_us() when it was found to be there, but for the loop's polled */
 
 	struct request *stream;		/* the READ that is answered in pieces, before all others */
 	uint64_t stream_sent, stream_asked;	/* bytes: in replies; in those and in pieces */
@@ -66,7 +74,6 @@ struct conn {
 	struct tx *backlog;		/* replies that the client does not take yet */
 	struct request *out;		/* what others have */
 	unsigned in_flight;		/* requests that are not done */
-	unsigned entry;			/* the loop's: of those that it polls, 0 if it is none */
 	uint64_t buffered;		/* bytes of data that they need */
 	size_t spent;			/* bytes of this turn */
 
@@ -77,17 +84,17 @@ struct conn {
 	bool gone;			/* the client has closed its side, or all of it */
 	bool orderly;			/* gone, and all that it sent is kept, with a DISC in it */
 	bool mute;			/* gone, and takes no replies */
-	bool uncounted;			/* the loop's: it keeps no other client out any more */
 	bool blocked;			/* kept may hold whole requests, taken when there is room */
 	bool turned_away;		/* by the gate: goes on when it opens */
-	struct guest guest;		/* of its host, from the main thread to the loop's end of it */
-	bool dirty;			/* in the loop's list of those with something ready */
 	bool lively;			/* had something to read in its last turn */
 	bool tired;			/* that has ended before all was done: another must follow */
 
-	/* The loop's. */
-	uint64_t active;		/* now_us() of the last turn that had something to read */
-	uint64_t patience;		/* so long after that it is parked, in microseconds */
+	/* Of clients.c. */
+	struct mail mail;		/* while it is on its way to a thread */
+	struct guest guest;		/* of its host, until its place is given up */
+	bool uncounted;			/* it was */
+	uint64_t active;		/* now_ms() of the last turn that had something to read */
+	uint64_t patience;		/* so long after that it is parked, in milliseconds */
 	char peer[ADDRESS_MAX];
 };
 
@@ -99,17 +106,14 @@ struct conn {
 struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports *exports,
 		      const char *peer, unsigned keepalive);
 
-/* Send the first words.  It has been given to loop. */
-void conn_start(struct conn *c, struct loop *loop);
+/* Send the first words.  Its workspace is set. */
+void conn_start(struct conn *c);
 
 /* What to poll() for; 0 means nothing at all, not even a hang-up. */
 short conn_events(const struct conn *c);
 
 /* Receive and send what can be; revents is what poll() saw, or may have missed. */
 void conn_turn(struct conn *c, short revents);
-
-/* A request of c has come back.  A conn_turn() must follow. */
-void conn_complete(struct conn *c, struct request *r);
 
 /*
  * Whether the client's host has answered nothing for that many seconds, though it has been asked;
@@ -136,5 +140,9 @@ bool conn_is_over(const struct conn *c);
 void conn_kill(struct conn *c, const char *why);
 
 void conn_free(struct conn *c);
+
+/* False if out of memory; workspace_free() may then be called all the same. */
+bool workspace_init(struct workspace *w, struct loop *loop);
+void workspace_free(struct workspace *w);
 
 #endif

@@ -4,11 +4,11 @@
 #include "control.h"
 
 #include "cache.h"
+#include "clients.h"
 #include "confine.h"
 #include "ctl.h"
 #include "exports.h"
 #include "log.h"
-#include "loop.h"
 #include "origin.h"
 #include "stats.h"
 #include "util.h"
@@ -196,7 +196,7 @@ static void query(struct ctl_reply *reply)
 	say_exports(reply);
 	ctl_say_number(reply, "uptime", (now_ms() - control.started) / 1000);
 	ctl_say(reply, "confined", confine_is_in_force() ? "yes" : "no");
-	ctl_say_number(reply, "clients", loops_load());
+	ctl_say_number(reply, "clients", clients_count());
 	say_load(reply);
 	say_proxy(reply);
 	say_snapshot(reply);

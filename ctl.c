@@ -21,10 +21,10 @@
 #include <unistd.h>
 
 enum {
-	IDLE_US = 60000000,		/* without a command: then the connection is closed */
-	PROGRESS_US = 1000000,
-	GATHER_US = 1000000,		/* then a query is answered with what is there */
-	ACCEPT_PAUSE_US = 1000000,	/* when the system has no more descriptors */
+	CONNECTIONS_MAX = 16,		/* the one that was idle for longest makes room */
+	IDLE_MS = 60 * 1000,		/* without a command: then the connection is closed */
+	PROGRESS_MS = 1000,
+	GATHER_MS = 1000,		/* then a query is answered with what is there */
 	BLOCKS_PER_REQUEST_MAX = 8192,
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than there are to say */
 	LINE_END = 2,			/* "\r\n" */
@@ -46,15 +46,15 @@ enum state {
 	STATE_CLOSING,			/* when the answer has been sent */
 };
 
-struct client {
-	int fd;
-	size_t entry;			/* its place among what is polled */
+struct ctl_client {
+	struct source source;
 	enum state state;
 	bool ended;			/* there is no more input to come */
 	bool broken;			/* nothing can be received or sent any more */
 	bool behind;			/* waits for the end after the next one */
 	const struct export *snapshot_of;	/* STATE_SNAPSHOT */
-	uint64_t due;			/* now_us(): for progress, or an answer; else to be closed */
+	uint64_t due;			/* now_ms(): for progress, or an answer; else to be closed */
+	uint64_t idle_since;		/* a count of those that became idle */
 	struct ctl_reply out;
 	size_t len;			/* of the input that was not carried out yet */
 	char input[CTL_LINE_MAX + LINE_END];
@@ -63,16 +63,17 @@ struct client {
 /* There is one control socket at most. */
 static struct {
 	const struct ctl_ops *ops;	/* NULL: there is none */
+	struct loop *loop;
 	struct listeners listeners;
-	uint64_t accept_again;		/* now_us() when a pause of accepting ends */
+	uint64_t idle_count;
 	bool reconnecting;		/* even if who asked for it has left */
 	bool background;		/* somebody wanted a copy, and need not wait for it */
-	struct client *client[CTL_CONNECTIONS];		/* NULL: a free place */
+	struct ctl_client *client[CONNECTIONS_MAX];	/* NULL: a free place */
 } ctl;
 
 /* Answers */
 
-static void add_line(struct ctl_reply *r, const char *line)
+static void reply_line(struct ctl_reply *r, const char *line)
 {
 	size_t len = strlen(line);
 	char *text = r->failed ? NULL : realloc(r->text, r->len + len + 1);
@@ -96,7 +97,7 @@ void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
 	vsnprintf(line + len, sizeof(line) - (size_t)len, fmt, ap);
 	va_end(ap);
 	mask_control_characters(line, strlen(line));	/* a value must not end the line */
-	add_line(reply, line);
+	reply_line(reply, line);
 }
 
 void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n)
@@ -104,25 +105,32 @@ void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n)
 	ctl_say(reply, name, "%" PRIu64, n);
 }
 
+static void become_idle(struct ctl_client *cl)
+{
+	cl->state = STATE_IDLE;
+	cl->idle_since = ctl.idle_count++;
+	cl->due = now_ms() + IDLE_MS;
+	cl->source.due = 0;
+}
+
 /* The command has been carried out: NULL, or why it was not. */
-static void answer(struct client *cl, const char *error)
+static void answer(struct ctl_client *cl, const char *error)
 {
 	if (error)
 		ctl_say(&cl->out, "error", "%s", error);
 	else
-		add_line(&cl->out, "ok");
-	cl->state = STATE_IDLE;
-	cl->due = now_us() + IDLE_US;
+		reply_line(&cl->out, "ok");
+	become_idle(cl);
 }
 
-static void flush(struct client *cl)
+static void ctl_flush(struct ctl_client *cl)
 {
 	struct ctl_reply *r = &cl->out;
 	ssize_t n;
 
 	if (!r->len || cl->broken)
 		return;
-	n = send(cl->fd, r->text, r->len, MSG_NOSIGNAL | MSG_DONTWAIT);
+	n = send(cl->source.fd, r->text, r->len, MSG_NOSIGNAL | MSG_DONTWAIT);
 	if (n < 0) {
 		cl->broken = errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR;
 		return;
@@ -133,21 +141,21 @@ static void flush(struct client *cl)
 
 /* Commands.  Each gets what follows its name, NULL if that is nothing. */
 
-static void answer_query(struct client *cl)
+static void answer_query(struct ctl_client *cl)
 {
 	ctl.ops->query(&cl->out);
 	answer(cl, NULL);
 }
 
-static void run_query(struct client *cl, char *arguments)
+static void run_query(struct ctl_client *cl, char *arguments)
 {
 	(void)arguments;
 	cl->state = STATE_QUERYING;
-	cl->due = now_us() + GATHER_US;
+	cl->due = now_ms() + GATHER_MS;
 	cl->behind = ctl.ops->gather();
 }
 
-static void run_snapshot(struct client *cl, char *arguments)
+static void run_snapshot(struct ctl_client *cl, char *arguments)
 {
 	const char *error = ctl.ops->snapshot(arguments, &cl->snapshot_of, &cl->behind);
 
@@ -158,13 +166,13 @@ static void run_snapshot(struct client *cl, char *arguments)
 }
 
 /* Tell how the copy is going, unless the client does not read that; and that it has ended. */
-static void tell_copy(struct client *cl)
+static void tell_progress(struct ctl_client *cl)
 {
 	size_t unread = cl->out.len;
 	bool runs;
 	const char *error = ctl.ops->copy(&cl->out, &runs);
 
-	cl->due = now_us() + PROGRESS_US;
+	cl->due = now_ms() + PROGRESS_MS;
 	if (!runs) {
 		answer(cl, error);
 		ctl.ops->release_copy();
@@ -174,7 +182,7 @@ static void tell_copy(struct client *cl)
 }
 
 /* False after answering what is wrong. */
-static bool begin_copy(struct client *cl, const char *arguments)
+static bool begin_copy(struct ctl_client *cl, const char *arguments)
 {
 	unsigned long blocks = 0;
 
@@ -186,12 +194,12 @@ static bool begin_copy(struct client *cl, const char *arguments)
 	return true;
 }
 
-static void run_cache_all(struct client *cl, char *arguments)
+static void run_cache_all(struct ctl_client *cl, char *arguments)
 {
 	if (!begin_copy(cl, arguments))
 		return;
 	cl->state = STATE_COPYING;
-	tell_copy(cl);
+	tell_progress(cl);
 }
 
 static void give_up_background(void)
@@ -202,7 +210,7 @@ static void give_up_background(void)
 }
 
 /* It may have to start again, even if the end of the last one has not been told yet. */
-static void run_cache_all2(struct client *cl, char *arguments)
+static void run_cache_all2(struct ctl_client *cl, char *arguments)
 {
 	if (!begin_copy(cl, arguments))
 		return;
@@ -211,14 +219,14 @@ static void run_cache_all2(struct client *cl, char *arguments)
 	answer(cl, NULL);
 }
 
-static void run_stop_copy(struct client *cl, char *arguments)
+static void run_stop_copy(struct ctl_client *cl, char *arguments)
 {
 	(void)arguments;
 	give_up_background();
 	answer(cl, NULL);
 }
 
-static void run_switch(struct client *cl, char *arguments)
+static void run_switch(struct ctl_client *cl, char *arguments)
 {
 	const char *error;
 
@@ -243,7 +251,7 @@ static char *take_word(char **rest)
 	return word;
 }
 
-static void run_reconnect(struct client *cl, char *arguments)
+static void run_reconnect(struct ctl_client *cl, char *arguments)
 {
 	const char *host = take_word(&arguments), *port = take_word(&arguments), *error;
 
@@ -262,13 +270,13 @@ static void run_reconnect(struct client *cl, char *arguments)
 	ctl.reconnecting = true;
 }
 
-static void run_help(struct client *cl, char *arguments);
+static void run_help(struct ctl_client *cl, char *arguments);
 
 static const struct command {
 	const char *name;
 	const char *arguments;		/* "" for none */
 	bool proxy;			/* for that only */
-	void (*run)(struct client *, char *arguments);
+	void (*run)(struct ctl_client *, char *arguments);
 } commands[] = {
 	{ "help", "", false, run_help },
 	{ "query", "", false, run_query },
@@ -280,7 +288,7 @@ static const struct command {
 	{ "reconnect", " HOST PORT [EXPORT_NAME]", true, run_reconnect },
 };
 
-static void run_help(struct client *cl, char *arguments)
+static void run_help(struct ctl_client *cl, char *arguments)
 {
 	(void)arguments;
 	for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
@@ -290,7 +298,7 @@ static void run_help(struct client *cl, char *arguments)
 	answer(cl, NULL);
 }
 
-static void run_line(struct client *cl, char *line)
+static void run_line(struct ctl_client *cl, char *line)
 {
 	char *arguments = line, *name = take_word(&arguments);
 	const struct command *command = NULL;
@@ -311,7 +319,7 @@ static void run_line(struct client *cl, char *line)
 /* Lines */
 
 /* Copy the first line, without its end, to line of CTL_LINE_MAX + 1 bytes.  Its length, or -1. */
-static ssize_t take_line(struct client *cl, char *line)
+static ssize_t take_line(struct ctl_client *cl, char *line)
 {
 	char *end = memchr(cl->input, '\n', cl->len);
 	size_t taken = end ? (size_t)(end - cl->input) + 1 : 0, len = taken ? taken - 1 : 0;
@@ -333,7 +341,7 @@ static ssize_t take_line(struct client *cl, char *line)
 }
 
 /* Carry out what is there, as long as the client takes the answers. */
-static void run_lines(struct client *cl)
+static void run_lines(struct ctl_client *cl)
 {
 	char line[CTL_LINE_MAX + 1];
 
@@ -344,25 +352,25 @@ static void run_lines(struct client *cl)
 			answer(cl, "the line has a NUL byte");
 		else if (len >= 0)
 			run_line(cl, line);
-		flush(cl);
+		ctl_flush(cl);
 		if (len < 0)
 			return;
 	}
 }
 
-static bool wants_input(const struct client *cl)
+static bool wants_input(const struct ctl_client *cl)
 {
 	return !cl->ended && cl->len < sizeof(cl->input);
 }
 
 /* Also while a command is under way: that the client has left is to be noticed. */
-static void receive(struct client *cl)
+static void ctl_receive(struct ctl_client *cl)
 {
 	ssize_t n;
 
 	if (!wants_input(cl))
 		return;
-	n = recv(cl->fd, cl->input + cl->len, sizeof(cl->input) - cl->len, MSG_DONTWAIT);
+	n = recv(cl->source.fd, cl->input + cl->len, sizeof(cl->input) - cl->len, MSG_DONTWAIT);
 	if (n > 0)
 		cl->len += (size_t)n;
 	else if (n == 0)
@@ -373,64 +381,80 @@ static void receive(struct client *cl)
 
 /* Connections */
 
-static bool is_busy(const struct client *cl)
+static bool is_busy(const struct ctl_client *cl)
 {
 	return cl->state != STATE_IDLE && cl->state != STATE_CLOSING;
 }
 
-static void drop(size_t place)
+static void drop_client(struct ctl_client *cl)
 {
-	struct client *cl = ctl.client[place];
-
+	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
+		if (ctl.client[i] == cl)
+			ctl.client[i] = NULL;
 	if (cl->state == STATE_COPYING)
 		ctl.ops->release_copy();
-	close(cl->fd);
+	loop_remove(ctl.loop, &cl->source);
+	close(cl->source.fd);
 	free(cl->out.text);
 	free(cl);
-	ctl.client[place] = NULL;
 }
 
 /* A client that has only ended its own sending still gets its answers. */
-static bool is_over(const struct client *cl, short revents)
+static bool has_left(const struct ctl_client *cl, short revents)
 {
 	if (cl->broken || cl->out.failed || (revents & (POLLERR | POLLNVAL)))
 		return true;
 	if (is_busy(cl))
 		return revents & POLLHUP;
-	return now_us() >= cl->due || (!cl->out.len && (cl->ended || cl->state == STATE_CLOSING));
+	return now_ms() >= cl->due || (!cl->out.len && (cl->ended || cl->state == STATE_CLOSING));
 }
 
-static void turn(size_t place, short revents)
+static struct ctl_client *client_of(const struct source *s)
 {
-	struct client *cl = ctl.client[place];
+	return (struct ctl_client *)((char *)(uintptr_t)s - offsetof(struct ctl_client, source));
+}
+
+static short ctl_events(const struct source *s)
+{
+	const struct ctl_client *cl = client_of(s);
+
+	return (short)((wants_input(cl) ? POLLIN : 0) | (cl->out.len ? POLLOUT : 0));
+}
+
+static void ctl_turn(struct source *s, short revents)
+{
+	struct ctl_client *cl = client_of(s);
 
 	if (revents & (POLLIN | POLLHUP))
-		receive(cl);
-	if (cl->state == STATE_COPYING && now_us() >= cl->due)
-		tell_copy(cl);
-	if (cl->state == STATE_QUERYING && now_us() >= cl->due)
+		ctl_receive(cl);
+	if (cl->state == STATE_COPYING && now_ms() >= cl->due)
+		tell_progress(cl);
+	if (cl->state == STATE_QUERYING && now_ms() >= cl->due)
 		answer_query(cl);
-	flush(cl);
+	ctl_flush(cl);
 	run_lines(cl);
-	if (is_over(cl, revents))
-		drop(place);
+	if (has_left(cl, revents))
+		drop_client(cl);
+	else
+		s->due = !is_busy(cl) || cl->state == STATE_COPYING || cl->state == STATE_QUERYING ?
+				 cl->due : UINT64_MAX;
 }
 
-/* A free place, made by closing who was idle for longest if need be.  -1 if all are busy. */
-static int find_place(void)
+static const struct source_ops ctl_source_ops = { ctl_events, ctl_turn };
+
+/* A free place, made by closing the client that was idle for longest if need be; or NULL. */
+static struct ctl_client **find_place(void)
 {
-	int longest = -1;
+	struct ctl_client **longest = NULL;
 
-	for (int i = 0; i < CTL_CONNECTIONS; i++) {
-		const struct client *cl = ctl.client[i];
-
-		if (!cl)
-			return i;
-		if (!is_busy(cl) && (longest < 0 || cl->due < ctl.client[longest]->due))
-			longest = i;
+	for (struct ctl_client **p = ctl.client; p < ctl.client + CONNECTIONS_MAX; p++) {
+		if (!*p)
+			return p;
+		if (!is_busy(*p) && (!longest || (*p)->idle_since < (*longest)->idle_since))
+			longest = p;
 	}
-	if (longest >= 0)
-		drop((size_t)longest);
+	if (longest)
+		drop_client(*longest);
 	return longest;
 }
 
@@ -439,7 +463,7 @@ static bool is_place_near(void)
 {
 	bool near = false;
 
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
+	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
 		if (!ctl.client[i] || !is_busy(ctl.client[i]))
 			return false;
 		near |= ctl.client[i]->state == STATE_QUERYING;
@@ -447,43 +471,23 @@ static bool is_place_near(void)
 	return near;
 }
 
-static void refuse(int fd)
+static void accept_control(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len)
 {
-	static const char line[] = "error: too many connections\n";
+	static const char full[] = "error: too many connections\n";
+	struct ctl_client **place = find_place(), *cl = place ? calloc(1, sizeof(*cl)) : NULL;
 
-	send(fd, line, sizeof(line) - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
-	close(fd);
-}
-
-static void add_client(int fd)
-{
-	int place = find_place();
-	struct client *cl = place < 0 ? NULL : calloc(1, sizeof(*cl));
-
-	if (!cl) {
-		refuse(fd);
+	(void)l, (void)sa, (void)len;
+	if (cl) {
+		cl->source = (struct source){ .ops = &ctl_source_ops, .fd = fd };
+		become_idle(cl);
+	}
+	if (!cl || !loop_add(ctl.loop, &cl->source)) {
+		free(cl);
+		send(fd, full, sizeof(full) - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+		close(fd);
 		return;
 	}
-	cl->fd = fd;
-	cl->due = now_us() + IDLE_US;
-	ctl.client[place] = cl;
-}
-
-/* A few at a time, so that those who are here get their turn. */
-static void accept_clients(void)
-{
-	for (int i = 0; i < CTL_CONNECTIONS && !is_place_near(); i++) {
-		int fd = accept4(ctl.listeners.all[0].fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-
-		if (fd >= 0) {
-			add_client(fd);
-		} else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-			return;
-		} else if (errno != EINTR && errno != ECONNABORTED) {
-			ctl.accept_again = now_us() + ACCEPT_PAUSE_US;
-			return;
-		}
-	}
+	*place = cl;
 }
 
 /* The socket */
@@ -496,90 +500,34 @@ bool ctl_open(const char *path, const struct ctl_ops *ops)
 	return true;
 }
 
+bool ctl_start(struct loop *loop)
+{
+	ctl.loop = loop;
+	return listen_start(&ctl.listeners, loop, accept_control, is_place_near);
+}
+
 void ctl_close(void)
 {
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		if (!ctl.client[i])
+	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
+		struct ctl_client *cl = ctl.client[i];
+
+		if (!cl)
 			continue;
-		if (is_busy(ctl.client[i]))
-			ctl_say(&ctl.client[i]->out, "error", "the server ends");
-		flush(ctl.client[i]);
-		drop(i);
+		if (is_busy(cl))
+			ctl_say(&cl->out, "error", "the server ends");
+		ctl_flush(cl);
+		drop_client(cl);
 	}
 	listen_close(&ctl.listeners);
 	memset(&ctl, 0, sizeof(ctl));
 }
 
-static bool is_pausing(void)
-{
-	return now_us() < ctl.accept_again;
-}
-
-static short wanted_events(const struct client *cl)
-{
-	return (short)((wants_input(cl) ? POLLIN : 0) | (cl->out.len ? POLLOUT : 0));
-}
-
-/* No more entries than descriptors, or poll() would refuse them where these are few. */
-size_t ctl_poll(struct pollfd *pfd)
-{
-	size_t n = 1;
-
-	if (!ctl.ops)
-		return 0;
-	pfd[0] = (struct pollfd){ .fd = ctl.listeners.all[0].fd, .events = POLLIN };
-	if (is_pausing() || is_place_near())
-		pfd[0].fd = -1;
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		struct client *cl = ctl.client[i];
-
-		if (!cl)
-			continue;
-		pfd[n] = (struct pollfd){ .fd = cl->fd, .events = wanted_events(cl) };
-		cl->entry = n++;
-	}
-	return n;
-}
-
-uint64_t ctl_due(void)
-{
-	uint64_t first = is_pausing() ? ctl.accept_again : UINT64_MAX;
-
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		const struct client *cl = ctl.client[i];
-		uint64_t due = UINT64_MAX;
-
-		if (cl && cl->out.failed)
-			due = 0;
-		else if (cl && (!is_busy(cl) || cl->state == STATE_COPYING ||
-				cl->state == STATE_QUERYING))
-			due = cl->due;
-		if (due < first)
-			first = due;
-	}
-	return first == UINT64_MAX ? first : first / 1000 + 1;
-}
-
-void ctl_turn(const struct pollfd *pfd, size_t n)
-{
-	if (n == 0)
-		return;
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++)
-		if (ctl.client[i])
-			turn(i, pfd[ctl.client[i]->entry].revents);
-	if (pfd[0].revents)
-		accept_clients();
-}
-
-/*
- * What was waited for.  The answers are sent by the next turn, which comes at once: there is
- * output now.
- */
+/* What was waited for.  The answers are sent by the next turn, which comes at once. */
 
 static void answer_all(enum state state, const char *error, uint64_t zeroed)
 {
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		struct client *cl = ctl.client[i];
+	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
+		struct ctl_client *cl = ctl.client[i];
 
 		if (!cl || cl->state != state)
 			continue;
@@ -601,7 +549,7 @@ void ctl_reconnected(const char *error)
 }
 
 /* Whether cl is in that state and its turn has come, of which there is one for each end. */
-static bool is_due(struct client *cl, enum state state)
+static bool is_due(struct ctl_client *cl, enum state state)
 {
 	bool due = cl && cl->state == state && !cl->behind;
 
@@ -612,15 +560,15 @@ static bool is_due(struct client *cl, enum state state)
 
 void ctl_gathered(void)
 {
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++)
+	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
 		if (is_due(ctl.client[i], STATE_QUERYING))
 			answer_query(ctl.client[i]);
 }
 
 void ctl_snapshot_ended(const struct export *of, const char *path, const char *error)
 {
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++) {
-		struct client *cl = ctl.client[i];
+	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
+		struct ctl_client *cl = ctl.client[i];
 
 		if (!cl || cl->snapshot_of != of || !is_due(cl, STATE_SNAPSHOT))
 			continue;
@@ -638,7 +586,7 @@ void ctl_copied(void)
 	if (runs)
 		return;
 	give_up_background();
-	for (size_t i = 0; i < CTL_CONNECTIONS; i++)
+	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
 		if (ctl.client[i] && ctl.client[i]->state == STATE_COPYING)
-			tell_copy(ctl.client[i]);
+			tell_progress(ctl.client[i]);
 }

@@ -6,20 +6,15 @@
 #ifndef XNBD_CTL_H
 #define XNBD_CTL_H
 
-#include <poll.h>
 #include <stdbool.h>
-#include <stddef.h>
 #include <stdint.h>
 
-enum {
-	CTL_CONNECTIONS = 16,		/* at most; the one that was idle for longest makes room */
-	CTL_FDS = CTL_CONNECTIONS + 1,
-	CTL_LINE_MAX = 8192,		/* bytes of a command */
-};
+enum { CTL_LINE_MAX = 8192 };	/* bytes of a command */
 
 /* Lines of an answer that grows; freed by ctl.c. */
 struct ctl_reply;
 struct export;
+struct loop;
 
 /* Append "name: value". */
 void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
@@ -78,17 +73,11 @@ struct ctl_ops {
  */
 bool ctl_open(const char *path, const struct ctl_ops *ops);
 
+/* Serve it on the main thread's loop.  False if out of memory. */
+bool ctl_start(struct loop *loop);
+
 /* Close everything, and remove the socket's file if it is still ours. */
 void ctl_close(void);
-
-/* Fill pfd, which has room for CTL_FDS entries; returns how many there are, 0 without a socket. */
-size_t ctl_poll(struct pollfd *pfd);
-
-/* now_ms() when something is to be done without input, UINT64_MAX for never. */
-uint64_t ctl_due(void);
-
-/* After poll(): accept, receive, carry out, send; with the entries that ctl_poll() filled. */
-void ctl_turn(const struct pollfd *pfd, size_t n);
 
 /*
  * A switch, or a reconnect, has ended: with NULL, or why it failed; zeroed is the number of blocks

@@ -11,10 +11,10 @@
 #include "exports.h"
 
 #include "cache.h"
+#include "clients.h"
 #include "cow.h"
 #include "disk.h"
 #include "log.h"
-#include "loop.h"
 #include "origin.h"
 #include "snapshot.h"
 #include "util.h"
@@ -123,7 +123,7 @@ static bool add(const struct options *o, const char *name, const char *image)
 		return false;
 	}
 	export_init(&e->export, backend, name, describe_image(image), wake_main,
-		    loops_wake);
+		    clients_admit);
 	table.entry[table.count++] = &e->export.proto;
 	return true;
 }
@@ -145,7 +145,7 @@ static bool can_be_listed(const struct options *o)
 
 static void bound_load(const struct options *o)
 {
-	load.room = loops_wake;
+	load.room = clients_admit;
 	if (o->max_queue_size)
 		load.requests_max = o->max_queue_size;
 	if (o->max_buf_size)

@@ -28,6 +28,8 @@ enum {
 	FREE_PORT_TRIES = 32,
 	LOCK_TRIES = 500,	/* for another start, in a directory; LOCK_PAUSE_MS each */
 	LOCK_PAUSE_MS = 10,
+	ACCEPT_BATCH = 64,
+	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 };
 
 /* Takes fd and unix_path over, also when it fails. */
@@ -45,7 +47,7 @@ static int add(struct listeners *l, int fd, char *unix_path)
 	}
 	l->all = all;
 	new = &all[l->count++];
-	*new = (struct listener){ .fd = fd, .unix_path = unix_path };
+	*new = (struct listener){ .source = { .fd = fd }, .unix_path = unix_path };
 	if (getsockname(fd, &address.sa, &len) < 0)
 		return -errno;
 	format_address(&address.sa, len, new->address);
@@ -56,7 +58,7 @@ static int add(struct listeners *l, int fd, char *unix_path)
 static void close_from(struct listeners *l, size_t first)
 {
 	while (l->count > first)
-		close(l->all[--l->count].fd);
+		close(l->all[--l->count].source.fd);
 }
 
 static void set_port(struct sockaddr *sa, unsigned port)
@@ -388,6 +390,73 @@ bool listen_passed(struct listeners *l, int count)
 	return true;
 }
 
+/* Accepting */
+
+static struct listener *listener_of(const struct source *s)
+{
+	return (struct listener *)((char *)(uintptr_t)s - offsetof(struct listener, source));
+}
+
+static short listener_events(const struct source *s)
+{
+	const struct listener *l = listener_of(s);
+
+	return l->pauses || (l->is_full && l->is_full()) ? 0 : POLLIN;
+}
+
+/* Accept one client.  False if there is none, or accepting has to pause. */
+static bool accept_one(struct listener *l)
+{
+	union address address;
+	socklen_t len = sizeof(address);
+	int fd = accept4(l->source.fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
+
+	if (fd >= 0) {
+		l->accepted(l, fd, &address.sa, len);
+		return true;
+	}
+	if (is_out_of_resources(errno)) {
+		log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
+			 strerror(errno));
+		l->pauses = true;
+		l->source.due = now_ms() + ACCEPT_PAUSE_MS;
+	}
+	return errno == EINTR || errno == ECONNABORTED;
+}
+
+static void listener_turn(struct source *s, short revents)
+{
+	struct listener *l = listener_of(s);
+
+	l->pauses = false;
+	for (int n = 0; revents && n < ACCEPT_BATCH && listener_events(s) && accept_one(l); n++)
+		;
+}
+
+bool listen_start(struct listeners *l, struct loop *loop,
+		  void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa,
+				   socklen_t len),
+		  bool (*is_full)(void))
+{
+	static const struct source_ops ops = { listener_events, listener_turn };
+
+	for (size_t i = 0; i < l->count; i++) {
+		l->all[i].source.ops = &ops;
+		l->all[i].source.due = UINT64_MAX;
+		l->all[i].accepted = accepted;
+		l->all[i].is_full = is_full;
+		if (!loop_add(loop, &l->all[i].source))
+			return false;
+	}
+	return true;
+}
+
+void listen_resume(struct listeners *l)
+{
+	for (size_t i = 0; i < l->count; i++)
+		l->all[i].pauses = false;
+}
+
 void listen_close(struct listeners *l)
 {
 	for (size_t i = 0; i < l->count; i++) {
@@ -396,7 +465,7 @@ void listen_close(struct listeners *l)
 		if (one->unix_path)
 			remove_own("unix:", one->unix_path, one->dev, one->ino);
 		free(one->unix_path);
-		close(one->fd);
+		close(one->source.fd);
 	}
 	free(l->all);
 	l->all = NULL;

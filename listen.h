@@ -8,15 +8,19 @@
 #include <stddef.h>
 #include <sys/types.h>
 
+#include "loop.h"
 #include "util.h"
 
 struct listener {
-	int fd;
+	struct source source;
+	bool pauses;		/* accepting, since the system has no more descriptors */
 	char address[ADDRESS_MAX];
 	bool local;		/* a Unix socket, whose clients have no names */
 	char *unix_path;	/* of a socket that we made, from the root; else NULL */
 	dev_t dev;		/* of the socket's file, so that only our own is unlinked */
 	ino_t ino;
+	void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
+	bool (*is_full)(void);
 };
 
 struct listeners {
@@ -49,6 +53,18 @@ bool listen_check(int fd, bool listens, const char *what);
 
 /* Listen on that many passed sockets.  False after logging what one of them is instead. */
 bool listen_passed(struct listeners *l, int count);
+
+/*
+ * Accept on a loop: accepted() gets each client, whose socket is its own then; nobody is accepted
+ * while is_full(), which may be NULL.  False if out of memory.
+ */
+bool listen_start(struct listeners *l, struct loop *loop,
+		  void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa,
+				   socklen_t len),
+		  bool (*is_full)(void));
+
+/* There may be descriptors again. */
+void listen_resume(struct listeners *l);
 
 /* Close all, and remove the files of Unix sockets that we made. */
 void listen_close(struct listeners *l);

@@ -1,99 +1,84 @@
 /*
- * loop.h - the threads that connections live on.
+ * loop.h - one thread's poll(): descriptors with their handlers, deadlines, and a mailbox.
+ *
+ * But for loop_post() and loop_wake(), which any thread may call, all functions are called by the
+ * loop's own thread, or while it has none.
  */
 #ifndef XNBD_LOOP_H
 #define XNBD_LOOP_H
 
+#include <poll.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#include "conn.h"
-#include "stats.h"
 #include "util.h"
 
-struct pollfd;
-struct request;
-struct tx;
+struct source;
 
-enum {
-	/*
-	 * One recv() takes this much: a batch of requests, or a piece of a payload.  It goes
-	 * behind what a connection kept, with as much room as is left: that of an option at
-	 * least, unless whole requests are waiting there.
-	 */
-	LOOP_RX_CHUNK = 256 * 1024,
-	LOOP_RX_BYTES = LOOP_RX_CHUNK + PROTO_OPTION_MAX + PROTO_OPTION_SIZE,
+struct source_ops {
+	/* What to poll() for; 0 for nothing, not even a hang-up. */
+	short (*events)(const struct source *s);
+
+	/* poll() saw revents; 0: it is due.  It may add and remove sources, itself included. */
+	void (*turn)(struct source *s, short revents);
+};
+
+/* A descriptor that is polled.  It lies inside what it belongs to. */
+struct source {
+	const struct source_ops *ops;
+	int fd;
+	uint64_t due;		/* now_ms() of a turn without an event: 0 for soon, UINT64_MAX for never */
+	size_t place;		/* the loop's: among the sources; */
+	unsigned entry;		/* of those that poll() was asked about, 0 if it is none */
+};
+
+/* Something that other threads leave for a loop.  It lies inside what it is about. */
+struct mail {
+	struct mail *next;
+	void (*deliver)(struct mail *m);	/* called by the loop's thread */
 };
 
 struct loop {
-	pthread_t thread;
-
-	/* What others leave for it. */
-	pthread_mutex_t lock;		/* guards these; a leaf */
-	struct conn *arriving;
-	struct request *completed;	/* newest first */
-	atomic_bool stop;
-	atomic_bool surveyed;		/* loops_survey() */
-	struct bell bell;		/* one of them is new */
-
-	/* Its own, for its thread alone. */
-	struct conn **conn;
-	struct pollfd *pfd;		/* one more than conn: the bell comes first */
+	struct bell *bell;
+	struct source **source;
+	struct pollfd *pfd;	/* one more than sources: the bell comes first */
 	size_t count, room;
-	struct conn *dirty;		/* have replies to send */
-	struct request *free;		/* to be used again */
-	unsigned free_count;
-	struct tx *tx;			/* the current turn's; empty between turns */
-	uint8_t *rx;			/* LOOP_RX_BYTES, for the current turn */
-	uint64_t polled;		/* now_us() when poll() returned last */
-	uint64_t sweep_due;		/* at that time it looks who is silent */
-	bool stopping;
-	struct stats gone;		/* of clients that have left */
-	unsigned spin_misses, spin_skip;	/* see spin() */
-
-	atomic_size_t load;		/* connections, those arriving included; read by others */
+	uint64_t polled;	/* now_us() when poll() returned last */
+	pthread_mutex_t lock;	/* guards mail; a leaf */
+	struct mail *mail;	/* newest first */
 };
 
-/*
- * Start the first of at most max threads that serve.  A client whose host owes an answer for
- * keepalive seconds is gone; 0 for never.  The main thread is woken whenever a connection ends.
- * Main thread.  0 or -errno.
- */
-int loops_init(unsigned max, unsigned keepalive);
+/* The bell is the caller's.  0 or -errno. */
+int loop_init(struct loop *l, struct bell *bell);
+
+/* The sources are their owners'. */
+void loop_free(struct loop *l);
+
+/* ops, fd and due are set.  False if out of memory. */
+bool loop_add(struct loop *l, struct source *s);
+void loop_remove(struct loop *l, struct source *s);
+
+/* Have m delivered; in the order of these calls, and before the loop sleeps again. */
+void loop_post(struct loop *l, struct mail *m);
+
+/* End its sleep. */
+void loop_wake(struct loop *l);
+
+/* Whether there is mail, or it was woken; a look costs nothing. */
+bool loop_is_rung(const struct loop *l);
+
+/* Deliver what was posted.  True if the loop was woken, by that or by loop_wake(). */
+bool loop_deliver(struct loop *l);
+
+/* Give sources that are due their turns. */
+void loop_turn_due(struct loop *l);
 
 /*
- * Give a connection to a loop, which owns it then; starts one if there is none idle, and the bound
- * and the system allow.  Main thread.
+ * Give sources that are due their turns, sleep until something happens or now_ms() is due, then
+ * give those their turns to whom it happened.
  */
-void loops_add(struct conn *c);
-
-/* Connections on all loops; those of clients that are not gone.  Any thread. */
-size_t loops_load(void);
-size_t loops_clients(void);
-
-/* Let connections that a gate turned away, or that had no room, try again.  Any thread. */
-void loops_wake(void);
-
-/* Have each loop tell what its clients, and those that have left, did: see stats.h.  Main thread. */
-void loops_survey(void);
-
-/* Ask all connections to finish.  Does not wait. */
-void loops_stop(void);
-
-/* Wait for all threads to end, after loops_stop(). */
-void loops_join(void);
-
-/* Free everything, when no other thread can complete a request any more. */
-void loops_free(void);
-
-/* A request has come back: the done function of requests.  Any thread. */
-void loop_complete(struct request *r);
-
-/* For connections, on the loop's thread: a zeroed request, or NULL if out of memory. */
-struct request *loop_request(struct loop *l);
-void loop_release(struct loop *l, struct request *r);
+void loop_poll(struct loop *l, uint64_t due);
 
 #endif

@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "buffer.h"
+#include "clients.h"
 #include "commit.h"
 #include "confine.h"
 #include "control.h"
@@ -13,7 +14,6 @@
 #include "exports.h"
 #include "listen.h"
 #include "log.h"
-#include "loop.h"
 #include "options.h"
 #include "stats.h"
 #include "util.h"
@@ -43,8 +43,6 @@ enum {
 	LOOP_FDS = 2,
 	PROXY_FDS = 6,			/* to look up a name, while it has a link already */
 	SPARE_FDS = 64,			/* for all that can wait until there are some, at most */
-	ACCEPT_BATCH = 64,
-	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 	STOP_MS = 4500,
 	STOP_S = 5,			/* where even this thread is held up */
 	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
@@ -63,14 +61,18 @@ struct server {
 	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
 	struct stat pid_file;		/* of our pidfile, if there is a path */
 	size_t connections_max;
-	uint64_t accept_again;		/* now_ms() when a pause of accepting ends */
+	struct loop loop;		/* of listeners and control connections */
 };
+
+static struct server server = { .single_fd = -1, .ready_fd = -1 };
 
 #if defined(SIGRTMIN)
 #define SIGSTATS SIGRTMIN
 #else
 #define SIGSTATS SIGINFO
 #endif
+
+static void accept_client(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
 
 static volatile sig_atomic_t opening = 1;	/* nothing has been made that would have to be removed */
 static volatile sig_atomic_t stop_signals;
@@ -525,7 +527,7 @@ static bool start_threads(struct server *s)
 		max = cpu_count() > LOOPS_MIN ? cpu_count() : LOOPS_MIN;
 	if (!share_descriptors(s, &max))
 		return false;
-	err = loops_init(max, (unsigned)s->options.keepalive);
+	err = clients_begin(max, (unsigned)s->options.keepalive);
 	if (!err)
 		err = worker_begin();
 	if (err)
@@ -533,10 +535,21 @@ static bool start_threads(struct server *s)
 	return err == 0;
 }
 
+static bool start_listening(struct server *s)
+{
+	bool ok = loop_init(&s->loop, &main_bell) == 0 &&
+		  listen_start(&s->listeners, &s->loop, accept_client, NULL) &&
+		  (!s->options.control || ctl_start(&s->loop));
+
+	if (!ok)
+		log_failure("out of memory");
+	return ok;
+}
+
 static bool start(struct server *s)
 {
 	raise_limits(&s->options);
-	stats_init((unsigned)s->options.stats, loops_survey);
+	stats_init((unsigned)s->options.stats, clients_survey);
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
 	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) ||
@@ -544,7 +557,8 @@ static bool start(struct server *s)
 		return false;
 	opening = 0;
 	if (!allow_is_of_use(s) || !control_open(&s->options) || !write_pidfile(s) ||
-	    !give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start())
+	    !give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start() ||
+	    !start_listening(s))
 		return false;
 	log_line("%s", confine_is_in_force() ? "confined to the files that are needed" :
 		 s->options.no_sandbox	     ? "not confined: --no-sandbox" :
@@ -567,7 +581,7 @@ static bool may_connect(struct server *s, const struct sockaddr *sa, const char 
 		log_peer(LOG_ERROR, "%s: refused: %s", peer, reason);
 		return false;
 	}
-	if (loops_clients() >= s->connections_max)
+	if (clients_present() >= s->connections_max)
 		snprintf(reason, sizeof(reason), "there are %zu connections already",
 			 s->connections_max);
 	else if (sa && s->options.max_per_host && access_guests(sa) >= s->options.max_per_host)
@@ -586,8 +600,8 @@ static enum greeting greeting_of(const struct options *o)
 				      GREET_NEWSTYLE;
 }
 
-/* Hand a client to a loop, or close it; its address is NULL at a Unix socket. */
-static void add_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
+/* Serve a client, or close its connection; its address is NULL at a Unix socket. */
+static void serve_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
 {
 	struct conn *c;
 
@@ -604,51 +618,26 @@ static void add_client(struct server *s, int fd, const struct sockaddr *sa, cons
 	}
 	if (sa)
 		access_enter(&c->guest, sa);
-	loops_add(c);
+	clients_add(c);
 }
 
-static void pause_accepting(struct server *s)
-{
-	log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
-		 strerror(errno));
-	s->accept_again = now_ms() + ACCEPT_PAUSE_MS;
-}
-
-/* Accept one client.  False if there is none, or accepting has to pause. */
-static bool accept_client(struct server *s, const struct listener *l)
+static void accept_client(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len)
 {
 	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
-	union address address;
-	socklen_t len = sizeof(address);
 	char peer[ADDRESS_MAX];
-	int fd = accept4(l->fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
-	if (fd < 0) {
-		if (is_out_of_resources(errno))
-			pause_accepting(s);
-		return errno == EINTR || errno == ECONNABORTED;
-	}
 	serial++;
 	if (l->local)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
-		format_address(&address.sa, len, peer);
-	add_client(s, fd, l->local ? NULL : &address.sa, peer);
-	return true;
-}
-
-static void accept_clients(struct server *s, const struct pollfd *pfd)
-{
-	for (size_t i = 0; i < s->listeners.count; i++)
-		for (int n = 0; pfd[i].revents && n < ACCEPT_BATCH; n++)
-			if (!accept_client(s, &s->listeners.all[i]))
-				break;
+		format_address(sa, len, peer);
+	serve_client(&server, fd, l->local ? NULL : sa, peer);
 }
 
 /* Something ended, or a signal came. */
 static void take_wakeups(struct server *s)
 {
-	s->accept_again = 0;
+	listen_resume(&s->listeners);
 	if (take_signal(SIGHUP))
 		log_reopen();
 	if (take_signal(SIGUSR1) && !exports_snapshot())
@@ -661,36 +650,17 @@ static void take_wakeups(struct server *s)
 	exports_tend();
 }
 
-static uint64_t earlier(uint64_t a, uint64_t b)
-{
-	return a < b ? a : b;
-}
-
 /* Accept clients until a signal to stop, or until the only client has left. */
 static void serve(struct server *s)
 {
-	size_t listeners = s->listeners.count, controls;
-	struct pollfd pfd[1 + listeners + CTL_FDS];
 	bool single = s->single_fd >= 0;
 
-	for (size_t i = 0; i < listeners; i++)
-		pfd[i + 1].events = POLLIN;
-	while (!stop_signals && !(single && loops_load() == 0)) {
-		bool pause = now_ms() < s->accept_again;
-		uint64_t due = earlier(earlier(pause ? s->accept_again : UINT64_MAX, ctl_due()),
-				       stats_due(loops_load() > 0));
-
-		for (size_t i = 0; i < listeners; i++)
-			pfd[i + 1].fd = pause ? -1 : s->listeners.all[i].fd;
-		controls = ctl_poll(pfd + 1 + listeners);
-		if (bell_poll(&main_bell, pfd, 1 + listeners + controls, ms_until(due)) < 0)
-			continue;
-		if (bell_answer(&main_bell))
+	while (!stop_signals && !(single && clients_count() == 0)) {
+		loop_poll(&s->loop, stats_due(clients_count() > 0));
+		if (loop_deliver(&s->loop))
 			take_wakeups(s);
 		while (stats_tend())
 			ctl_gathered();
-		accept_clients(s, pfd + 1);
-		ctl_turn(pfd + 1 + listeners, controls);
 	}
 }
 
@@ -704,7 +674,7 @@ static void add_single_client(struct server *s)
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
 	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
-	add_client(s, s->single_fd, &address.sa, peer);
+	serve_client(s, s->single_fd, &address.sa, peer);
 }
 
 /* End */
@@ -717,8 +687,8 @@ static bool stop_all(void)
 
 	control_close();
 	exports_stop();
-	loops_stop();
-	while (loops_load() > 0 || exports_are_busy()) {
+	clients_stop();
+	while (clients_count() > 0 || exports_are_busy()) {
 		uint64_t until = begun;
 
 		now = now_ms();
@@ -750,43 +720,42 @@ static void run(struct server *s)
 		log_line("stopping");
 	listen_close(&s->listeners);
 	if (!stop_all()) {
-		log_error("stopped, but %zu connections wait for the disk", loops_load());
+		log_error("stopped, but %zu connections wait for the disk", clients_count());
 		remove_pidfile(s);
 		end_at_once();
 	}
-	loops_join();
+	clients_join();
 	exports_end();
 	worker_stop();		/* one may be at its last words to a loop */
-	loops_free();
+	clients_free();
 }
 
 int main(int argc, char **argv)
 {
-	static struct server s = { .single_fd = -1, .ready_fd = -1 };
 	int status = EXIT_FAILURE;
 
 	buffer_init();
 	log_name("xnbd-server");
 	occupy_standard_descriptors();
-	options_parse(&s.options, argc, argv);
-	s.passed = listen_count_passed();
-	if (s.passed < 0)
+	options_parse(&server.options, argc, argv);
+	server.passed = listen_count_passed();
+	if (server.passed < 0)
 		return EXIT_FAILURE;
-	if (s.options.daemonize && !daemonize(&s))
+	if (server.options.daemonize && !daemonize(&server))
 		return EXIT_FAILURE;
-	if (start(&s)) {
-		run(&s);
+	if (start(&server)) {
+		run(&server);
 		alarm(0);	/* what is left is a last commit */
 		status = EXIT_SUCCESS;
 	} else {
 		control_close();
-		loops_stop();
-		loops_join();
+		clients_stop();
+		clients_join();
 		worker_stop();		/* a commit may be due */
-		loops_free();
+		clients_free();
 	}
 	if (!exports_close() || commit_has_lost())
 		status = EXIT_FAILURE;
-	clean_up(&s);
+	clean_up(&server);
 	return status;
 }

@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "loop.h"
 #include "order.h"
 #include "proto.h"
 #include "worker.h"
@@ -28,6 +29,7 @@ enum {
  */
 struct request {
 	struct job job;			/* for the worker that runs it */
+	struct mail mail;		/* on its way back to its connection's thread */
 	struct request *next;		/* list link of whoever holds it */
 	struct conn *conn;
 	struct request *sibling, **back;	/* the others of its connection that are in flight */
