@@ -1317,7 +1317,7 @@ mutant("who is parked does not come back", "a request is lost while its client i
 mutant("a client moves while it is being told", "a client that is parked is counted twice, or not",
        "clients.c", "pthread_mutex_lock(&clients.moving);\n\tmay = !clients.stopped && "
        "!atomic_load(&from->surveyed);",
-       "usleep(1000);\n\tpthread_mutex_lock(&clients.moving);\n\tmay = !clients.stopped;",
+       "usleep(20000);\n\tpthread_mutex_lock(&clients.moving);\n\tmay = !clients.stopped;",
        "clients.c", "#include <string.h>\n", "#include <string.h>\n#include <unistd.h>\n",
        tests="test_silence.py::test_each_request_counts_once_while_clients_come_and_go")
 mutant("who was away for a moment is gone", "a host that is away for a moment loses its connections",
