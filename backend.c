@@ -107,7 +107,7 @@ static bool has_holes(const struct request *r)
 }
 
 /* BLOCK_STATUS: "NBD_REPLY_TYPE_BLOCK_STATUS" */
-static int describe(struct backend *b, struct request *r)
+static int describe_range(struct backend *b, struct request *r)
 {
 	unsigned max = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
 	uint64_t len = r->h.len < DESCRIBED_MAX ? r->h.len : DESCRIBED_MAX;
@@ -281,7 +281,7 @@ static int begin_change(struct request *r)
 	return ret;
 }
 
-static int run(struct request *r, enum how how)
+static int request_run(struct request *r, enum how how)
 {
 	struct backend *b = r->backend;
 
@@ -299,7 +299,7 @@ static int run(struct request *r, enum how how)
 	case NBD_CMD_CACHE:
 		return how == TRY ? -EAGAIN : cache_range(b, r);
 	case NBD_CMD_BLOCK_STATUS:
-		return how == TRY ? -EAGAIN : describe(b, r);
+		return how == TRY ? -EAGAIN : describe_range(b, r);
 	default:
 		assert(proto_cmd_writes(r->h.cmd));
 		if (r->h.cmd == NBD_CMD_TRIM && !trim_to_blocks(r))
@@ -331,7 +331,7 @@ int request_commit(struct request *r)
 
 int request_try(struct request *r)
 {
-	int ret = run(r, TRY);
+	int ret = request_run(r, TRY);
 
 	r->absent = ret == ABSENT;
 	if (ret == 0)
@@ -356,11 +356,11 @@ void request_again(struct request *r)
 	r->done(r);
 }
 
-static void run_job(struct job *job);
+static void run_request_job(struct job *job);
 
 static void submit(struct request *r)
 {
-	r->job.run = run_job;
+	r->job.run = run_request_job;
 	worker_submit(&r->job);
 }
 
@@ -379,10 +379,10 @@ static void fetch(struct request *r, enum how how)
 		request_done(r, ret);
 }
 
-static void run_job(struct job *job)
+static void run_request_job(struct job *job)
 {
 	struct request *r = (struct request *)((char *)job - offsetof(struct request, job));
-	int ret = request_is_abandoned(r) ? -ECANCELED : run(r, WAIT);
+	int ret = request_is_abandoned(r) ? -ECANCELED : request_run(r, WAIT);
 
 	if (ret == ABSENT)
 		fetch(r, WAIT);

@@ -190,7 +190,7 @@ static short client_events(const struct source *s)
 static const struct source_ops client_ops = { client_events, client_turn };
 
 /* A connection has come from another thread. */
-static void take_over(struct mail *m)
+static void take_moved(struct mail *m)
 {
 	struct conn *c = (struct conn *)((char *)m - offsetof(struct conn, mail));
 	struct client_thread *t = thread_of(c);
@@ -211,7 +211,7 @@ static void take_new(struct mail *m)
 
 	c->active = now_ms();
 	conn_start(c);
-	take_over(m);
+	take_moved(m);
 }
 
 static void give_client(struct client_thread *t, struct conn *c, void (*take)(struct mail *))
@@ -273,7 +273,7 @@ static bool move_client(struct client_thread *from, struct conn *c, struct clien
 	may = !clients.stopped && !atomic_load(&from->surveyed);
 	if (may) {
 		loop_remove(&from->loop, &c->source);
-		give_client(to, c, take_over);
+		give_client(to, c, take_moved);
 		atomic_fetch_sub(&from->load, 1);
 	}
 	pthread_mutex_unlock(&clients.moving);

@@ -408,7 +408,7 @@ static void lose(struct conn *c, const char *why)
 }
 
 /* Send what the workspace's tx holds.  What is left becomes the backlog. */
-static void flush(struct conn *c)
+static void conn_flush(struct conn *c)
 {
 	struct tx *tx = c->workspace->tx;
 	enum tx_result result = c->state == CONN_DEAD || c->mute ? TX_SENT :
@@ -452,7 +452,7 @@ static bool make_room(struct conn *c, size_t bytes, unsigned iovs)
 		return false;
 	if (tx_has_room(c->workspace->tx, bytes, iovs))
 		return true;
-	flush(c);
+	conn_flush(c);
 	return c->state != CONN_DEAD && !c->backlog;
 }
 
@@ -617,37 +617,41 @@ static int commit_write(struct request *r)
 	return r->error ? -r->error : request_commit(r);
 }
 
-/* Something is done with that outcome, and there is room for a reply; or it is PENDING. */
-static void settle(struct conn *c, struct request *r, int ret)
+/*
+ * A request, or a piece of a WRITE, is done with that outcome, or it is PENDING.  Returns the request
+ * that can be answered now, or NULL.
+ */
+static struct request *take_outcome(struct conn *c, struct request *r, int ret)
 {
+	struct request *whole = r->whole;
+
 	if (ret == PENDING) {
 		lend(c, r);
-		return;
+		return NULL;
 	}
-	r->error = -ret;
-	put_reply(c, r);
+	if (!whole) {
+		r->error = -ret;
+		return r;
+	}
+	if (ret != 0 && !whole->error)
+		whole->error = -ret;
+	free_request(c, r);
+	if (--whole->pieces > 0 || whole == c->current)
+		return NULL;
+	if (c->state == CONN_DEAD) {
+		free_request(c, whole);
+		return NULL;
+	}
+	return take_outcome(c, whole, commit_write(whole));
 }
 
-/* A piece of a WRITE is done with that outcome.  True if all of the WRITE is; else it is not here. */
-static bool piece_is_last(struct conn *c, struct request *piece, int ret)
+/* The same; there is room for a reply. */
+static void conn_settle(struct conn *c, struct request *r, int ret)
 {
-	struct request *r = piece->whole;
+	struct request *done = take_outcome(c, r, ret);
 
-	if (ret != 0 && !r->error)
-		r->error = -ret;
-	free_request(c, piece);
-	if (--r->pieces > 0 || r == c->current)
-		return false;
-	if (c->state == CONN_DEAD) {
-		free_request(c, r);
-		return false;
-	}
-	ret = commit_write(r);
-	if (ret == PENDING)
-		lend(c, r);
-	else
-		r->error = -ret;
-	return ret != PENDING;
+	if (done)
+		put_reply(c, done);
 }
 
 /* A piece of a READ has come back. */
@@ -667,16 +671,17 @@ static void piece_of_read_is_back(struct conn *c, struct request *piece)
 /* What became of a request that was with others. */
 static void take_result(struct conn *c, struct request *r)
 {
-	struct request *whole = r->whole;
+	struct request *done;
 
-	if (whole && whole->h.cmd == NBD_CMD_READ)
+	if (r->whole && r->h.cmd == NBD_CMD_READ) {
 		piece_of_read_is_back(c, r);
-	else if (whole && piece_is_last(c, r, -r->error))
-		append(&c->ready_end, whole);
-	else if (!whole && c->state == CONN_DEAD)
+	} else if (!r->whole && c->state == CONN_DEAD) {
 		free_request(c, r);
-	else if (!whole)
-		append(&c->ready_end, r);
+	} else {
+		done = take_outcome(c, r, -r->error);
+		if (done)
+			append(&c->ready_end, done);
+	}
 }
 
 static void conn_complete(struct conn *c, struct request *r)
@@ -719,7 +724,7 @@ static void come_back(struct request *r)
  * Steps: each takes some of the n bytes at p and returns how many, 0 if it needs more.
  */
 
-static void enter_transmission(struct conn *c)
+static void conn_enter_transmission(struct conn *c)
 {
 	const struct proto_export *e = c->session.export;
 
@@ -764,7 +769,7 @@ static void option_answered(struct conn *c, enum proto_next next, const struct p
 		c->state = CONN_OPTION;
 		break;
 	case PROTO_TRANSMIT:
-		enter_transmission(c);
+		conn_enter_transmission(c);
 		break;
 	case PROTO_CLOSE:
 		c->linger = true;
@@ -887,7 +892,7 @@ static void start_read(struct conn *c, struct request *r)
 		} else if (ret == -EAGAIN) {
 			queue(c, r);
 		} else {
-			settle(c, r, ret);
+			conn_settle(c, r, ret);
 		}
 	} else if (read_copied(c, r, r)) {
 		stats_count_read(c->stats, r->h.len);
@@ -905,7 +910,7 @@ static void start_payload(struct conn *c, struct request *r)
 {
 	assert(r->error || r->h.cmd == NBD_CMD_WRITE);
 	if (r->h.len == 0) {
-		settle(c, r, commit_write(r));
+		conn_settle(c, r, commit_write(r));
 		return;
 	}
 	c->current = r;
@@ -916,25 +921,21 @@ static void start_payload(struct conn *c, struct request *r)
 /* Carry out a request, also a piece of a WRITE, that has all that it needs; there is room. */
 static void start_request(struct conn *c, struct request *r)
 {
-	struct request *whole;
 	int ret;
 
 	if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {
-		settle(c, r, 0);
+		conn_settle(c, r, 0);
 		return;
 	}
 	if (r->h.cmd == NBD_CMD_READ) {
 		start_read(c, r);
 		return;
 	}
-	whole = r->whole;
 	ret = request_try(r);
 	if (ret == -EAGAIN)
 		queue(c, r);
-	else if (!whole || ret == PENDING)
-		settle(c, r, ret);
-	else if (piece_is_last(c, r, ret))
-		put_reply(c, whole);
+	else
+		conn_settle(c, r, ret);
 }
 
 /* Room for the reply to a request: a READ is read into it. */
@@ -1006,36 +1007,24 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 	return size;
 }
 
-/*
- * Store a piece, or all, of a payload.  Returns 0, -errno, or PENDING: it has been lent.  What is not
- * done at once is done from a copy.
- */
-static int store(struct conn *c, struct request *r, const uint8_t *p)
+/* Store a piece, or all, of a payload.  What is not done at once is done from a copy. */
+static void store_payload(struct conn *c, struct request *r, const uint8_t *p)
 {
 	int ret;
 
 	r->buf = (uint8_t *)(uintptr_t)p;
 	ret = request_try(r);
-	if (ret == PENDING)
-		lend(c, r);
-	if (ret != -EAGAIN)
-		return ret;
-	r->buf = buffer_get(r->h.len);
-	if (!r->buf)
-		return -ENOMEM;
-	r->buf_len = r->h.len;
-	memcpy(r->buf, p, r->h.len);
-	queue(c, r);
-	return PENDING;
-}
-
-/* The whole payload is here. */
-static void store_whole(struct conn *c, struct request *r, const uint8_t *p)
-{
-	int ret = r->error ? -r->error : store(c, r, p);
-
-	if (ret != PENDING)
-		settle(c, r, ret);
+	if (ret == -EAGAIN) {
+		r->buf = buffer_get(r->h.len);
+		if (r->buf) {
+			r->buf_len = r->h.len;
+			memcpy(r->buf, p, r->h.len);
+			queue(c, r);
+			return;
+		}
+		ret = -ENOMEM;
+	}
+	conn_settle(c, r, ret);
 }
 
 /* n bytes of the payload, which are some whole blocks or its end. */
@@ -1047,7 +1036,6 @@ static void store_piece(struct conn *c, struct request *r, const uint8_t *p, siz
 		.len = n,
 	};
 	struct request *piece;
-	int ret;
 
 	if (r->error)
 		return;
@@ -1058,9 +1046,7 @@ static void store_piece(struct conn *c, struct request *r, const uint8_t *p, siz
 	}
 	piece->whole = r;
 	r->pieces++;
-	ret = store(c, piece, p);
-	if (ret != PENDING)
-		piece_is_last(c, piece, ret);
+	store_payload(c, piece, p);
 }
 
 /*
@@ -1094,7 +1080,10 @@ static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 	if (n == r->h.len) {
 		c->current = NULL;
 		c->state = CONN_REQUEST;
-		store_whole(c, r, p);
+		if (r->error)
+			put_reply(c, r);
+		else
+			store_payload(c, r, p);
 		return n;
 	}
 	store_piece(c, r, p, n);
@@ -1104,7 +1093,7 @@ static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 	c->current = NULL;
 	c->state = CONN_REQUEST;
 	if (r->pieces == 0)
-		settle(c, r, commit_write(r));
+		conn_settle(c, r, commit_write(r));
 	return n;
 }
 
@@ -1249,7 +1238,7 @@ static bool may_step(struct conn *c)
 	return !c->stream && !is_full(c) && make_room(c, STEP_BYTES, 1);
 }
 
-static size_t step(struct conn *c, const uint8_t *p, size_t n)
+static size_t conn_step(struct conn *c, const uint8_t *p, size_t n)
 {
 	switch (c->state) {
 	case CONN_CLIENT_FLAGS:
@@ -1288,7 +1277,7 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 			c->blocked = true;
 			break;
 		}
-		taken = step(c, p + pos, n - pos);
+		taken = conn_step(c, p + pos, n - pos);
 		spend(c, taken + STEP_COST);
 		if (c->stream)
 			go_on_with_stream(c);
@@ -1401,7 +1390,7 @@ static void take_kept(struct conn *c)
 }
 
 /* Receive up to room bytes at p.  Returns how many; 0 if there are none, or the client is gone. */
-static size_t receive(struct conn *c, uint8_t *p, size_t room)
+static size_t conn_receive(struct conn *c, uint8_t *p, size_t room)
 {
 	ssize_t n;
 
@@ -1435,7 +1424,7 @@ static void input(struct conn *c)
 	}
 	if (room > RX_CHUNK)
 		room = RX_CHUNK;
-	n = receive(c, rx + have, room);
+	n = conn_receive(c, rx + have, room);
 	if (c->gone || (n == 0 && !c->blocked))
 		return;
 	if (have > 0)
@@ -1491,7 +1480,7 @@ void conn_turn(struct conn *c, short revents)
 		if ((revents & POLLIN || c->blocked) && takes_input(c))
 			input(c);
 		if (!c->backlog)
-			flush(c);
+			conn_flush(c);
 		revents = 0;
 	} while ((c->gone && !c->orderly && in_transmission(c)) ||
 		 (c->blocked && !c->tired && takes_input(c)));
@@ -1562,7 +1551,7 @@ void conn_stop(struct conn *c)
 static void bind_default(struct conn *c)
 {
 	c->session.export = c->exports->entry[0];
-	enter_transmission(c);
+	conn_enter_transmission(c);
 }
 
 void conn_start(struct conn *c)
@@ -1584,5 +1573,5 @@ void conn_start(struct conn *c)
 		bind_default(c);
 		break;
 	}
-	flush(c);
+	conn_flush(c);
 }

@@ -400,7 +400,7 @@ static void drop_client(struct ctl_client *cl)
 }
 
 /* A client that has only ended its own sending still gets its answers. */
-static bool has_left(const struct ctl_client *cl, short revents)
+static bool ctl_has_left(const struct ctl_client *cl, short revents)
 {
 	if (cl->broken || cl->out.failed || (revents & (POLLERR | POLLNVAL)))
 		return true;
@@ -433,7 +433,7 @@ static void ctl_turn(struct source *s, short revents)
 		answer_query(cl);
 	ctl_flush(cl);
 	run_lines(cl);
-	if (has_left(cl, revents))
+	if (ctl_has_left(cl, revents))
 		drop_client(cl);
 	else
 		s->due = !is_busy(cl) || cl->state == STATE_COPYING || cl->state == STATE_QUERYING ?

@@ -601,7 +601,7 @@ static enum greeting greeting_of(const struct options *o)
 }
 
 /* Serve a client, or close its connection; its address is NULL at a Unix socket. */
-static void serve_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
+static void admit_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
 {
 	struct conn *c;
 
@@ -631,7 +631,7 @@ static void accept_client(struct listener *l, int fd, const struct sockaddr *sa,
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(sa, len, peer);
-	serve_client(&server, fd, l->local ? NULL : sa, peer);
+	admit_client(&server, fd, l->local ? NULL : sa, peer);
 }
 
 /* Something ended, or a signal came. */
@@ -674,7 +674,7 @@ static void add_single_client(struct server *s)
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
 	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
-	serve_client(s, s->single_fd, &address.sa, peer);
+	admit_client(s, s->single_fd, &address.sa, peer);
 }
 
 /* End */

@@ -172,13 +172,13 @@ mutant("a length is rounded up in 32 bits", "lengths near 2^32",
        "uint32_t up = ((uint32_t)r->len + 511) & ~511u;\n\n\tif (up > size || r->off > size - up)",
        tests="test_hazards.py::test_ranges_that_wrap_change_nothing")
 mutant("length 0 takes the rest of the disk", "length 0 at offset 0",
-       "conn.c", "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {\n\t\tsettle(c, r, 0);\n"
+       "conn.c", "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {\n\t\tconn_settle(c, r, 0);\n"
        "\t\treturn;\n\t}",
        "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH)\n"
        "\t\tr->at.len = r->h.len = c->export->proto.size - r->h.off;",
        tests="test_hazards.py::test_length_0_touches_nothing")
 mutant("length 0 marks the whole cache", "zero-length request marks the whole disk",
-       "conn.c", "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {\n\t\tsettle(c, r, 0);\n"
+       "conn.c", "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {\n\t\tconn_settle(c, r, 0);\n"
        "\t\treturn;\n\t}",
        "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH)\n"
        "\t\tr->at.len = r->h.len = c->export->proto.size - r->h.off;",
@@ -639,7 +639,7 @@ mutant("a full disk is an I/O error", "overlay's disk full",
        "proto.c", "\tcase ENOSPC:\n\tcase EDQUOT:", "\tcase EDQUOT:",
        tests="test_cow.py::test_full_overlay_disk_is_enospc_for_that_write")
 mutant("an error of the overlay is not told", "overlay's disk full",
-       "conn.c", "if (ret != 0 && !r->error)", "if (false)",
+       "conn.c", "if (ret != 0 && !whole->error)", "if (false)",
        tests="test_faults.py::test_calls_that_fail")
 mutant("an overlay is used with any base", "overlay truncated or of another base",
        "bitmap.c", "if (get_le(p + 32, 8) != b->id.fingerprint)", "if (false)",
