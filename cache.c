@@ -28,15 +28,6 @@ enum {
 	PREFETCH_MAX = 4 * 1024 * 1024,	/* bytes of a CACHE that are asked for at once */
 };
 
-/*
- * A switch, each step begun by cache_tend() when the one before has ended:
- *
- *	ZEROING		only by force: zeros are stored where nothing is held, by a worker
- *	COMPLETING	all that is held becomes durable, and then all blocks are held
- *	then the origin is let go
- */
-enum step { NO_SWITCH, ZEROING, COMPLETING, SWITCHED };
-
 struct cache {
 	struct backend backend;
 	struct layer layer;
@@ -44,14 +35,19 @@ struct cache {
 	struct fetcher fetcher;
 	struct copy *copy;
 	void (*wake)(void);
+	atomic_bool copy_done;
 
-	/* The switch; the main thread's, but for the step that is under way. */
-	enum step step;
+	/*
+	 * The switch.  By force, a worker stores zeros first where nothing is held.  Then all that is held
+	 * becomes durable, and all blocks are held; then the main thread lets the origin go.
+	 */
+	bool switching, switched;	/* the main thread's */
 	uint64_t zeroed;		/* blocks, by force */
 	struct job zero_job;
-	struct request commit;		/* the flush that COMPLETING waits for */
-	int error;			/* the outcome of a step, an errno */
-	atomic_bool step_done, copy_done;
+	struct request commit;		/* the flush that makes all durable */
+	const char *failed;		/* the step that has, or NULL */
+	int error;			/* why, an errno */
+	atomic_bool switch_done;	/* those above are valid */
 	atomic_bool stopping;		/* zero no more */
 };
 
@@ -60,63 +56,7 @@ static struct cache *to_cache(struct backend *b)
 	return (struct cache *)b;
 }
 
-/* Reading */
-
-/* What is held from the image, the rest from the origin. */
-static int fetch_read(struct cache *c, struct request *r, enum how how)
-{
-	uint64_t off = r->h.off, end = off + r->h.len;
-	struct miss *m = miss_new(&c->fetcher, r);
-	int err = m ? 0 : -ENOMEM;
-
-	while (off < end && !err) {
-		bool held;
-		uint64_t n = layer_run(&c->layer, end - off, off, &held);
-
-		if (held) {
-			uint8_t *buf = miss_buffer(m);
-
-			err = buf ? disk_read(c->layer.disk, buf + (off - r->h.off), n, off, how) :
-				    -ENOMEM;
-			off += n;
-		} else {
-			int64_t added = miss_add(m, n, off);
-
-			if (added < 0)
-				err = (int)added;
-			else
-				off += (uint64_t)added;
-		}
-	}
-	return m ? miss_wait(m, err) : err;
-}
-
-/* Bring blocks of a range; all of those that are not held, or the first and the last. */
-static int fetch_blocks(struct cache *c, struct request *r, uint64_t len, uint64_t off, bool edges)
-{
-	struct miss *m = miss_new(&c->fetcher, r);
-	uint64_t end = off + len, last = (end - 1) / BLOCK_SIZE * BLOCK_SIZE;
-	int err = m ? 0 : -ENOMEM;
-
-	if (m && edges) {
-		int64_t added = off % BLOCK_SIZE == 0 ? 0 : miss_add(m, 1, off);
-
-		if (added >= 0 && end % BLOCK_SIZE != 0 && end != c->layer.size)
-			added = miss_add(m, 1, last);
-		return miss_wait(m, added < 0 ? (int)added : 0);
-	}
-	while (off < end && !err) {
-		bool held;
-		uint64_t n = layer_run(&c->layer, end - off, off, &held);
-		int64_t added = held ? (int64_t)n : miss_add(m, n, off);
-
-		if (added < 0)
-			err = (int)added;
-		else
-			off += (uint64_t)added;
-	}
-	return m ? miss_wait(m, err) : err;
-}
+/* Fetching */
 
 static void advance(struct span *s, uint64_t n)
 {
@@ -125,70 +65,105 @@ static void advance(struct span *s, uint64_t n)
 }
 
 /* A part from what is not held on, so that the origin is not asked for all of it at once. */
-static int fetch_next(struct cache *c, struct request *r)
+static int fetch_part(struct cache *c, struct request *r, enum how how)
 {
-	uint64_t n = 0, off;
+	struct span part;
 	bool held = true;
 
 	while (r->at.len > 0 && held) {
-		n = layer_run(&c->layer, r->at.len, r->at.off, &held);
+		uint64_t n = layer_run(&c->layer, r->at.len, r->at.off, &held);
+
 		if (held)
 			advance(&r->at, n);
 	}
-	off = r->at.off;
-	n = r->at.len < PREFETCH_MAX ? r->at.len : PREFETCH_MAX;
-	advance(&r->at, n);
+	part = r->at;
+	if (part.len > PREFETCH_MAX)
+		part.len = PREFETCH_MAX;
+	advance(&r->at, part.len);
 	/* A READ is answered when all of it has been asked for, also if it cannot be stored. */
 	r->fetched = r->at.len == 0 && r->h.cmd == NBD_CMD_READ;
-	return n == 0 ? 0 : fetch_blocks(c, r, n, off, false);
+	return part.len == 0 ? 0 : fetch_wait(&c->fetcher, r, &part, 1, how);
 }
 
-static int fetch_status(struct cache *c, struct request *r)
+/* What the origin tells about the units at the beginning of what is not held; a part of one is data. */
+static int fetch_status(struct cache *c, struct request *r, enum how how)
 {
+	uint64_t unit = origin_limits(c->origin)->min_block, before = r->h.off % unit, part = 0;
+	struct span s = { r->h.off, r->h.len };
 	bool held;
-	uint64_t len = layer_run(&c->layer, r->h.len, r->h.off, &held);
 
+	s.len = layer_run(&c->layer, s.len, s.off, &held);
 	if (held)
 		return 0;
-	if (len > PROTO_STATUS_MAX / 2)
-		len = PROTO_STATUS_MAX / 2;
-	if (origin_tells_extents(c->origin))
-		return fetch_extents(&c->fetcher, r, len,
-				     r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX);
-	r->extent[0] = (struct extent){ len, 0 };
+	if (s.len > PROTO_STATUS_MAX / 2)
+		s.len = PROTO_STATUS_MAX / 2;
+	if (s.off + s.len < c->layer.size)
+		part = s.len % unit;
+	if (before == 0 && s.len > part && origin_tells_extents(c->origin)) {
+		s.len -= part;
+		r->extents = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
+		return fetch_wait(&c->fetcher, r, &s, 1, how);
+	}
+	if (before > 0 && s.len > unit - before)
+		s.len = unit - before;
+	r->extent[0] = (struct extent){ s.len, 0 };
 	r->extents = 1;
 	request_done(r, 0);
 	return PENDING;
 }
 
-static int op_fetch(struct backend *b, struct request *r, enum how how)
+/* The blocks of which a change keeps a part, as spans in edge; returns how many. */
+static unsigned find_edges(const struct cache *c, uint64_t len, uint64_t off, struct span edge[2])
+{
+	uint64_t end = off + len;
+	unsigned n = 0;
+
+	if (off % BLOCK_SIZE != 0)
+		edge[n++] = (struct span){ off, 1 };
+	if (end % BLOCK_SIZE != 0 && end != c->layer.size)
+		edge[n++] = (struct span){ end - 1, 1 };
+	return n;
+}
+
+static int fetch_edges(struct cache *c, struct request *r, enum how how)
+{
+	struct span edge[2];
+	unsigned n = find_edges(c, r->at.len, r->at.off, edge);
+
+	return fetch_wait(&c->fetcher, r, edge, n, how);
+}
+
+static int cache_fetch(struct backend *b, struct request *r, enum how how)
 {
 	struct cache *c = to_cache(b);
+	const struct span all = { r->h.off, r->h.len };
 
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
-		fetch_missed(&c->fetcher, r->h.len, r->h.off);
-		return r->h.len > READ_PIECE ? fetch_next(c, r) : fetch_read(c, r, how);
+		return r->h.len > READ_PIECE ? fetch_part(c, r, how) :
+					       fetch_wait(&c->fetcher, r, &all, 1, how);
 	case NBD_CMD_CACHE:
-		return fetch_next(c, r);
+		return fetch_part(c, r, how);
 	case NBD_CMD_BLOCK_STATUS:
-		return fetch_status(c, r);
+		return fetch_status(c, r, how);
 	default:
-		return fetch_blocks(c, r, r->at.len, r->at.off, true);
+		return fetch_edges(c, r, how);
 	}
 }
 
-static bool op_take_back(struct backend *b, struct request *r)
+static bool cache_take_back(struct backend *b, struct request *r)
 {
 	return fetch_take_back(&to_cache(b)->fetcher, r);
 }
 
-static bool op_holds(struct backend *b, uint64_t len, uint64_t off)
+/* Reading */
+
+static bool cache_holds(struct backend *b, uint64_t len, uint64_t off)
 {
 	return layer_holds(&to_cache(b)->layer, len, off);
 }
 
-static int op_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
+static int cache_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	struct cache *c = to_cache(b);
 
@@ -199,42 +174,44 @@ static int op_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, 
 
 /* Writing */
 
-/* Whether a block of which a change leaves a part as it is is not held. */
+/* Whether a block of which a change keeps a part is not held. */
 static bool lacks_edges(const struct cache *c, uint64_t len, uint64_t off)
 {
-	const struct layer *l = &c->layer;
-	uint64_t end = off + len;
+	struct span edge[2];
+	unsigned n = find_edges(c, len, off, edge);
 
-	if (off % BLOCK_SIZE != 0 && !layer_holds(l, 1, off))
-		return true;
-	return end % BLOCK_SIZE != 0 && end != l->size && !layer_holds(l, 1, end - 1);
+	for (unsigned i = 0; i < n; i++)
+		if (!layer_holds(&c->layer, 1, edge[i].off))
+			return true;
+	return false;
 }
 
-static int op_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
+static int cache_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off,
+		       enum how how)
 {
 	struct cache *c = to_cache(b);
 
 	return lacks_edges(c, len, off) ? ABSENT : layer_write(&c->layer, buf, len, off, how);
 }
 
-static int op_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
+static int cache_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
 	struct cache *c = to_cache(b);
 
 	return lacks_edges(c, len, off) ? ABSENT : layer_zero(&c->layer, len, off, flags);
 }
 
-static int op_trim(struct backend *b, uint64_t len, uint64_t off)
+static int cache_trim(struct backend *b, uint64_t len, uint64_t off)
 {
 	return layer_trim(&to_cache(b)->layer, len, off);
 }
 
-static int op_flush(struct backend *b, struct request *r)
+static int cache_flush(struct backend *b, struct request *r)
 {
 	return layer_flush(&to_cache(b)->layer, r);
 }
 
-static int op_cache(struct backend *b, uint64_t *len, uint64_t off)
+static int cache_prefetch(struct backend *b, uint64_t *len, uint64_t off)
 {
 	struct cache *c = to_cache(b);
 	bool held;
@@ -250,8 +227,8 @@ static int op_cache(struct backend *b, uint64_t *len, uint64_t off)
 }
 
 /* What is held, up to what is not; or else the origin has to be asked. */
-static unsigned op_extents(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
-			   uint64_t off, int *ret)
+static unsigned cache_extents(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
+			      uint64_t off, int *ret)
 {
 	struct cache *c = to_cache(b);
 	bool held;
@@ -274,7 +251,7 @@ static void free_cache(struct cache *c)
 	free(c);
 }
 
-static int op_close(struct backend *b)
+static int cache_close(struct backend *b)
 {
 	struct cache *c = to_cache(b);
 	int err = layer_finish(&c->layer);
@@ -285,17 +262,17 @@ static int op_close(struct backend *b)
 
 static const struct backend_ops cache_ops = {
 	.name = "cache",
-	.read = op_read,
-	.write = op_write,
-	.zero = op_zero,
-	.trim = op_trim,
-	.flush = op_flush,
-	.cache = op_cache,
-	.extents = op_extents,
-	.holds = op_holds,
-	.fetch = op_fetch,
-	.take_back = op_take_back,
-	.close = op_close,
+	.read = cache_read,
+	.write = cache_write,
+	.zero = cache_zero,
+	.trim = cache_trim,
+	.flush = cache_flush,
+	.cache = cache_prefetch,
+	.extents = cache_extents,
+	.holds = cache_holds,
+	.fetch = cache_fetch,
+	.take_back = cache_take_back,
+	.close = cache_close,
 };
 
 /* The background copy has ended.  Any thread. */
@@ -307,7 +284,7 @@ static void copied(void *cache)
 	c->wake();
 }
 
-static bool refuse(const char *path, const char *what, uint64_t held)
+static bool refuse_image(const char *path, const char *what, uint64_t held)
 {
 	log_failure("cache image %s %s, but the bitmap says that it holds %llu blocks "
 		    "(--clear-bitmap begins afresh)", path, what, (unsigned long long)held);
@@ -344,7 +321,7 @@ static bool prepare_image(const char *path, uint64_t size, uint64_t held)
 
 	if (stat(path, &st) < 0) {
 		if (errno == ENOENT && held > 0)
-			return refuse(path, "does not exist", held);
+			return refuse_image(path, "does not exist", held);
 		return disk_create(path, size);
 	}
 	if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size >= size)
@@ -352,7 +329,7 @@ static bool prepare_image(const char *path, uint64_t size, uint64_t held)
 	snprintf(found, sizeof(found), "has %llu of %llu bytes", (unsigned long long)st.st_size,
 		 (unsigned long long)size);
 	if (held > 0)
-		return refuse(path, found, held);
+		return refuse_image(path, found, held);
 	if (truncate(path, (off_t)size) == 0)
 		return true;
 	log_failure("cannot extend cache image %s to %llu bytes: %s", path,
@@ -436,22 +413,25 @@ unsigned cache_per_mille(const struct cache_status *status)
 
 /* The switch */
 
-/* A worker. */
-static void step_ended(struct cache *c, int error)
+/* It is done, or that step has failed.  A worker. */
+static void switch_ended(struct cache *c, const char *failed, int error)
 {
+	c->failed = failed;
 	c->error = error;
-	atomic_store(&c->step_done, true);
+	atomic_store(&c->switch_done, true);
 	c->wake();
 }
 
 static void completed(struct request *r)
 {
-	step_ended(to_cache(r->backend), r->error);
+	struct cache *c = to_cache(r->backend);
+	int error = r->error ? r->error : layer_missing(&c->layer) > 0 ? EAGAIN : 0;
+
+	switch_ended(c, error ? "cannot make the image durable" : NULL, error);
 }
 
-static void begin_completing(struct cache *c)
+static void complete_layer(struct cache *c)
 {
-	c->step = COMPLETING;
 	c->commit = (struct request){
 		.backend = &c->backend,
 		.done = completed,
@@ -463,9 +443,14 @@ static void begin_completing(struct cache *c)
 static void zero_missing(struct job *job)
 {
 	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, zero_job));
+	int err;
 
 	c->zeroed = layer_missing(&c->layer);
-	step_ended(c, -layer_zero_missing(&c->layer, &c->stopping));
+	err = layer_zero_missing(&c->layer, &c->stopping);
+	if (err)
+		switch_ended(c, "cannot store zeros", -err);
+	else
+		complete_layer(c);
 }
 
 const char *cache_switch(struct backend *b, bool force)
@@ -475,9 +460,9 @@ const char *cache_switch(struct backend *b, bool force)
 	struct cache_status s;
 	unsigned share;
 
-	if (c->step == SWITCHED)
+	if (c->switched)
 		return "this is a target already";
-	if (c->step != NO_SWITCH)
+	if (c->switching)
 		return NULL;
 	cache_status(b, &s);
 	share = cache_per_mille(&s);
@@ -488,40 +473,16 @@ const char *cache_switch(struct backend *b, bool force)
 		return why;
 	}
 	log_line("switching to target mode");
+	c->switching = true;
 	c->zeroed = 0;
 	if (s.held == s.blocks) {
-		begin_completing(c);
+		complete_layer(c);
 		return NULL;
 	}
 	copy_stop(c->copy);
-	c->step = ZEROING;
 	c->zero_job.run = zero_missing;
 	worker_submit(&c->zero_job);
 	return NULL;
-}
-
-static void end_switch(struct cache *c, struct cache_news *news)
-{
-	int error = c->error ? c->error : layer_missing(&c->layer) > 0 ? EAGAIN : 0;
-
-	news->switched = true;
-	news->zeroed = c->zeroed;
-	if (error) {
-		snprintf(news->error, sizeof(news->error), "%s: %s",
-			 c->step == ZEROING ? "cannot store zeros" : "cannot make the image durable",
-			 strerror(error));
-		c->step = NO_SWITCH;
-		log_error("cannot switch to target mode: %s", news->error);
-		return;
-	}
-	/* Nobody needs it any more; those who wait for it will find the blocks. */
-	origin_cancel(c->origin);
-	c->step = SWITCHED;
-	if (c->zeroed)
-		log_line("switched to target mode; %llu blocks were missing and read as zeros now",
-			 (unsigned long long)c->zeroed);
-	else
-		log_line("switched to target mode; the origin is not needed any more");
 }
 
 void cache_tend(struct backend *b, struct cache_news *news)
@@ -529,17 +490,30 @@ void cache_tend(struct backend *b, struct cache_news *news)
 	struct cache *c = to_cache(b);
 
 	*news = (struct cache_news){ .copied = atomic_exchange(&c->copy_done, false) };
-	if (!atomic_exchange(&c->step_done, false))
+	if (!atomic_exchange(&c->switch_done, false))
 		return;
-	if (c->step == ZEROING && !c->error)
-		begin_completing(c);
+	c->switching = false;
+	c->switched = !c->failed;
+	news->switched = true;
+	news->zeroed = c->zeroed;
+	if (c->failed) {
+		snprintf(news->error, sizeof(news->error), "%s: %s", c->failed,
+			 strerror(c->error));
+		log_error("cannot switch to target mode: %s", news->error);
+		return;
+	}
+	/* Nobody needs it any more; those who wait for it will find the blocks. */
+	origin_cancel(c->origin);
+	if (c->zeroed)
+		log_line("switched to target mode; %llu blocks were missing and read as zeros now",
+			 (unsigned long long)c->zeroed);
 	else
-		end_switch(c, news);
+		log_line("switched to target mode; the origin is not needed any more");
 }
 
 bool cache_is_target(struct backend *b)
 {
-	return to_cache(b)->step == SWITCHED;
+	return to_cache(b)->switched;
 }
 
 void cache_stop(struct backend *b)
@@ -548,4 +522,13 @@ void cache_stop(struct backend *b)
 
 	copy_stop(c->copy);
 	atomic_store(&c->stopping, true);
+}
+
+void cache_end(struct backend *b)
+{
+	struct cache *c = to_cache(b);
+
+	origin_end(c->origin);
+	copy_free(c->copy);
+	c->copy = NULL;
 }

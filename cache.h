@@ -63,4 +63,7 @@ void cache_tend(struct backend *b, struct cache_news *news);
 /* The server stops: no more copying, nor switching. */
 void cache_stop(struct backend *b);
 
+/* End the origin, and then the copy: nothing is on its way any more, but with workers. */
+void cache_end(struct backend *b);
+
 #endif

@@ -34,12 +34,12 @@ struct copy_status {
 /* ended(arg) is called, by any thread, when a copy ends.  NULL if out of memory. */
 struct copy *copy_new(struct fetcher *f, void (*ended)(void *arg), void *arg);
 
-/* When it is idle for good.  NULL is allowed. */
+/* When the origin has ended; waits for the copy's thread.  NULL is allowed. */
 void copy_free(struct copy *c);
 
 /*
  * Begin, or go on with, copying what is missing, in requests of at most that many bytes, 0 for
- * the default; until it has ended, or copy_release() was called as often.  Any thread.
+ * the default; until it has ended, or copy_release() was called as often.  Main thread.
  */
 void copy_start(struct copy *c, uint64_t request_bytes);
 void copy_release(struct copy *c);

@@ -332,7 +332,7 @@ void exports_give_up(void)
 void exports_end(void)
 {
 	if (table.cache)
-		origin_end(cache_origin(table.cache));
+		cache_end(table.cache);
 }
 
 bool exports_are_busy(void)

@@ -1,19 +1,19 @@
 /*
  * fetch.c - blocks on their way from the origin into the cache image: see fetch.h.
  *
- *	miss_add()   a block is not held: join the fetch that brings it, or begin one
- *	arrived()    the origin has answered
- *	store()      put it into the image and set the bits; a worker does, if that takes its time
- *	settle()     tell all who wait
+ *	fetch_wait()	blocks are not held: join the fetches that bring them, or begin some
+ *	arrived()	the origin has answered
+ *	fetch_store()	put the data into the image and set the bits; on a worker, if that may block
+ *	fetch_settle()	tell all requests that wait for it
  *
- * Who looks whether a block is held, and then for its fetch, does so under the lock.  A fetch is
- * taken from the table under the lock, after its bits were set.  So nobody misses both.
+ * Whether a block is held, and then which fetch brings it, is looked up under the lock.  A fetch is
+ * taken from the table under the lock, after its bits were set.  So no request misses both.
  *
  * What a client wrote meanwhile stays: layer_fill() stores only what is not held.  A READ gets the
  * origin's bytes all the same: that is what the disk had when it came.
  *
- * A request that waits holds no memory for data: a fetch gets its buffer when the answer arrives.
- * Until all of it has arrived it can be taken back, by whoever knows that nobody wants it any more.
+ * A request that waits for all of its range holds no memory for data: a fetch gets its buffer when
+ * the answer arrives.  Until all of it has arrived it can be taken back.
  */
 #include "fetch.h"
 
@@ -26,54 +26,54 @@
 #include <string.h>
 
 enum {
+	FETCH_MAX = 1024 * 1024,	/* bytes that are asked for at once for clients */
+	AHEAD_MAX = 8 * 1024 * 1024,	/* bytes that are fetched ahead of a reader */
 	ZERO_PIECE = 64 * 1024,		/* zeros are looked for in pieces of this */
 	STORE_HERE = 256 * 1024,	/* at most, by the origin's thread, if that does not block */
-
-	SEQUENTIAL_READS = 3,		/* this many make a stream */
-	NEAR_READS = 8,			/* how far reads overtake each other, in reads */
-	WINDOW_MIN = 256 * 1024,
-	WINDOW_MAX = 8 * 1024 * 1024,
 };
 
 struct fetch {
 	struct origin_request ask;	/* the first: arrived() relies on it */
 	struct fetcher *f;
+	struct job job;			/* storing it */
 	struct fetch *next;		/* in its bucket */
-	struct fetch *newer;		/* of those that have arrived */
-	struct waiter *waiting;
+	struct part *parts;		/* that wait for it */
+
+	/* Of the background copy, and not in the table: */
+	void (*copied)(void *copy, const struct origin_request *ask, int error);
+	void *copy;
 };
 
-/* A request, and the parts of it that are on their way. */
+/* What a request wants of one fetch. */
 struct part {
-	struct waiter waiter;		/* the first: part_done() relies on it */
-	struct part *next;
+	struct part *next;		/* of those that wait for the same fetch */
+	struct part *sibling;		/* of the same request */
+	struct fetch *fetch;		/* NULL: it has arrived */
 	struct miss *miss;
+	uint64_t off, len;
 };
 
+/* A request that waits. */
 struct miss {
-	struct fetcher *f;
-	struct request *r;		/* NULL: it was taken back; guarded by the fetcher's lock */
-	bool reads;			/* it needs the data, stored or not */
-	uint64_t off, len;		/* of a READ that is answered with what arrives; else len is 0 */
-	_Atomic(uint8_t *) buf;		/* of len bytes, when something is in it */
-	atomic_uint left;		/* parts, and one while they are being added */
-	atomic_int error;		/* of the first that failed, 0 */
-	atomic_bool again;		/* carry the request out again, in any case */
-	bool added;			/* at least one part was */
+	struct miss *next;		/* of those for which all has arrived */
+	struct request *r;
 	struct part *parts;
-	struct part first;		/* mostly the only one */
+	unsigned left;			/* parts that have not arrived */
+	int error;			/* of the first part that failed, or 0 */
+	bool again;			/* carry the request out again, in any case */
 };
 
-static void store_arrived(struct job *job);
+/* Fetches that have begun; they are handed to the origin when the lock is free. */
+struct batch {
+	struct origin_request *first, **last;
+};
 
 void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
 {
 	memset(f, 0, sizeof(*f));
 	f->layer = layer;
 	f->origin = origin;
-	f->job.run = store_arrived;
-	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
-		f->last[i] = &f->arrived[i];
+	f->lane.name = "";
 	pthread_mutex_init(&f->lock, NULL);
 }
 
@@ -82,102 +82,59 @@ void fetcher_destroy(struct fetcher *f)
 	pthread_mutex_destroy(&f->lock);
 }
 
-/* What the origin wants its requests to begin and end at. */
-static uint64_t unit_of(const struct fetcher *f)
+uint64_t fetch_unit(const struct fetcher *f)
 {
 	uint32_t min = origin_limits(f->origin)->min_block;
 
 	return min > BLOCK_SIZE ? min : BLOCK_SIZE;
 }
 
-/* The table.  These are called with the lock. */
-
-static struct fetch **bucket_of(struct fetcher *f, uint64_t off)
+/* So is the result a multiple of the unit, but at the end of the disk. */
+uint64_t fetch_fit(const struct fetcher *f, uint64_t len, uint64_t off, uint64_t max)
 {
-	return &f->bucket[off / FETCH_REGION % FETCH_BUCKETS];
+	uint64_t unit = fetch_unit(f), size = f->layer->size, end;
+	uint64_t region_end = (off / FETCH_REGION + 1) * FETCH_REGION;
+
+	if (max > origin_limits(f->origin)->max_block)
+		max = origin_limits(f->origin)->max_block;
+	max = max < unit ? unit : max - max % unit;
+	end = (off + len + unit - 1) / unit * unit;
+	if (end > off + max)
+		end = off + max;
+	if (end > region_end)
+		end = region_end;
+	return (end < size ? end : size) - off;
 }
 
-static void insert(struct fetch *fetch)
+/* Storing */
+
+/* Whether the piece at that place is zeros.  Most data shows at its first bytes that it is not. */
+static bool is_zero_piece(const struct origin_request *ask, uint64_t at)
 {
-	struct fetch **p = bucket_of(fetch->f, fetch->ask.off);
+	const uint8_t *p = ask->buf + at;
+	uint64_t len = ask->len - at < ZERO_PIECE ? ask->len - at : ZERO_PIECE;
 
-	fetch->next = *p;
-	*p = fetch;
-	if (fetch->ask.priority == ORIGIN_DEMAND)
-		atomic_fetch_add(&fetch->f->demanded, 1);
-}
-
-static void take_out(struct fetch *fetch)
-{
-	struct fetch **p = bucket_of(fetch->f, fetch->ask.off);
-
-	while (*p != fetch)
-		p = &(*p)->next;
-	*p = fetch->next;
-	if (fetch->ask.priority == ORIGIN_DEMAND)
-		atomic_fetch_sub(&fetch->f->demanded, 1);
-}
-
-static uint64_t end_of(const struct fetch *fetch)
-{
-	return fetch->ask.off + fetch->ask.len;
-}
-
-/*
- * The fetch that brings the block at off, or NULL and then *end is lowered to where the next one
- * begins.  Those of the background copy do not count: they may take long.
- */
-static struct fetch *find(struct fetcher *f, uint64_t off, uint64_t *end)
-{
-	for (struct fetch *i = *bucket_of(f, off); i; i = i->next) {
-		if (i->ask.priority == ORIGIN_COPY)
-			continue;
-		if (i->ask.off <= off && off < end_of(i))
-			return i;
-		if (i->ask.off > off && i->ask.off < *end)
-			*end = i->ask.off;
-	}
-	return NULL;
-}
-
-/* Fetches */
-
-/* Zeros become a hole.  Most data shows at its first bytes that it is none. */
-static bool is_zero(const uint8_t *p, uint64_t len)
-{
 	return p[0] == 0 && memcmp(p, p + 1, len - 1) == 0;
 }
 
-/* Bytes at p, at most len, that are all zero, or have none such piece; *zero tells which. */
-static uint64_t zero_run(const uint8_t *p, uint64_t len, bool *zero)
+/* Zeros become holes, which may block. */
+static int fetch_store(const struct fetch *fetch, enum how how)
 {
-	uint64_t n = 0;
-
-	while (n < len) {
-		uint64_t piece = len - n < ZERO_PIECE ? len - n : ZERO_PIECE;
-		bool is = is_zero(p + n, piece);
-
-		if (n > 0 && is != *zero)
-			break;
-		*zero = is;
-		n += piece;
-	}
-	return n;
-}
-
-static int fill(struct fetcher *f, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
-{
+	const struct origin_request *ask = &fetch->ask;
+	uint64_t end;
 	int ret = 0;
 
-	while (len > 0 && ret == 0) {
-		bool zero = false;
-		uint64_t n = zero_run(buf, len, &zero);
+	for (uint64_t at = 0; at < ask->len && ret == 0; at = end) {
+		bool zero = is_zero_piece(ask, at);
 
-		ret = zero && how == TRY ? -EAGAIN :
-					   layer_fill(f->layer, zero ? NULL : buf, n, off, how);
-		buf += n;
-		off += n;
-		len -= n;
+		for (end = at + ZERO_PIECE; end < ask->len && is_zero_piece(ask, end) == zero;)
+			end += ZERO_PIECE;
+		if (end > ask->len)
+			end = ask->len;
+		if (zero && how == TRY)
+			return -EAGAIN;
+		ret = layer_fill(fetch->f->layer, zero ? NULL : ask->buf + at, end - at,
+				 ask->off + at, how);
 	}
 	return ret;
 }
@@ -192,105 +149,202 @@ static void log_store(struct fetcher *f, int error)
 		log_line("what is read from the origin is cached again");
 }
 
-/* Whether a fetch of what w needs, and no more, would be smaller. */
-static bool is_wider(const struct fetch *fetch, const struct waiter *w)
-{
-	uint64_t unit = unit_of(fetch->f);
+/* The table.  Its functions are called with the lock. */
 
-	return w->off / unit * unit > fetch->ask.off || w->off + w->len + unit <= end_of(fetch);
+static struct fetch **bucket_of(struct fetcher *f, uint64_t off)
+{
+	return &f->bucket[off / FETCH_REGION % FETCH_BUCKETS];
 }
 
-/* Tell all who wait, which is gone then.  The only one may keep the buffer, if it wants all of it. */
-static void tell_waiters(struct fetch *fetch, struct waiter *w, int error)
+static uint64_t end_of(const struct fetch *fetch)
 {
-	uint8_t *buf = fetch->ask.error ? NULL : fetch->ask.buf;
-	bool whole = buf && w && !w->next && w->len == fetch->ask.len;
-	struct waiter *next;
-
-	for (; w; w = next) {
-		next = w->next;
-		if (!buf)
-			w->done(w, NULL, false, error == -EIO && is_wider(fetch, w) ? -EAGAIN : error);
-		else if (w->done(w, buf + (w->off - fetch->ask.off), whole, error))
-			fetch->ask.buf = NULL;
-	}
-}
-
-/* The data is stored, or cannot be had or stored: tell all who wait. */
-static void settle(struct fetch *fetch, int error)
-{
-	struct fetcher *f = fetch->f;
-	struct waiter *waiting;
-
-	if (!fetch->ask.error) {
-		log_store(f, error);
-		origin_stored(f->origin, fetch->ask.len);
-	}
-	pthread_mutex_lock(&f->lock);
-	take_out(fetch);
-	waiting = fetch->waiting;
-	for (struct waiter *w = waiting; w; w = w->next)
-		w->fetch = NULL;
-	pthread_mutex_unlock(&f->lock);
-	tell_waiters(fetch, waiting, error);
-	buffer_put(fetch->ask.buf, fetch->ask.len);
-	free(fetch);
-}
-
-static int store(struct fetch *fetch, enum how how)
-{
-	return fill(fetch->f, fetch->ask.buf, fetch->ask.len, fetch->ask.off, how);
-}
-
-/* What is to be stored next: that for which clients wait comes first.  Called with the lock. */
-static struct fetch *next_arrived(struct fetcher *f)
-{
-	struct fetch *fetch = NULL;
-
-	for (unsigned i = 0; i < ORIGIN_PRIORITIES && !fetch; i++) {
-		fetch = f->arrived[i];
-		if (fetch)
-			f->arrived[i] = fetch->newer;
-		if (!f->arrived[i])
-			f->last[i] = &f->arrived[i];
-	}
-	return fetch;
+	return fetch->ask.off + fetch->ask.len;
 }
 
 /*
- * One worker at a time stores: the file system lets one write to a file, and others that would
- * only take the processor from those who bring the data.
+ * The fetch that brings the block at off, or NULL and then *end is lowered to where the next one
+ * begins.
  */
-static void store_arrived(struct job *job)
+static struct fetch *fetch_find(struct fetcher *f, uint64_t off, uint64_t *end)
 {
-	struct fetcher *f = (struct fetcher *)((char *)job - offsetof(struct fetcher, job));
-	struct fetch *fetch;
+	for (struct fetch *i = *bucket_of(f, off); i; i = i->next) {
+		if (i->ask.off <= off && off < end_of(i))
+			return i;
+		if (i->ask.off > off && i->ask.off < *end)
+			*end = i->ask.off;
+	}
+	return NULL;
+}
 
-	for (;;) {
-		pthread_mutex_lock(&f->lock);
-		fetch = next_arrived(f);
-		f->storing = fetch != NULL;
-		pthread_mutex_unlock(&f->lock);
-		if (!fetch)
-			return;
-		settle(fetch, store(fetch, WAIT));
+static void fetch_remove(struct fetch *fetch)
+{
+	struct fetch **p = bucket_of(fetch->f, fetch->ask.off);
+
+	while (*p != fetch)
+		p = &(*p)->next;
+	*p = fetch->next;
+	if (fetch->ask.priority == ORIGIN_DEMAND)
+		atomic_fetch_sub(&fetch->f->demanded, 1);
+}
+
+/* What has arrived */
+
+static bool takes_data(const struct request *r)
+{
+	return r->h.cmd == NBD_CMD_READ && r->h.len <= READ_PIECE;
+}
+
+/* Whether what arrives is its answer; else it is carried out again. */
+static bool is_answered(const struct request *r)
+{
+	return takes_data(r) || r->h.cmd == NBD_CMD_BLOCK_STATUS;
+}
+
+/* Memory for the answer to a READ; or NULL. */
+static uint8_t *answer_of(struct request *r)
+{
+	if (!r->buf) {
+		r->buf = buffer_get(r->h.len);
+		r->buf_len = r->buf ? r->h.len : 0;
+	}
+	return r->buf;
+}
+
+/* Put what has arrived into the answer, which the fetch's buffer becomes if that is all and its last use. */
+static int put_data(struct fetch *fetch, const struct part *p)
+{
+	struct request *r = p->miss->r;
+	struct origin_request *ask = &fetch->ask;
+
+	if (!fetch->parts && p->len == ask->len && p->len == r->h.len && !r->buf) {
+		r->buf = ask->buf;
+		r->buf_len = ask->len;
+		ask->buf = NULL;
+		return 0;
+	}
+	if (!answer_of(r))
+		return -ENOMEM;
+	memcpy(r->buf + (p->off - r->h.off), ask->buf + (p->off - ask->off), p->len);
+	return 0;
+}
+
+/* Whether a fetch of what the part needs, and no more, would be smaller. */
+static bool is_wider(const struct fetch *fetch, const struct part *p)
+{
+	uint64_t unit = fetch_unit(fetch->f);
+
+	return p->off / unit * unit > fetch->ask.off || p->off + p->len + unit <= end_of(fetch);
+}
+
+/* Where the origin does not tell, all is data. */
+static int put_extents(struct origin_request *ask, struct request *r)
+{
+	r->extent = ask->extent;
+	r->extents = ask->extents;
+	ask->extent = NULL;
+	if (ask->error) {
+		r->extent[0] = (struct extent){ ask->len, 0 };
+		r->extents = 1;
+	}
+	return ask->error == -ECANCELED ? -ECANCELED : 0;
+}
+
+/* The part has arrived, or failed with error.  Called with the lock. */
+static void part_end(struct fetch *fetch, const struct part *p, int error)
+{
+	struct miss *m = p->miss;
+
+	if (fetch->ask.extent)
+		error = put_extents(&fetch->ask, m->r);
+	else if (!fetch->ask.error && takes_data(m->r))
+		error = put_data(fetch, p);
+	else if (!fetch->ask.error && m->r->h.cmd == NBD_CMD_READ)
+		error = 0;	/* in pieces, it asks again for what could not be stored */
+	if (error && ((fetch->ask.error == -EIO && is_wider(fetch, p)) ||
+		      layer_holds(fetch->f->layer, p->len, p->off)))
+		m->again = true;
+	else if (error && !m->error)
+		m->error = error;
+}
+
+/* Tell all parts that wait; returns the requests that wait for nothing any more. */
+static struct miss *tell_parts(struct fetch *fetch, int error)
+{
+	struct miss *complete = NULL;
+	struct part *p;
+
+	pthread_mutex_lock(&fetch->f->lock);
+	if (!fetch->ask.extent)
+		fetch_remove(fetch);
+	while ((p = fetch->parts)) {
+		struct miss *m = p->miss;
+
+		fetch->parts = p->next;
+		p->fetch = NULL;
+		part_end(fetch, p, error);
+		if (--m->left > 0)
+			continue;
+		m->r->miss = NULL;
+		m->next = complete;
+		complete = m;
+	}
+	pthread_mutex_unlock(&fetch->f->lock);
+	return complete;
+}
+
+static void miss_free(struct miss *m)
+{
+	struct part *p;
+
+	while ((p = m->parts)) {
+		m->parts = p->sibling;
+		free(p);
+	}
+	free(m);
+}
+
+static void send_back(struct miss *m)
+{
+	struct miss *next;
+
+	for (; m; m = next) {
+		struct request *r = m->r;
+		int error = m->error;
+		bool again = !error && (m->again || !is_answered(r));
+
+		next = m->next;
+		miss_free(m);
+		if (again)
+			request_again(r);
+		else
+			request_done(r, error);
 	}
 }
 
-static void store_later(struct fetch *fetch)
+/* The data is stored, or cannot be had or stored. */
+static void fetch_settle(struct fetch *fetch, int error)
 {
-	struct fetcher *f = fetch->f;
-	unsigned priority = fetch->ask.priority;
-	bool start;
+	struct miss *complete = NULL;
 
-	pthread_mutex_lock(&f->lock);
-	*f->last[priority] = fetch;
-	f->last[priority] = &fetch->newer;
-	start = !f->storing;
-	f->storing = true;
-	pthread_mutex_unlock(&f->lock);
-	if (start)
-		worker_submit(&f->job);
+	if (!fetch->ask.error && !fetch->ask.extent) {
+		log_store(fetch->f, error);
+		origin_stored(fetch->f->origin, fetch->ask.len);
+	}
+	if (fetch->copied)
+		fetch->copied(fetch->copy, &fetch->ask, error);
+	else
+		complete = tell_parts(fetch, error);
+	buffer_put(fetch->ask.buf, fetch->ask.len);
+	free(fetch->ask.extent);
+	free(fetch);
+	send_back(complete);
+}
+
+static void store_job(struct job *job)
+{
+	struct fetch *fetch = (struct fetch *)((char *)job - offsetof(struct fetch, job));
+
+	fetch_settle(fetch, fetch_store(fetch, WAIT));
 }
 
 /*
@@ -311,16 +365,17 @@ static void arrived(struct origin_request *ask)
 	struct fetch *fetch = (struct fetch *)ask;
 	int error = ask->error;
 
-	if (!error)
-		error = is_stored_here(fetch) ? store(fetch, TRY) : -EAGAIN;
+	if (!error && !ask->extent)
+		error = is_stored_here(fetch) ? fetch_store(fetch, TRY) : -EAGAIN;
 	if (error != -EAGAIN)
-		settle(fetch, error);
+		fetch_settle(fetch, error);
 	else
-		store_later(fetch);
+		worker_submit(&fetch->job);
 }
 
-/* The request for blocks from off to end: what lies within the origin's blocks, and one region. */
-static struct fetch *new_fetch(struct fetcher *f, uint64_t off, uint64_t end, uint64_t max,
+/* Beginning */
+
+static struct fetch *fetch_new(struct fetcher *f, uint64_t len, uint64_t off,
 			       enum origin_priority priority)
 {
 	struct fetch *fetch = calloc(1, sizeof(*fetch));
@@ -328,475 +383,255 @@ static struct fetch *new_fetch(struct fetcher *f, uint64_t off, uint64_t end, ui
 	if (!fetch)
 		return NULL;
 	fetch->f = f;
+	fetch->job.run = store_job;
+	fetch->job.lane = &f->lane;
 	fetch->ask.done = arrived;
 	fetch->ask.priority = priority;
 	fetch->ask.off = off;
-	fetch->ask.len = fetch_fit(f, end - off, off, max);
+	fetch->ask.len = len;
 	return fetch;
 }
 
-/* off is a multiple of the unit; so is the result, but at the end of the disk. */
-uint64_t fetch_fit(const struct fetcher *f, uint64_t len, uint64_t off, uint64_t max)
+int fetch_copy(struct fetcher *f, uint64_t len, uint64_t off,
+	       void (*done)(void *arg, const struct origin_request *ask, int error), void *arg)
 {
-	uint64_t unit = unit_of(f), size = f->layer->size, end;
-	uint64_t region_end = (off / FETCH_REGION + 1) * FETCH_REGION;
-
-	if (max > origin_limits(f->origin)->max_block)
-		max = origin_limits(f->origin)->max_block;
-	max = max < unit ? unit : max - max % unit;
-	end = (off + len + unit - 1) / unit * unit;
-	if (end > off + max)
-		end = off + max;
-	if (end > region_end)
-		end = region_end;
-	return (end < size ? end : size) - off;
-}
-
-int fetch_copy(struct fetcher *f, struct waiter *w)
-{
-	struct fetch *fetch = new_fetch(f, w->off, w->off + w->len, FETCH_REGION, ORIGIN_COPY);
+	struct fetch *fetch = fetch_new(f, len, off, ORIGIN_COPY);
 
 	if (!fetch)
 		return -ENOMEM;
-	w->next = NULL;
-	w->fetch = fetch;
-	fetch->waiting = w;
-	pthread_mutex_lock(&f->lock);
-	insert(fetch);
-	pthread_mutex_unlock(&f->lock);
+	fetch->copied = done;
+	fetch->copy = arg;
 	origin_submit(f->origin, &fetch->ask);
 	return 0;
 }
 
-/*
- * Read-ahead.  A read that misses belongs to a stream if it is near the place where that expects its
- * next one: near, since a client's reads are handled by several threads, in any order.  After some
- * such reads a window ahead of the reader is fetched, which grows as the stream goes on: with reads
- * that find their blocks on their way, or, of a slow reader, with the first one behind the window.
- */
-
-/* A new fetch for the beginning of a run that is not held nor on its way; NULL if there is none. */
-static struct fetch *ahead(struct fetcher *f, uint64_t *off, uint64_t end)
+static void batch_add(struct batch *batch, struct fetch *fetch)
 {
-	uint64_t unit = unit_of(f), start, to;
-	struct fetch *there, *fetch;
-	bool held;
+	*batch->last = &fetch->ask;
+	batch->last = &fetch->ask.next;
+}
 
-	to = *off + layer_run(f->layer, end - *off, *off, &held);
-	there = held ? NULL : find(f, *off, &to);
-	if (held || there) {
-		*off = held ? to : end_of(there);
+/* Begin with a run that is not held nor on its way.  NULL if out of memory.  Called with the lock. */
+static struct fetch *fetch_begin(struct fetcher *f, struct batch *batch, uint64_t off, uint64_t end,
+				 enum origin_priority priority)
+{
+	uint64_t start = off - off % fetch_unit(f);
+	struct fetch **bucket = bucket_of(f, off), *fetch;
+
+	fetch = fetch_new(f, fetch_fit(f, end - start, start, FETCH_MAX), start, priority);
+	if (!fetch)
 		return NULL;
-	}
-	start = *off / unit * unit;
-	fetch = new_fetch(f, start, to, FETCH_MAX, ORIGIN_AHEAD);
-	*off = fetch ? end_of(fetch) : end;
-	if (fetch)
-		insert(fetch);
+	fetch->next = *bucket;
+	*bucket = fetch;
+	if (priority == ORIGIN_DEMAND)
+		atomic_fetch_add(&f->demanded, 1);
+	batch_add(batch, fetch);
 	return fetch;
 }
 
-/* Fetch what is not held of a range, nor on its way. */
-static void fetch_ahead(struct fetcher *f, uint64_t off, uint64_t end)
+static void submit_batch(struct fetcher *f, const struct batch *batch)
 {
-	while (off < end) {
-		struct fetch *fetch;
+	struct origin_request *next;
 
-		pthread_mutex_lock(&f->lock);
-		fetch = ahead(f, &off, end);
-		pthread_mutex_unlock(&f->lock);
-		if (fetch)
-			origin_submit(f->origin, &fetch->ask);
+	for (struct origin_request *ask = batch->first; ask; ask = next) {
+		next = ask->next;
+		origin_submit(f->origin, ask);
 	}
 }
 
 /*
- * The stream that a read belongs to, or in its place the one that was used longest ago.  Called with
- * the lock.
+ * Read-ahead.  A read that misses is a sequential one if what lies before it is held, or on its way.
+ * As much as that is, from twice the read's length on, is fetched ahead of it; again when half of that
+ * is left.  Reads that find their blocks held do not come here.
  */
-static struct stream *stream_find(struct fetcher *f, uint64_t len, uint64_t off)
+
+/*
+ * The first place in a range that is neither held nor on its way, and *to is where the run of such
+ * places ends; or the end of the range.  Called with the lock.
+ */
+static uint64_t find_gap(struct fetcher *f, uint64_t off, uint64_t end, uint64_t *to)
 {
-	struct stream *oldest = f->stream;
+	while (off < end) {
+		bool held;
+		struct fetch *fetch;
 
-	for (struct stream *s = f->stream; s < f->stream + FETCH_STREAMS; s++) {
-		uint64_t last = s->end > s->next ? s->end : s->next;	/* what it has found there */
-		uint64_t distance = off < s->next ? s->next - off : off > last ? off - last : 0;
-
-		if (s->reads > 0 && distance <= NEAR_READS * len) {
-			s->reads++;
-			return s;
-		}
-		if (s->used < oldest->used)
-			oldest = s;
+		*to = off + layer_run(f->layer, end - off, off, &held);
+		fetch = held ? NULL : fetch_find(f, off, to);
+		if (!held && !fetch)
+			return off;
+		off = held ? *to : end_of(fetch);
 	}
-	*oldest = (struct stream){ .reads = 1 };
-	return oldest;
+	return end;
 }
 
-/* Move the window on.  Returns where what is to be fetched begins; it ends at s->end. */
-static uint64_t stream_advance(struct fetcher *f, struct stream *s)
+/* How many bytes to be ahead of a reader; 0 if it is none.  Called with the lock. */
+static uint64_t window_of(struct fetcher *f, uint64_t len, uint64_t off)
 {
-	uint64_t size = f->layer->size, from = s->end > s->next ? s->end : s->next, to;
+	uint64_t window = 0, to;
 
-	s->window = s->window ? s->window * 2 : WINDOW_MIN;
-	if (s->window > WINDOW_MAX)
-		s->window = WINDOW_MAX;
-	to = size - s->next > s->window ? s->next + s->window : size;
-	s->end = to > from ? to : from;
-	return from;
-}
-
-void fetch_missed(struct fetcher *f, uint64_t len, uint64_t off)
-{
-	uint64_t from = 0, end = 0;
-	struct stream *s;
-
-	pthread_mutex_lock(&f->lock);
-	s = stream_find(f, len, off);
-	s->used = ++f->reads;
-	if (off + len > s->next)
-		s->next = off + len;
-	if (s->reads >= SEQUENTIAL_READS && s->end < s->next + s->window / 2 + len) {
-		from = stream_advance(f, s);
-		end = s->end;
+	for (uint64_t n = 2 * len; n <= off && n <= AHEAD_MAX; n *= 2) {
+		if (find_gap(f, off - n, off, &to) < off)
+			break;
+		window = n;
 	}
-	pthread_mutex_unlock(&f->lock);
-	fetch_ahead(f, from, end);
+	return window;
 }
 
-/* Misses */
-
-struct miss *miss_new(struct fetcher *f, struct request *r)
+static void begin_ahead(struct fetcher *f, uint64_t len, uint64_t off, struct batch *batch)
 {
-	struct miss *m = calloc(1, sizeof(*m));
+	uint64_t from = off + len, end = f->layer->size, window = window_of(f, len, off), to;
 
-	if (!m)
-		return NULL;
-	m->f = f;
-	m->r = r;
-	m->off = r->h.off;
-	m->reads = r->h.cmd == NBD_CMD_READ;
-	m->len = m->reads && r->h.len <= READ_PIECE ? r->h.len : 0;
-	atomic_init(&m->left, 1);
-	return m;
-}
+	if (end - from > window)
+		end = from + window;
+	off = find_gap(f, from, end, &to);
+	if (off - from >= window / 2)
+		return;
+	while (off < end) {
+		const struct fetch *fetch = fetch_begin(f, batch, off, to, ORIGIN_AHEAD);
 
-uint8_t *miss_buffer(struct miss *m)
-{
-	uint8_t *none = NULL, *buf = atomic_load(&m->buf);
-
-	if (buf)
-		return buf;
-	buf = buffer_get(m->len);
-	if (buf && !atomic_compare_exchange_strong(&m->buf, &none, buf)) {
-		buffer_put(buf, m->len);
-		buf = none;
+		off = fetch ? find_gap(f, end_of(fetch), end, &to) : end;
 	}
-	return buf;
 }
 
-static void miss_free(struct miss *m)
-{
-	struct part *p;
+/* Waiting */
 
-	while ((p = m->parts)) {
-		m->parts = p->next;
-		if (p != &m->first)
-			free(p);
+/* Put what is held into the answer to a READ, and count it. */
+static int read_held(struct fetcher *f, struct request *r, enum how how, uint64_t *bytes)
+{
+	uint64_t n;
+	int ret = 0;
+
+	for (uint64_t at = 0; at < r->h.len && ret == 0; at += n) {
+		bool held;
+
+		n = layer_run(f->layer, r->h.len - at, r->h.off + at, &held);
+		if (!held)
+			continue;
+		*bytes += n;
+		ret = answer_of(r) ? disk_read(f->layer->disk, r->buf + at, n, r->h.off + at, how) :
+				     -ENOMEM;
 	}
-	buffer_put(atomic_load(&m->buf), m->len);
-	free(m);
-}
-
-/* Everything that it waited for has come, or failed. */
-static void miss_end(struct miss *m)
-{
-	int error = atomic_load(&m->error);
-	bool again = atomic_load(&m->again) || m->len == 0;
-	struct request *r;
-
-	pthread_mutex_lock(&m->f->lock);
-	r = m->r;
-	if (r)
-		r->miss = NULL;
-	pthread_mutex_unlock(&m->f->lock);
-	if (r && !error && !again) {
-		if (r->buf_len > 0)
-			buffer_put(r->buf, r->buf_len);
-		r->buf = atomic_exchange(&m->buf, NULL);
-		r->buf_len = m->len;
-	}
-	miss_free(m);
-	if (r && !error && again)
-		request_again(r);
-	else if (r)
-		request_done(r, error);
-}
-
-static void miss_drop(struct miss *m, unsigned n)
-{
-	if (n > 0 && atomic_fetch_sub(&m->left, n) == n)
-		miss_end(m);
-}
-
-static void miss_fail(struct miss *m, int error)
-{
-	int none = 0;
-
-	atomic_compare_exchange_strong(&m->error, &none, error);
-}
-
-/* Put what has arrived into the answer to a READ.  True if the buffer has become that. */
-static bool put_data(struct miss *m, const struct waiter *w, uint8_t *buf, bool whole)
-{
-	uint8_t *none = NULL, *to;
-
-	if (whole && w->len == m->len && atomic_compare_exchange_strong(&m->buf, &none, buf))
-		return true;
-	to = miss_buffer(m);
-	if (to)
-		memcpy(to + (w->off - m->off), buf, w->len);
-	else
-		miss_fail(m, -ENOMEM);
-	return false;
-}
-
-static bool part_done(struct waiter *w, uint8_t *buf, bool whole, int error)
-{
-	struct miss *m = ((struct part *)w)->miss;
-	bool taken = false;
-
-	if (buf && m->len > 0)
-		taken = put_data(m, w, buf, whole);
-	else if (buf && m->reads)
-		;	/* in pieces, it asks again for what could not be stored */
-	else if (error == -EAGAIN || (error && layer_holds(m->f->layer, w->len, w->off)))
-		atomic_store(&m->again, true);
-	else if (error)
-		miss_fail(m, error);
-	miss_drop(m, 1);
-	return taken;
-}
-
-static struct part *new_part(struct miss *m, uint64_t off)
-{
-	struct part *part = m->parts ? calloc(1, sizeof(*part)) : &m->first;
-
-	if (!part)
-		return NULL;
-	part->miss = m;
-	part->waiter.off = off;
-	part->waiter.done = part_done;
-	part->next = m->parts;
-	m->parts = part;
-	return part;
-}
-
-/* Let it wait for what a fetch brings of the run up to end. */
-static void join(struct fetch *fetch, struct part *part, uint64_t end)
-{
-	struct waiter *w = &part->waiter;
-
-	if (end > end_of(fetch))
-		end = end_of(fetch);
-	w->len = end - w->off;
-	w->fetch = fetch;
-	w->next = fetch->waiting;
-	fetch->waiting = w;
-	atomic_fetch_add(&part->miss->left, 1);
-}
-
-int64_t miss_add(struct miss *m, uint64_t len, uint64_t off)
-{
-	struct fetcher *f = m->f;
-	struct fetch *fetch = NULL, *begun = NULL;
-	struct part *part;
-	uint64_t end;
-	int64_t ret = 0;
-	bool held;
-
-	pthread_mutex_lock(&f->lock);
-	end = off + layer_run(f->layer, len, off, &held);
-	if (!held) {
-		uint64_t free_end = end;
-
-		fetch = find(f, off, &free_end);
-		if (!fetch)
-			fetch = begun = new_fetch(f, off / unit_of(f) * unit_of(f), free_end,
-						  FETCH_MAX, ORIGIN_DEMAND);
-		part = fetch ? new_part(m, off) : NULL;
-		if (part)
-			join(fetch, part, end);
-		if (part && begun)
-			insert(begun);
-		ret = part ? (int64_t)part->waiter.len : -ENOMEM;
-		m->added |= part != NULL;
-	}
-	pthread_mutex_unlock(&f->lock);
-	if (begun && ret > 0)
-		origin_submit(f->origin, &begun->ask);
-	else if (ret < 0)
-		free(begun);
 	return ret;
 }
 
-/* Take its parts out of what they wait for; returns how many.  Called with the lock. */
-static unsigned miss_detach(struct miss *m)
+/* Wait for what a fetch brings up to end.  Returns where that ends, 0 if out of memory. */
+static uint64_t miss_join(struct miss *m, struct fetch *fetch, uint64_t off, uint64_t end)
 {
-	unsigned n = 0;
+	struct part *p = calloc(1, sizeof(*p));
 
-	for (struct part *p = m->parts; p; p = p->next) {
-		struct waiter **at;
-
-		if (!p->waiter.fetch)
-			continue;
-		for (at = &p->waiter.fetch->waiting; *at != &p->waiter; at = &(*at)->next)
-			;
-		*at = p->waiter.next;
-		p->waiter.fetch = NULL;
-		n++;
-	}
-	m->r = NULL;
-	return n;
+	if (!p)
+		return 0;
+	if (end > end_of(fetch))
+		end = end_of(fetch);
+	*p = (struct part){ fetch->parts, m->parts, fetch, m, off, end - off };
+	fetch->parts = m->parts = p;
+	m->left++;
+	return end;
 }
 
-int miss_wait(struct miss *m, int err)
+/*
+ * Let it wait for what is not held of a span, and count what is held.  0 or -ENOMEM.  Called with the
+ * lock.
+ */
+static int miss_add(struct fetcher *f, struct miss *m, const struct span *s, struct batch *batch,
+		    uint64_t *bytes)
 {
-	struct request *r = m->r;
-	unsigned dropped = 0;
-	int ret = PENDING;
+	uint64_t end = s->off + s->len, to;
 
-	pthread_mutex_lock(&m->f->lock);
-	if (err || !m->added)
-		ret = err;
-	else if (request_is_abandoned(r))
+	for (uint64_t off = s->off; off < end; off = to) {
+		bool held;
+		struct fetch *fetch;
+		uint64_t gap_end;
+
+		to = gap_end = off + layer_run(f->layer, end - off, off, &held);
+		if (held) {
+			*bytes += to - off;
+			continue;
+		}
+		fetch = fetch_find(f, off, &gap_end);
+		if (!fetch)
+			fetch = fetch_begin(f, batch, off, gap_end, ORIGIN_DEMAND);
+		to = fetch ? miss_join(m, fetch, off, to) : 0;
+		if (to == 0)
+			return -ENOMEM;
+	}
+	return 0;
+}
+
+/* Take its parts out of what they wait for.  Called with the lock. */
+static void miss_detach(struct miss *m)
+{
+	for (struct part *p = m->parts; p; p = p->sibling) {
+		struct part **at;
+
+		if (!p->fetch)
+			continue;
+		for (at = &p->fetch->parts; *at != p; at = &(*at)->next)
+			;
+		*at = p->next;
+	}
+}
+
+/* Let a BLOCK_STATUS wait for the origin's answer.  Called with the lock. */
+static int ask_extents(struct fetcher *f, struct miss *m, const struct span *s, struct batch *batch)
+{
+	struct fetch *fetch = fetch_new(f, s->len, s->off, ORIGIN_DEMAND);
+
+	if (!fetch)
+		return -ENOMEM;
+	fetch->ask.extent = m->r->extent;	/* it comes back with the answer */
+	fetch->ask.extents = m->r->extents;
+	m->r->extent = NULL;
+	batch_add(batch, fetch);
+	return miss_join(m, fetch, s->off, s->off + s->len) ? 0 : -ENOMEM;
+}
+
+int fetch_wait(struct fetcher *f, struct request *r, const struct span *span, unsigned n,
+	       enum how how)
+{
+	struct batch batch = { NULL, &batch.first };
+	uint64_t read = 0, held = 0;
+	int ret = takes_data(r) ? read_held(f, r, how, &read) : 0;
+	struct miss *m = ret == 0 ? calloc(1, sizeof(*m)) : NULL;
+
+	if (!m)
+		return ret ? ret : -ENOMEM;
+	m->r = r;
+	pthread_mutex_lock(&f->lock);
+	for (unsigned i = 0; i < n && ret == 0; i++)
+		ret = r->h.cmd == NBD_CMD_BLOCK_STATUS ?
+			      ask_extents(f, m, &span[i], &batch) :
+			      miss_add(f, m, &span[i], &batch, &held);
+	if (ret == 0 && r->h.cmd == NBD_CMD_READ)
+		begin_ahead(f, r->h.len, r->h.off, &batch);
+	if (ret == 0 && request_is_abandoned(r))
 		ret = -ECANCELED;
-	else if (atomic_load(&r->change.is_empty))
-		ret = 0;
+	/* What was not held when that was read, and is now, has to be read as well: once more. */
+	if (ret == 0 && m->left > 0 && !atomic_load(&r->change.is_empty) &&
+	    (held == read || !takes_data(r)))
+		ret = PENDING;
 	if (ret == PENDING)
 		r->miss = m;
 	else
-		dropped = miss_detach(m);
-	pthread_mutex_unlock(&m->f->lock);
-	miss_drop(m, dropped + 1);
+		miss_detach(m);
+	pthread_mutex_unlock(&f->lock);
+	submit_batch(f, &batch);
+	if (ret != PENDING)
+		miss_free(m);
 	return ret;
-}
-
-/* Extents */
-
-/* A BLOCK_STATUS that the origin is asked for. */
-struct question {
-	struct origin_request ask;	/* the first: answered() relies on it */
-	struct fetcher *f;
-	struct request *r;		/* NULL: it was taken back; guarded by the fetcher's lock */
-	uint64_t skip, len;		/* bytes before, and of, what r is about */
-};
-
-/* Cut the extents of r down to len bytes behind skip bytes. */
-static void cut_extents(struct request *r, uint64_t skip, uint64_t len)
-{
-	unsigned kept = 0;
-
-	for (unsigned i = 0; i < r->extents && len > 0; i++) {
-		struct extent e = r->extent[i];
-		uint64_t cut = skip < e.len ? skip : e.len;
-
-		e.len -= cut;
-		skip -= cut;
-		if (e.len > len)
-			e.len = len;
-		len -= e.len;
-		if (e.len > 0)
-			r->extent[kept++] = e;
-	}
-	r->extents = kept;
-}
-
-/* The origin's thread.  Where the origin does not tell, all is data. */
-static void answered(struct origin_request *ask)
-{
-	struct question *q = (struct question *)ask;
-	struct fetcher *f = q->f;
-	struct request *r;
-
-	pthread_mutex_lock(&f->lock);
-	r = q->r;
-	if (r)
-		r->question = NULL;
-	pthread_mutex_unlock(&f->lock);
-	if (!r) {
-		free(ask->extent);
-		free(q);
-		return;
-	}
-	r->extent = ask->extent;
-	r->extents = ask->error ? 0 : ask->extents;
-	cut_extents(r, q->skip, q->len);
-	if (r->extents == 0) {
-		r->extent[0] = (struct extent){ q->len, 0 };
-		r->extents = 1;
-	}
-	/* At a switch the blocks are held by now. */
-	if (ask->error == -ECANCELED && layer_holds(f->layer, 1, r->h.off))
-		request_again(r);
-	else
-		request_done(r, ask->error == -ECANCELED ? -ECANCELED : 0);
-	free(q);
-}
-
-int fetch_extents(struct fetcher *f, struct request *r, uint64_t len, unsigned max)
-{
-	uint64_t unit = origin_limits(f->origin)->min_block, start = r->h.off / unit * unit, end;
-	struct question *q = calloc(1, sizeof(*q));
-	bool wanted;
-
-	if (!q)
-		return -ENOMEM;
-	end = (r->h.off + len + unit - 1) / unit * unit;
-	if (end > f->layer->size)
-		end = f->layer->size;
-	q->f = f;
-	q->r = r;
-	q->skip = r->h.off - start;
-	q->len = len;
-	q->ask.priority = ORIGIN_DEMAND;
-	q->ask.off = start;
-	q->ask.len = end - start;
-	q->ask.extents = max;
-	q->ask.done = answered;
-	pthread_mutex_lock(&f->lock);
-	wanted = !request_is_abandoned(r);
-	if (wanted) {
-		q->ask.extent = r->extent;	/* it comes back with the answer */
-		r->extent = NULL;
-		r->question = q;
-	}
-	pthread_mutex_unlock(&f->lock);
-	if (!wanted) {
-		free(q);
-		return -ECANCELED;
-	}
-	origin_submit(f->origin, &q->ask);
-	return PENDING;
 }
 
 bool fetch_take_back(struct fetcher *f, struct request *r)
 {
 	struct miss *m;
-	struct question *q;
-	unsigned dropped = 0;
 
 	pthread_mutex_lock(&f->lock);
 	m = r->miss;
-	q = r->question;
 	r->miss = NULL;
-	r->question = NULL;
 	if (m)
-		dropped = miss_detach(m);
-	if (q)
-		q->r = NULL;
+		miss_detach(m);
 	pthread_mutex_unlock(&f->lock);
 	if (m)
-		miss_drop(m, dropped);
-	return m || q;
+		miss_free(m);
+	return m != NULL;
 }

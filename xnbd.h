@@ -45,8 +45,7 @@ struct request {
 	struct proto_request h;		/* off and len lie inside the export */
 	struct change change;		/* what changes the disk, and was not done at once */
 	struct span at;			/* what is not done, or not brought, yet; at first all */
-	struct miss *miss;		/* these are set while it waits for the origin; */
-	struct question *question;	/* guarded by the fetcher's lock */
+	struct miss *miss;		/* while it waits for the origin; guarded by the fetcher's lock */
 	int error;			/* an errno, 0 for none */
 	bool refused;			/* error is the client's own */
 	uint64_t begun;			/* stats_time() of the turn in which it came */

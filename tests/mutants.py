@@ -843,15 +843,15 @@ mutant("a lost cache image is made anew", "cache image deleted or shorter, bitma
        "cache.c", "if (errno == ENOENT && held > 0)", "if (false)",
        tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
 mutant("a short cache image is extended", "cache image deleted or shorter, bitmap kept",
-       "cache.c", "if (held > 0)\n\t\treturn refuse(path, found, held);", "",
+       "cache.c", "if (held > 0)\n\t\treturn refuse_image(path, found, held);", "",
        tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
 
 # The proxy
 
 mutant("a block counts as cached before its data arrived", "block marked before its data arrived",
-       "fetch.c", "if (part && begun)\n\t\t\tinsert(begun);",
-       "if (part && begun) {\n\t\t\tuint64_t fresh = 0;\n\n\t\t\tinsert(begun);\n"
-       "\t\t\tbitmap_set(f->layer->map, off / BLOCK_SIZE, 1, &fresh);\n\t\t}",
+       "fetch.c", "m->left++;",
+       "m->left++;\n\tif (m->r->h.cmd != NBD_CMD_BLOCK_STATUS)\n"
+       "\t\tbitmap_set(fetch->f->layer->map, off / BLOCK_SIZE, 1, true);",
        tests="test_kill.py::test_kill_at_each_system_call "
              "test_origin.py::test_writes_to_a_block_that_is_being_fetched")
 mutant("late data of the origin wins", "lands after a newer write",
@@ -985,7 +985,7 @@ mutant("a cached read waits for the origin", "one dead origin stalls every clien
        "\t\tusleep(1000);\n\treturn disk_read",
        tests="test_proxy.py::test_cached_blocks_need_no_origin_and_others_wait_for_it")
 mutant("an error of the origin is for all who wait", "one EIO of the origin",
-       "fetch.c", "error == -EIO && is_wider(fetch, w) ? -EAGAIN : error", "error",
+       "fetch.c", "fetch->ask.error == -EIO && is_wider(fetch, p)", "false",
        tests="test_origin.py::test_error_is_for_the_block_and_not_for_what_came_with_it "
              "test_proxy.py::test_error_of_a_long_fetch_is_not_for_who_needs_a_part_of_it")
 mutant("an error of the origin is not told", "one EIO of the origin",
@@ -998,21 +998,19 @@ mutant("an origin of another size is taken", "reconnect to a disk of another siz
              "test_origin.py::test_reconnect_to_another_size_is_refused")
 mutant("a request has 31 missing pieces at most",
        "32 or more separate missing pieces in one request",
-       "cache.c", "int err = m ? 0 : -ENOMEM;\n\n\twhile (off < end && !err) {\n\t\tbool held;\n"
-       "\t\tuint64_t n = layer_run(&c->layer, end - off, off, &held);\n\n\t\tif (held) {",
-       "int err = m ? 0 : -ENOMEM, pieces = 0;\n\n\twhile (off < end && !err && pieces++ < 63) {\n"
-       "\t\tbool held;\n"
-       "\t\tuint64_t n = layer_run(&c->layer, end - off, off, &held);\n\n\t\tif (held) {",
+       "fetch.c", "for (uint64_t off = s->off; off < end; off = to) {",
+       "unsigned pieces = 0;\n\n"
+       "\tfor (uint64_t off = s->off; off < end && pieces++ < 63; off = to) {",
        tests="test_proxy.py::test_read_of_many_missing_pieces "
              "test_origin.py::test_request_of_many_missing_pieces")
 mutant("who joins a fetch gets its beginning", "32 or more separate missing pieces in one request",
-       "fetch.c", "else if (w->done(w, buf + (w->off - fetch->ask.off), whole, error))",
-       "else if (w->done(w, buf, whole, error))",
+       "fetch.c", "ask->buf + (p->off - ask->off), p->len", "ask->buf, p->len",
        tests="test_proxy.py::test_block_is_fetched_once_however_many_want_it "
              "test_origin.py::test_block_is_fetched_once_for_all_who_wait "
              "test_proxy.py::test_cold_reads_of_all_lengths_are_right")
 mutant("a full disk is an error of the READ", "disk full while caching a read",
-       "fetch.c", "if (buf && m->len > 0)", "if (buf && m->len > 0 && !error)",
+       "fetch.c", "else if (!fetch->ask.error && takes_data(m->r))",
+       "else if (!error && takes_data(m->r))",
        tests="test_proxy.py::test_full_disk_is_enospc_for_writes_and_nothing_for_reads")
 mutant("a WRITE that found no room is marked", "disk full on a write",
        "layer.c", "if (ret == 0) {\n\t\tret = bitmap_set(",
@@ -1028,8 +1026,8 @@ mutant("memory for what waits for the origin is not bounded",
        "conn.c", "BUFFERED_MAX, &load.bytes, load.bytes_max)", "BUFFERED_MAX, &load.bytes, SIZE_MAX)",
        tests="test_proxy.py::test_limits_hold_while_the_origin_is_stopped")
 mutant("what is not cached is a hole", 'a proxy never reports "not cached" as a hole',
-       "cache.c", "r->extent[0] = (struct extent){ len, 0 };",
-       "r->extent[0] = (struct extent){ len, NBD_STATE_HOLE | NBD_STATE_ZERO };",
+       "cache.c", "r->extent[0] = (struct extent){ s.len, 0 };",
+       "r->extent[0] = (struct extent){ s.len, NBD_STATE_HOLE | NBD_STATE_ZERO };",
        tests="test_proxy.py::test_absent_blocks_are_not_holes")
 mutant("the copy goes before clients", "the copy starves clients",
        "origin.c",
@@ -1041,7 +1039,7 @@ mutant("what the copy brings is stored before what a client waits for", "the cop
        "fetch.c", "atomic_load(&fetch->f->demanded) == 0", "true",
        tests="test_faults.py::test_copy_that_waits_for_the_disk_does_not_keep_a_miss_waiting")
 mutant("random reads are read ahead", "the copy starves clients",
-       "fetch.c", "SEQUENTIAL_READS = 3,", "SEQUENTIAL_READS = 1,",
+       "fetch.c", "uint64_t window = 0, to;", "uint64_t window = 2 * len, to;",
        tests="test_origin.py::test_random_reads_are_not_read_ahead")
 
 # The switch
@@ -1063,7 +1061,7 @@ mutant("what is missing is held as soon as it is zeros", "switch while a block i
        tests="test_kill.py::test_forced_switch_that_is_killed_has_happened_or_not "
              "test_proxy.py::test_forced_switch_whose_sync_fails_leaves_the_origins_blocks")
 mutant("the switch leaves who waits for the origin", "a request in flight is never answered",
-       "cache.c", "origin_cancel(c->origin);\n\tc->step = SWITCHED;", "c->step = SWITCHED;",
+       "cache.c", "origin_cancel(c->origin);\n\tif (c->zeroed)", "if (c->zeroed)",
        tests="test_proxy.py::test_forced_switch_answers_those_who_wait_for_the_origin")
 mutant("who came during the switch is not called", "a client connecting meanwhile is lost",
        "backend.c", "atomic_store(&g->closed, false);\n\tg->opened();",
@@ -1082,9 +1080,9 @@ mutant("a client that does not read keeps the switch", "it may not stop the swit
        "conn.c", "tx_free(c->backlog);\n\tc->backlog = NULL;\n\tif (result == TX_DEAD)",
        "tx_free(c->backlog);\n\tc->backlog = NULL;\n\tatomic_fetch_sub(&backlogs, 1);\n"
        "\tif (result == TX_DEAD)",
-       "cache.c", "if (!atomic_exchange(&c->step_done, false))",
+       "cache.c", "if (!atomic_exchange(&c->switch_done, false))",
        "extern atomic_uint backlogs;\n\n"
-       "\tif (atomic_load(&backlogs) > 0 || !atomic_exchange(&c->step_done, false))",
+       "\tif (atomic_load(&backlogs) > 0 || !atomic_exchange(&c->switch_done, false))",
        tests="test_proxy.py::test_deaf_client_does_not_delay_the_switch")
 mutant("the switch syncs nothing", "switch without fdatasync of the image",
        "bitmap.c", "*lost = false;\n\terr = sync_data(sync, arg, lost);",
@@ -1115,7 +1113,7 @@ mutant("a switch that fails undoes an earlier one", "fdatasync fails, the next o
        tests="test_proxy.py::test_second_switch_that_fails_takes_nothing_from_the_first")
 mutant("the switch goes on though the image is not durable",
        "fdatasync fails, the next one succeeds",
-       "cache.c", "int error = c->error ? c->error :", "int error =",
+       "cache.c", "int error = r->error ? r->error :", "int error =",
        tests="test_proxy.py::test_switch_is_refused_when_the_data_cannot_be_made_durable")
 mutant("the switch gives the disk the size of the image", "switch changes the disk's size",
        "disk.c", "d->backend.size = size;\n\treturn true;", "return true;",

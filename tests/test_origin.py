@@ -1154,8 +1154,8 @@ def test_clients_that_leave_while_they_wait_leave_nothing(origin, proxy):
         for i in range(1, 31):
             o.hold()
             c = p.client()
-            for n in range(31):     # far from each other: nothing is read ahead
-                miss(c, 2 * n * MIB + 64 * i * KIB, 64 * KIB)
+            for n in range(31):     # backwards: nothing is read ahead
+                miss(c, 2 * n * MIB + 64 * (31 - i) * KIB, 64 * KIB)
             until(lambda: p.query()["pending-requests"] == "31", what="31 reads that wait")
             name = "%s:%d: disconnected: " % c.sock.getsockname()
             c.reset()
