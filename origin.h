@@ -34,10 +34,10 @@ struct origin_request {
 	uint64_t off, len;	/* bytes: multiples of min_block but at the end, 1 to max_block */
 
 	/*
-	 * Which data to deliver to buf, of len bytes; where buf is NULL it is from buffer_get()
-	 * when the answer arrives, and is the asker's to give back.  Or, if extent is set, room for
-	 * extents of them: len may then be up to PROTO_STATUS_MAX, and the answer describes the
-	 * beginning of the range, at least one extent, and at most all of it.
+	 * The data is delivered in buf, len bytes from buffer_get(), which is the asker's to give
+	 * back.  Or, if extent is set, room for extents of them: len may then be up to
+	 * PROTO_STATUS_MAX, and the answer describes the beginning of the range, at least one
+	 * extent, and at most all of it.
 	 */
 	uint8_t *buf;
 	struct extent *extent;
@@ -52,8 +52,9 @@ struct origin_request {
 
 	/* The origin's own. */
 	uint64_t cookie;
-	uint64_t sent;		/* now_us() when it was sent last; also for the asker, when done */
-	bool allocated;
+	uint64_t sent;		/* now_ms() when it was sent last */
+	unsigned described;	/* extents that have come */
+	struct proto_answer answer;
 };
 
 enum { ORIGIN_CONNECTIONS_MAX = 16 };
