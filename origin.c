@@ -58,11 +58,11 @@ struct queue {
 
 /* Where a server is, and which of its exports is meant. */
 struct target {
-	bool local;		/* host is a path, and there is no port */
-	char host[1024];	/* a name, an address without brackets, or the path of a socket */
-	char port[64];
+	struct sockaddr_un path;	/* of a Unix socket, if it has a family; else there are ... */
+	char host[1024];		/* ... a name, or an address without brackets, ... */
+	char port[64];			/* ... and a port */
 	char export_name[PROTO_STRING_MAX + 1];
-	char address[256];	/* "host:port", "[::1]:port" or "unix:/path", maybe shortened */
+	char address[256];		/* "host:port", "[::1]:port" or "unix:/path", maybe shortened */
 };
 
 /* What a name stands for: small enough that a pipe takes all of it at once. */
@@ -126,8 +126,7 @@ _Static_assert(sizeof(struct addresses) <= 4096, "a pipe takes all addresses at 
 
 struct origin {
 	pthread_t thread;
-	bool started;			/* the thread; main thread */
-	bool opened;			/* the first link was up; before there is a thread */
+	bool started;			/* the thread; written before it is, and after it has ended */
 	struct proto_offer limits;
 	unsigned timeout_ms;
 
@@ -181,15 +180,6 @@ static void queue_remove(struct queue *q, const struct origin_request *r)
 		q->last = at;
 }
 
-static struct origin_request *queue_take(struct queue *q)
-{
-	struct origin_request *r = q->first;
-
-	if (r)
-		queue_remove(q, r);
-	return r;
-}
-
 /* The asker may free it, or ask again, in done(). */
 static void request_finish(struct origin *o, struct origin_request *r, int error)
 {
@@ -221,7 +211,9 @@ static struct origin_request *request_take(struct origin *o, unsigned priority)
 	struct origin_request *r;
 
 	pthread_mutex_lock(&o->lock);
-	r = queue_take(&o->queue[priority]);
+	r = o->queue[priority].first;
+	if (r)
+		queue_remove(&o->queue[priority], r);
 	pthread_mutex_unlock(&o->lock);
 	return r;
 }
@@ -232,43 +224,28 @@ static struct origin_request *request_take(struct origin *o, unsigned priority)
 static const char *target_set(struct target *t, const char *host, const char *port,
 			      const char *export_name)
 {
-	bool local = strncmp(host, "unix:", 5) == 0;
-	const char *format = local ? "unix:%s%s" : strchr(host, ':') ? "[%s]:%s" : "%s:%s";
+	bool local = strncmp(host, "unix:", 5) == 0, fits;
+	const char *format = local ? "unix:%s" : strchr(host, ':') ? "[%s]:%s" : "%s:%s";
 	char *name = local ? absolute_path(host + 5) : strdup(host);
-	size_t room = sizeof(t->address);
+	int room = sizeof(t->address), most = local ? sizeof(t->path.sun_path) : sizeof(t->host);
 
 	if (!name)
 		return "out of memory";
 	strip_brackets(name);
-	t->local = local;
-	snprintf(t->host, sizeof(t->host), "%s", name);
-	snprintf(t->port, sizeof(t->port), "%s", local ? "" : port ? port : "10809");
+	t->path.sun_family = local ? AF_UNIX : AF_UNSPEC;
+	fits = snprintf(local ? t->path.sun_path : t->host, (size_t)most, "%s", name) < most;
+	snprintf(t->port, sizeof(t->port), "%s", port ? port : "10809");
 	snprintf(t->export_name, sizeof(t->export_name), "%s", export_name);
-	if (snprintf(t->address, room, format, name, t->port) >= (int)room)
+	if (snprintf(t->address, (size_t)room, format, name, t->port) >= room)
 		strcpy(t->address + room - 4, "...");
 	free(name);
-	if (strlen(t->host) == sizeof(t->host) - 1 || strlen(t->port) == sizeof(t->port) - 1)
-		return "the host's name or port is too long";
+	if (!fits || strlen(t->port) == sizeof(t->port) - 1)
+		return "the host, the port or the path of the socket is too long";
 	return proto_is_string(export_name) ? NULL :
 					      "the name of the export is not UTF-8 or too long";
 }
 
-static int find_path(const char *path, struct addresses *found)
-{
-	struct sockaddr_un sun = { .sun_family = AF_UNIX };
-
-	if (strlen(path) >= sizeof(sun.sun_path)) {
-		strcpy(found->error, "the path is too long for a socket");
-		return -1;
-	}
-	strcpy(sun.sun_path, path);
-	memcpy(&found->address[0].sa, &sun, sizeof(sun));
-	found->address[0].len = sizeof(sun);
-	found->count = 1;
-	return 0;
-}
-
-/* Returns 0, or another number: found->error says why. */
+/* Returns what getaddrinfo() does. */
 static int find_addresses(const struct target *t, int flags, struct addresses *found)
 {
 	const struct addrinfo hints = {
@@ -278,8 +255,12 @@ static int find_addresses(const struct target *t, int flags, struct addresses *f
 	int err;
 
 	memset(found, 0, sizeof(*found));
-	if (t->local)
-		return find_path(t->host, found);
+	if (t->path.sun_family == AF_UNIX) {
+		found->count = 1;
+		found->address[0].len = sizeof(t->path);
+		memcpy(&found->address[0].sa, &t->path, sizeof(t->path));
+		return 0;
+	}
 	err = getaddrinfo(t->host, t->port, &hints, &list);
 	if (err) {
 		snprintf(found->error, sizeof(found->error), "%s",
@@ -371,8 +352,6 @@ static bool link_may_dial(const struct link *l)
 
 /* Sending */
 
-static const char closed[] = "it closed the connection";
-
 static bool would_block(int err)
 {
 	return err == EAGAIN || err == EWOULDBLOCK || err == EINTR || err == ENOBUFS;
@@ -385,8 +364,6 @@ static const char *link_send(struct link *l)
 	if (l->tx_len == 0)
 		return NULL;
 	n = send(l->fd, l->tx, l->tx_len, MSG_NOSIGNAL);
-	if (n < 0 && errno == EPIPE)
-		return closed;
 	if (n < 0)
 		return would_block(errno) ? NULL : strerror(errno);
 	l->tx_len -= (size_t)n;
@@ -509,14 +486,20 @@ static const char *end_answer(struct link *l, struct origin_request *r)
 	return NULL;
 }
 
-static const char *end_reply(struct link *l)
+/* So much more of the payload is at its place, or in the buffer. */
+static const char *took_payload(struct link *l, size_t n)
 {
 	struct origin_request *r = l->current;
 
-	l->current = NULL;
-	l->place = NULL;
+	l->left -= (uint32_t)n;
+	if (l->place)
+		l->place += n;
+	if (l->left > 0)
+		return NULL;
 	if (l->reply.type != NBD_REPLY_TYPE_OFFSET_HOLE)
 		atomic_fetch_add(&l->origin->fetched, l->reply.len);
+	l->current = NULL;
+	l->place = NULL;
 	return l->reply.last ? end_answer(l, r) : NULL;
 }
 
@@ -561,16 +544,7 @@ static const char *take_head(struct link *l)
 	l->place = reply->len ? place_of(r, reply->off) : NULL;
 	if (reply->type == NBD_REPLY_TYPE_OFFSET_HOLE && l->place)
 		memset(l->place, 0, reply->len);
-	return l->left ? NULL : end_reply(l);
-}
-
-/* So much more of the payload is at its place, or in the buffer. */
-static const char *took_payload(struct link *l, size_t n)
-{
-	l->left -= (uint32_t)n;
-	if (l->place)
-		l->place += n;
-	return l->left ? NULL : end_reply(l);
+	return took_payload(l, 0);
 }
 
 /* Extents beyond the room that there is are checked as well. */
@@ -633,7 +607,7 @@ static const char *link_receive(struct link *l)
 	const char *wrong = NULL;
 
 	if (n == 0)
-		return closed;
+		return "it closed the connection";
 	if (n < 0)
 		return would_block(errno) ? NULL : strerror(errno);
 	l->unheard += (size_t)n;
@@ -666,7 +640,8 @@ static void link_close(struct link *l)
 	l->current = NULL;
 	l->place = NULL;
 	l->count = 0;
-	while ((r = queue_take(&l->owed))) {
+	while ((r = l->owed.first)) {
+		queue_remove(&l->owed, r);
 		drop_data(r);
 		request_add(l->origin, r);
 	}
@@ -701,7 +676,7 @@ static void redirect_end(struct origin *o, const char *error)
 static void link_lost(struct link *l, bool was_up)
 {
 	struct origin *o = l->origin;
-	bool others = first_link(o);
+	bool others = atomic_load(&o->up) > 0;
 
 	if (is_redirect(l)) {
 		l->deadline = 0;
@@ -712,7 +687,7 @@ static void link_lost(struct link *l, bool was_up)
 	l->backoff = l->backoff > BACKOFF_MAX / 2 ? BACKOFF_MAX : l->backoff * 2;
 	if (strcmp(l->reason, o->reason) == 0 && (others || !was_up))
 		return;
-	if (o->opened)
+	if (o->started)
 		log_error("origin %s: %s: %s", o->target.address,
 			  !was_up ? "cannot connect" : others ? "one of the links lost" :
 								"link lost", l->reason);
@@ -784,8 +759,6 @@ static const char *link_resolved(struct link *l)
 {
 	ssize_t n = read(l->fd, &l->found, sizeof(l->found));
 
-	if (n < 0 && errno == EINTR)
-		return NULL;
 	close(l->fd);
 	l->fd = -1;
 	if (n != (ssize_t)sizeof(l->found))
@@ -793,8 +766,8 @@ static const char *link_resolved(struct link *l)
 	return l->found.error[0] ? l->found.error : link_connect(l);
 }
 
-/* Whether it leads to the disk that there was; client.reason says why not. */
-static bool is_same_disk(struct link *l)
+/* NULL, or why the offer is not that of the disk that there was. */
+static const char *find_change(struct link *l)
 {
 	const struct proto_offer *limits = &l->origin->limits, *offer = &l->client.offer;
 	char *reason = l->client.reason;
@@ -808,8 +781,8 @@ static bool is_same_disk(struct link *l)
 			 (unsigned long)offer->min_block, (unsigned long)offer->max_block,
 			 (unsigned long)limits->min_block, (unsigned long)limits->max_block);
 	else
-		return true;
-	return false;
+		return NULL;
+	return reason;
 }
 
 /* There is a link to another origin: leave the old one. */
@@ -829,24 +802,25 @@ static void redirect_go(struct origin *o)
 static const char *link_use(struct link *l)
 {
 	struct origin *o = l->origin;
-	bool redirects = is_redirect(l), first;
+	bool redirects = is_redirect(l);
+	const char *wrong;
 
-	if (!o->opened)
+	if (!o->started)
 		o->limits = l->client.offer;
-	if (!is_same_disk(l))
-		return l->client.reason;
+	wrong = find_change(l);
+	if (wrong)
+		return wrong;
 	if (redirects)
 		redirect_go(o);
-	first = !first_link(o);
 	l->state = LINK_UP;
 	l->answered = false;
-	atomic_fetch_add(&o->up, 1);
 	atomic_store(&o->tells_extents, l->client.offer.allocation);
-	if (first && o->opened)
-		log_line("origin %s: connected, %llu bytes", o->target.address,
-			 (unsigned long long)o->limits.size);
-	if (first)
+	if (atomic_fetch_add(&o->up, 1) == 0) {
 		set_reason(o, "");
+		if (o->started)
+			log_line("origin %s: connected, %llu bytes", o->target.address,
+				 (unsigned long long)o->limits.size);
+	}
 	if (redirects)
 		redirect_end(o, NULL);
 	return NULL;
@@ -906,9 +880,10 @@ static void link_turn(struct link *l, short revents)
 		wrong = link_negotiate(l);
 		break;
 	case LINK_UP:
-		wrong = link_send(l);
-		if (!wrong && revents & ~POLLOUT && !l->origin->clogged)
+		if (revents & ~POLLOUT && !l->origin->clogged)
 			wrong = link_receive(l);
+		if (!wrong)
+			wrong = link_send(l);
 		break;
 	default:
 		break;
@@ -987,25 +962,19 @@ static void origin_turn(struct origin *o)
 			link_expire(o->link[i]);
 }
 
-static void cancel_all(struct origin *o)
+static void *origin_main(void *arg)
 {
+	struct origin *o = arg;
 	struct origin_request *r;
 
+	while (!atomic_load(&o->cancelled))
+		origin_turn(o);
 	close_links(o, 0);
 	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
 		while ((r = request_take(o, i)))
 			request_finish(o, r, -ECANCELED);
 	if (atomic_load(&o->redirecting))
 		redirect_end(o, "the origin is not needed any more");
-}
-
-static void *origin_main(void *arg)
-{
-	struct origin *o = arg;
-
-	while (!atomic_load(&o->cancelled))
-		origin_turn(o);
-	cancel_all(o);
 	return NULL;
 }
 
@@ -1040,9 +1009,8 @@ struct origin *origin_open(const struct origin_options *options)
 	struct origin *o = calloc(1, sizeof(*o));
 	const char *wrong = o ? origin_init(o, options) : strerror(ENOMEM);
 
-	while (!wrong && !o->opened) {
+	while (!wrong && !first_link(o)) {
 		origin_turn(o);
-		o->opened = first_link(o) != NULL;
 		wrong = *o->reason ? o->reason : NULL;
 	}
 	if (!wrong)
@@ -1056,12 +1024,15 @@ struct origin *origin_open(const struct origin_options *options)
 
 bool origin_start(struct origin *o)
 {
-	int err = thread_start(&o->thread, ORIGIN_STACK, origin_main, o);
+	int err;
 
-	o->started = err == 0;
-	if (err)
-		log_failure("cannot start a thread: %s", strerror(err));
-	return err == 0;
+	o->started = true;
+	err = thread_start(&o->thread, ORIGIN_STACK, origin_main, o);
+	if (!err)
+		return true;
+	o->started = false;
+	log_failure("cannot start a thread: %s", strerror(err));
+	return false;
 }
 
 const struct proto_offer *origin_limits(const struct origin *o)

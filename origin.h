@@ -24,10 +24,7 @@ enum origin_priority {
 	ORIGIN_PRIORITIES,
 };
 
-/*
- * Something to ask of the origin.  It belongs to the origin until done is called, once, whatever
- * happens.
- */
+/* It belongs to the origin until done is called, once, whatever happens. */
 struct origin_request {
 	struct origin_request *next;		/* for whoever has it */
 	enum origin_priority priority;
@@ -67,16 +64,10 @@ struct origin_options {
 	unsigned timeout_ms;		/* a link that owes something and is silent so long is dead */
 };
 
-/*
- * The strings are copied.  Connects, and waits for that.  NULL after logging why not; later links
- * are logged.
- */
+/* Connect, and wait for that; the strings are copied.  NULL after logging why not. */
 struct origin *origin_open(const struct origin_options *o);
 
-/*
- * Start the thread: nothing is asked before that.  Main thread, once.  False after logging why
- * not.
- */
+/* Start the thread: nothing is asked before.  Main thread, once.  False after logging why not. */
 bool origin_start(struct origin *o);
 
 /* What the first link was told: its size and block sizes hold while the program runs. */
@@ -123,12 +114,12 @@ struct origin_status {
 void origin_status(struct origin *o, struct origin_status *status);
 
 /*
- * Cancel, and end the threads: when this returns, done has been called for all requests.  Those
- * that are submitted later are done at once, with -ECANCELED; origin_stored() may still be called.
+ * Cancel, and end the thread: when this returns, done has been called for all requests.  Those that
+ * are submitted later are done at once; origin_stored() may still be called.  Main thread.
  */
 void origin_end(struct origin *o);
 
-/* End it, unless that was done, and free it.  NULL is allowed. */
+/* End it, and free it.  NULL is allowed. */
 void origin_close(struct origin *o);
 
 #endif

@@ -8,7 +8,6 @@
 
 #include "wire.h"
 
-#include <assert.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -22,7 +21,6 @@ enum {
 	SIMPLE_REPLY_SIZE = 16,
 	CHUNK_SIZE = 20,
 
-	REPLIES_MAX = 64,		/* to one option */
 	MIN_BLOCK_MAX = 64 * 1024,	/* "Size constraints" */
 	MAX_BLOCK_MIN = 4096,		/* less is of no use */
 	TEXT_MAX = 124,			/* of a server's words */
@@ -30,13 +28,17 @@ enum {
 	STATUS_CHUNK_MAX = 4 + 1024 * 1024 * PROTO_EXTENT_SIZE,
 };
 
-static uint8_t *put_string(uint8_t *p, const char *s)
+static uint8_t *put_text(uint8_t *p, const char *s)
 {
 	size_t len = strlen(s);
 
-	p = put_be32(p, (uint32_t)len);
 	memcpy(p, s, len);
 	return p + len;
+}
+
+static uint8_t *put_string(uint8_t *p, const char *s)
+{
+	return put_text(put_be32(p, (uint32_t)strlen(s)), s);
 }
 
 /* Handshake */
@@ -75,38 +77,21 @@ void proto_client_begin(struct proto_client *c, const char *name, uint8_t *out)
 	await(c, PROTO_CLIENT_GREETING, MAGIC_SIZE);
 }
 
-/* "Option haggling": the data of one option.  Returns where it ends. */
-static uint8_t *put_option_data(const struct proto_client *c, uint8_t *p)
-{
-	size_t len = strlen(c->name);
-
-	switch (c->opt) {
-	case NBD_OPT_SET_META_CONTEXT:
-		p = put_string(p, c->name);
-		p = put_be32(p, 1);
-		return put_string(p, NBD_ALLOCATION);
-	case NBD_OPT_GO:
-		p = put_string(p, c->name);
-		p = put_be16(p, 1);
-		return put_be16(p, NBD_INFO_BLOCK_SIZE);
-	case NBD_OPT_EXPORT_NAME:
-		memcpy(p, c->name, len);
-		return p + len;
-	default:
-		return p;
-	}
-}
-
+/* "Option haggling" */
 static enum proto_next send_option(struct proto_client *c, uint32_t opt)
 {
-	uint8_t *p = c->out + c->out_len, *data = p + PROTO_OPTION_SIZE, *end;
+	uint8_t *p = c->out + c->out_len, *data = p + PROTO_OPTION_SIZE, *end = data;
 
-	c->opt = opt;
-	c->replies = 0;
-	end = put_option_data(c, data);
+	if (opt == NBD_OPT_SET_META_CONTEXT)
+		end = put_string(put_be32(put_string(data, c->name), 1), NBD_ALLOCATION);
+	else if (opt == NBD_OPT_GO)
+		end = put_be16(put_be16(put_string(data, c->name), 1), NBD_INFO_BLOCK_SIZE);
+	else if (opt == NBD_OPT_EXPORT_NAME)
+		end = put_text(data, c->name);
 	p = put_be64(p, NBD_IHAVEOPT);
 	p = put_be32(p, opt);
 	put_be32(p, (uint32_t)(end - data));
+	c->opt = opt;
 	c->out_len = (size_t)(end - c->out);
 	if (opt == NBD_OPT_EXPORT_NAME)
 		return await(c, PROTO_CLIENT_EXPORT, EXPORT_SIZE + (c->zeroes ? ZEROES_SIZE : 0));
@@ -169,25 +154,17 @@ static enum proto_next take_export(struct proto_client *c, const uint8_t *in)
 /* What an error reply means, for the log. */
 static const char *error_text(uint32_t reply)
 {
-	static const struct {
-		uint32_t reply;
-		const char *text;
-	} errors[] = {
-		{ NBD_REP_ERR_UNSUP, "it does not know the option" },
-		{ NBD_REP_ERR_POLICY, "its policy forbids it" },
-		{ NBD_REP_ERR_INVALID, "it finds the request invalid" },
-		{ NBD_REP_ERR_PLATFORM, "its platform cannot do that" },
-		{ NBD_REP_ERR_TLS_REQD, "it requires TLS, which is not supported" },
-		{ NBD_REP_ERR_UNKNOWN, "it has no such export" },
-		{ NBD_REP_ERR_SHUTDOWN, "it is shutting down" },
-		{ NBD_REP_ERR_BLOCK_SIZE_REQD, "it requires other block sizes" },
-		{ NBD_REP_ERR_TOO_BIG, "it finds the request too big" },
+	/* NBD_REP_ERR_UNSUP is the first, those after it follow. */
+	static const char *const texts[] = {
+		"it does not know the option", "its policy forbids it",
+		"it finds the request invalid", "its platform cannot do that",
+		"it requires TLS, which is not supported", "it has no such export",
+		"it is shutting down", "it requires other block sizes",
+		"it finds the request too big",
 	};
+	uint32_t i = reply - NBD_REP_ERR_UNSUP;
 
-	for (size_t i = 0; i < sizeof(errors) / sizeof(errors[0]); i++)
-		if (errors[i].reply == reply)
-			return errors[i].text;
-	return "it refused";
+	return i < sizeof(texts) / sizeof(texts[0]) ? texts[i] : "it refused";
 }
 
 /* All options but GO may be refused.  A server's words go to the log, which masks them. */
@@ -269,7 +246,7 @@ static enum proto_next take_reply(struct proto_client *c, const uint8_t *in)
 	c->reply_len = get_be32(in + 16);
 	if (get_be64(in) != NBD_OPTION_REPLY_MAGIC || get_be32(in + 8) != c->opt)
 		return handshake_fail(c, "its reply to option %u is malformed", (unsigned)c->opt);
-	if (c->reply_len > PROTO_CLIENT_TAKE_MAX || ++c->replies > REPLIES_MAX)
+	if (c->reply_len > PROTO_CLIENT_TAKE_MAX)
 		return handshake_fail(c, "it says too much in reply to option %u", (unsigned)c->opt);
 	if (c->reply_len == 0)
 		return take_reply_data(c, in);
@@ -465,10 +442,8 @@ const char *proto_answer_add(struct proto_answer *a, const struct proto_offer *o
 	case NBD_REPLY_TYPE_OFFSET_HOLE:
 		return add_range(a, r);
 	case NBD_REPLY_TYPE_BLOCK_STATUS:
-		if (!a->status || a->told || r->context != offer->allocation_id)
-			return "it sent a status that was not asked for";
-		a->told = true;
-		return NULL;
+		return a->status && !a->described && r->context == offer->allocation_id ?
+			       NULL : "it sent a status that was not asked for";
 	default:
 		return NULL;
 	}
@@ -493,7 +468,7 @@ const char *proto_answer_end(const struct proto_answer *a)
 	if (a->error)
 		return NULL;
 	if (a->status)
-		return a->told ? NULL : "it sent no status";
+		return a->described ? NULL : "it sent no status";
 	if (a->pieces != 1 || a->piece[0].to - a->piece[0].from != a->len)
 		return "it sent less data than was asked for";
 	return NULL;

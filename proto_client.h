@@ -49,8 +49,7 @@ struct proto_client {
 	const char *name;			/* of the export */
 	bool zeroes;				/* 124 of them follow the answer to EXPORT_NAME */
 	uint32_t opt;				/* the option that was sent last ... */
-	uint32_t reply, reply_len;		/* ... its reply's header ... */
-	unsigned replies;			/* ... and how many it got */
+	uint32_t reply, reply_len;		/* ... and its reply's header */
 	bool told;				/* the offer has a size */
 	struct proto_offer offer;
 	char reason[PROTO_REASON_MAX];		/* why it failed */
@@ -101,7 +100,6 @@ struct proto_answer {
 	uint64_t off;
 	uint32_t len;
 	bool status;			/* to BLOCK_STATUS, not to READ */
-	bool told;			/* the extents are here */
 	uint32_t error;			/* the first one on the wire, 0 for none */
 	uint64_t described;		/* bytes by extents */
 	unsigned pieces;

@@ -953,7 +953,6 @@ mutant("an origin that says nothing is waited for", "origin never answers",
        "if (wrong && l->state != LINK_NEGOTIATE)\n\t\tlink_fail(l, wrong);\n}\n",
        tests="test_origin.py::test_silent_origin_is_refused_at_start")
 mutant("an origin's handshake may go on for ever", "origin never ends its answer",
-       "proto_client.c", "|| ++c->replies > REPLIES_MAX)", ")",
        "origin.c", "if (wrong)\n\t\tlink_fail(l, wrong);\n}\n\n/* The thread */",
        "if (wrong && l->state != LINK_NEGOTIATE)\n\t\tlink_fail(l, wrong);\n}\n",
        tests="test_origin.py::test_handshake_that_never_ends_is_given_up")
