@@ -45,8 +45,6 @@ enum {
 
 	OWED_MAX = 512,			/* requests outstanding */
 	RX_BYTES = 256 * 1024,
-	LARGE = 32 * 1024,		/* with so much of its data to come ... */
-	LARGE_RX_BYTES = 128,		/* ... only heads go through the buffer */
 
 	KEEPALIVE_S = 120,		/* while it owes nothing */
 	PROGRESS = 1024,		/* bytes; less in the time allowed counts as silence */
@@ -411,7 +409,7 @@ static void link_ask(struct link *l, struct origin_request *r)
 		note_progress(l);
 	r->cookie = h.cookie;
 	r->sent = now_ms();
-	r->described = 0;
+	r->filled = 0;
 	proto_answer_begin(&r->answer, &h);
 	queue_add(&l->owed, r);
 	put_request(l, &h);
@@ -479,7 +477,7 @@ static const char *end_answer(struct link *l, struct origin_request *r)
 	if (error)
 		drop_data(r);
 	if (r->extent)
-		r->extents = r->described;
+		r->extents = r->filled;
 	request_finish(l->origin, r, error);
 	if (l->owed.first && sent >= link_patience(l, l->owed.first->sent))
 		return "an answer is overdue";
@@ -555,8 +553,8 @@ static const char *take_extents(struct origin_request *r, const uint8_t *p, size
 
 		if (wrong)
 			return wrong;
-		if (e.len > 0 && r->described < r->extents)
-			r->extent[r->described++] = e;
+		if (e.len > 0 && r->filled < r->extents)
+			r->extent[r->filled++] = e;
 	}
 	return NULL;
 }
@@ -593,14 +591,13 @@ static const char *take_replies(struct link *l)
 	return wrong;
 }
 
-/* Receive once, and large data straight to its place. */
+/* Receive once: what is left of the data straight to its place. */
 static const char *link_receive(struct link *l)
 {
 	size_t direct = l->place ? l->left : 0;
 	struct iovec iov[2] = {
 		{ .iov_base = l->place, .iov_len = direct },
-		{ .iov_base = l->rx + l->rx_to,
-		  .iov_len = direct >= LARGE ? LARGE_RX_BYTES : RX_BYTES - l->rx_to },
+		{ .iov_base = l->rx + l->rx_to, .iov_len = RX_BYTES - l->rx_to },
 	};
 	struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
 	ssize_t n = recvmsg(l->fd, &msg, 0);
@@ -1015,7 +1012,7 @@ struct origin *origin_open(const struct origin_options *options)
 	}
 	if (!wrong)
 		return o;
-	log_failure("cannot reach origin %s%s%s: %s",
+	log_failure("cannot reach origin %s%s%.255s: %s",
 		    o && *o->target.address ? o->target.address : options->host,
 		    *options->export_name ? ", export " : "", options->export_name, wrong);
 	origin_close(o);

@@ -50,7 +50,7 @@ struct origin_request {
 	/* The origin's own. */
 	uint64_t cookie;
 	uint64_t sent;		/* now_ms() when it was sent last */
-	unsigned described;	/* extents that have come */
+	unsigned filled;	/* extents that have come */
 	struct proto_answer answer;
 };
 

@@ -60,11 +60,6 @@ static enum proto_next await(struct proto_client *c, enum proto_client_state sta
 	return PROTO_HAGGLE;
 }
 
-static enum proto_next await_reply(struct proto_client *c)
-{
-	return await(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
-}
-
 void proto_client_begin(struct proto_client *c, const char *name, uint8_t *out)
 {
 	*c = (struct proto_client){
@@ -95,7 +90,7 @@ static enum proto_next send_option(struct proto_client *c, uint32_t opt)
 	c->out_len = (size_t)(end - c->out);
 	if (opt == NBD_OPT_EXPORT_NAME)
 		return await(c, PROTO_CLIENT_EXPORT, EXPORT_SIZE + (c->zeroes ? ZEROES_SIZE : 0));
-	return await_reply(c);
+	return await(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
 }
 
 static enum proto_next take_magic(struct proto_client *c, const uint8_t *in)
@@ -191,7 +186,7 @@ static enum proto_next take_context(struct proto_client *c, const uint8_t *in)
 		return handshake_fail(c, "it offers a context that was not asked for");
 	c->offer.allocation = true;
 	c->offer.allocation_id = get_be32(in);
-	return await_reply(c);
+	return await(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
 }
 
 /* "NBD_REP_INFO": what we do not know is ignored. */
@@ -210,7 +205,7 @@ static enum proto_next take_info(struct proto_client *c, const uint8_t *in)
 		c->offer.min_block = get_be32(in + 2);
 		c->offer.max_block = get_be32(in + 10);
 	}
-	return await_reply(c);
+	return await(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
 }
 
 static enum proto_next take_ack(struct proto_client *c)
@@ -404,7 +399,7 @@ static const char *cover(struct proto_answer *a, uint32_t from, uint32_t to)
 	return NULL;
 }
 
-/* DATA and HOLE: ranges are tested without addition. */
+/* Data or a hole: ranges are tested without addition. */
 static const char *add_range(struct proto_answer *a, const struct proto_reply *r)
 {
 	uint64_t from = r->off - a->off;
@@ -416,18 +411,6 @@ static const char *add_range(struct proto_answer *a, const struct proto_reply *r
 	return cover(a, (uint32_t)from, (uint32_t)from + r->len);
 }
 
-static const char *add_simple(struct proto_answer *a, const struct proto_offer *offer,
-			      struct proto_reply *r)
-{
-	if (r->error)
-		return NULL;
-	if (offer->structured)
-		return "it sent a simple reply where a structured one is due";
-	r->off = a->off;
-	r->len = r->payload = a->len;
-	return add_range(a, r);
-}
-
 const char *proto_answer_add(struct proto_answer *a, const struct proto_offer *offer,
 			     struct proto_reply *r)
 {
@@ -435,18 +418,16 @@ const char *proto_answer_add(struct proto_answer *a, const struct proto_offer *o
 		return "it sent a structured reply that was not negotiated";
 	if (r->error && !a->error)
 		a->error = r->error;
-	if (r->simple)
-		return add_simple(a, offer, r);
-	switch (r->type) {
-	case NBD_REPLY_TYPE_OFFSET_DATA:
-	case NBD_REPLY_TYPE_OFFSET_HOLE:
-		return add_range(a, r);
-	case NBD_REPLY_TYPE_BLOCK_STATUS:
-		return a->status && !a->described && r->context == offer->allocation_id ?
-			       NULL : "it sent a status that was not asked for";
-	default:
-		return NULL;
+	if (r->simple && !r->error) {
+		if (offer->structured)
+			return "it sent a simple reply where a structured one is due";
+		r->off = a->off;
+		r->len = r->payload = a->len;
 	}
+	if (r->type == NBD_REPLY_TYPE_BLOCK_STATUS &&
+	    (!a->status || a->described > 0 || r->context != offer->allocation_id))
+		return "it sent a status that was not asked for";
+	return r->len > 0 ? add_range(a, r) : NULL;
 }
 
 const char *proto_answer_extent(struct proto_answer *a, const uint8_t *p, struct extent *e)
