@@ -1,70 +1,141 @@
 /*
  * origin.c - the proxy's connections to the remote server: see origin.h.
  *
- * One thread polls its bell and the links, also those that are being made.  Others leave it
- * requests and wishes in a mailbox, and ring.  It reads no more while too much of what it delivered
- * has not been put away; a clock stops meanwhile, so that nobody seems silent who is not listened to.
+ *	LINK_DOWN	no connection; its deadline is when to dial
+ *	LINK_RESOLVE	a thread looks the name up
+ *	LINK_NEGOTIATE	an address, its server's handshake; if it fails the next address
+ *	LINK_UP		transmission
+ *
+ * One thread polls its bell and the links.  Other threads leave requests and wishes in the mailbox,
+ * and ring.  What happens to a link are link_turn(), when poll() says so, and link_expire(), at its
+ * deadline.  A state's function returns NULL, or why the link is of no use any more: link_fail().
  *
  * The first link that is up serves clients, the others the background copy; a single one serves
- * all.  What a lost link owed goes back to the front of the queues.
+ * all.  What a lost link owed goes back to the queues.
+ *
+ * Nothing is read while too much of what was delivered has not been put away, and no link counts
+ * as silent meanwhile.
  */
 #define _GNU_SOURCE
 #include "origin.h"
 
-#include "link.h"
+#include "buffer.h"
 #include "log.h"
 #include "util.h"
 
 #include <assert.h>
 #include <errno.h>
-#include <pthread.h>
-#include <stdatomic.h>
+#include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/un.h>
+#include <unistd.h>
 
 enum {
 	ORIGIN_STACK = 128 * 1024,
 	UNSTORED_MAX = 4 * 1024 * 1024,	/* delivered, and not put away */
-	ROUNDS = 16,		/* of receiving from one link, or so many bytes of data: */
-	ROUND_BYTES = 256 * 1024,	/* then it is the others' turn */
-	BACKOFF_MIN = 100,	/* ms */
+	BACKOFF_MIN = 100,		/* ms */
 	BACKOFF_MAX = 5000,
-	LINES_MAX = ORIGIN_CONNECTIONS_MAX + 1,
+	LINKS_MAX = ORIGIN_CONNECTIONS_MAX + 1,
+
+	LOOKUP_STACK = 256 * 1024,	/* resolvers are greedy */
+	LOOKUPS_MAX = 32,		/* more than that hang */
+	ADDRESSES_MAX = 24,		/* of one name */
+
+	OWED_MAX = 512,			/* requests outstanding */
+	RX_BYTES = 256 * 1024,
+
+	KEEPALIVE_S = 120,		/* while it owes nothing */
+	PROGRESS = 1024,		/* bytes; less in the time allowed counts as silence */
 };
 
 struct queue {
 	struct origin_request *first, **last;
 };
 
-/* A place for a link, that may be up, or on its way there.  The last one is for a redirect's. */
-struct line {
-	struct link *link;
-	bool up;		/* to the same disk as ever */
-	uint64_t since;		/* it has been up; now_ms() */
-	uint64_t deadline;	/* when to make one */
-	unsigned backoff;	/* ms */
+/* Where a server is, and which of its exports is meant. */
+struct target {
+	struct sockaddr_un path;	/* of a Unix socket, if it has a family; else there are ... */
+	char host[1024];		/* ... a name, or an address without brackets, ... */
+	char port[64];			/* ... and a port */
+	char export_name[PROTO_STRING_MAX + 1];
+	char address[256];		/* "host:port", "[::1]:port" or "unix:/path", maybe shortened */
 };
 
-/* To another origin. */
-struct redirect {
-	struct link_target *target;	/* NULL: there is none */
-	void (*done)(const char *error);
+/* What a name stands for: small enough that a pipe takes all of it at once. */
+struct addresses {
+	char error[64];			/* why there is none, or "" */
+	unsigned count;
+	struct {
+		socklen_t len;
+		struct sockaddr_storage sa;
+	} address[ADDRESSES_MAX];
 };
+
+/* A thread that looks a name up.  Nobody waits for it: it may hang for as long as it pleases. */
+struct lookup {
+	int fd;				/* struct addresses goes there */
+	struct target target;
+};
+
+static atomic_uint lookups;
+
+enum link_state { LINK_DOWN, LINK_RESOLVE, LINK_NEGOTIATE, LINK_UP };
+
+struct link {
+	struct origin *origin;
+	enum link_state state;
+	int fd;				/* the socket; a pipe, while the name is looked up; or -1 */
+	uint64_t deadline;		/* now_ms(): to dial, or of this address; not in LINK_UP */
+	unsigned backoff;		/* ms */
+
+	/* The attempt. */
+	uint64_t end;			/* of all of it; now_ms() */
+	struct addresses found;
+	unsigned next;			/* address to try */
+	bool answered;			/* by a server, and the reason is about what it said */
+	char reason[PROTO_REASON_MAX];	/* why it failed */
+	struct proto_client client;	/* its offer stays */
+
+	/* Transmission. */
+	uint64_t cookies;		/* given out */
+	struct queue owed;		/* in the order of asking */
+	unsigned count;			/* of them */
+	uint64_t heard;			/* when an answer, or PROGRESS bytes of one, came last */
+	size_t unheard;			/* bytes since then */
+
+	size_t tx_len;			/* bytes to be sent */
+	size_t rx_from, rx_to;		/* what was received and not looked at */
+
+	/* The reply whose payload is coming, of which there is some left, and its request. */
+	struct origin_request *current;	/* or NULL */
+	struct proto_reply reply;
+	uint32_t left;			/* bytes */
+	uint8_t *place;			/* for data; NULL: it is thrown away */
+
+	uint8_t tx[(OWED_MAX + 1) * PROTO_REQUEST_SIZE];	/* the last place is the farewell's */
+	uint8_t rx[RX_BYTES];
+};
+
+_Static_assert(PROTO_CLIENT_ROOM <= (OWED_MAX + 1) * PROTO_REQUEST_SIZE, "tx holds an option");
+_Static_assert((size_t)PROTO_CLIENT_TAKE_MAX <= RX_BYTES, "rx holds a handshake's part");
+_Static_assert(sizeof(struct addresses) <= 4096, "a pipe takes all addresses at once");
 
 struct origin {
 	pthread_t thread;
-	bool started;			/* the thread; main thread */
+	bool started;			/* the thread; written before it is, and after it has ended */
 	struct proto_offer limits;
 	unsigned timeout_ms;
 
 	/* The mailbox. */
 	pthread_mutex_t lock;		/* guards what follows; a leaf */
-	struct queue inbox;
-	struct redirect redirect;	/* the thread ends it */
-	struct link_target *target;	/* written by the thread, which reads it without the lock */
-	char reason[PROTO_REASON_MAX];	/* why there is no link; likewise */
-	bool cancelled, ended;
+	struct queue queue[ORIGIN_PRIORITIES];
+	struct target target;		/* written by the thread, which reads it without the lock */
+	char reason[PROTO_REASON_MAX];	/* of the last failure, or ""; likewise */
+	struct target redirect;		/* another origin; the thread's while it is redirecting */
+	void (*redirect_done)(const char *error);
+	atomic_bool redirecting, cancelled;
 
 	struct bell bell;
 	atomic_uint up;			/* links */
@@ -74,15 +145,11 @@ struct origin {
 	atomic_uint waiting;		/* requests that are not done */
 
 	/* The thread's own. */
-	struct queue queue[ORIGIN_PRIORITIES];
-	struct line line[LINES_MAX];
-	struct pollfd pfd[1 + LINES_MAX];	/* the bell, the lines */
-	unsigned lines;
-	const struct link_target *next;	/* the redirect's */
-	char change[PROTO_REASON_MAX];	/* room for find_change() */
-	bool over;			/* cancelled */
-	uint64_t stopped_at;		/* when the clock was stopped; 0: it goes */
-	uint64_t stopped_ms;		/* for how long it was, before that */
+	struct link *link[LINKS_MAX];	/* the last one is a redirect's */
+	struct pollfd pfd[1 + LINKS_MAX];	/* the bell, the links */
+	unsigned links;
+	bool clogged;			/* nothing is read */
+	uint64_t listening;		/* since when it was not; now_ms() */
 };
 
 /* Queues */
@@ -100,45 +167,16 @@ static void queue_add(struct queue *q, struct origin_request *r)
 	q->last = &r->next;
 }
 
-static struct origin_request *queue_take(struct queue *q)
+static void queue_remove(struct queue *q, const struct origin_request *r)
 {
-	struct origin_request *r = q->first;
+	struct origin_request **at = &q->first;
 
-	if (!r)
-		return NULL;
-	q->first = r->next;
-	if (!q->first)
-		q->last = &q->first;
-	return r;
+	while (*at != r)
+		at = &(*at)->next;
+	*at = r->next;
+	if (!*at)
+		q->last = at;
 }
-
-static void queue_all(struct queue *q, struct origin_request *r)
-{
-	struct origin_request *next;
-
-	for (; r; r = next) {
-		next = r->next;
-		queue_add(&q[r->priority], r);
-	}
-}
-
-/* Put requests, newest first, back before those that wait. */
-static void queue_again(struct origin *o, struct origin_request *r)
-{
-	struct origin_request *next;
-
-	for (; r; r = next) {
-		struct queue *q = &o->queue[r->priority];
-
-		next = r->next;
-		r->next = q->first;
-		if (!q->first)
-			q->last = &r->next;
-		q->first = r;
-	}
-}
-
-/* Requests that are done */
 
 /* The asker may free it, or ask again, in done(). */
 static void request_finish(struct origin *o, struct origin_request *r, int error)
@@ -150,61 +188,470 @@ static void request_finish(struct origin *o, struct origin_request *r, int error
 	r->done(r);
 }
 
-static void requests_finish(struct origin *o, struct origin_request *r)
+/* Have it asked by a link that has room for it. */
+static void request_add(struct origin *o, struct origin_request *r)
 {
-	struct origin_request *next;
+	bool cancelled;
 
-	for (; r; r = next) {
-		next = r->next;
-		request_finish(o, r, r->error);
+	pthread_mutex_lock(&o->lock);
+	cancelled = o->cancelled;
+	if (!cancelled)
+		queue_add(&o->queue[r->priority], r);
+	pthread_mutex_unlock(&o->lock);
+	if (cancelled)
+		request_finish(o, r, -ECANCELED);
+	else
+		bell_ring(&o->bell);
+}
+
+static struct origin_request *request_take(struct origin *o, unsigned priority)
+{
+	struct origin_request *r;
+
+	pthread_mutex_lock(&o->lock);
+	r = o->queue[priority].first;
+	if (r)
+		queue_remove(&o->queue[priority], r);
+	pthread_mutex_unlock(&o->lock);
+	return r;
+}
+
+/* Targets */
+
+/* host may be "unix:PATH"; port NULL is NBD's own.  NULL, or why there can be no such target. */
+static const char *target_set(struct target *t, const char *host, const char *port,
+			      const char *export_name)
+{
+	bool local = strncmp(host, "unix:", 5) == 0, fits;
+	const char *format = local ? "unix:%s" : strchr(host, ':') ? "[%s]:%s" : "%s:%s";
+	char *name = local ? absolute_path(host + 5) : strdup(host);
+	int room = sizeof(t->address), most = local ? sizeof(t->path.sun_path) : sizeof(t->host);
+
+	if (!name)
+		return "out of memory";
+	strip_brackets(name);
+	t->path.sun_family = local ? AF_UNIX : AF_UNSPEC;
+	fits = snprintf(local ? t->path.sun_path : t->host, (size_t)most, "%s", name) < most;
+	snprintf(t->port, sizeof(t->port), "%s", port ? port : "10809");
+	snprintf(t->export_name, sizeof(t->export_name), "%s", export_name);
+	if (snprintf(t->address, (size_t)room, format, name, t->port) >= room)
+		strcpy(t->address + room - 4, "...");
+	free(name);
+	if (!fits || strlen(t->port) == sizeof(t->port) - 1)
+		return "the host, the port or the path of the socket is too long";
+	return proto_is_string(export_name) ? NULL :
+					      "the name of the export is not UTF-8 or too long";
+}
+
+/* Returns what getaddrinfo() does. */
+static int find_addresses(const struct target *t, int flags, struct addresses *found)
+{
+	const struct addrinfo hints = {
+		.ai_flags = flags, .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM,
+	};
+	struct addrinfo *list;
+	int err;
+
+	memset(found, 0, sizeof(*found));
+	if (t->path.sun_family == AF_UNIX) {
+		found->count = 1;
+		found->address[0].len = sizeof(t->path);
+		memcpy(&found->address[0].sa, &t->path, sizeof(t->path));
+		return 0;
 	}
-}
-
-/* The clock */
-
-static bool is_clogged(struct origin *o)
-{
-	return atomic_load(&o->unstored) > UNSTORED_MAX;
-}
-
-static void set_clock(struct origin *o)
-{
-	bool full = is_clogged(o);
-
-	if (full && !o->stopped_at) {
-		o->stopped_at = now_ms();
-	} else if (!full && o->stopped_at) {
-		o->stopped_ms += now_ms() - o->stopped_at;
-		o->stopped_at = 0;
+	err = getaddrinfo(t->host, t->port, &hints, &list);
+	if (err) {
+		snprintf(found->error, sizeof(found->error), "%s",
+			 err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err));
+		return err;
 	}
+	for (struct addrinfo *i = list; i && found->count < ADDRESSES_MAX; i = i->ai_next) {
+		found->address[found->count].len = i->ai_addrlen;
+		memcpy(&found->address[found->count++].sa, i->ai_addr, i->ai_addrlen);
+	}
+	freeaddrinfo(list);
+	return 0;
 }
 
-static uint64_t clock_ms(const struct origin *o)
+static void lookup_free(struct lookup *k)
 {
-	return (o->stopped_at ? o->stopped_at : now_ms()) - o->stopped_ms;
+	close(k->fd);
+	free(k);
+	atomic_fetch_sub(&lookups, 1);
 }
 
-/* Links that come and go */
-
-static struct link *first_link(const struct origin *o)
+/* The thread. */
+static void *lookup_main(void *arg)
 {
-	for (unsigned i = 0; i < o->lines; i++)
-		if (o->line[i].up)
-			return o->line[i].link;
+	struct lookup *k = arg;
+	struct addresses found;
+	ssize_t n;
+
+	find_addresses(&k->target, 0, &found);
+	n = write(k->fd, &found, sizeof(found));
+	(void)n;	/* the link may have been given up */
+	lookup_free(k);
 	return NULL;
 }
 
-/* Tell others which links there are. */
-static void publish_links(struct origin *o)
+/* Have the name looked up.  The result comes from the descriptor that is returned, or -1. */
+static int lookup_start(const struct target *t)
 {
-	const struct link *first = first_link(o);
-	unsigned up = 0;
+	struct lookup *k = malloc(sizeof(*k));
+	pthread_t thread;
+	int fds[2];
 
-	for (unsigned i = 0; i < o->lines; i++)
-		up += o->line[i].up;
-	if (first)
-		atomic_store(&o->tells_extents, link_offer(first)->allocation);
-	atomic_store(&o->up, up);
+	if (!k || make_pipe(fds) < 0) {
+		free(k);
+		return -1;
+	}
+	k->fd = fds[1];
+	k->target = *t;
+	if (atomic_fetch_add(&lookups, 1) < LOOKUPS_MAX &&
+	    thread_start(&thread, LOOKUP_STACK, lookup_main, k) == 0) {
+		pthread_detach(thread);
+		return fds[0];
+	}
+	lookup_free(k);
+	close(fds[0]);
+	return -1;
+}
+
+/* Which links there are */
+
+static struct link *first_link(const struct origin *o)
+{
+	for (unsigned i = 0; i < o->links; i++)
+		if (o->link[i]->state == LINK_UP)
+			return o->link[i];
+	return NULL;
+}
+
+static bool is_redirect(const struct link *l)
+{
+	return l == l->origin->link[l->origin->links - 1];
+}
+
+static const struct target *target_of(const struct link *l)
+{
+	return is_redirect(l) ? &l->origin->redirect : &l->origin->target;
+}
+
+/* More than one link is made only to a server that is up and allows it. */
+static bool link_may_dial(const struct link *l)
+{
+	const struct origin *o = l->origin;
+	const struct link *first = first_link(o);
+
+	if (is_redirect(l))
+		return atomic_load(&o->redirecting);
+	return l == o->link[0] || (first && first->client.offer.flags & NBD_FLAG_CAN_MULTI_CONN);
+}
+
+/* Sending */
+
+static bool would_block(int err)
+{
+	return err == EAGAIN || err == EWOULDBLOCK || err == EINTR || err == ENOBUFS;
+}
+
+static const char *link_send(struct link *l)
+{
+	ssize_t n;
+
+	if (l->tx_len == 0)
+		return NULL;
+	n = send(l->fd, l->tx, l->tx_len, MSG_NOSIGNAL);
+	if (n < 0)
+		return would_block(errno) ? NULL : strerror(errno);
+	l->tx_len -= (size_t)n;
+	memmove(l->tx, l->tx + n, l->tx_len);
+	return NULL;
+}
+
+static void put_request(struct link *l, const struct proto_request *r)
+{
+	assert(sizeof(l->tx) - l->tx_len >= PROTO_REQUEST_SIZE);
+	proto_put_request(r, l->tx + l->tx_len);
+	l->tx_len += PROTO_REQUEST_SIZE;
+}
+
+/* Asking */
+
+/* Until when what has been silent, or has waited, since then may go on with that. */
+static uint64_t link_patience(const struct link *l, uint64_t since)
+{
+	const struct origin *o = l->origin;
+
+	return (since > o->listening ? since : o->listening) + o->timeout_ms;
+}
+
+static void note_progress(struct link *l)
+{
+	l->heard = now_ms();
+	l->unheard = 0;
+}
+
+static void link_ask(struct link *l, struct origin_request *r)
+{
+	const struct proto_request h = {
+		.cmd = r->extent ? NBD_CMD_BLOCK_STATUS : NBD_CMD_READ,
+		.cookie = l->cookies++,
+		.off = r->off,
+		.len = r->len,
+	};
+
+	if (r->extent && !l->client.offer.allocation) {
+		request_finish(l->origin, r, -ENOTSUP);
+		return;
+	}
+	if (l->count++ == 0)
+		note_progress(l);
+	r->cookie = h.cookie;
+	r->sent = now_ms();
+	r->filled = 0;
+	proto_answer_begin(&r->answer, &h);
+	queue_add(&l->owed, r);
+	put_request(l, &h);
+}
+
+/* The link for requests of that priority, or NULL if they must wait. */
+static struct link *choose_link(const struct origin *o, unsigned priority)
+{
+	struct link *first = first_link(o), *best = first;
+
+	for (unsigned i = 0; i < o->links && priority == ORIGIN_COPY; i++) {
+		struct link *l = o->link[i];
+
+		if (l->state == LINK_UP && l != first && (best == first || l->count < best->count))
+			best = l;
+	}
+	if (!best || best->count == OWED_MAX || best->tx_len >= OWED_MAX * PROTO_REQUEST_SIZE)
+		return NULL;
+	return best;
+}
+
+/* Hand requests to the links, in the order of their priority. */
+static void feed_links(struct origin *o)
+{
+	struct origin_request *r;
+	struct link *l;
+
+	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
+		while ((l = choose_link(o, i)) && (r = request_take(o, i)))
+			link_ask(l, r);
+}
+
+/* Answers */
+
+/* The data does not remain what it was: it is asked for again, or not at all. */
+static void drop_data(struct origin_request *r)
+{
+	buffer_put(r->buf, r->len);
+	r->buf = NULL;
+}
+
+/* What an error on the wire means to who asked. */
+static int error_of(const struct proto_answer *a)
+{
+	if (a->status && (a->error == NBD_EINVAL || a->error == NBD_ENOTSUP))
+		return -ENOTSUP;
+	return a->error ? -EIO : 0;
+}
+
+/* The last of an answer is here. */
+static const char *end_answer(struct link *l, struct origin_request *r)
+{
+	const char *wrong = proto_answer_end(&r->answer);
+	uint64_t sent = r->sent;
+	int error = error_of(&r->answer);
+
+	if (wrong)
+		return wrong;
+	if (r->answer.error == NBD_ESHUTDOWN)
+		return "it is shutting down";
+	queue_remove(&l->owed, r);
+	l->count--;
+	l->backoff = BACKOFF_MIN;	/* it is of use */
+	note_progress(l);
+	if (error)
+		drop_data(r);
+	if (r->extent)
+		r->extents = r->filled;
+	request_finish(l->origin, r, error);
+	if (l->owed.first && sent >= link_patience(l, l->owed.first->sent))
+		return "an answer is overdue";
+	return NULL;
+}
+
+/* So much more of the payload is at its place, or in the buffer. */
+static const char *took_payload(struct link *l, size_t n)
+{
+	struct origin_request *r = l->current;
+
+	l->left -= (uint32_t)n;
+	if (l->place)
+		l->place += n;
+	if (l->left > 0)
+		return NULL;
+	if (l->reply.type != NBD_REPLY_TYPE_OFFSET_HOLE)
+		atomic_fetch_add(&l->origin->fetched, l->reply.len);
+	l->current = NULL;
+	l->place = NULL;
+	return l->reply.last ? end_answer(l, r) : NULL;
+}
+
+/* Where a part of the answer belongs; NULL, and an error for the request, if out of memory. */
+static uint8_t *place_of(struct origin_request *r, uint64_t off)
+{
+	if (!r->buf)
+		r->buf = buffer_get(r->len);
+	if (r->buf)
+		return r->buf + (off - r->off);
+	r->answer.error = NBD_ENOMEM;
+	return NULL;
+}
+
+static struct origin_request *find_owed(const struct link *l, uint64_t cookie)
+{
+	struct origin_request *r = l->owed.first;
+
+	while (r && r->cookie != cookie)
+		r = r->next;
+	return r;
+}
+
+/* Take the head of a reply, if all of it is here. */
+static const char *take_head(struct link *l)
+{
+	struct proto_reply *reply = &l->reply;
+	const char *wrong = proto_get_reply(l->rx + l->rx_from, l->rx_to - l->rx_from, reply);
+	struct origin_request *r;
+
+	if (wrong || reply->head > l->rx_to - l->rx_from)
+		return wrong;
+	r = find_owed(l, reply->cookie);
+	if (!r)
+		return "it answered what was not asked";
+	wrong = proto_answer_add(&r->answer, &l->client.offer, reply);
+	if (wrong)
+		return wrong;
+	l->rx_from += reply->head;
+	l->current = r;
+	l->left = reply->payload;
+	l->place = reply->len ? place_of(r, reply->off) : NULL;
+	if (reply->type == NBD_REPLY_TYPE_OFFSET_HOLE && l->place)
+		memset(l->place, 0, reply->len);
+	return took_payload(l, 0);
+}
+
+/* Extents beyond the room that there is are checked as well. */
+static const char *take_extents(struct origin_request *r, const uint8_t *p, size_t n)
+{
+	for (struct extent e; n > 0; n -= PROTO_EXTENT_SIZE, p += PROTO_EXTENT_SIZE) {
+		const char *wrong = proto_answer_extent(&r->answer, p, &e);
+
+		if (wrong)
+			return wrong;
+		if (e.len > 0 && r->filled < r->extents)
+			r->extent[r->filled++] = e;
+	}
+	return NULL;
+}
+
+static const char *take_payload(struct link *l)
+{
+	const uint8_t *p = l->rx + l->rx_from;
+	size_t here = l->rx_to - l->rx_from, n = here < l->left ? here : l->left;
+	const char *wrong = NULL;
+
+	if (l->reply.type == NBD_REPLY_TYPE_BLOCK_STATUS) {
+		n -= n % PROTO_EXTENT_SIZE;
+		wrong = take_extents(l->current, p, n);
+	} else if (l->place) {
+		memcpy(l->place, p, n);
+	}
+	l->rx_from += n;
+	return wrong ? wrong : took_payload(l, n);
+}
+
+/* Look at all that was received. */
+static const char *take_replies(struct link *l)
+{
+	const char *wrong = NULL;
+	size_t before;
+
+	do {
+		before = l->rx_from;
+		wrong = l->current ? take_payload(l) : take_head(l);
+	} while (!wrong && l->rx_from > before);
+	memmove(l->rx, l->rx + l->rx_from, l->rx_to - l->rx_from);
+	l->rx_to -= l->rx_from;
+	l->rx_from = 0;
+	return wrong;
+}
+
+/* Receive once: what is left of the data straight to its place. */
+static const char *link_receive(struct link *l)
+{
+	size_t direct = l->place ? l->left : 0;
+	struct iovec iov[2] = {
+		{ .iov_base = l->place, .iov_len = direct },
+		{ .iov_base = l->rx + l->rx_to, .iov_len = RX_BYTES - l->rx_to },
+	};
+	struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
+	ssize_t n = recvmsg(l->fd, &msg, 0);
+	const char *wrong = NULL;
+
+	if (n == 0)
+		return "it closed the connection";
+	if (n < 0)
+		return would_block(errno) ? NULL : strerror(errno);
+	l->unheard += (size_t)n;
+	if (l->unheard >= PROGRESS)
+		note_progress(l);
+	direct = (size_t)n < direct ? (size_t)n : direct;
+	l->rx_to += (size_t)n - direct;
+	if (direct > 0)
+		wrong = took_payload(l, direct);
+	return wrong ? wrong : take_replies(l);
+}
+
+/* Losing a link */
+
+/* What it owes is asked again. */
+static void link_close(struct link *l)
+{
+	struct origin_request *r;
+
+	/* "Terminating the transmission phase": or it may be taken for an accident. */
+	if (l->state == LINK_UP) {
+		put_request(l, &(struct proto_request){ .cmd = NBD_CMD_DISC });
+		link_send(l);
+		atomic_fetch_sub(&l->origin->up, 1);
+	}
+	if (l->fd >= 0)
+		close(l->fd);
+	l->fd = -1;
+	l->state = LINK_DOWN;
+	l->current = NULL;
+	l->place = NULL;
+	l->count = 0;
+	while ((r = l->owed.first)) {
+		queue_remove(&l->owed, r);
+		drop_data(r);
+		request_add(l->origin, r);
+	}
+}
+
+/* Close those from that one on, which may dial at once. */
+static void close_links(struct origin *o, unsigned from)
+{
+	for (unsigned i = from; i < o->links; i++) {
+		link_close(o->link[i]);
+		o->link[i]->deadline = 0;
+		o->link[i]->backoff = BACKOFF_MIN;
+	}
 }
 
 static void set_reason(struct origin *o, const char *reason)
@@ -214,441 +661,375 @@ static void set_reason(struct origin *o, const char *reason)
 	pthread_mutex_unlock(&o->lock);
 }
 
-/* Log a reason, once. */
-static void complain(struct origin *o, const char *what, const char *reason)
-{
-	if (strcmp(reason, o->reason) == 0)
-		return;
-	log_error("origin %s: %s: %s", o->target->address, what, reason);
-	set_reason(o, reason);
-}
-
-/* Try again later: sooner if it was fine for a while. */
-static void back_off(struct line *line)
-{
-	uint64_t now = now_ms();
-
-	if (line->up && now - line->since > BACKOFF_MAX)
-		line->backoff = BACKOFF_MIN;
-	line->deadline = now + line->backoff;
-	line->backoff = line->backoff > BACKOFF_MAX / 2 ? BACKOFF_MAX : line->backoff * 2;
-}
-
-/* Of the attempt, or of the link. */
-static void line_lose(struct origin *o, struct line *line, const char *reason)
-{
-	const char *what = "cannot connect";
-
-	back_off(line);
-	if (line->up) {
-		line->up = false;
-		publish_links(o);
-		if (!first_link(o))
-			set_reason(o, "");
-		what = first_link(o) ? "one of the links lost" : "link lost";
-	}
-	complain(o, what, reason);
-	queue_again(o, link_free(line->link));
-	line->link = NULL;
-}
-
-/* Leave all that leads to the old one. */
-static void hang_up(struct origin *o)
-{
-	for (unsigned i = 0; i < o->lines; i++) {
-		queue_again(o, link_free(o->line[i].link));
-		o->line[i] = (struct line){ .backoff = BACKOFF_MIN };
-	}
-	publish_links(o);
-}
-
-/* NULL, or why this is not the disk that it was. */
-static const char *find_change(struct origin *o, const struct proto_offer *offer)
-{
-	const struct proto_offer *l = &o->limits;
-
-	if (offer->size != l->size)
-		snprintf(o->change, sizeof(o->change), "its size is %llu bytes, and must be %llu",
-			 (unsigned long long)offer->size, (unsigned long long)l->size);
-	else if (offer->min_block > l->min_block || offer->max_block < l->max_block)
-		snprintf(o->change, sizeof(o->change),
-			 "its block sizes are %lu to %lu bytes, and must allow %lu to %lu",
-			 (unsigned long)offer->min_block, (unsigned long)offer->max_block,
-			 (unsigned long)l->min_block, (unsigned long)l->max_block);
-	else
-		return NULL;
-	return o->change;
-}
-
-static void line_up(struct origin *o, struct line *line, struct link *link)
-{
-	line->link = link;
-	line->up = true;
-	line->since = now_ms();
-	publish_links(o);
-}
-
-/* Use a link from now on. */
-static void line_use(struct origin *o, struct line *line, struct link *link)
-{
-	bool first = !first_link(o);
-
-	line_up(o, line, link);
-	if (!first)
-		return;
-	log_line("origin %s: connected, %llu bytes", o->target->address,
-		 (unsigned long long)o->limits.size);
-	set_reason(o, "");
-}
-
-/* Going over to another origin */
-
-static struct line *redirect_line(struct origin *o)
-{
-	return &o->line[o->lines - 1];
-}
-
 static void redirect_end(struct origin *o, const char *error)
 {
-	struct redirect r;
+	void (*done)(const char *error) = o->redirect_done;
 
-	pthread_mutex_lock(&o->lock);
-	r = o->redirect;
-	o->redirect.target = NULL;
-	pthread_mutex_unlock(&o->lock);
-	o->next = NULL;
-	r.done(error);
-	link_free(redirect_line(o)->link);
-	redirect_line(o)->link = NULL;
-	link_target_free(r.target);
+	atomic_store(&o->redirecting, false);
+	done(error);
 }
 
-/* There is a link: leave the old origin. */
+/* It is closed, and there is no other address to try: again later.  A reason is logged once. */
+static void link_lost(struct link *l, bool was_up)
+{
+	struct origin *o = l->origin;
+	bool others = atomic_load(&o->up) > 0;
+
+	if (is_redirect(l)) {
+		l->deadline = 0;
+		redirect_end(o, l->reason);
+		return;
+	}
+	l->deadline = now_ms() + l->backoff;
+	l->backoff = l->backoff > BACKOFF_MAX / 2 ? BACKOFF_MAX : l->backoff * 2;
+	if (strcmp(l->reason, o->reason) == 0 && (others || !was_up))
+		return;
+	if (o->started)
+		log_error("origin %s: %s: %s", o->target.address,
+			  !was_up ? "cannot connect" : others ? "one of the links lost" :
+								"link lost", l->reason);
+	set_reason(o, l->reason);
+}
+
+/* The attempt */
+
+/*
+ * Connect to the next address: each has its share of the time that is left.  The server speaks first,
+ * so an error of connect() shows when its words are received.  NULL, or why not.
+ */
+static const char *link_connect(struct link *l)
+{
+	uint64_t now = now_ms(), left = l->end > now ? l->end - now : 0;
+	unsigned i = l->next++;
+	const struct sockaddr *sa = (const struct sockaddr *)&l->found.address[i].sa;
+
+	l->state = LINK_NEGOTIATE;
+	l->deadline = now + left / (l->found.count - i);
+	l->tx_len = l->rx_from = l->rx_to = 0;
+	proto_client_begin(&l->client, target_of(l)->export_name, l->tx);
+	l->fd = socket(sa->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (l->fd < 0)
+		return strerror(errno);
+	tune_socket(l->fd, KEEPALIVE_S);
+	if (connect(l->fd, sa, l->found.address[i].len) < 0 && errno != EINPROGRESS && errno != EINTR)
+		return strerror(errno);
+	return NULL;
+}
+
+/*
+ * The link, or the way to that address, is of no use.  What a server answered is not forgotten for
+ * another address that cannot be reached.
+ */
+static void link_fail(struct link *l, const char *reason)
+{
+	bool was_up = l->state == LINK_UP;
+
+	do {
+		if (!l->answered)
+			snprintf(l->reason, sizeof(l->reason), "%s", reason);
+		l->answered |= l->client.state != PROTO_CLIENT_GREETING;
+		link_close(l);
+		if (was_up || l->next == l->found.count || now_ms() >= l->end) {
+			link_lost(l, was_up);
+			return;
+		}
+		reason = link_connect(l);
+	} while (reason);
+}
+
+/* Begin an attempt.  Only a name takes a thread to find out what it stands for. */
+static const char *link_dial(struct link *l)
+{
+	const struct target *t = target_of(l);
+
+	l->next = 0;
+	l->answered = false;
+	l->end = l->deadline = now_ms() + l->origin->timeout_ms;
+	if (find_addresses(t, AI_NUMERICHOST | AI_NUMERICSERV, &l->found) == 0)
+		return link_connect(l);
+	l->state = LINK_RESOLVE;
+	l->fd = lookup_start(t);
+	return l->fd < 0 ? "out of memory or descriptors" : NULL;
+}
+
+static const char *link_resolved(struct link *l)
+{
+	ssize_t n = read(l->fd, &l->found, sizeof(l->found));
+
+	close(l->fd);
+	l->fd = -1;
+	if (n != (ssize_t)sizeof(l->found))
+		return "the name was not looked up";
+	return l->found.error[0] ? l->found.error : link_connect(l);
+}
+
+/* NULL, or why the offer is not that of the disk that there was. */
+static const char *find_change(struct link *l)
+{
+	const struct proto_offer *limits = &l->origin->limits, *offer = &l->client.offer;
+	char *reason = l->client.reason;
+
+	if (offer->size != limits->size)
+		snprintf(reason, PROTO_REASON_MAX, "its size is %llu bytes, and must be %llu",
+			 (unsigned long long)offer->size, (unsigned long long)limits->size);
+	else if (offer->min_block > limits->min_block || offer->max_block < limits->max_block)
+		snprintf(reason, PROTO_REASON_MAX,
+			 "its block sizes are %lu to %lu bytes, and must allow %lu to %lu",
+			 (unsigned long)offer->min_block, (unsigned long)offer->max_block,
+			 (unsigned long)limits->min_block, (unsigned long)limits->max_block);
+	else
+		return NULL;
+	return reason;
+}
+
+/* There is a link to another origin: leave the old one. */
 static void redirect_go(struct origin *o)
 {
-	struct link *link = redirect_line(o)->link;
-	struct link_target *old = o->target;
+	struct link *l = o->link[o->links - 1];
 
-	redirect_line(o)->link = NULL;
-	hang_up(o);
+	o->link[o->links - 1] = o->link[0];
+	o->link[0] = l;
+	close_links(o, 1);
 	pthread_mutex_lock(&o->lock);
-	o->target = o->redirect.target;
-	o->redirect.target = old;
+	o->target = o->redirect;
 	pthread_mutex_unlock(&o->lock);
-	line_use(o, o->line, link);
-	redirect_end(o, NULL);
 }
 
-/* Attempts */
-
-static void line_fail(struct origin *o, struct line *line, const char *reason)
+/* The handshake is over. */
+static const char *link_use(struct link *l)
 {
-	if (line == redirect_line(o))
-		redirect_end(o, reason);
-	else
-		line_lose(o, line, reason);
-}
+	struct origin *o = l->origin;
+	bool redirects = is_redirect(l);
+	const char *wrong;
 
-/* More than one link is made only to a server that is up and allows it. */
-static bool line_may_connect(struct origin *o, const struct line *line)
-{
-	const struct link *first = first_link(o);
-
-	if (line == redirect_line(o))
-		return o->next != NULL;
-	return line == o->line || (first && link_offer(first)->flags & NBD_FLAG_CAN_MULTI_CONN);
-}
-
-static void line_advance(struct origin *o, struct line *line)
-{
-	const char *wrong = link_advance(line->link);
-
-	if (!wrong && !link_offer(line->link))
-		return;
-	if (!wrong)
-		wrong = find_change(o, link_offer(line->link));
+	if (!o->started)
+		o->limits = l->client.offer;
+	wrong = find_change(l);
 	if (wrong)
-		line_fail(o, line, wrong);
-	else if (line == redirect_line(o))
+		return wrong;
+	if (redirects)
 		redirect_go(o);
-	else
-		line_use(o, line, line->link);
+	l->state = LINK_UP;
+	l->answered = false;
+	atomic_store(&o->tells_extents, l->client.offer.allocation);
+	if (atomic_fetch_add(&o->up, 1) == 0) {
+		set_reason(o, "");
+		if (o->started)
+			log_line("origin %s: connected, %llu bytes", o->target.address,
+				 (unsigned long long)o->limits.size);
+	}
+	if (redirects)
+		redirect_end(o, NULL);
+	return NULL;
 }
 
-static void line_start(struct origin *o, struct line *line)
+static const char *link_negotiate(struct link *l)
 {
-	line->link = link_new(line == redirect_line(o) ? o->next : o->target, o->timeout_ms);
-	if (line->link)
-		line_advance(o, line);
-	else
-		line_fail(o, line, "out of memory or descriptors");
+	const char *wrong = link_send(l);
+	enum proto_next next;
+	ssize_t n;
+
+	if (wrong || l->tx_len > 0)
+		return wrong;
+	n = recv(l->fd, l->rx + l->rx_to, l->client.want - l->rx_to, 0);
+	if (n == 0)
+		return l->client.state == PROTO_CLIENT_EXPORT ?
+			       "it closed the connection: it may not have such an export" :
+			       "it closed the connection in the handshake";
+	if (n < 0)
+		return would_block(errno) ? NULL : strerror(errno);
+	l->rx_to += (size_t)n;
+	if (l->rx_to < l->client.want)
+		return NULL;
+	next = proto_client_take(&l->client, l->rx);
+	l->tx_len = l->client.out_len;
+	l->rx_to = 0;
+	if (next == PROTO_TRANSMIT)
+		return link_use(l);
+	return next == PROTO_CLOSE ? l->client.reason : NULL;
+}
+
+/* What a link wants of the loop: events, a turn when they come, and one deadline */
+
+static short link_events(const struct link *l)
+{
+	switch (l->state) {
+	case LINK_RESOLVE:
+		return POLLIN;
+	case LINK_NEGOTIATE:
+		return l->tx_len > 0 ? POLLOUT : POLLIN;
+	case LINK_UP:
+		return (l->origin->clogged ? 0 : POLLIN) | (l->tx_len > 0 ? POLLOUT : 0);
+	default:
+		return 0;
+	}
+}
+
+static void link_turn(struct link *l, short revents)
+{
+	const char *wrong = NULL;
+
+	switch (l->state) {
+	case LINK_RESOLVE:
+		wrong = link_resolved(l);
+		break;
+	case LINK_NEGOTIATE:
+		wrong = link_negotiate(l);
+		break;
+	case LINK_UP:
+		if (revents & ~POLLOUT && !l->origin->clogged)
+			wrong = link_receive(l);
+		if (!wrong)
+			wrong = link_send(l);
+		break;
+	default:
+		break;
+	}
+	if (wrong)
+		link_fail(l, wrong);
+}
+
+/* When link_expire() is due: now_ms(), or UINT64_MAX. */
+static uint64_t link_deadline(const struct link *l)
+{
+	const struct origin *o = l->origin;
+
+	if (l->state == LINK_UP)
+		return l->count == 0 || o->clogged ? UINT64_MAX : link_patience(l, l->heard);
+	return l->state != LINK_DOWN || link_may_dial(l) ? l->deadline : UINT64_MAX;
+}
+
+static void link_expire(struct link *l)
+{
+	const char *wrong = "no answer";
+	char silent[64];
+
+	if (l->state == LINK_DOWN) {
+		wrong = link_dial(l);
+	} else if (l->state == LINK_UP) {
+		snprintf(silent, sizeof(silent), "no answer for %u s", l->origin->timeout_ms / 1000);
+		wrong = silent;
+	}
+	if (wrong)
+		link_fail(l, wrong);
 }
 
 /* The thread */
 
-static void cancel_all(struct origin *o)
+/* Nothing is read while too much has not been put away: who is not listened to is not silent. */
+static void note_clog(struct origin *o)
 {
-	struct origin_request *r;
-
-	o->over = true;
-	hang_up(o);
-	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
-		while ((r = queue_take(&o->queue[i])))
-			request_finish(o, r, -ECANCELED);
-	if (o->next)
-		redirect_end(o, "the origin is not needed any more");
+	if (o->clogged)
+		o->listening = now_ms();
+	o->clogged = atomic_load(&o->unstored) > UNSTORED_MAX;
 }
 
-/* Returns false when it is time to end. */
-static bool origin_take_mail(struct origin *o)
+/* Returns when the first deadline is. */
+static uint64_t origin_prepare_poll(struct origin *o)
 {
-	struct origin_request *arrived;
-	bool cancelled, ended;
+	uint64_t first = UINT64_MAX;
 
-	if (!bell_answer(&o->bell))
-		return true;
-	pthread_mutex_lock(&o->lock);
-	arrived = o->inbox.first;
-	queue_init(&o->inbox);
-	o->next = o->redirect.target;
-	cancelled = o->cancelled;
-	ended = o->ended;
-	pthread_mutex_unlock(&o->lock);
-	queue_all(o->queue, arrived);
-	if (cancelled)
-		cancel_all(o);
-	return !ended;
-}
+	for (unsigned i = 0; i < o->links; i++) {
+		const struct link *l = o->link[i];
+		short events = link_events(l);
+		uint64_t deadline = link_deadline(l);
 
-/* The link for requests of that priority, or NULL if they must wait. */
-static struct link *choose_link(const struct origin *o, enum origin_priority priority)
-{
-	struct link *first = first_link(o), *best = NULL;
-
-	for (unsigned i = 0; i < o->lines && priority == ORIGIN_COPY; i++) {
-		struct link *l = o->line[i].link;
-
-		if (o->line[i].up && l != first && (!best || link_owes(l) < link_owes(best)))
-			best = l;
+		o->pfd[i + 1] = (struct pollfd){ .fd = events ? l->fd : -1, .events = events };
+		if (deadline < first)
+			first = deadline;
 	}
-	if (!best)
-		best = first;
-	return best && link_has_room(best) ? best : NULL;
+	return first;
 }
 
-static void origin_ask(struct origin *o, struct link *l, struct origin_request *r, uint64_t now)
+/* Sleep once, and all that is to be done before and after it. */
+static void origin_turn(struct origin *o)
 {
-	r->sent = now_us();
-	if (r->extent && !link_offer(l)->allocation)
-		request_finish(o, r, -ENOTSUP);
-	else
-		link_ask(l, r, now);
-}
+	uint64_t deadline;
 
-/* Hand requests to the links, in the order of their priority. */
-static void feed_links(struct origin *o)
-{
-	uint64_t now = clock_ms(o);
-	struct link *l;
-
-	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
-		while (o->queue[i].first && (l = choose_link(o, (enum origin_priority)i)))
-			origin_ask(o, l, queue_take(&o->queue[i]), now);
-}
-
-/* Receive, for a while.  NULL, or why the link must be given up. */
-static const char *line_receive(struct origin *o, struct line *line)
-{
-	const char *wrong = NULL;
-	bool more = true;
-	uint64_t sum = 0;
-
-	for (unsigned i = 0; i < ROUNDS && sum < ROUND_BYTES && more && !wrong && !is_clogged(o); i++) {
-		struct origin_request *finished;
-		uint64_t bytes;
-
-		wrong = link_receive(line->link, clock_ms(o), &finished, &more, &bytes);
-		atomic_fetch_add(&o->fetched, bytes);
-		sum += bytes;
-		if (finished)
-			line->backoff = BACKOFF_MIN;	/* it is of use */
-		requests_finish(o, finished);
-	}
-	return wrong;
-}
-
-/* Send, and see whether it is still alive. */
-static const char *line_check(struct origin *o, struct line *line, uint64_t *left)
-{
-	const char *wrong = line->up ? link_send(line->link) : NULL;
-
-	if (!wrong && !(line->up && o->stopped_at))
-		wrong = link_check(line->link, clock_ms(o), left);
-	return wrong;
-}
-
-/* What is due.  False if a link was lost or begun. */
-static bool line_tend(struct origin *o, struct line *line, uint64_t *left)
-{
-	uint64_t now = now_ms();
-	const char *wrong;
-
-	if (line->link) {
-		wrong = line_check(o, line, left);
-		if (wrong)
-			line_fail(o, line, wrong);
-		return !wrong;
-	}
-	if (!line_may_connect(o, line))
-		return true;
-	if (line->deadline <= now) {
-		line_start(o, line);
-		return false;
-	}
-	if (line->deadline - now < *left)
-		*left = line->deadline - now;
-	return true;
-}
-
-/* All that is to be done between two sleeps.  Returns for how long to sleep, in ms. */
-static uint64_t work(struct origin *o)
-{
-	uint64_t left = UINT64_MAX;
-	bool settled = true;
-
-	set_clock(o);
+	note_clog(o);
 	feed_links(o);
-	for (unsigned i = 0; i < o->lines; i++)
-		settled &= line_tend(o, &o->line[i], &left);
-	return settled ? left : 0;
-}
-
-/* What to poll for. */
-static void origin_prepare_poll(struct origin *o)
-{
-	for (unsigned i = 0; i < o->lines; i++) {
-		const struct line *line = &o->line[i];
-		struct pollfd *p = &o->pfd[i + 1];
-
-		*p = line->link ? link_poll(line->link) : (struct pollfd){ .fd = -1 };
-		if (line->up && o->stopped_at)
-			p->events &= POLLOUT;
-		if (!p->events)
-			p->fd = -1;
-	}
-}
-
-/* What poll() told of a link. */
-static void line_turn(struct origin *o, struct line *line, short revents)
-{
-	const char *wrong = NULL;
-
-	if (line->up && revents & ~POLLOUT)
-		wrong = line_receive(o, line);
-	else if (line->link && !line->up && revents)
-		line_advance(o, line);
-	if (wrong)
-		line_lose(o, line, wrong);
+	deadline = origin_prepare_poll(o);
+	bell_poll(&o->bell, o->pfd, o->links + 1, ms_until(deadline));
+	bell_answer(&o->bell);
+	for (unsigned i = 0; i < o->links; i++)
+		if (o->pfd[i + 1].revents)
+			link_turn(o->link[i], o->pfd[i + 1].revents);
+	for (unsigned i = 0; i < o->links; i++)
+		if (link_deadline(o->link[i]) <= now_ms())
+			link_expire(o->link[i]);
 }
 
 static void *origin_main(void *arg)
 {
 	struct origin *o = arg;
-	int n;
+	struct origin_request *r;
 
-	while (origin_take_mail(o)) {
-		uint64_t left = o->over ? UINT64_MAX : work(o);
-
-		origin_prepare_poll(o);
-		n = bell_poll(&o->bell, o->pfd, o->lines + 1, left > INT32_MAX ? -1 : (int)left);
-		for (unsigned i = 0; n > 0 && i < o->lines; i++)
-			line_turn(o, &o->line[i], o->pfd[i + 1].revents);
-	}
+	while (!atomic_load(&o->cancelled))
+		origin_turn(o);
+	close_links(o, 0);
+	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
+		while ((r = request_take(o, i)))
+			request_finish(o, r, -ECANCELED);
+	if (atomic_load(&o->redirecting))
+		redirect_end(o, "the origin is not needed any more");
 	return NULL;
 }
 
 /* Opening and closing */
 
-/* Wait until a link is up.  NULL, or why it never will be. */
-static const char *wait_for_link(struct link *l)
-{
-	const char *wrong = link_advance(l);
-
-	while (!wrong && !link_offer(l)) {
-		uint64_t left = INT32_MAX;
-		struct pollfd p;
-
-		wrong = link_check(l, 0, &left);
-		p = link_poll(l);
-		if (!wrong && poll(&p, 1, (int)left) > 0)
-			wrong = link_advance(l);
-	}
-	return wrong;
-}
-
-/* Make the first link.  NULL, or why there is none. */
-static const char *connect_first(struct origin *o)
-{
-	struct link *l = o->line[0].link = link_new(o->target, o->timeout_ms);
-	const char *wrong = l ? wait_for_link(l) : "out of memory or descriptors";
-
-	if (wrong)
-		return wrong;
-	o->limits = *link_offer(l);
-	line_up(o, o->line, l);
-	return NULL;
-}
-
-bool origin_start(struct origin *o)
-{
-	int err = thread_start(&o->thread, ORIGIN_STACK, origin_main, o);
-
-	o->started = err == 0;
-	if (err)
-		log_failure("cannot start a thread: %s", strerror(err));
-	return err == 0;
-}
-
-/* 0 or -errno; to be freed in any case. */
-static int origin_init(struct origin *o, const struct origin_options *options)
+/* NULL, or why not; to be freed in any case. */
+static const char *origin_init(struct origin *o, const struct origin_options *options)
 {
 	assert(options->connections <= ORIGIN_CONNECTIONS_MAX);
 	pthread_mutex_init(&o->lock, NULL);
 	o->timeout_ms = options->timeout_ms;
-	o->lines = options->connections + 1;
-	for (unsigned i = 0; i < o->lines; i++)
-		o->line[i].backoff = BACKOFF_MIN;
+	o->bell.pipe[0] = o->bell.pipe[1] = -1;
 	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
 		queue_init(&o->queue[i]);
-	queue_init(&o->inbox);
-	o->bell.pipe[0] = o->bell.pipe[1] = -1;
-	o->target = link_target_new(options->host, options->port, options->export_name);
-	return o->target ? bell_init(&o->bell) : -ENOMEM;
-}
+	for (; o->links <= options->connections; o->links++) {
+		struct link *l = o->link[o->links] = calloc(1, sizeof(*l));
 
-static void origin_free(struct origin *o)
-{
-	hang_up(o);
-	bell_free(&o->bell);
-	pthread_mutex_destroy(&o->lock);
-	link_target_free(o->target);
-	free(o);
+		if (!l)
+			return strerror(ENOMEM);
+		l->origin = o;
+		l->fd = -1;
+		l->backoff = BACKOFF_MIN;
+		queue_init(&l->owed);
+	}
+	if (bell_init(&o->bell) < 0)
+		return strerror(errno);
+	return target_set(&o->target, options->host, options->port, options->export_name);
 }
 
 struct origin *origin_open(const struct origin_options *options)
 {
 	struct origin *o = calloc(1, sizeof(*o));
-	int err = o ? origin_init(o, options) : -ENOMEM;
-	const char *wrong = err ? strerror(-err) : connect_first(o);
+	const char *wrong = o ? origin_init(o, options) : strerror(ENOMEM);
 
+	while (!wrong && !first_link(o)) {
+		origin_turn(o);
+		wrong = *o->reason ? o->reason : NULL;
+	}
 	if (!wrong)
 		return o;
-	log_failure("cannot reach origin %s%s%s: %s",
-		    o && o->target ? o->target->address : options->host,
+	log_failure("cannot reach origin %s%s%.255s: %s",
+		    o && *o->target.address ? o->target.address : options->host,
 		    *options->export_name ? ", export " : "", options->export_name, wrong);
-	if (o)
-		origin_free(o);
+	origin_close(o);
 	return NULL;
+}
+
+bool origin_start(struct origin *o)
+{
+	int err;
+
+	o->started = true;
+	err = thread_start(&o->thread, ORIGIN_STACK, origin_main, o);
+	if (!err)
+		return true;
+	o->started = false;
+	log_failure("cannot start a thread: %s", strerror(err));
+	return false;
 }
 
 const struct proto_offer *origin_limits(const struct origin *o)
@@ -663,21 +1044,11 @@ bool origin_tells_extents(struct origin *o)
 
 void origin_submit(struct origin *o, struct origin_request *r)
 {
-	bool cancelled;
-
 	assert(r->len > 0 && r->len <= (r->extent ? PROTO_STATUS_MAX : o->limits.max_block));
 	assert(r->len <= o->limits.size && r->off <= o->limits.size - r->len);
-	r->allocated = false;
+	r->buf = NULL;
 	atomic_fetch_add(&o->waiting, 1);
-	pthread_mutex_lock(&o->lock);
-	cancelled = o->cancelled;
-	if (!cancelled)
-		queue_add(&o->inbox, r);
-	pthread_mutex_unlock(&o->lock);
-	if (cancelled)
-		request_finish(o, r, -ECANCELED);
-	else
-		bell_ring(&o->bell);
+	request_add(o, r);
 }
 
 void origin_stored(struct origin *o, uint64_t bytes)
@@ -696,33 +1067,26 @@ void origin_cancel(struct origin *o)
 	bell_ring(&o->bell);
 }
 
-/* Leave it to the thread.  NULL, or why not.  Called with the lock. */
-static const char *set_redirect(struct origin *o, const char *host, const char *port,
-				const char *export_name)
-{
-	if (export_name && !proto_is_string(export_name))
-		return "the name of the export is not UTF-8 or too long";
-	if (o->cancelled)
-		return "the origin is not needed any more";
-	if (o->redirect.target)
-		return "another one is under way";
-	o->redirect.target = link_target_new(host, port, export_name ? export_name :
-							 o->target->export_name);
-	return o->redirect.target ? NULL : "out of memory or descriptors";
-}
-
 void origin_redirect(struct origin *o, const char *host, const char *port,
 		     const char *export_name, void (*done)(const char *error))
 {
-	const char *error;
+	const char *wrong = NULL;
 
 	pthread_mutex_lock(&o->lock);
-	error = set_redirect(o, host, port, export_name);
-	if (!error)
-		o->redirect.done = done;
+	if (o->cancelled)
+		wrong = "the origin is not needed any more";
+	else if (o->redirecting)
+		wrong = "another one is under way";
+	else
+		wrong = target_set(&o->redirect, host, port,
+				   export_name ? export_name : o->target.export_name);
+	if (!wrong) {
+		o->redirect_done = done;
+		atomic_store(&o->redirecting, true);
+	}
 	pthread_mutex_unlock(&o->lock);
-	if (error)
-		done(error);
+	if (wrong)
+		done(wrong);
 	else
 		bell_ring(&o->bell);
 }
@@ -732,9 +1096,9 @@ void origin_status(struct origin *o, struct origin_status *status)
 	size_t room = sizeof(status->export_name);
 
 	pthread_mutex_lock(&o->lock);
-	strcpy(status->address, o->target->address);
+	strcpy(status->address, o->target.address);
 	strcpy(status->reason, o->reason);
-	if (snprintf(status->export_name, room, "%s", o->target->export_name) >= (int)room)
+	if (snprintf(status->export_name, room, "%s", o->target.export_name) >= (int)room)
 		strcpy(status->export_name + room - 4, "...");
 	pthread_mutex_unlock(&o->lock);
 	status->fetched = atomic_load(&o->fetched);
@@ -745,16 +1109,10 @@ void origin_status(struct origin *o, struct origin_status *status)
 
 void origin_end(struct origin *o)
 {
-	bool ended;
-
-	pthread_mutex_lock(&o->lock);
-	ended = o->ended;
-	o->cancelled = o->ended = true;
-	pthread_mutex_unlock(&o->lock);
-	if (ended || !o->started)
-		return;
-	bell_ring(&o->bell);
-	pthread_join(o->thread, NULL);
+	origin_cancel(o);
+	if (o->started)
+		pthread_join(o->thread, NULL);
+	o->started = false;
 }
 
 void origin_close(struct origin *o)
@@ -762,5 +1120,10 @@ void origin_close(struct origin *o)
 	if (!o)
 		return;
 	origin_end(o);
-	origin_free(o);
+	close_links(o, 0);
+	for (unsigned i = 0; i < o->links; i++)
+		free(o->link[i]);
+	bell_free(&o->bell);
+	pthread_mutex_destroy(&o->lock);
+	free(o);
 }

@@ -24,20 +24,17 @@ enum origin_priority {
 	ORIGIN_PRIORITIES,
 };
 
-/*
- * Something to ask of the origin.  It belongs to the origin until done is called, once, whatever
- * happens.
- */
+/* It belongs to the origin until done is called, once, whatever happens. */
 struct origin_request {
 	struct origin_request *next;		/* for whoever has it */
 	enum origin_priority priority;
 	uint64_t off, len;	/* bytes: multiples of min_block but at the end, 1 to max_block */
 
 	/*
-	 * Which data to deliver to buf, of len bytes; where buf is NULL it is from buffer_get()
-	 * when the answer arrives, and is the asker's to give back.  Or, if extent is set, room for
-	 * extents of them: len may then be up to PROTO_STATUS_MAX, and the answer describes the
-	 * beginning of the range, at least one extent, and at most all of it.
+	 * The data is delivered in buf, len bytes from buffer_get(), which is the asker's to give
+	 * back.  Or, if extent is set, room for extents of them: len may then be up to
+	 * PROTO_STATUS_MAX, and the answer describes the beginning of the range, at least one
+	 * extent, and at most all of it.
 	 */
 	uint8_t *buf;
 	struct extent *extent;
@@ -52,8 +49,9 @@ struct origin_request {
 
 	/* The origin's own. */
 	uint64_t cookie;
-	uint64_t sent;		/* now_us() when it was sent last; also for the asker, when done */
-	bool allocated;
+	uint64_t sent;		/* now_ms() when it was sent last */
+	unsigned filled;	/* extents that have come */
+	struct proto_answer answer;
 };
 
 enum { ORIGIN_CONNECTIONS_MAX = 16 };
@@ -66,16 +64,10 @@ struct origin_options {
 	unsigned timeout_ms;		/* a link that owes something and is silent so long is dead */
 };
 
-/*
- * The strings are copied.  Connects, and waits for that.  NULL after logging why not; later links
- * are logged.
- */
+/* Connect, and wait for that; the strings are copied.  NULL after logging why not. */
 struct origin *origin_open(const struct origin_options *o);
 
-/*
- * Start the thread: nothing is asked before that.  Main thread, once.  False after logging why
- * not.
- */
+/* Start the thread: nothing is asked before.  Main thread, once.  False after logging why not. */
 bool origin_start(struct origin *o);
 
 /* What the first link was told: its size and block sizes hold while the program runs. */
@@ -122,12 +114,12 @@ struct origin_status {
 void origin_status(struct origin *o, struct origin_status *status);
 
 /*
- * Cancel, and end the threads: when this returns, done has been called for all requests.  Those
- * that are submitted later are done at once, with -ECANCELED; origin_stored() may still be called.
+ * Cancel, and end the thread: when this returns, done has been called for all requests.  Those that
+ * are submitted later are done at once; origin_stored() may still be called.  Main thread.
  */
 void origin_end(struct origin *o);
 
-/* End it, unless that was done, and free it.  NULL is allowed. */
+/* End it, and free it.  NULL is allowed. */
 void origin_close(struct origin *o);
 
 #endif

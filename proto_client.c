@@ -8,7 +8,6 @@
 
 #include "wire.h"
 
-#include <assert.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -22,28 +21,29 @@ enum {
 	SIMPLE_REPLY_SIZE = 16,
 	CHUNK_SIZE = 20,
 
-	REPLIES_MAX = 64,		/* to one option */
 	MIN_BLOCK_MAX = 64 * 1024,	/* "Size constraints" */
 	MAX_BLOCK_MIN = 4096,		/* less is of no use */
-	TEXT_MAX = 128,			/* of a server's words */
+	TEXT_MAX = 124,			/* of a server's words */
 	ERROR_CHUNK_MAX = 6 + 65535 + 8,
 	STATUS_CHUNK_MAX = 4 + 1024 * 1024 * PROTO_EXTENT_SIZE,
 };
 
-static const char allocation[] = NBD_ALLOCATION;
-
-static uint8_t *put_string(uint8_t *p, const char *s)
+static uint8_t *put_text(uint8_t *p, const char *s)
 {
 	size_t len = strlen(s);
 
-	p = put_be32(p, (uint32_t)len);
 	memcpy(p, s, len);
 	return p + len;
 }
 
+static uint8_t *put_string(uint8_t *p, const char *s)
+{
+	return put_text(put_be32(p, (uint32_t)strlen(s)), s);
+}
+
 /* Handshake */
 
-static enum proto_next fail(struct proto_client *c, const char *fmt, ...)
+static enum proto_next handshake_fail(struct proto_client *c, const char *fmt, ...)
 {
 	va_list ap;
 
@@ -53,194 +53,140 @@ static enum proto_next fail(struct proto_client *c, const char *fmt, ...)
 	return PROTO_CLOSE;
 }
 
-/* A server's words, fit for a log. */
-static void clean_text(char *text, const uint8_t *p, size_t len)
-{
-	size_t n = len < TEXT_MAX ? len : TEXT_MAX - 1;
-
-	for (size_t i = 0; i < n; i++)
-		text[i] = p[i] >= 0x20 && p[i] < 0x7f ? (char)p[i] : '?';
-	text[n] = '\0';
-	if (n < len)
-		strcpy(text + n - 3, "...");
-}
-
-static enum proto_next want(struct proto_client *c, enum proto_client_state state, size_t n)
+static enum proto_next await(struct proto_client *c, enum proto_client_state state, size_t n)
 {
 	c->state = state;
 	c->want = n;
 	return PROTO_HAGGLE;
 }
 
-void proto_client_begin(struct proto_client *c, const char *name)
+void proto_client_begin(struct proto_client *c, const char *name, uint8_t *out)
 {
-	memset(c, 0, sizeof(*c));
-	c->name = name;
-	c->zeroes = true;
-	c->offer.min_block = 1;		/* "Size constraints": if nothing else is said */
-	c->offer.max_block = PROTO_MAX_PAYLOAD;
-	want(c, PROTO_CLIENT_GREETING, MAGIC_SIZE);
+	*c = (struct proto_client){
+		.name = name,
+		.out = out,
+		.zeroes = true,
+		/* "Size constraints": if nothing else is said. */
+		.offer = { .min_block = 1, .max_block = PROTO_MAX_PAYLOAD },
+	};
+	await(c, PROTO_CLIENT_GREETING, MAGIC_SIZE);
 }
 
-/* "Option haggling": the data of one option.  Returns where it ends. */
-static uint8_t *put_option_data(const struct proto_client *c, uint8_t *p)
+/* "Option haggling" */
+static enum proto_next send_option(struct proto_client *c, uint32_t opt)
 {
-	size_t len = strlen(c->name);
+	uint8_t *p = c->out + c->out_len, *data = p + PROTO_OPTION_SIZE, *end = data;
 
-	switch (c->opt) {
-	case NBD_OPT_SET_META_CONTEXT:
-		p = put_string(p, c->name);
-		p = put_be32(p, 1);
-		return put_string(p, allocation);
-	case NBD_OPT_GO:
-		p = put_string(p, c->name);
-		p = put_be16(p, 1);
-		return put_be16(p, NBD_INFO_BLOCK_SIZE);
-	case NBD_OPT_EXPORT_NAME:
-		memcpy(p, c->name, len);
-		return p + len;
-	default:
-		return p;
-	}
-}
-
-static enum proto_next ask(struct proto_client *c, uint32_t opt, uint8_t *out, size_t *len)
-{
-	uint8_t *p = out + *len, *data = p + PROTO_OPTION_SIZE, *end;
-
-	c->opt = opt;
-	c->replies = 0;
-	end = put_option_data(c, data);
+	if (opt == NBD_OPT_SET_META_CONTEXT)
+		end = put_string(put_be32(put_string(data, c->name), 1), NBD_ALLOCATION);
+	else if (opt == NBD_OPT_GO)
+		end = put_be16(put_be16(put_string(data, c->name), 1), NBD_INFO_BLOCK_SIZE);
+	else if (opt == NBD_OPT_EXPORT_NAME)
+		end = put_text(data, c->name);
 	p = put_be64(p, NBD_IHAVEOPT);
 	p = put_be32(p, opt);
 	put_be32(p, (uint32_t)(end - data));
-	*len = (size_t)(end - out);
+	c->opt = opt;
+	c->out_len = (size_t)(end - c->out);
 	if (opt == NBD_OPT_EXPORT_NAME)
-		return want(c, PROTO_CLIENT_EXPORT, EXPORT_SIZE + (c->zeroes ? ZEROES_SIZE : 0));
-	return want(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
+		return await(c, PROTO_CLIENT_EXPORT, EXPORT_SIZE + (c->zeroes ? ZEROES_SIZE : 0));
+	return await(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
 }
 
 static enum proto_next take_magic(struct proto_client *c, const uint8_t *in)
 {
 	if (get_be64(in) != NBD_INIT_PASSWD)
-		return fail(c, "it is no NBD server");
+		return handshake_fail(c, "it is no NBD server");
+	if (get_be64(in + 8) == NBD_OLDSTYLE_MAGIC && c->name[0])
+		return handshake_fail(c, "it is an oldstyle server, which has no export names");
 	if (get_be64(in + 8) == NBD_OLDSTYLE_MAGIC)
-		return want(c, PROTO_CLIENT_OLDSTYLE, PROTO_OLDSTYLE_SIZE - MAGIC_SIZE);
+		return await(c, PROTO_CLIENT_OLDSTYLE, PROTO_OLDSTYLE_SIZE - MAGIC_SIZE);
 	if (get_be64(in + 8) != NBD_IHAVEOPT)
-		return fail(c, "it speaks no known version of NBD");
-	return want(c, PROTO_CLIENT_FLAGS, HANDSHAKE_FLAGS_SIZE);
-}
-
-static uint32_t power_of_two_below(uint32_t n)
-{
-	while (n & (n - 1))
-		n &= n - 1;
-	return n;
+		return handshake_fail(c, "it speaks no known version of NBD");
+	return await(c, PROTO_CLIENT_FLAGS, HANDSHAKE_FLAGS_SIZE);
 }
 
 static enum proto_next transmit(struct proto_client *c)
 {
 	struct proto_offer *o = &c->offer;
-	uint32_t max = o->max_block;
+	uint32_t max = o->max_block < PROTO_MAX_PAYLOAD ? o->max_block : PROTO_MAX_PAYLOAD;
 
 	if (o->size > INT64_MAX)
-		return fail(c, "a size of %llu bytes cannot be", (unsigned long long)o->size);
+		return handshake_fail(c, "a size of %llu bytes cannot be",
+				      (unsigned long long)o->size);
 	if (o->min_block == 0 || o->min_block & (o->min_block - 1) ||
 	    o->min_block > MIN_BLOCK_MAX || max < o->min_block || max < MAX_BLOCK_MIN)
-		return fail(c, "block sizes of %lu to %lu bytes cannot be used",
-			    (unsigned long)o->min_block, (unsigned long)max);
+		return handshake_fail(c, "block sizes of %lu to %lu bytes cannot be used",
+				      (unsigned long)o->min_block, (unsigned long)o->max_block);
+	while (max & (max - 1))		/* to a power of two */
+		max &= max - 1;
+	o->max_block = max;
 	if (!(o->flags & NBD_FLAG_HAS_FLAGS))
 		o->flags = 0;
-	o->max_block = max > PROTO_MAX_PAYLOAD ? PROTO_MAX_PAYLOAD : power_of_two_below(max);
 	c->name = NULL;
 	return PROTO_TRANSMIT;
 }
 
-static enum proto_next take_oldstyle(struct proto_client *c, const uint8_t *in)
-{
-	if (c->name[0])
-		return fail(c, "it is an oldstyle server, which has no export names");
-	c->offer.size = get_be64(in);
-	c->offer.flags = get_be16(in + 10);
-	return transmit(c);
-}
-
-static enum proto_next take_flags(struct proto_client *c, const uint8_t *in, uint8_t *out,
-				  size_t *len)
+static enum proto_next take_flags(struct proto_client *c, const uint8_t *in)
 {
 	unsigned flags = get_be16(in) & (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
 
 	c->zeroes = !(flags & NBD_FLAG_NO_ZEROES);
-	put_be32(out, flags);
-	*len = PROTO_CLIENT_FLAGS_SIZE;
-	return ask(c, flags & NBD_FLAG_FIXED_NEWSTYLE ? NBD_OPT_STRUCTURED_REPLY :
-							NBD_OPT_EXPORT_NAME, out, len);
+	put_be32(c->out, flags);
+	c->out_len = PROTO_CLIENT_FLAGS_SIZE;
+	return send_option(c, flags & NBD_FLAG_FIXED_NEWSTYLE ? NBD_OPT_STRUCTURED_REPLY :
+								NBD_OPT_EXPORT_NAME);
 }
 
+/* Size and flags, which have 32 bits where the server is oldstyle. */
 static enum proto_next take_export(struct proto_client *c, const uint8_t *in)
 {
 	c->offer.size = get_be64(in);
-	c->offer.flags = get_be16(in + 8);
+	c->offer.flags = get_be16(in + (c->state == PROTO_CLIENT_OLDSTYLE ? 10 : 8));
 	return transmit(c);
 }
 
 /* What an error reply means, for the log. */
 static const char *error_text(uint32_t reply)
 {
-	switch (reply) {
-	case NBD_REP_ERR_UNSUP:
-		return "it does not know the option";
-	case NBD_REP_ERR_POLICY:
-		return "its policy forbids it";
-	case NBD_REP_ERR_INVALID:
-		return "it finds the request invalid";
-	case NBD_REP_ERR_PLATFORM:
-		return "its platform cannot do that";
-	case NBD_REP_ERR_TLS_REQD:
-		return "it requires TLS, which is not supported";
-	case NBD_REP_ERR_UNKNOWN:
-		return "it has no such export";
-	case NBD_REP_ERR_SHUTDOWN:
-		return "it is shutting down";
-	case NBD_REP_ERR_BLOCK_SIZE_REQD:
-		return "it requires other block sizes";
-	case NBD_REP_ERR_TOO_BIG:
-		return "it finds the request too big";
-	default:
-		return "it refused";
-	}
+	/* NBD_REP_ERR_UNSUP is the first, those after it follow. */
+	static const char *const texts[] = {
+		"it does not know the option", "its policy forbids it",
+		"it finds the request invalid", "its platform cannot do that",
+		"it requires TLS, which is not supported", "it has no such export",
+		"it is shutting down", "it requires other block sizes",
+		"it finds the request too big",
+	};
+	uint32_t i = reply - NBD_REP_ERR_UNSUP;
+
+	return i < sizeof(texts) / sizeof(texts[0]) ? texts[i] : "it refused";
 }
 
-static enum proto_next take_refusal(struct proto_client *c, const uint8_t *in, uint8_t *out,
-				    size_t *len)
+/* All options but GO may be refused.  A server's words go to the log, which masks them. */
+static enum proto_next take_refusal(struct proto_client *c, const uint8_t *in)
 {
 	bool optional = c->reply != NBD_REP_ERR_TLS_REQD && c->reply != NBD_REP_ERR_SHUTDOWN;
-	char text[TEXT_MAX];
+	bool longer = c->reply_len > TEXT_MAX;
 
 	if (c->opt == NBD_OPT_GO && c->reply == NBD_REP_ERR_UNSUP)
-		return ask(c, NBD_OPT_EXPORT_NAME, out, len);
+		return send_option(c, NBD_OPT_EXPORT_NAME);
 	if (c->opt != NBD_OPT_GO && optional) {
 		c->offer.allocation = false;
-		return ask(c, NBD_OPT_GO, out, len);
+		return send_option(c, NBD_OPT_GO);
 	}
-	clean_text(text, in, c->reply_len);
-	return fail(c, text[0] ? "%s: \"%s\"" : "%s", error_text(c->reply), text);
-}
-
-static enum proto_next again(struct proto_client *c)
-{
-	return want(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
+	return handshake_fail(c, c->reply_len ? "%s: \"%.*s%s\"" : "%s", error_text(c->reply),
+		    longer ? TEXT_MAX : (int)c->reply_len, (const char *)in, longer ? "..." : "");
 }
 
 /* "NBD_REP_META_CONTEXT" */
 static enum proto_next take_context(struct proto_client *c, const uint8_t *in)
 {
-	if (c->reply_len != 4 + strlen(allocation) || c->offer.allocation ||
-	    memcmp(in + 4, allocation, strlen(allocation)) != 0)
-		return fail(c, "it offers a context that was not asked for");
+	if (c->reply_len != 4 + strlen(NBD_ALLOCATION) || c->offer.allocation ||
+	    memcmp(in + 4, NBD_ALLOCATION, strlen(NBD_ALLOCATION)) != 0)
+		return handshake_fail(c, "it offers a context that was not asked for");
 	c->offer.allocation = true;
 	c->offer.allocation_id = get_be32(in);
-	return again(c);
+	return await(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
 }
 
 /* "NBD_REP_INFO": what we do not know is ignored. */
@@ -250,7 +196,7 @@ static enum proto_next take_info(struct proto_client *c, const uint8_t *in)
 
 	if (c->reply_len < 2 || (type == NBD_INFO_EXPORT && c->reply_len != 12) ||
 	    (type == NBD_INFO_BLOCK_SIZE && c->reply_len != 14))
-		return fail(c, "it sent information of a wrong size");
+		return handshake_fail(c, "it sent information of a wrong size");
 	if (type == NBD_INFO_EXPORT) {
 		c->told = true;
 		c->offer.size = get_be64(in + 2);
@@ -259,70 +205,64 @@ static enum proto_next take_info(struct proto_client *c, const uint8_t *in)
 		c->offer.min_block = get_be32(in + 2);
 		c->offer.max_block = get_be32(in + 10);
 	}
-	return again(c);
+	return await(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
 }
 
-static enum proto_next take_ack(struct proto_client *c, uint8_t *out, size_t *len)
+static enum proto_next take_ack(struct proto_client *c)
 {
 	switch (c->opt) {
 	case NBD_OPT_STRUCTURED_REPLY:
 		c->offer.structured = true;
-		return ask(c, NBD_OPT_SET_META_CONTEXT, out, len);
+		return send_option(c, NBD_OPT_SET_META_CONTEXT);
 	case NBD_OPT_SET_META_CONTEXT:
-		return ask(c, NBD_OPT_GO, out, len);
+		return send_option(c, NBD_OPT_GO);
 	default:
-		return c->told ? transmit(c) : fail(c, "it did not tell the size of the export");
+		return c->told ? transmit(c) : handshake_fail(c, "it did not tell the size of the export");
 	}
 }
 
 /* A whole reply to the option that was sent last. */
-static enum proto_next take_reply_data(struct proto_client *c, const uint8_t *in, uint8_t *out,
-				       size_t *len)
+static enum proto_next take_reply_data(struct proto_client *c, const uint8_t *in)
 {
 	if (c->reply & NBD_REP_ERR(0))
-		return take_refusal(c, in, out, len);
+		return take_refusal(c, in);
 	if (c->reply == NBD_REP_ACK && c->reply_len == 0)
-		return take_ack(c, out, len);
+		return take_ack(c);
 	if (c->reply == NBD_REP_META_CONTEXT && c->opt == NBD_OPT_SET_META_CONTEXT)
 		return take_context(c, in);
 	if (c->reply == NBD_REP_INFO && c->opt == NBD_OPT_GO)
 		return take_info(c, in);
-	return fail(c, "it answered option %u by %lu", (unsigned)c->opt, (unsigned long)c->reply);
+	return handshake_fail(c, "it answered option %u by %lu", (unsigned)c->opt, (unsigned long)c->reply);
 }
 
-static enum proto_next take_reply(struct proto_client *c, const uint8_t *in, uint8_t *out,
-				  size_t *len)
+static enum proto_next take_reply(struct proto_client *c, const uint8_t *in)
 {
 	c->reply = get_be32(in + 12);
 	c->reply_len = get_be32(in + 16);
 	if (get_be64(in) != NBD_OPTION_REPLY_MAGIC || get_be32(in + 8) != c->opt)
-		return fail(c, "its reply to option %u is malformed", (unsigned)c->opt);
-	if (c->reply_len > PROTO_CLIENT_TAKE_MAX || ++c->replies > REPLIES_MAX)
-		return fail(c, "it says too much in reply to option %u", (unsigned)c->opt);
+		return handshake_fail(c, "its reply to option %u is malformed", (unsigned)c->opt);
+	if (c->reply_len > PROTO_CLIENT_TAKE_MAX)
+		return handshake_fail(c, "it says too much in reply to option %u", (unsigned)c->opt);
 	if (c->reply_len == 0)
-		return take_reply_data(c, in, out, len);
-	return want(c, PROTO_CLIENT_REPLY_DATA, c->reply_len);
+		return take_reply_data(c, in);
+	return await(c, PROTO_CLIENT_REPLY_DATA, c->reply_len);
 }
 
-enum proto_next proto_client_take(struct proto_client *c, const uint8_t *in, uint8_t *out,
-				  size_t *len)
+enum proto_next proto_client_take(struct proto_client *c, const uint8_t *in)
 {
-	*len = 0;
+	c->out_len = 0;
 	switch (c->state) {
 	case PROTO_CLIENT_GREETING:
 		return take_magic(c, in);
-	case PROTO_CLIENT_OLDSTYLE:
-		return take_oldstyle(c, in);
 	case PROTO_CLIENT_FLAGS:
-		return take_flags(c, in, out, len);
+		return take_flags(c, in);
 	case PROTO_CLIENT_REPLY:
-		return take_reply(c, in, out, len);
+		return take_reply(c, in);
 	case PROTO_CLIENT_REPLY_DATA:
-		return take_reply_data(c, in, out, len);
-	case PROTO_CLIENT_EXPORT:
+		return take_reply_data(c, in);
+	default:
 		return take_export(c, in);
 	}
-	return PROTO_CLOSE;
 }
 
 /* Transmission */
@@ -340,14 +280,13 @@ void proto_put_request(const struct proto_request *r, uint8_t *p)
 /* The chunk types, with the part of their data that is always there, and the bounds of all. */
 static const struct chunk_kind {
 	uint16_t type;
-	enum proto_reply_kind kind;
 	uint32_t head, min, max;
 } chunk_kinds[] = {
-	{ NBD_REPLY_TYPE_NONE, PROTO_REPLY_NONE, 0, 0, 0 },
-	{ NBD_REPLY_TYPE_OFFSET_DATA, PROTO_REPLY_DATA, 8, 9, 8 + PROTO_MAX_PAYLOAD },
-	{ NBD_REPLY_TYPE_OFFSET_HOLE, PROTO_REPLY_HOLE, 12, 12, 12 },
-	{ NBD_REPLY_TYPE_BLOCK_STATUS, PROTO_REPLY_STATUS, 4, 12, STATUS_CHUNK_MAX },
-	{ NBD_REPLY_TYPE_ERROR, PROTO_REPLY_ERROR, 6, 6, ERROR_CHUNK_MAX },
+	{ NBD_REPLY_TYPE_NONE, 0, 0, 0 },
+	{ NBD_REPLY_TYPE_OFFSET_DATA, 8, 9, 8 + PROTO_MAX_PAYLOAD },
+	{ NBD_REPLY_TYPE_OFFSET_HOLE, 12, 12, 12 },
+	{ NBD_REPLY_TYPE_BLOCK_STATUS, 4, 12, STATUS_CHUNK_MAX },
+	{ NBD_REPLY_TYPE_ERROR, 6, 6, ERROR_CHUNK_MAX },
 };
 
 /* "Error chunk": all types with the highest bit are errors, known to us or not. */
@@ -364,18 +303,18 @@ static const struct chunk_kind *find_chunk(uint16_t type)
 /* Take what stands at p, after the header of a chunk with len bytes. */
 static const char *get_chunk_head(const uint8_t *p, uint32_t len, struct proto_reply *r)
 {
-	switch (r->kind) {
-	case PROTO_REPLY_NONE:
+	switch (r->type) {
+	case NBD_REPLY_TYPE_NONE:
 		return r->last ? NULL : "it sent an empty chunk that is not the last";
-	case PROTO_REPLY_DATA:
+	case NBD_REPLY_TYPE_OFFSET_DATA:
 		r->off = get_be64(p);
 		r->len = r->payload;
 		return NULL;
-	case PROTO_REPLY_HOLE:
+	case NBD_REPLY_TYPE_OFFSET_HOLE:
 		r->off = get_be64(p);
 		r->len = get_be32(p + 8);
 		return r->len ? NULL : "it sent a hole of 0 bytes";
-	case PROTO_REPLY_STATUS:
+	case NBD_REPLY_TYPE_BLOCK_STATUS:
 		r->context = get_be32(p);
 		return r->payload % PROTO_EXTENT_SIZE ? "it sent half an extent" : NULL;
 	default:
@@ -401,7 +340,7 @@ static const char *get_chunk(const uint8_t *p, size_t n, struct proto_reply *r)
 	len = get_be32(p + 16);
 	if (len < kind->min || len > kind->max)
 		return "it sent a chunk of a wrong size";
-	r->kind = kind->kind;
+	r->type = kind->type;
 	r->head += kind->head;
 	r->last = get_be16(p + 4) & NBD_REPLY_FLAG_DONE;
 	r->cookie = get_be64(p + 8);
@@ -419,7 +358,7 @@ const char *proto_get_reply(const uint8_t *p, size_t n, struct proto_reply *r)
 		return get_chunk(p, n, r);
 	if (get_be32(p) != NBD_SIMPLE_REPLY_MAGIC)
 		return "it sent a wrong magic number";
-	r->kind = PROTO_REPLY_SIMPLE;
+	r->simple = true;
 	r->last = true;
 	r->error = get_be32(p + 4);
 	r->cookie = get_be64(p + 8);
@@ -428,13 +367,11 @@ const char *proto_get_reply(const uint8_t *p, size_t n, struct proto_reply *r)
 
 void proto_answer_begin(struct proto_answer *a, const struct proto_request *r)
 {
-	a->off = r->off;
-	a->len = (uint32_t)r->len;
-	a->status = r->cmd == NBD_CMD_BLOCK_STATUS;
-	a->told = false;
-	a->error = 0;
-	a->described = 0;
-	a->pieces = 0;
+	*a = (struct proto_answer){
+		.off = r->off,
+		.len = (uint32_t)r->len,
+		.status = r->cmd == NBD_CMD_BLOCK_STATUS,
+	};
 }
 
 /* Mark a part of the request, from before to, as having come. */
@@ -462,7 +399,7 @@ static const char *cover(struct proto_answer *a, uint32_t from, uint32_t to)
 	return NULL;
 }
 
-/* DATA and HOLE: ranges are tested without addition. */
+/* Data or a hole: ranges are tested without addition. */
 static const char *add_range(struct proto_answer *a, const struct proto_reply *r)
 {
 	uint64_t from = r->off - a->off;
@@ -474,45 +411,23 @@ static const char *add_range(struct proto_answer *a, const struct proto_reply *r
 	return cover(a, (uint32_t)from, (uint32_t)from + r->len);
 }
 
-static const char *add_simple(struct proto_answer *a, const struct proto_offer *offer,
-			      struct proto_reply *r)
-{
-	if (r->error)
-		return NULL;
-	if (offer->structured)
-		return "it sent a simple reply where a structured one is due";
-	r->off = a->off;
-	r->len = r->payload = a->len;
-	return add_range(a, r);
-}
-
-static const char *add_status(struct proto_answer *a, const struct proto_offer *offer,
-			      const struct proto_reply *r)
-{
-	if (!a->status || a->told || r->context != offer->allocation_id)
-		return "it sent a status that was not asked for";
-	a->told = true;
-	return NULL;
-}
-
 const char *proto_answer_add(struct proto_answer *a, const struct proto_offer *offer,
 			     struct proto_reply *r)
 {
-	if (r->kind != PROTO_REPLY_SIMPLE && !offer->structured)
+	if (!r->simple && !offer->structured)
 		return "it sent a structured reply that was not negotiated";
 	if (r->error && !a->error)
 		a->error = r->error;
-	switch (r->kind) {
-	case PROTO_REPLY_SIMPLE:
-		return add_simple(a, offer, r);
-	case PROTO_REPLY_DATA:
-	case PROTO_REPLY_HOLE:
-		return add_range(a, r);
-	case PROTO_REPLY_STATUS:
-		return add_status(a, offer, r);
-	default:
-		return NULL;
+	if (r->simple && !r->error) {
+		if (offer->structured)
+			return "it sent a simple reply where a structured one is due";
+		r->off = a->off;
+		r->len = r->payload = a->len;
 	}
+	if (r->type == NBD_REPLY_TYPE_BLOCK_STATUS &&
+	    (!a->status || a->described > 0 || r->context != offer->allocation_id))
+		return "it sent a status that was not asked for";
+	return r->len > 0 ? add_range(a, r) : NULL;
 }
 
 const char *proto_answer_extent(struct proto_answer *a, const uint8_t *p, struct extent *e)
@@ -534,7 +449,7 @@ const char *proto_answer_end(const struct proto_answer *a)
 	if (a->error)
 		return NULL;
 	if (a->status)
-		return a->told ? NULL : "it sent no status";
+		return a->described ? NULL : "it sent no status";
 	if (a->pieces != 1 || a->piece[0].to - a->piece[0].from != a->len)
 		return "it sent less data than was asked for";
 	return NULL;

@@ -44,53 +44,47 @@ enum proto_client_state {
 struct proto_client {
 	enum proto_client_state state;
 	size_t want;				/* bytes that come next */
+	uint8_t *out;				/* what is to be sent now ... */
+	size_t out_len;				/* ... of so many bytes */
 	const char *name;			/* of the export */
 	bool zeroes;				/* 124 of them follow the answer to EXPORT_NAME */
 	uint32_t opt;				/* the option that was sent last ... */
-	uint32_t reply, reply_len;		/* ... its reply's header ... */
-	unsigned replies;			/* ... and how many it got */
+	uint32_t reply, reply_len;		/* ... and its reply's header */
 	bool told;				/* the offer has a size */
 	struct proto_offer offer;
 	char reason[PROTO_REASON_MAX];		/* why it failed */
 };
 
-/* Begin; name is a string in the sense of proto_is_string(), and is not copied. */
-void proto_client_begin(struct proto_client *c, const char *name);
+/*
+ * Begin.  name is a string in the sense of proto_is_string(), out has room for PROTO_CLIENT_ROOM
+ * bytes, and both must stay.
+ */
+void proto_client_begin(struct proto_client *c, const char *name, uint8_t *out);
 
 /*
- * Take the c->want bytes at in.  Writes what is to be sent to out, of PROTO_CLIENT_ROOM bytes,
- * and its size to *len.  PROTO_HAGGLE: send, then receive c->want bytes, 1 to
+ * Take the c->want bytes at in.  PROTO_HAGGLE: send c->out, then receive c->want bytes, 1 to
  * PROTO_CLIENT_TAKE_MAX.  PROTO_TRANSMIT: c->offer is complete.  PROTO_CLOSE: c->reason says why.
  */
-enum proto_next proto_client_take(struct proto_client *c, const uint8_t *in, uint8_t *out,
-				  size_t *len);
+enum proto_next proto_client_take(struct proto_client *c, const uint8_t *in);
 
 /* Write a request's header to p, of PROTO_REQUEST_SIZE bytes. */
 void proto_put_request(const struct proto_request *r, uint8_t *p);
-
-enum proto_reply_kind {
-	PROTO_REPLY_SIMPLE,
-	PROTO_REPLY_NONE,
-	PROTO_REPLY_DATA,
-	PROTO_REPLY_HOLE,
-	PROTO_REPLY_STATUS,
-	PROTO_REPLY_ERROR,
-};
 
 /*
  * A simple reply, or a chunk of a structured one: "Simple reply message", "Structured reply
  * chunk message".  Its head is all of it but data, extents and texts.
  */
 struct proto_reply {
-	enum proto_reply_kind kind;
+	bool simple;
+	uint16_t type;			/* of a chunk; all errors are NBD_REPLY_TYPE_ERROR */
 	bool last;			/* the answer ends with it */
 	size_t head;			/* bytes */
 	uint64_t cookie;
 	uint32_t error;			/* as on the wire, 0 for none */
-	uint64_t off;			/* DATA, HOLE */
-	uint32_t len;			/* DATA, HOLE */
-	uint32_t context;		/* STATUS */
-	uint32_t payload;		/* bytes that follow the head; of SIMPLE it depends */
+	uint64_t off;			/* of data or a hole */
+	uint32_t len;			/* likewise; else 0 */
+	uint32_t context;		/* of extents */
+	uint32_t payload;		/* bytes that follow the head; of a simple reply it depends */
 };
 
 /*
@@ -106,7 +100,6 @@ struct proto_answer {
 	uint64_t off;
 	uint32_t len;
 	bool status;			/* to BLOCK_STATUS, not to READ */
-	bool told;			/* the extents are here */
 	uint32_t error;			/* the first one on the wire, 0 for none */
 	uint64_t described;		/* bytes by extents */
 	unsigned pieces;
@@ -119,14 +112,14 @@ void proto_answer_begin(struct proto_answer *a, const struct proto_request *r);
 
 /*
  * Take the head of a reply with this answer's cookie; sets r->off, r->len and r->payload of a
- * simple reply.  DATA and HOLE lie inside the request, and no byte of it has come before.  NULL,
+ * simple reply.  Data and holes lie inside the request, and no byte of it has come before.  NULL,
  * or why the server must not say that.
  */
 const char *proto_answer_add(struct proto_answer *a, const struct proto_offer *offer,
 			     struct proto_reply *r);
 
 /*
- * Take the next extent, of PROTO_EXTENT_SIZE bytes, from the payload of a STATUS, and clip it to
+ * Take the next extent, of PROTO_EXTENT_SIZE bytes, from the payload of a chunk, and clip it to
  * the request: e->len is 0 if it is behind it.  NULL, or what is wrong with it.
  */
 const char *proto_answer_extent(struct proto_answer *a, const uint8_t *p, struct extent *e);

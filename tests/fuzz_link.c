@@ -1,14 +1,15 @@
 /*
- * fuzz_link.c - fuzzes a link to the origin that is up: link.c, with its requests and what they receive.
+ * fuzz_link.c - fuzzes a link to the origin that is up: of origin.c, with its requests and what they
+ * receive.
  *
  * An input is a list of events: something is asked, the origin says something, some bytes of that
  * arrive.  Most of what it says are chunks for one of the requests; all data in them is what the
- * disk has at the place that the chunk names.  The socket is one of this file.
+ * disk has at the place that the chunk names.  The socket and the clock are those of this file.
  */
 #define _GNU_SOURCE
 #include "fuzz.h"
 
-#include "../link.h"
+#include "../origin.h"
 #include "../wire.h"
 
 #include <errno.h>
@@ -27,29 +28,33 @@ enum {
 static ssize_t fake_recvmsg(const struct msghdr *msg);
 static ssize_t fake_send(const uint8_t *p, size_t len);
 static int fake_close(void);
+static uint64_t fake_ms(void);
 static void *fresh_buffer(size_t len);
 
 #define recvmsg(fd, msg, flags) fake_recvmsg(msg)
 #define send(fd, p, len, flags) fake_send(p, len)
 #define close(fd) fake_close()
 #include "../buffer.h"
+#include "../util.h"
+#define now_ms() fake_ms()
 #define buffer_get fresh_buffer
 #define buffer_put(p, len) free(p)
-#include "../link.c"
+#include "../origin.c"
 #undef recvmsg
 #undef send
 #undef close
+#undef now_ms
 
 /* Something that was asked. */
 struct asked {
 	struct origin_request r;	/* first, so that one is the other */
 	struct extent extent[EXTENTS];
 	unsigned room;			/* for extents */
-	uint8_t *buf;			/* where the data shall go; NULL: anywhere */
 	bool holes;			/* the origin said that there are some */
 	bool done;			/* it came back */
 };
 
+static struct origin origin;
 static struct asked asked[ASKED];
 static unsigned asks;
 static uint8_t wire[WIRE_MAX];		/* what the origin has said */
@@ -57,6 +62,7 @@ static size_t wire_len, wire_at, arrived;
 static size_t send_room;
 static uint8_t sent[PROTO_REQUEST_SIZE];	/* part of a request */
 static size_t sent_len;
+static uint64_t ms;
 static bool closed_by_origin, closed_by_link;
 static bool spoilt;			/* data may have come to a wrong place */
 
@@ -135,6 +141,48 @@ static int fake_close(void)
 	return 0;
 }
 
+static uint64_t fake_ms(void)
+{
+	return ms;
+}
+
+/* What has come of it */
+
+static void check_data(const struct asked *k)
+{
+	const uint8_t *data = k->r.buf;
+
+	assert(data);
+	for (size_t i = 0; i < k->r.len && !spoilt; i++)
+		assert(data[i] == disk_byte(k->r.off + i) || (k->holes && data[i] == 0));
+}
+
+static void check_extents(const struct asked *k)
+{
+	uint64_t sum = 0;
+
+	assert(k->r.extents <= k->room);
+	for (unsigned i = 0; i < k->r.extents; i++) {
+		assert(k->extent[i].len > 0 && k->extent[i].flags <= 3);
+		sum += k->extent[i].len;
+	}
+	assert(k->r.extents > 0 && sum <= k->r.len);
+}
+
+static void finished(struct origin_request *r)
+{
+	struct asked *k = (struct asked *)r;
+
+	assert(k >= asked && k < asked + asks && !k->done);
+	k->done = true;
+	if (r->error)
+		assert(!r->buf && (r->error == -EIO || (r->error == -ENOTSUP && r->extent)));
+	else if (r->extent)
+		check_extents(k);
+	else
+		check_data(k);
+}
+
 /* Asking */
 
 static void ask(struct link *l, const struct proto_offer *offer, struct input *in)
@@ -142,19 +190,19 @@ static void ask(struct link *l, const struct proto_offer *offer, struct input *i
 	unsigned bits = (unsigned)take(in, 1);
 	struct asked *k = &asked[asks];
 
-	if (asks == ASKED || !link_has_room(l))
+	if (asks == ASKED || choose_link(&origin, 0) != l)
 		return;
 	memset(k, 0, sizeof(*k));
+	k->r.done = finished;
 	k->r.off = take(in, 1) * UINT64_C(0x10001000);
 	k->r.len = 1 + (bits & 8 ? take(in, 3) % LEN_MAX : take(in, 1));
 	if (bits & 1 && offer->allocation) {
 		k->r.extent = k->extent;
 		k->r.extents = k->room = 1 + bits / 2 % EXTENTS;
-	} else if (bits & 2) {
-		k->r.buf = k->buf = fresh_buffer(k->r.len);
 	}
 	asks++;
-	link_ask(l, &k->r, asks);
+	ms++;
+	link_ask(l, &k->r);
 }
 
 /* Saying */
@@ -270,87 +318,35 @@ static void say_anything(struct input *in)
 	free(p);
 }
 
-/* What has come of it */
-
-static void check_data(const struct asked *k)
+/* Receive all that has arrived. */
+static void receive_all(struct link *l)
 {
-	const uint8_t *data = k->r.buf;
-
-	assert(data && (!k->buf || (data == k->buf && !k->r.allocated)));
-	for (size_t i = 0; i < k->r.len && !spoilt; i++)
-		assert(data[i] == disk_byte(k->r.off + i) || (k->holes && data[i] == 0));
-}
-
-static void check_extents(const struct asked *k)
-{
-	uint64_t sum = 0;
-
-	assert(k->r.extents <= k->room);
-	for (unsigned i = 0; i < k->r.extents; i++) {
-		assert(k->extent[i].len > 0 && k->extent[i].flags <= 3);
-		sum += k->extent[i].len;
-	}
-	assert(k->r.extents > 0 && sum <= k->r.len);
-}
-
-static void take_finished(struct origin_request *r)
-{
-	for (; r; r = r->next) {
-		struct asked *k = (struct asked *)r;
-
-		assert(k >= asked && k < asked + asks && !k->done);
-		k->done = true;
-		if (r->error)
-			assert(r->error == -EIO || (r->error == -ENOTSUP && r->extent));
-		else if (r->extent)
-			check_extents(k);
-		else
-			check_data(k);
-		assert(!r->error || !r->allocated);
-	}
-}
-
-/* Receive all that has arrived.  Why the link is of no use any more, or NULL. */
-static const char *receive_all(struct link *l)
-{
-	const char *wrong = NULL;
-	bool more = true;
-
-	while (!wrong && (more || wire_at < arrived)) {
-		struct origin_request *finished;
+	do {
 		size_t before = wire_at;
-		uint64_t bytes;
 
-		wrong = link_receive(l, asks, &finished, &more, &bytes);
-		assert(bytes <= wire_at);
-		take_finished(finished);
-		assert(wrong || !more || wire_at > before);
-	}
-	return wrong;
+		link_turn(l, POLLIN);
+		assert(atomic_load(&origin.fetched) <= wire_at);
+		assert(l->state == LINK_DOWN || before == arrived || wire_at > before);
+	} while (l->state == LINK_UP && wire_at < arrived);
 }
 
 static void check_owed(const struct link *l)
 {
-	uint64_t owed = 0;
+	unsigned owed = 0;
 
 	for (unsigned i = 0; i < asks; i++)
-		if (!asked[i].done)
-			owed += asked[i].r.extent ? PROTO_EXTENT_SIZE : asked[i].r.len;
-	assert(link_owes(l) == owed);
+		owed += !asked[i].done;
+	assert(l->count == owed);
 }
 
-static const char *event(struct link *l, const struct proto_offer *offer, struct input *in)
+static void event(struct link *l, const struct proto_offer *offer, struct input *in)
 {
-	const char *wrong = NULL;
-	uint64_t left = UINT64_MAX;
-
 	switch (take(in, 1) % 8) {
 	case 0:
 		ask(l, offer, in);
 		break;
 	case 1:
 		send_room = take(in, 1);
-		wrong = link_send(l);
 		break;
 	case 2:
 		arrived += take(in, 1);
@@ -363,47 +359,64 @@ static const char *event(struct link *l, const struct proto_offer *offer, struct
 		say_anything(in);
 		break;
 	case 5:
-		wrong = link_check(l, asks + take(in, 1), &left);
+		ms += take(in, 1);
 		break;
 	default:
 		say_reply(offer, in);
 	}
 	if (arrived > wire_len)
 		arrived = wire_len;
-	if (!wrong)
-		wrong = receive_all(l);
-	if (!wrong)
+	receive_all(l);
+	if (link_deadline(l) <= ms)
+		link_expire(l);
+	if (l->state == LINK_UP)
 		check_owed(l);
-	return wrong;
 }
 
-/* What it owed comes back, what was asked last first. */
+/* What it owed waits to be asked again, in the same order. */
 static void end(struct link *l)
 {
 	struct origin_request *owed;
-	unsigned at = asks;
+	unsigned at = 0;
 
 	send_room = 0;
-	for (owed = link_free(l); owed; owed = owed->next) {
-		while (at > 0 && asked[at - 1].done)
-			at--;
-		assert(at > 0 && owed == &asked[at - 1].r && !owed->allocated);
-		assert(owed->buf == asked[at - 1].buf);
-		asked[at - 1].done = true;
+	if (l->state == LINK_UP)
+		link_close(l);
+	while ((owed = request_take(&origin, 0))) {
+		while (at < asks && asked[at].done)
+			at++;
+		assert(at < asks && owed == &asked[at].r && !owed->buf);
+		asked[at].done = true;
 	}
 	assert(closed_by_link);
 	for (unsigned i = 0; i < asks; i++) {
 		assert(asked[i].done);
 		free(asked[i].r.buf);
 	}
+	for (unsigned i = 0; i < origin.links; i++)
+		free(origin.link[i]);
 }
 
-static void begin(void)
+/* A link that is up, and the one for a redirect. */
+static struct link *begin(const struct proto_offer *offer)
 {
+	struct link *l;
+
 	asks = 0;
 	memset(asked, 0, sizeof(asked));
 	wire_len = wire_at = arrived = send_room = sent_len = 0;
 	closed_by_origin = closed_by_link = spoilt = false;
+	ms = 0;
+	memset(&origin, 0, sizeof(origin));
+	assert(!origin_init(&origin, &(struct origin_options){
+		.host = "", .export_name = "", .connections = 1, .timeout_ms = 100,
+	}));
+	bell_free(&origin.bell);
+	l = origin.link[0];
+	l->fd = 0;
+	l->state = LINK_UP;
+	l->client.offer = *offer;
+	return l;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
@@ -418,16 +431,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 		.min_block = 1,
 		.max_block = PROTO_MAX_PAYLOAD,
 	};
-	struct link *l;
+	struct link *l = begin(&offer);
 
-	begin();
-	l = link_new(NULL, 100);
-	assert(l);
-	l->fd = 0;
-	l->state = LINK_UP;
-	l->client.offer = offer;
-	while (in.left > 0 && !event(l, &offer, &in))
-		;
+	while (in.left > 0 && l->state == LINK_UP)
+		event(l, &offer, &in);
 	end(l);
 	return 0;
 }

@@ -12,7 +12,6 @@
 #include "../wire.h"
 
 enum {
-	TAKES_MAX = 5 * 2 * 65,		/* of a handshake: options, replies, header and data */
 	LEN_MAX = 4096,
 	ALLOCATION_ID = 7,
 };
@@ -57,9 +56,7 @@ static void check_reason(const struct proto_client *c)
 {
 	size_t len = strnlen(c->reason, sizeof(c->reason));
 
-	assert(len > 0 && len < sizeof(c->reason));
-	for (size_t i = 0; i < len; i++)
-		assert(c->reason[i] >= ' ' && c->reason[i] < 0x7f);
+	assert(len > 0 && len < sizeof(c->reason) - 1);
 }
 
 static void fuzz_handshake(struct input *in, const char *name)
@@ -69,20 +66,20 @@ static void fuzz_handshake(struct input *in, const char *name)
 	struct proto_client c;
 	bool first = true;
 
-	proto_client_begin(&c, name);
-	for (unsigned takes = 0; next == PROTO_HAGGLE; takes++) {
-		size_t n = c.want, len;
+	proto_client_begin(&c, name, out);
+	while (next == PROTO_HAGGLE) {
+		size_t n = c.want;
 		uint8_t *p;
 
-		assert(c.want > 0 && c.want <= PROTO_CLIENT_TAKE_MAX && takes < TAKES_MAX);
+		assert(c.want > 0 && c.want <= PROTO_CLIENT_TAKE_MAX);
 		if (n > in->left)
 			return;
 		p = take_bytes(in, &n);
-		next = proto_client_take(&c, p, out, &len);
+		next = proto_client_take(&c, p);
 		free(p);
-		assert(len <= sizeof(out) && (len == 0 || next == PROTO_HAGGLE));
-		check_sent(out, len, first);
-		first = first && len == 0;
+		assert(c.out_len <= sizeof(out) && (c.out_len == 0 || next == PROTO_HAGGLE));
+		check_sent(out, c.out_len, first);
+		first = first && c.out_len == 0;
 	}
 	if (next == PROTO_TRANSMIT)
 		check_offer(&c.offer);
@@ -146,7 +143,8 @@ static bool take_reply(struct input *in, struct proto_reply *reply)
 		assert(wrong == then);
 		return false;
 	}
-	assert(!wrong && reply->head == had && reply->kind == whole.kind);
+	assert(!wrong && reply->head == had && reply->type == whole.type);
+	assert(reply->simple == whole.simple);
 	assert(reply->cookie == whole.cookie && reply->off == whole.off);
 	assert(reply->len == whole.len && reply->payload == whole.payload);
 	in->p += had;
@@ -178,16 +176,17 @@ static unsigned runs(const struct asked *k)
 /* What was refused: there must be a reason. */
 static void check_refusal(const struct asked *k, const struct proto_reply *reply)
 {
-	bool data = reply->kind == PROTO_REPLY_DATA || reply->kind == PROTO_REPLY_HOLE;
+	bool data = reply->type == NBD_REPLY_TYPE_OFFSET_DATA ||
+		    reply->type == NBD_REPLY_TYPE_OFFSET_HOLE;
 
 	if (data && k->offer.structured && !k->a.status && is_inside(k, reply->off, reply->len))
 		assert(!is_fresh(k, reply->off, reply->len) || runs(k) == PROTO_PIECES_MAX);
-	assert(reply->kind != PROTO_REPLY_NONE || !k->offer.structured);
-	assert(reply->kind != PROTO_REPLY_ERROR || !k->offer.structured);
-	if (reply->kind == PROTO_REPLY_STATUS)
+	assert(reply->simple || reply->type != NBD_REPLY_TYPE_NONE || !k->offer.structured);
+	assert(reply->type != NBD_REPLY_TYPE_ERROR || !k->offer.structured);
+	if (reply->type == NBD_REPLY_TYPE_BLOCK_STATUS)
 		assert(!k->offer.structured || !k->a.status || k->told ||
 		       reply->context != ALLOCATION_ID);
-	if (reply->kind == PROTO_REPLY_SIMPLE)
+	if (reply->simple)
 		assert(!reply->error && (k->offer.structured || !is_fresh(k, k->r.off, 1)));
 }
 
@@ -195,10 +194,10 @@ static void check_refusal(const struct asked *k, const struct proto_reply *reply
 static void check_reply(struct asked *k, const struct proto_reply *reply)
 {
 	k->failed |= reply->error != 0;
-	k->told |= reply->kind == PROTO_REPLY_STATUS;
-	assert(k->offer.structured || reply->kind == PROTO_REPLY_SIMPLE);
-	assert(reply->kind != PROTO_REPLY_ERROR || reply->error);
-	assert(reply->kind != PROTO_REPLY_STATUS || k->a.status);
+	k->told |= reply->type == NBD_REPLY_TYPE_BLOCK_STATUS;
+	assert(k->offer.structured || reply->simple);
+	assert(reply->type != NBD_REPLY_TYPE_ERROR || reply->error);
+	assert(reply->type != NBD_REPLY_TYPE_BLOCK_STATUS || k->a.status);
 	if (reply->len == 0)
 		return;
 	assert(!k->a.status && !reply->error);
@@ -243,7 +242,7 @@ static bool take_answer(struct asked *k, struct proto_reply *reply, struct input
 		return false;
 	}
 	check_reply(k, reply);
-	if (reply->kind == PROTO_REPLY_STATUS && !take_extents(k, reply->payload, in))
+	if (reply->type == NBD_REPLY_TYPE_BLOCK_STATUS && !take_extents(k, reply->payload, in))
 		return false;
 	if (reply->last)
 		check_end(k);
@@ -258,7 +257,7 @@ static void fuzz_bytes(struct input *in)
 
 	ask(&k, in);
 	while (take_reply(in, &reply) && take_answer(&k, &reply, in)) {
-		size_t text = reply.kind == PROTO_REPLY_ERROR ? reply.payload : 0;
+		size_t text = reply.type == NBD_REPLY_TYPE_ERROR ? reply.payload : 0;
 
 		free(take_bytes(in, &text));
 	}

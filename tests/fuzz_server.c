@@ -387,7 +387,7 @@ static void check_plain(const struct proto_session *s, const struct proto_reques
 						       r->cmd == NBD_CMD_BLOCK_STATUS));
 
 	assert(reply.last && reply.payload == 0 && reply.error == proto_error(err));
-	assert((reply.kind == PROTO_REPLY_SIMPLE) == !chunk);
+	assert(reply.simple == !chunk);
 }
 
 static void add(struct proto_answer *a, const struct proto_session *s, struct proto_reply *reply)
@@ -559,22 +559,20 @@ static void serve(const struct world *w, struct proto_session *s, const uint8_t 
 static enum proto_next converse(const struct world *w, struct proto_client *c,
 				struct proto_session *s, struct wire *wire)
 {
-	uint8_t sent[PROTO_CLIENT_ROOM];
 	enum proto_next next = PROTO_HAGGLE;
 	bool first = true;
-	size_t len;
 
 	while (next == PROTO_HAGGLE) {
 		size_t want = c->want;
 
 		assert(want > 0 && want <= wire->len);
-		next = proto_client_take(c, wire->p, sent, &len);
-		assert(len <= sizeof(sent));
+		next = proto_client_take(c, wire->p);
+		assert(c->out_len <= PROTO_CLIENT_ROOM);
 		wire->len -= want;
 		memmove(wire->p, wire->p + want, wire->len);
-		if (next != PROTO_HAGGLE || len == 0)
+		if (next != PROTO_HAGGLE || c->out_len == 0)
 			continue;
-		serve(w, s, sent, len, wire, first);
+		serve(w, s, c->out, c->out_len, wire, first);
 		first = false;
 	}
 	return next;
@@ -587,10 +585,11 @@ static void fuzz_handshake(const struct world *w, struct input *in, bool oldstyl
 	const struct proto_export *e = oldstyle ? w->exports.entry[0] :
 						  meant(w, (uint8_t *)name, strlen(name));
 	struct proto_session s = { 0 };
+	uint8_t sent[PROTO_CLIENT_ROOM];
 	struct proto_client c;
 
 	if (proto_is_string(name)) {
-		proto_client_begin(&c, name);
+		proto_client_begin(&c, name, sent);
 		wire.len = oldstyle ? PROTO_OLDSTYLE_SIZE : PROTO_GREETING_SIZE;
 		if (oldstyle)
 			proto_put_oldstyle(wire.p, e);

@@ -893,11 +893,10 @@ mutant("a fetch is stored beside writes",
              "test_proxy.py::test_model_agrees_whatever_the_origin_does "
              "test_proxy.py::test_random_operations_agree_with_a_model")
 mutant("replies are matched in order", "replies matched in order of sending",
-       "link.c", "s = find_slot(l, r->cookie);", "s = l->oldest;",
+       "origin.c", "r = find_owed(l, reply->cookie);", "r = l->owed.first;",
        tests="test_origin.py::test_replies_come_in_any_order")
 mutant("an old cookie is good enough", "wrong magic, wrong cookie",
-       "link.c", "l->fresh && s->r && s->r->cookie == cookie ? s : NULL;",
-       "l->fresh && s->r ? s : NULL;",
+       "origin.c", "while (r && r->cookie != cookie)", "while (r && r->cookie % 512 != cookie % 512)",
        tests="test_origin.py::test_wrong_replies_cost_the_link_and_nothing_else")
 mutant("the origin's magic number may be wrong", "wrong magic, wrong cookie",
        "proto_client.c", "if (get_be32(p) != NBD_SIMPLE_REPLY_MAGIC)", "if (false)",
@@ -931,7 +930,9 @@ mutant("a disk may be larger than 2^63", "a size over 2^63",
        "proto_client.c", "if (o->size > INT64_MAX)", "if (false)",
        tests="test_origin.py::test_origin_that_cannot_be_used_is_refused_at_start")
 mutant("a hole of the origin keeps what the buffer had", "a chunk outside the request",
-       "link.c", "if (r->kind == PROTO_REPLY_HOLE && l->place)\n\t\tmemset(l->place, 0, r->len);",
+       "origin.c",
+       "if (reply->type == NBD_REPLY_TYPE_OFFSET_HOLE && l->place)\n"
+       "\t\tmemset(l->place, 0, reply->len);",
        "",
        tests="test_origin.py::test_replies_come_in_any_order "
              "test_origin.py::test_unusual_replies_are_understood")
@@ -942,39 +943,40 @@ mutant("a hole counts as zeros in the copy", "extents that are wrong",
        "copy.c", "return e->flags & NBD_STATE_ZERO;", "return e->flags & NBD_STATE_HOLE;",
        tests="test_origin.py::test_unusual_extents_are_understood")
 mutant("what a lost link owed is not asked again", "origin closes at every byte",
-       "origin.c", "queue_again(o, link_free(line->link));", "link_free(line->link);",
+       "origin.c", "request_add(l->origin, r);\n\t}", "}",
        tests="test_origin.py::test_links_that_come_and_go_lose_nothing")
 mutant("an origin that closed at the start is waited for", "origin closes at every byte",
-       "link.c", "if (n == 0)\n\t\treturn link_try_next(l, l->client.state",
+       "origin.c", "if (n == 0)\n\t\treturn l->client.state",
        "if (n == 0 && now_ms() < l->deadline)\n\t\treturn NULL;\n"
-       "\tif (n == 0)\n\t\treturn link_try_next(l, l->client.state",
+       "\tif (n == 0)\n\t\treturn l->client.state",
        tests="test_origin.py::test_origin_that_closes_at_every_byte_of_the_handshake_is_refused")
 mutant("an origin that says nothing is waited for", "origin never answers",
-       "link.c", "now >= l->deadline ? link_try_next", "false ? link_try_next",
+       "origin.c", "if (wrong)\n\t\tlink_fail(l, wrong);\n}\n\n/* The thread */",
+       "if (wrong && l->state != LINK_NEGOTIATE)\n\t\tlink_fail(l, wrong);\n}\n",
        tests="test_origin.py::test_silent_origin_is_refused_at_start")
 mutant("an origin's handshake may go on for ever", "origin never ends its answer",
-       "proto_client.c", "|| ++c->replies > REPLIES_MAX)", ")",
-       "link.c", "now >= l->deadline ? link_try_next", "false ? link_try_next",
+       "origin.c", "if (wrong)\n\t\tlink_fail(l, wrong);\n}\n\n/* The thread */",
+       "if (wrong && l->state != LINK_NEGOTIATE)\n\t\tlink_fail(l, wrong);\n}\n",
        tests="test_origin.py::test_handshake_that_never_ends_is_given_up")
 mutant("a lock is held while the origin is waited for", "origin black-holed",
-       "origin.c", "n = bell_poll(",
-       "pthread_mutex_lock(&o->lock);\n\t\tn = bell_poll(",
-       "origin.c", "for (unsigned i = 0; n > 0 &&",
-       "pthread_mutex_unlock(&o->lock);\n\t\tfor (unsigned i = 0; n > 0 &&",
+       "origin.c", "bell_poll(&o->bell, o->pfd, o->links + 1, ms_until(deadline));",
+       "pthread_mutex_lock(&o->lock);\n"
+       "\tbell_poll(&o->bell, o->pfd, o->links + 1, ms_until(deadline));\n"
+       "\tpthread_mutex_unlock(&o->lock);",
        tests="test_control.py::test_commands_work_while_the_origin_is_frozen")
 mutant("a silent origin is waited for", "noticed by a deadline",
-       "link.c", "if (silent >= l->timeout_ms) {", "if (false) {",
+       "origin.c", "return l->count == 0 || o->clogged ? UINT64_MAX", "return true ? UINT64_MAX",
        tests="test_origin.py::test_silence_is_noticed_in_time "
              "test_proxy.py::test_silent_origin_is_noticed_by_the_deadline")
 mutant("an answer that is lost among others is waited for", "noticed by a deadline",
-       "link.c", "if (l->latest >= l->oldest->asked + l->timeout_ms)", "if (false)",
+       "origin.c", "sent >= link_patience(l, l->owed.first->sent)", "sent > UINT64_MAX / 2",
        tests="test_origin.py::test_answer_that_is_lost_among_others_is_noticed")
 mutant("a lost origin is not tried again", "origin restarted with other clients connected",
-       "origin.c", "line->deadline = now + line->backoff;", "line->deadline = UINT64_MAX;",
+       "origin.c", "l->deadline = now_ms() + l->backoff;", "l->deadline = UINT64_MAX;",
        tests="test_origin.py::test_all_but_misses_goes_on_without_the_origin "
              "test_proxy.py::test_cached_blocks_need_no_origin_and_others_wait_for_it")
 mutant("a lost origin is tried again at once", "origin that is always wrong",
-       "origin.c", "line->deadline = now + line->backoff;", "line->deadline = now;",
+       "origin.c", "l->deadline = now_ms() + l->backoff;", "l->deadline = now_ms();",
        tests="test_origin.py::test_origin_that_is_always_wrong_is_not_asked_all_the_time "
              "test_origin.py::test_attempts_back_off")
 mutant("a cached read waits for the origin", "one dead origin stalls every client",
@@ -989,11 +991,11 @@ mutant("an error of the origin is for all who wait", "one EIO of the origin",
        tests="test_origin.py::test_error_is_for_the_block_and_not_for_what_came_with_it "
              "test_proxy.py::test_error_of_a_long_fetch_is_not_for_who_needs_a_part_of_it")
 mutant("an error of the origin is not told", "one EIO of the origin",
-       "link.c", "return a->error ? -EIO : 0;", "return 0;",
+       "origin.c", "return a->error ? -EIO : 0;", "return 0;",
        tests="test_origin.py::test_error_concerns_only_those_who_need_the_block "
              "test_proxy.py::test_error_of_the_origin_is_eio_for_who_needs_that_block")
 mutant("an origin of another size is taken", "reconnect to a disk of another size",
-       "origin.c", "if (offer->size != l->size)", "if (false)",
+       "origin.c", "if (offer->size != limits->size)", "if (false)",
        tests="test_origin.py::test_another_size_after_a_reconnect_is_refused "
              "test_origin.py::test_reconnect_to_another_size_is_refused")
 mutant("a request has 31 missing pieces at most",
@@ -1031,8 +1033,8 @@ mutant("what is not cached is a hole", 'a proxy never reports "not cached" as a 
        tests="test_proxy.py::test_absent_blocks_are_not_holes")
 mutant("the copy goes before clients", "the copy starves clients",
        "origin.c",
-       "for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)\n\t\twhile (o->queue[i].first && (l",
-       "for (unsigned i = ORIGIN_PRIORITIES; i-- > 0;)\n\t\twhile (o->queue[i].first && (l",
+       "for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)\n\t\twhile ((l",
+       "for (unsigned i = ORIGIN_PRIORITIES; i-- > 0;)\n\t\twhile ((l",
        tests="test_origin.py::test_clients_go_before_the_copy "
              "test_origin.py::test_clients_go_first_when_the_origin_is_back")
 mutant("what the copy brings is stored before what a client waits for", "the copy starves clients",

@@ -304,6 +304,13 @@ def test_export_name_is_asked_for(origin, proxy, name, style):
                    if option == NBD_OPT_SET_META_CONTEXT), "contexts of another export"
 
 
+@pytest.mark.parametrize("length", [4097, 100000])
+def test_export_name_that_is_too_long_is_not_sent(origin, refused, length):
+    o = origin()
+    assert "too long" in refused(o, "--target-exportname", length * "n")
+    assert not o.connections
+
+
 def test_export_that_the_origin_does_not_have_is_refused(origin, refused):
     assert "export" in refused(origin(names=["present"]), "--target-exportname", "absent")
 
