@@ -604,7 +604,7 @@ int loops_init(unsigned max, unsigned keepalive)
 	loops.keepalive = keepalive;
 	loops.max = SERVING + max;
 	loops.loop = calloc(loops.max, sizeof(*loops.loop));
-	if (!loops.loop || !order_prepare(loops.max))
+	if (!loops.loop)
 		return -ENOMEM;
 	loops.spinners_max = cpu_count() - 1;
 	err = start_loop(&loops.loop[SERVING]);
@@ -681,7 +681,6 @@ void loops_free(void)
 	for (unsigned i = first_loop(); i < loops.count; i++)
 		free_loop(&loops.loop[i]);
 	free(loops.loop);
-	order_unprepare();
 	loops.loop = NULL;
 	loops.count = 0;
 }
