@@ -269,16 +269,9 @@ static bool trim_to_blocks(struct request *r)
 /* A change that has just come: at once, or it keeps its place in the order. */
 static int begin_change(struct request *r)
 {
-	struct order *o = r->backend->order;
-	const struct span all = r->at;
-	int ret = order_enter(o, all.len, all.off) ? apply(r, &all, TRY) : -EAGAIN;
-
-	if (ret == -EAGAIN || ret == ABSENT) {
-		r->change.emptied = emptied;
-		order_register(o, &r->change, all.len, all.off);
-	}
-	order_leave(o, ret == 0);
-	return ret;
+	r->change.emptied = emptied;
+	order_add(r->backend->order, &r->change, r->at.len, r->at.off);
+	return go_on_with_change(r, TRY);
 }
 
 static int request_run(struct request *r, enum how how)

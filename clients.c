@@ -11,7 +11,6 @@
 #include "clients.h"
 
 #include "loop.h"
-#include "order.h"
 #include "stats.h"
 #include "util.h"
 
@@ -457,7 +456,7 @@ int clients_begin(unsigned max, unsigned keepalive)
 	clients.keepalive = keepalive;
 	clients.max = SERVING + max;
 	clients.thread = calloc(clients.max, sizeof(*clients.thread));
-	if (!clients.thread || !order_prepare(clients.max))
+	if (!clients.thread)
 		return -ENOMEM;
 	clients.spinners_max = cpu_count() - 1;
 	err = start_client_thread(&clients.thread[SERVING]);
@@ -532,7 +531,6 @@ void clients_free(void)
 	for (unsigned i = first_thread(); i < clients.count; i++)
 		free_client_thread(&clients.thread[i]);
 	free(clients.thread);
-	order_unprepare();
 	clients.thread = NULL;
 	clients.count = 0;
 }

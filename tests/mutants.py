@@ -594,8 +594,8 @@ mutant("a range within another does not overlap it",
              "test_cow.py::test_clients_at_the_same_moment_all_win")
 mutant("a loop does not look at those that others store",
        "an aligned write during another's partial write",
-       "order.c", "if (!is_in_slot(o, len, off) && atomic_load(&o->count) == 0)\n\t\treturn true;",
-       "if (true)\n\t\treturn true;",
+       "order.c", "else if (choose_part(c, max, part))",
+       "else if (choose_part(c, max, part) || (!wait && (*part = c->left[0], true)))",
        tests="test_cow.py::test_clients_at_the_same_moment_all_win")
 mutant("a block that is held is merged again", "an aligned write during another's partial write",
        "layer.c",
@@ -860,15 +860,18 @@ mutant("late data of the origin wins", "lands after a newer write",
              "test_proxy.py::test_late_data_of_the_origin_does_not_overwrite_what_is_newer")
 mutant("a change that is stored at once takes nothing from older ones",
        "lands after a newer write",
-       "order.c", "take_from_older(o, s->number, atomic_load(&s->len), atomic_load(&s->off));", "",
+       "backend.c", "order_end(&r->change, ret == 0 || hint, ret == 0);",
+       "order_end(&r->change, ret == 0 || hint, ret == 0 && how == WAIT);",
        tests="test_order.py::test_newer_writes_outlive_those_that_waited_for_the_origin")
 mutant("a change that waited takes nothing from older ones", "lands after a newer write",
-       "order.c", "if (stored)\n\t\ttake_from_older(o, c->number, s.len, s.off);", "",
+       "backend.c", "order_end(&r->change, ret == 0 || hint, ret == 0);",
+       "order_end(&r->change, ret == 0 || hint, ret == 0 && how == TRY);",
        tests="test_order.py::"
              "test_overlapping_writes_that_wait_end_in_the_order_of_their_arrival "
              "test_order.py::test_newer_change_outlives_one_that_the_disk_held_up_on_a_worker")
 mutant("a change that waits has no place in the order", "lands after a newer write",
-       "backend.c", "order_register(o, &r->change, all.len, all.off);", "",
+       "backend.c", "return go_on_with_change(r, TRY);",
+       "int ret = go_on_with_change(r, TRY);\n\n\torder_remove(&r->change);\n\treturn ret;",
        tests="test_order.py::test_newer_writes_outlive_those_that_waited_for_the_origin")
 mutant("a client is always there", "lands after a newer write",
        "conn.c", "uint64_t now;\n\n\tif (c->gone)\n\t\treturn c->orderly;",
@@ -1353,8 +1356,8 @@ mutant("a change takes nothing from older ones",
              "test_order.py::test_newer_writes_outlive_those_that_waited_for_the_origin")
 mutant("a change gives up its place when it is durable",
        "a FUA write holds up others until it is durable",
-       "backend.c", "int ret = order_enter(o, all.len, all.off) ?",
-       "int ret = order_enter(o, all.len, all.off) && !(r->h.flags & NBD_CMD_FLAG_FUA) ?",
+       "backend.c", "return go_on_with_change(r, TRY);",
+       "return r->h.flags & NBD_CMD_FLAG_FUA ? -EAGAIN : go_on_with_change(r, TRY);",
        "backend.c", "else if (ret != -EAGAIN)\n\t\torder_remove(&r->change);",
        "else if (ret != -EAGAIN && !(r->h.flags & NBD_CMD_FLAG_FUA))\n"
        "\t\torder_remove(&r->change);",
@@ -1371,7 +1374,7 @@ mutant("a payload has all of its range while it comes",
        "extern _Thread_local struct change *order_own;\nvoid order_init(struct order *o);",
        "order.c", "void order_destroy(struct order *o)",
        "_Thread_local struct change *order_own;\n\nvoid order_destroy(struct order *o)",
-       "order.c", "if (i == c)\n\t\t\tcontinue;", "if (i == c || i == order_own)\n\t\t\tcontinue;",
+       "order.c", "if (i == c)\n\t\t\tolder", "if (i == c || i == order_own)\n\t\t\tolder",
        "conn.c", "c->state = CONN_PAYLOAD;\n",
        "c->state = CONN_PAYLOAD;\n\tif (!r->error)\n"
        "\t\torder_hold(r->backend->order, &r->change, r->h.len, r->h.off, false);\n",
@@ -1383,21 +1386,21 @@ mutant("a payload has all of its range while it comes",
        tests="test_order.py::test_write_does_not_wait_for_the_payload_of_an_older_one")
 mutant("a change does not wait for one that is being stored",
        "a write that was repeated on another connection lands over a newer one",
-       "order.c", "if (shares_block(i->active.off, i->active.len, off, len) &&\n"
-       "\t\t    (!i->pending || i->number < number))", "if (false)",
-       "order.c", "if (s != mine && atomic_load(&s->order) == o &&",
-       "if (false && s != mine && atomic_load(&s->order) == o &&",
+       "order.c", "shares_block(i->active.off, i->active.len, off, len) &&",
+       "false && shares_block(i->active.off, i->active.len, off, len) &&",
        tests="test_order.py::test_write_that_was_repeated_elsewhere_does_not_come_back")
 mutant("a hole in a change is not kept", "zeroing of a client that is gone destroys what is newer",
-       "order.c", "/* from its middle */\n", "\n\t\treturn;\n",
+       "order.c", "struct span s = c->left[i], rest[2];\n",
+       "struct span s = c->left[i], rest[2];\n\n\t\tif (s.off < off && s.off + s.len > end)\n"
+       "\t\t\treturn;\n",
        tests="test_order.py::test_newer_writes_outlive_a_long_zeroing")
 mutant("a zeroing is one step", "one client's long zeroing holds up the misses of all others",
        "backend.h", "STEP_BYTES_MAX = 64 * 1024 * 1024,", "STEP_BYTES_MAX = 0x7ffff000,",
        tests="test_order.py::test_misses_do_not_wait_for_a_long_zeroing")
 mutant("a change waits for older ones that have not begun",
        "a write of a whole block waits for an older one",
-       "order.c", "if (i->number < number && i->count >= SPANS_MAX && has_left(i, len, off))",
-       "if (i->number < number && has_left(i, len, off))",
+       "order.c", "else if (older && i->count >= SPANS_MAX && has_left(i, len, off))",
+       "else if (older && has_left(i, len, off))",
        tests="test_order.py::test_write_of_a_whole_block_does_not_wait_for_a_silent_origin")
 mutant("a change that a newer one touches is done",
        "a write that waits for the origin loses what a newer one has left of it",
@@ -1421,9 +1424,8 @@ mutant("a client stays until it is answered",
        tests="test_order.py::test_end_of_a_client_is_noticed_while_it_waits")
 mutant("the switch waits for changes that wait for the origin",
        "what waits for the origin holds up the switch, or a snapshot after it",
-       "order.c", "if (i->number < number && i->count >= SPANS_MAX && has_left(i, len, off))",
-       "if (i->number < number && (i->count >= SPANS_MAX || (c && c->hold)) &&\n"
-       "\t\t    has_left(i, len, off))",
+       "order.c", "else if (older && i->count >= SPANS_MAX && has_left(i, len, off))",
+       "else if (older && (i->count >= SPANS_MAX || c->pending) && has_left(i, len, off))",
        tests="test_order.py::test_nothing_holds_up_a_forced_switch_or_a_snapshot_after_it")
 
 
