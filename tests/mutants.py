@@ -1123,8 +1123,7 @@ mutant("the switch gives the disk the size of the image", "switch changes the di
        "\ttable.all[0].export.proto.size = disk_size(table.all[0].disk);",
        tests="test_proxy.py::test_larger_cache_image_keeps_the_origins_size")
 mutant("a daemon forgets where it came from", "--daemonize: control acts on the wrong process",
-       "listen.c", "char *path = absolute_path(sun->sun_path);",
-       "char *path = strdup(sun->sun_path);",
+       "listen.c", "absolute_path(sun->sun_path)", "strdup(sun->sun_path)",
        tests="test_proxy.py::test_daemon_works_from_any_directory")
 
 mutant("a daemon leaves its pid file", "relative paths break after chdir",
