@@ -19,13 +19,11 @@
 #include "util.h"
 #include "worker.h"
 
-#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -58,7 +56,6 @@ struct server {
 	int passed;			/* sockets that were opened for us */
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
-	int null_fd;			/* likewise: /dev/null */
 	struct confine_user user;	/* --user: who to become */
 	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
 	struct stat pid_file;		/* of our pidfile, if there is a path */
@@ -66,10 +63,11 @@ struct server {
 	uint64_t accept_again;		/* now_ms() when a pause of accepting ends */
 };
 
-#if defined(SIGRTMIN)
-#define SIGSTATS SIGRTMIN
-#else
-#define SIGSTATS SIGINFO
+/* Either asks for statistics, and not every system has both. */
+#ifndef SIGINFO
+#define SIGINFO SIGRTMIN
+#elif !defined(SIGRTMIN)
+#define SIGRTMIN SIGINFO
 #endif
 
 static volatile sig_atomic_t opening = 1;	/* nothing has been made that would have to be removed */
@@ -97,10 +95,6 @@ static void take_stop_signal(void)
 
 static void on_signal(int sig)
 {
-#if defined(SIGINFO)
-	if (sig == SIGINFO)
-		sig = SIGSTATS;
-#endif
 	if (sig == SIGALRM)
 		end_at_once();
 	if (sig == SIGTERM || sig == SIGINT)
@@ -124,10 +118,7 @@ static bool setup_signals(void)
 {
 	struct sigaction sa = { .sa_handler = on_signal, .sa_flags = SA_RESTART };
 	const int handled[] = {
-		SIGTERM, SIGINT, SIGALRM, SIGHUP, SIGUSR1, SIGUSR2, SIGSTATS,
-#if defined(SIGINFO)
-		SIGINFO,
-#endif
+		SIGTERM, SIGINT, SIGALRM, SIGHUP, SIGUSR1, SIGUSR2, SIGRTMIN, SIGINFO,
 	};
 	int err = bell_init(&main_bell);
 
@@ -176,11 +167,11 @@ static bool daemonize(struct server *s)
 	}
 	close(fds[0]);
 	s->ready_fd = fds[1];
-	s->null_fd = open_nothing();
-	if (s->null_fd < 0)
-		log_failure("cannot daemonize: %s", strerror(errno));
 	setsid();
-	return s->null_fd >= 0;
+	close(STDIN_FILENO);
+	close(STDOUT_FILENO);
+	occupy_standard_descriptors();	/* later it could not be opened any more */
+	return true;
 }
 
 /*
@@ -197,10 +188,7 @@ static bool detach(struct server *s)
 		return false;
 	}
 	log_flush();		/* who waits for us may look there for our port */
-	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
-		dup2(s->null_fd, fd);
-	if (s->null_fd > STDERR_FILENO)
-		close(s->null_fd);
+	dup2(STDIN_FILENO, STDERR_FILENO);
 	for (int fd = STDERR_FILENO + 1; fd < DESCRIPTORS_SEEN; fd++) {
 		flags = fcntl(fd, F_GETFD);
 		if (flags >= 0 && !(flags & FD_CLOEXEC))
@@ -209,7 +197,6 @@ static bool detach(struct server *s)
 	while (write(s->ready_fd, "", 1) < 0 && errno == EINTR)
 		;
 	close(s->ready_fd);
-	s->ready_fd = -1;
 	return true;
 }
 
@@ -250,32 +237,24 @@ static bool setup_log(struct server *s)
 	return error == NULL;
 }
 
-static size_t connections_wanted(const struct options *o)
+/* As many descriptors as we may have. */
+static void raise_limits(void)
 {
-	return o->max_connections ? o->max_connections : CONNECTIONS_MAX;
-}
-
-/* As many descriptors as we may have, up to what all connections, loops and exports need. */
-static void raise_limits(const struct options *o)
-{
-	rlim_t files = (rlim_t)connections_wanted(o) + 3 * SPARE_FDS +
-		       (rlim_t)(2 * EXPORT_FDS) * o->exports + LOOP_FDS * (rlim_t)o->threads;
 	struct rlimit r;
 
-	if (getrlimit(RLIMIT_NOFILE, &r) < 0 || r.rlim_cur >= r.rlim_max || r.rlim_cur >= files)
+	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
 		return;
-	r.rlim_cur = r.rlim_max < files ? r.rlim_max : files;
+	r.rlim_cur = r.rlim_max;
 	setrlimit(RLIMIT_NOFILE, &r);
 }
 
 /* How many descriptors may still be opened. */
 static size_t free_descriptors(void)
 {
-	struct rlimit r;
+	struct rlimit r = { .rlim_cur = 256 };
 	size_t limit, open = 0;
 
-	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
-		r.rlim_cur = 256;
+	getrlimit(RLIMIT_NOFILE, &r);
 	limit = r.rlim_cur < INT_MAX ? (size_t)r.rlim_cur : INT_MAX;
 	for (int fd = 0; fd < DESCRIPTORS_SEEN; fd++)
 		open += fcntl(fd, F_GETFD) >= 0;
@@ -301,30 +280,30 @@ static bool share_descriptors(struct server *s, unsigned *loops)
 	if (*loops > 1 + there / 8)
 		*loops = (unsigned)(1 + there / 8);
 	there -= spare + LOOP_FDS * (*loops - 1);
-	s->connections_max = connections_wanted(o) < there ? connections_wanted(o) : there;
-	if (s->connections_max < o->max_connections)
+	s->connections_max = o->max_connections ? o->max_connections : CONNECTIONS_MAX;
+	if (s->connections_max <= there)
+		return true;
+	s->connections_max = there;
+	if (o->max_connections)
 		log_line("the limit of open files leaves room for %zu connections", there);
 	return true;
 }
 
-/* Take the client from standard input, and keep everything else off its socket. */
-static bool take_inetd(struct server *s)
+/* Take the only client, and keep everything else off its socket. */
+static bool take_client(struct server *s, int fd, const char *option)
 {
-	int null;
-
-	if (!listen_check(STDIN_FILENO, false, "--inetd"))
+	if (!listen_check(fd, false, option))
 		return false;
-	s->single_fd = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
-	null = open_nothing();
-	if (s->single_fd < 0 || null < 0) {
-		log_failure("--inetd: %s", strerror(errno));
+	s->single_fd = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+	if (s->single_fd < 0) {
+		log_failure("%s: %s", option, strerror(errno));
 		return false;
 	}
-	dup2(null, STDIN_FILENO);
-	dup2(null, STDOUT_FILENO);
-	if (is_same_socket(s->single_fd, STDERR_FILENO))
-		dup2(null, STDERR_FILENO);
-	close(null);
+	close(fd);
+	for (fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+		if (is_same_socket(s->single_fd, fd))
+			close(fd);
+	occupy_standard_descriptors();
 	return true;
 }
 
@@ -345,12 +324,9 @@ static bool open_sockets(struct server *s)
 	const struct options *o = &s->options;
 
 	if (o->inetd)
-		return take_inetd(s);
-	if (o->connected_fd >= 0) {
-		s->single_fd = (int)o->connected_fd;
-		return listen_check(s->single_fd, false, "--connected-fd") &&
-		       fcntl(s->single_fd, F_SETFD, FD_CLOEXEC) == 0;
-	}
+		return take_client(s, STDIN_FILENO, "--inetd");
+	if (o->connected_fd >= 0)
+		return take_client(s, (int)o->connected_fd, "--connected-fd");
 	if (s->passed > 0 && (o->lport_given || o->laddrs || o->unix_path)) {
 		log_failure("LISTEN_FDS says where to listen, --lport, --laddr and --unix do not "
 			    "belong to it");
@@ -379,15 +355,11 @@ static bool holds_number(int fd)
 static const char *open_pidfile(const char *path, int *fd, struct stat *st)
 {
 	*fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0644);
-	if (*fd < 0 || fstat(*fd, st) < 0)
-		return strerror(errno);
-	if (!S_ISREG(st->st_mode))
-		return "it is not a file";
-	if (flock(*fd, LOCK_EX | LOCK_NB) < 0)
+	if (*fd < 0 || flock(*fd, LOCK_EX | LOCK_NB) < 0 || fstat(*fd, st) < 0)
 		return errno == EWOULDBLOCK ? "the server of that pidfile runs already" :
 					      strerror(errno);
-	if (fstat(*fd, st) < 0)
-		return strerror(errno);
+	if (!S_ISREG(st->st_mode))
+		return "it is not a file";
 	if (st->st_nlink > 1)
 		return "the file has another name";
 	return st->st_size == 0 || holds_number(*fd) ?
@@ -411,10 +383,11 @@ static bool write_pidfile(struct server *s)
 	do	/* until it is not one that another server has just removed */
 		wrong = open_pidfile(path, &fd, &s->pid_file);
 	while (!wrong && s->pid_file.st_nlink == 0 && close(fd) == 0);
-	s->pid_path = wrong ? NULL : absolute_path(path);
-	if (!wrong && (!s->pid_path || ftruncate(fd, 0) < 0 ||
-		       dprintf(fd, "%ld\n", (long)getpid()) < 0))
-		wrong = strerror(errno);
+	if (!wrong) {
+		s->pid_path = not_null(absolute_path(path));
+		if (ftruncate(fd, 0) < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0)
+			wrong = strerror(errno);
+	}
 	if (wrong)
 		log_failure("cannot write pidfile %s: %s", path, wrong);
 	return !wrong;
@@ -535,7 +508,7 @@ static bool start_threads(struct server *s)
 
 static bool start(struct server *s)
 {
-	raise_limits(&s->options);
+	raise_limits();
 	stats_init((unsigned)s->options.stats, loops_survey);
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
@@ -655,7 +628,7 @@ static void take_wakeups(struct server *s)
 		log_error("SIGUSR1 ignored: snapshots are taken in target mode");
 	if (take_signal(SIGUSR2))
 		control_switch();
-	if (take_signal(SIGSTATS))
+	if (take_signal(SIGRTMIN) | take_signal(SIGINFO))
 		stats_log();
 	control_tend();
 	exports_tend();

@@ -490,13 +490,13 @@ mutant("a socket that does not listen yet is stale", "two starts at once",
        "listen.c", "flock(fd, LOCK_EX | LOCK_NB) < 0", "false",
        tests="test_service.py::test_socket_of_a_server_that_starts_is_not_stolen")
 mutant("a pidfile is not locked", "two servers with one pidfile",
-       "xnbd.c", "if (flock(*fd, LOCK_EX | LOCK_NB) < 0)", "if (false)",
+       "xnbd.c", "flock(*fd, LOCK_EX | LOCK_NB) < 0 || ", "",
        tests="test_service.py::test_pidfile_of_a_running_server_is_refused")
 mutant("whatever is there is overwritten", "a pidfile that is none",
        "xnbd.c", "return st->st_size == 0 || holds_number(*fd) ?", "return true ?",
        tests="test_service.py::test_what_is_no_pidfile_is_left_alone")
 mutant("standard descriptors stay closed", "the log in the image",
-       "xnbd.c", "occupy_standard_descriptors();", "",
+       "xnbd.c", "occupy_standard_descriptors();\n\toptions_parse(", "options_parse(",
        tests="test_service.py::test_closed_standard_descriptors_without_devices "
              "test_service.py::test_closed_standard_descriptors_harm_nothing")
 mutant("an answer goes into the socket", "the log in the image: an answer in a socket",
@@ -1127,8 +1127,7 @@ mutant("a daemon forgets where it came from", "--daemonize: control acts on the 
        tests="test_proxy.py::test_daemon_works_from_any_directory")
 
 mutant("a daemon leaves its pid file", "relative paths break after chdir",
-       "xnbd.c", "s->pid_path = wrong ? NULL : absolute_path(path);",
-       "s->pid_path = wrong ? NULL : strdup(path);",
+       "xnbd.c", "s->pid_path = not_null(absolute_path(path));", "s->pid_path = strdup(path);",
        tests="test_service.py::test_prompt_returns_when_clients_can_connect "
              "test_proxy.py::test_daemon_works_from_any_directory")
 
