@@ -44,6 +44,7 @@ enum {
 	ACCEPT_BATCH = 64,
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 	STOP_MS = 4500,
+	STOP_LOOK_MS = 100,		/* how often it is looked at */
 	STOP_S = 5,			/* where even this thread is held up */
 	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
 	LOOPS_MIN = 2,
@@ -560,7 +561,7 @@ static enum greeting greeting_of(const struct options *o)
 }
 
 /* Hand a client to a loop, or close it; its address is NULL at a Unix socket. */
-static void add_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
+static void server_admit(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
 {
 	struct conn *c;
 
@@ -606,11 +607,11 @@ static bool accept_client(struct server *s, const struct listener *l)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(&address.sa, len, peer);
-	add_client(s, fd, l->local ? NULL : &address.sa, peer);
+	server_admit(s, fd, l->local ? NULL : &address.sa, peer);
 	return true;
 }
 
-static void accept_clients(struct server *s, const struct pollfd *pfd)
+static void server_accept(struct server *s, const struct pollfd *pfd)
 {
 	for (size_t i = 0; i < s->listeners.count; i++)
 		for (int n = 0; pfd[i].revents && n < ACCEPT_BATCH; n++)
@@ -662,7 +663,7 @@ static void serve(struct server *s)
 			take_wakeups(s);
 		while (stats_tend())
 			ctl_gathered();
-		accept_clients(s, pfd + 1);
+		server_accept(s, pfd + 1);
 		ctl_turn(pfd + 1 + listeners, controls);
 	}
 }
@@ -677,59 +678,36 @@ static void add_single_client(struct server *s)
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
 	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
-	add_client(s, s->single_fd, &address.sa, peer);
+	server_admit(s, s->single_fd, &address.sa, peer);
 }
 
 /* End */
 
-/* Let all connections finish, and give up snapshots.  False if that takes too long. */
-static bool stop_all(void)
+/* Let all connections finish, and give up snapshots.  The program ends if that takes too long. */
+static void server_stop(struct server *s)
 {
-	uint64_t begun = now_ms(), now;
+	uint64_t begun = now_ms(), past;
 	struct pollfd pfd;
 
+	listen_close(&s->listeners);
 	control_close();
 	exports_stop();
 	loops_stop();
 	while (loops_load() > 0 || exports_are_busy()) {
-		uint64_t until = begun;
-
-		now = now_ms();
-		until += now < begun + GIVE_UP_MS ? GIVE_UP_MS : STOP_MS;
-		if (now >= begun + GIVE_UP_MS)
+		past = now_ms() - begun;
+		if (past >= GIVE_UP_MS)
 			exports_give_up();
-		if (now >= until)
-			return false;
-		bell_poll(&main_bell, &pfd, 1, (int)(until - now));
+		if (past >= STOP_MS) {
+			log_error("stopped, but %zu connections wait for the disk", loops_load());
+			remove_pidfile(s);
+			end_at_once();
+		}
+		bell_poll(&main_bell, &pfd, 1, STOP_LOOK_MS);
 		bell_answer(&main_bell);
-	}
-	return true;
-}
-
-static void clean_up(struct server *s)
-{
-	listen_close(&s->listeners);
-	remove_pidfile(s);
-	free(s->pid_path);
-	options_free(&s->options);
-}
-
-static void run(struct server *s)
-{
-	if (s->single_fd >= 0)
-		add_single_client(s);
-	serve(s);
-	if (stop_signals)
-		log_line("stopping");
-	listen_close(&s->listeners);
-	if (!stop_all()) {
-		log_error("stopped, but %zu connections wait for the disk", loops_load());
-		remove_pidfile(s);
-		end_at_once();
 	}
 	loops_join();
 	exports_end();
-	worker_stop();		/* one may be at its last words to a loop */
+	worker_stop();		/* one may be at its last words to a loop; a commit may be due */
 	loops_free();
 }
 
@@ -748,18 +726,18 @@ int main(int argc, char **argv)
 	if (s.options.daemonize && !daemonize(&s))
 		return EXIT_FAILURE;
 	if (start(&s)) {
-		run(&s);
-		alarm(0);	/* what is left is a last commit */
+		if (s.single_fd >= 0)
+			add_single_client(&s);
+		serve(&s);
+		if (stop_signals)
+			log_line("stopping");
 		status = EXIT_SUCCESS;
-	} else {
-		control_close();
-		loops_stop();
-		loops_join();
-		worker_stop();		/* a commit may be due */
-		loops_free();
 	}
+	server_stop(&s);
+	alarm(0);		/* what is left is a last commit */
 	if (!exports_close() || commit_has_lost())
 		status = EXIT_FAILURE;
-	clean_up(&s);
+	remove_pidfile(&s);
+	options_free(&s.options);
 	return status;
 }

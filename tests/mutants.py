@@ -1282,8 +1282,8 @@ mutant("the status forgets stable storage", "exit status 0 though something is l
        "xnbd.c", "|| commit_has_lost())", "|| (commit_has_lost() && false))",
        tests="test_restart.py::test_flush_that_failed_is_told_by_the_status")
 mutant("a disk that keeps a thread is no loss", "exit status 0 though something is lost",
-       "xnbd.c", "remove_pidfile(s);\n\t\tend_at_once();",
-       "remove_pidfile(s);\n\t\t_exit(EXIT_SUCCESS);",
+       "xnbd.c", "remove_pidfile(s);\n\t\t\tend_at_once();",
+       "remove_pidfile(s);\n\t\t\t_exit(EXIT_SUCCESS);",
        tests="test_restart.py::test_disk_that_keeps_a_thread_is_told_by_the_status")
 mutant("what waits for the origin is not given up", "SIGTERM waits for a silent origin",
        "xnbd.c", "\t\t\texports_give_up();", "\t\t\t(void)exports_give_up;",
