@@ -412,15 +412,35 @@ static bool become_user(struct server *s)
 	return (!control || confine_give_socket(control, &s->user)) && confine_become(&s->user);
 }
 
-/* SIGHUP opens the log file again; if it is a terminal or the like, under any name. */
-static void keep_log(struct confine *c, const char *path)
+/*
+ * Keep rights on the directory of a file, if there is one, for what will be done there later.  The
+ * log tells what a user, unless that is NULL, will not be able to do.
+ */
+static void keep_place(struct confine *c, const char *user, const char *deed, const char *path,
+		       unsigned rights)
+{
+	char *dir = path ? not_null(directory_of(path)) : NULL;
+
+	if (dir && user && access(dir, W_OK | X_OK) < 0)
+		log_line("--user %s: cannot %s%s later: %s", user, deed, path, strerror(errno));
+	if (dir)
+		confine_keep(c, dir, rights);
+	free(dir);
+}
+
+/*
+ * SIGHUP opens the log file again, which may be another one then; a terminal or the like stays what
+ * it is, under any name.
+ */
+static void keep_log(struct confine *c, const char *user, const char *path)
 {
 	struct stat st;
 
 	if (path && lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
 		confine_keep(c, path, CONFINE_APPEND | CONFINE_READ_FILE);
 	else
-		confine_keep_beside(c, path, CONFINE_APPEND);
+		keep_place(c, path && access(path, W_OK) == 0 ? NULL : user, "open log file ", path,
+			   CONFINE_APPEND);
 }
 
 /*
@@ -435,7 +455,7 @@ static void keep_links(struct confine *c, const char *file)
 
 	snprintf(path, sizeof(path), "%s", file);
 	for (int i = 0; i < LINKS_MAX; i++) {
-		confine_keep_beside(c, path, CONFINE_READ);
+		keep_place(c, NULL, NULL, path, CONFINE_READ);
 		len = readlink(path, target, sizeof(target) - 1);
 		if (len <= 0)
 			return;
@@ -445,9 +465,12 @@ static void keep_links(struct confine *c, const char *file)
 	}
 }
 
-/* What a proxy needs to look up the name of an origin, later. */
-static void keep_resolver(struct confine *c)
+/* A proxy connects again to an origin that was away, and looks up its name for that. */
+static void keep_origin(struct confine *c, const struct options *o)
 {
+	if (o->user && strncmp(o->host, "unix:", 5) == 0 && access(o->host + 5, W_OK) < 0)
+		log_error("--user %s: cannot connect to origin %s again: %s", o->user, o->host,
+			  strerror(errno));
 	keep_links(c, "/etc/hosts");
 	keep_links(c, "/etc/resolv.conf");
 	keep_links(c, "/etc/nsswitch.conf");
@@ -464,19 +487,22 @@ static bool confine(struct server *s)
 {
 	const struct options *o = &s->options;
 	const char *supervisor = getenv("NOTIFY_SOCKET");
-	struct confine c;
+	struct confine c = { .fd = -1 };
 
-	confine_begin(&c, (o->mode == MODE_PROXY ? 0 : CONFINE_NO_CONNECT) |
-				  (supervisor && *supervisor == '@' ? 0 : CONFINE_NO_ABSTRACT));
+	if (!o->no_sandbox)
+		confine_begin(&c, (o->mode == MODE_PROXY ? 0 : CONFINE_NO_CONNECT) |
+			      (supervisor && *supervisor == '@' ? 0 : CONFINE_NO_ABSTRACT));
 	for (size_t i = 0; i < exports_table()->count; i++)
-		confine_keep_beside(&c, exports_snapshots_beside(i), CONFINE_FILES);
+		keep_place(&c, o->user, "make snapshots of ", exports_snapshots_beside(i),
+			   CONFINE_FILES);
 	for (size_t i = 0; i < s->listeners.count; i++)
-		confine_keep_beside(&c, s->listeners.all[i].unix_path, CONFINE_REMOVE_FILE);
-	confine_keep_beside(&c, o->control, CONFINE_REMOVE_FILE);
-	confine_keep_beside(&c, s->pid_path, CONFINE_REMOVE_FILE);
-	keep_log(&c, s->log_path);
+		keep_place(&c, o->user, "remove unix:", s->listeners.all[i].unix_path,
+			   CONFINE_REMOVE_FILE);
+	keep_place(&c, o->user, "remove unix:", o->control, CONFINE_REMOVE_FILE);
+	keep_place(&c, o->user, "remove pidfile ", s->pid_path, CONFINE_REMOVE_FILE);
+	keep_log(&c, o->user, s->log_path);
 	if (o->mode == MODE_PROXY)
-		keep_resolver(&c);
+		keep_origin(&c, o);
 	return confine_enter(&c);
 }
 
@@ -486,7 +512,7 @@ static bool give_up_rights(struct server *s)
 	if (s->options.user && !become_user(s))
 		return false;
 	confine_no_new_privileges();
-	return s->options.no_sandbox || confine(s);
+	return confine(s);
 }
 
 /* The first loop, and the first worker: without them nobody could be served. */

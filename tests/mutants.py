@@ -441,7 +441,7 @@ mutant("any file is a log", "an image is named as the log file",
        "log.c", "if (is_text(*fd))", "if (true || is_text(*fd))",
        tests="test_service.py::test_file_that_is_no_text_is_no_log")
 mutant("nothing is confined", "a server that was taken over reaches other files",
-       "xnbd.c", "return s->options.no_sandbox || confine(s);", "return true;",
+       "xnbd.c", "return confine(s);", "return true;",
        tests="test_confine.py::test_target_reaches_its_directory_only")
 mutant("the directory of a device is kept", "a server that was taken over reaches other files",
        "exports.c", "return d && disk_is_file(d) ? e->path : NULL;", "return d ? e->path : NULL;",
@@ -468,6 +468,14 @@ mutant("only the effective user changes", "root comes back",
 mutant("the groups of root stay", "root comes back",
        "confine.c", "setgroups(1, &user->gid) < 0 || ", "",
        tests="test_confine.py::test_server_becomes_the_user_for_ever")
+mutant("what --user may do is not looked at", "what --user may not do shows when it is too late",
+       "xnbd.c", "access(dir, W_OK | X_OK) < 0", "false",
+       tests="test_confine.py::test_what_the_user_may_not_do_is_told")
+mutant("what root may do is looked at", "what --user may not do shows when it is too late",
+       "xnbd.c", "if (s->options.user && !become_user(s))\n\t\treturn false;\n", "",
+       "xnbd.c", "return confine(s);",
+       "return confine(s) && (!s->options.user || become_user(s));",
+       tests="test_confine.py::test_what_the_user_may_not_do_is_told")
 mutant("each connection is logged", "a client floods the log",
        "log.c", "may = *used < now + PEER_BURST * PEER_MS;", "may = true;",
        tests="test_service.py::test_flood_of_clients_is_counted_not_told")
