@@ -91,12 +91,6 @@ static int listen_address(struct listeners *l, const struct addrinfo *ai)
 	return 0;
 }
 
-/* A machine without IPv6, or without IPv4, still has all of its addresses. */
-static bool family_is_missing(int err)
-{
-	return err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL;
-}
-
 /* NULL after logging why there is no address of that name; NULL stands for all of the machine. */
 static struct addrinfo *resolve(const char *name)
 {
@@ -118,8 +112,9 @@ static struct addrinfo *resolve(const char *name)
 }
 
 /*
- * Listen at all addresses of a list that nobody listens on yet, but for those of a missing family
- * if there are others.  *port is set when 0.  0 or -errno, and failed names the address.
+ * Listen at those addresses of a list that are new.  Some may be missing: a machine without IPv6, or
+ * without IPv4, still has all of its addresses.  *port is set when 0.  0 or -errno, and failed names
+ * the address.
  */
 static int listen_list(struct listeners *l, struct addrinfo *list, unsigned *port, char *failed)
 {
@@ -132,7 +127,7 @@ static int listen_list(struct listeners *l, struct addrinfo *list, unsigned *por
 		err = is_listened_on(l, address) ? 0 : listen_address(l, ai);
 		if (err)
 			strcpy(failed, address);
-		if (err && !family_is_missing(err))
+		if (err && err != -EAFNOSUPPORT && err != -EADDRNOTAVAIL)
 			return err;
 		if (err)
 			missing = err;

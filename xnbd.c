@@ -137,6 +137,7 @@ static bool setup_signals(void)
 /* Start-up */
 
 static pid_t daemon_pid;
+static int null_fd;
 
 /* The first process waits: who wants it to end means the daemon. */
 static void pass_on(int sig)
@@ -153,7 +154,8 @@ static bool daemonize(struct server *s)
 	int fds[2], status;
 	char byte;
 
-	if (pipe2(fds, O_CLOEXEC) < 0 || (daemon_pid = fork()) < 0) {
+	null_fd = open_nothing();	/* later it may be out of reach */
+	if (null_fd < 0 || pipe2(fds, O_CLOEXEC) < 0 || (daemon_pid = fork()) < 0) {
 		log_failure("cannot daemonize: %s", strerror(errno));
 		return false;
 	}
@@ -169,32 +171,27 @@ static bool daemonize(struct server *s)
 	close(fds[0]);
 	s->ready_fd = fds[1];
 	setsid();
-	close(STDIN_FILENO);
-	close(STDOUT_FILENO);
-	occupy_standard_descriptors();	/* later it could not be opened any more */
 	return true;
 }
 
 /*
  * The daemon can be used: let the first process go, and let go of its terminal, its directory, and
- * what it had open.  What we have opened, or were meant to get, is what a program that we executed
- * would not get.
+ * what it had open, which the log or an image may have been.  What we have opened, or were meant to
+ * get, is what a program that we executed would not get.
  */
 static bool detach(struct server *s)
 {
-	int flags;
-
 	if (chdir("/") < 0) {
 		log_failure("cannot daemonize: %s", strerror(errno));
 		return false;
 	}
 	log_flush();		/* who waits for us may look there for our port */
-	dup2(STDIN_FILENO, STDERR_FILENO);
-	for (int fd = STDERR_FILENO + 1; fd < DESCRIPTORS_SEEN; fd++) {
-		flags = fcntl(fd, F_GETFD);
-		if (flags >= 0 && !(flags & FD_CLOEXEC))
+	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+		dup2(null_fd, fd);
+	close(null_fd);
+	for (int fd = STDERR_FILENO + 1; fd < DESCRIPTORS_SEEN; fd++)
+		if (fcntl(fd, F_GETFD) == 0)		/* and not FD_CLOEXEC */
 			close(fd);
-	}
 	while (write(s->ready_fd, "", 1) < 0 && errno == EINTR)
 		;
 	close(s->ready_fd);

@@ -1367,6 +1367,14 @@ def test_daemon_closes_what_it_inherits(daemon, image):
     in_step(Client(s.addresses[0]).negotiate())
 
 
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/{}"])
+def test_log_of_a_daemon_may_be_what_its_starter_had_open(daemon, image, tmp_path, name):
+    with open(tmp_path / "log", "w") as log:
+        daemon(image, log=("--logpath", name.format(log.fileno())), stdout=log,
+               pass_fds=[log.fileno()])
+    assert "listening on" in (tmp_path / "log").read_text()
+
+
 def own_terminal(fd):
     os.setsid()
     fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
