@@ -48,6 +48,7 @@ enum {
 	STOP_S = 5,			/* where even this thread is held up */
 	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
 	LOOPS_MIN = 2,
+	LINKS_MAX = 40,
 };
 
 /* Everything that the server consists of.  The main thread's. */
@@ -444,22 +445,20 @@ static void keep_log(struct confine *c, const char *user, const char *path)
  * A file that may be a link, to a link maybe: of each the directory, since others replace the file
  * now and then.
  */
-static void keep_links(struct confine *c, const char *file)
+static void keep_links(struct confine *c, const char *file, int links_max)
 {
-	enum { LINKS_MAX = 40, ROOM = 4096 };
-	char path[2 * ROOM], target[ROOM];
-	ssize_t len;
+	char target[4096], *next;
+	ssize_t len = readlink(file, target, sizeof(target) - 1);
 
-	snprintf(path, sizeof(path), "%s", file);
-	for (int i = 0; i < LINKS_MAX; i++) {
-		keep_place(c, NULL, NULL, path, CONFINE_READ);
-		len = readlink(path, target, sizeof(target) - 1);
-		if (len <= 0)
-			return;
-		target[len] = '\0';
-		len = *target == '/' ? 0 : base_name(path) - path;
-		snprintf(path + len, sizeof(path) - (size_t)len, "%s", target);
-	}
+	keep_place(c, NULL, NULL, file, CONFINE_READ);
+	if (len <= 0 || links_max == 0)
+		return;
+	target[len] = '\0';
+	len = *target == '/' ? 0 : base_name(file) - file;
+	if (asprintf(&next, "%.*s%s", (int)len, file, target) < 0)
+		return;
+	keep_links(c, next, links_max - 1);
+	free(next);
 }
 
 /* A proxy connects again to an origin that was away, and looks up its name for that. */
@@ -468,10 +467,10 @@ static void keep_origin(struct confine *c, const struct options *o)
 	if (o->user && strncmp(o->host, "unix:", 5) == 0 && access(o->host + 5, W_OK) < 0)
 		log_error("--user %s: cannot connect to origin %s again: %s", o->user, o->host,
 			  strerror(errno));
-	keep_links(c, "/etc/hosts");
-	keep_links(c, "/etc/resolv.conf");
-	keep_links(c, "/etc/nsswitch.conf");
-	keep_links(c, "/etc/gai.conf");
+	keep_links(c, "/etc/hosts", LINKS_MAX);
+	keep_links(c, "/etc/resolv.conf", LINKS_MAX);
+	keep_links(c, "/etc/nsswitch.conf", LINKS_MAX);
+	keep_links(c, "/etc/gai.conf", LINKS_MAX);
 #ifdef __GLIBC__
 	confine_keep(c, "/usr", CONFINE_READ);		/* it may load libraries for that */
 	confine_keep(c, "/lib", CONFINE_READ);
@@ -652,7 +651,7 @@ static void take_wakeups(struct server *s)
 		log_error("SIGUSR1 ignored: snapshots are taken in target mode");
 	if (take_signal(SIGUSR2))
 		control_switch();
-	if (take_signal(SIGRTMIN) | take_signal(SIGINFO))
+	if (take_signal(SIGRTMIN) || take_signal(SIGINFO))
 		stats_log();
 	control_tend();
 	exports_tend();
