@@ -152,7 +152,7 @@ static void pass_on(int sig)
  */
 static bool daemonize(struct server *s)
 {
-	int fds[2], status;
+	int fds[2];
 	char byte;
 
 	null_fd = open_nothing();	/* later it may be out of reach */
@@ -166,7 +166,7 @@ static bool daemonize(struct server *s)
 		close(fds[1]);
 		if (read(fds[0], &byte, 1) == 1)
 			_exit(EXIT_SUCCESS);
-		waitpid(daemon_pid, &status, 0);
+		waitpid(daemon_pid, NULL, 0);
 		_exit(EXIT_FAILURE);
 	}
 	close(fds[0]);
