@@ -247,9 +247,9 @@ static int start_unix(struct listener *one, const struct sockaddr_un *sun, mode_
 	int lock, err;
 
 	one->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (one->fd < 0)
+	one->unix_path = absolute_path(sun->sun_path);
+	if (one->fd < 0 || !one->unix_path)
 		return -errno;
-	one->unix_path = not_null(absolute_path(sun->sun_path));
 	lock = lock_directory(sun->sun_path);
 	err = bind_unix(one->fd, sun, mode, lock);
 	if (!err && (lstat(one->unix_path, &one->file) < 0 || listen(one->fd, BACKLOG) < 0))

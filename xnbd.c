@@ -60,7 +60,7 @@ struct server {
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
 	struct confine_user user;	/* --user: who to become */
 	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
-	struct stat pid_file;		/* of our pidfile, if there is a path */
+	struct stat pid_file;		/* of our pidfile; all zero: there is none */
 	size_t connections_max;
 	uint64_t accept_again;		/* now_ms() when a pause of accepting ends */
 };
@@ -291,6 +291,8 @@ static bool share_descriptors(struct server *s, unsigned *loops)
 /* Take the only client, and keep everything else off its socket. */
 static bool take_client(struct server *s, int fd, const char *option)
 {
+	bool disturbs = log_would_disturb();
+
 	if (!listen_check(fd, false, option))
 		return false;
 	s->single_fd = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
@@ -299,9 +301,10 @@ static bool take_client(struct server *s, int fd, const char *option)
 		return false;
 	}
 	close(fd);
-	for (fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
-		if (is_same_socket(s->single_fd, fd))
-			close(fd);
+	close(STDIN_FILENO);
+	close(STDOUT_FILENO);
+	if (disturbs)
+		close(STDERR_FILENO);
 	occupy_standard_descriptors();
 	return true;
 }
@@ -350,26 +353,30 @@ static bool holds_number(int fd)
 	return digits > 0 && n == (ssize_t)digits + 1 && text[digits] == '\n';
 }
 
-/* Open and lock a pidfile, of which *st is then known.  NULL, or why not. */
-static const char *open_pidfile(const char *path, int *fd, struct stat *st)
+/* Open and lock a pidfile, of which *own is known if it is one.  NULL, or why not. */
+static const char *open_pidfile(const char *path, int *fd, struct stat *own)
 {
+	struct stat st;
+
 	*fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0644);
-	if (*fd < 0 || flock(*fd, LOCK_EX | LOCK_NB) < 0 || fstat(*fd, st) < 0)
+	if (*fd < 0 || flock(*fd, LOCK_EX | LOCK_NB) < 0 || fstat(*fd, &st) < 0)
 		return errno == EWOULDBLOCK ? "the server of that pidfile runs already" :
 					      strerror(errno);
-	if (!S_ISREG(st->st_mode))
+	if (!S_ISREG(st.st_mode))
 		return "it is not a file";
-	if (st->st_nlink > 1)
+	if (st.st_nlink > 1)
 		return "the file has another name";
-	return st->st_size == 0 || holds_number(*fd) ?
-		       NULL : "the file holds something else than a process id";
+	if (st.st_size > 0 && !holds_number(*fd))
+		return "the file holds something else than a process id";
+	*own = st;
+	return NULL;
 }
 
 /* The pidfile stays open, since it is locked while this process lives. */
 static bool write_pidfile(struct server *s)
 {
 	const char *path = s->options.pidfile, *wrong;
-	int fd;
+	int fd = -1;
 
 	if (!path)
 		return true;
@@ -379,14 +386,12 @@ static bool write_pidfile(struct server *s)
 		log_failure("pidfile %s is the log, too", path);
 		return false;
 	}
+	s->pid_path = absolute_path(path);
 	do	/* until it is not one that another server has just removed */
-		wrong = open_pidfile(path, &fd, &s->pid_file);
+		wrong = s->pid_path ? open_pidfile(path, &fd, &s->pid_file) : strerror(errno);
 	while (!wrong && s->pid_file.st_nlink == 0 && close(fd) == 0);
-	if (!wrong) {
-		s->pid_path = not_null(absolute_path(path));
-		if (ftruncate(fd, 0) < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0)
-			wrong = strerror(errno);
-	}
+	if (!wrong && (ftruncate(fd, 0) < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0))
+		wrong = strerror(errno);
 	if (wrong)
 		log_failure("cannot write pidfile %s: %s", path, wrong);
 	return !wrong;
@@ -583,7 +588,7 @@ static enum greeting greeting_of(const struct options *o)
 }
 
 /* Hand a client to a loop, or close it; its address is NULL at a Unix socket. */
-static void server_admit(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
+static void admit_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
 {
 	struct conn *c;
 
@@ -629,7 +634,7 @@ static bool accept_client(struct server *s, const struct listener *l)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(&address.sa, len, peer);
-	server_admit(s, fd, l->local ? NULL : &address.sa, peer);
+	admit_client(s, fd, l->local ? NULL : &address.sa, peer);
 	return true;
 }
 
@@ -700,7 +705,7 @@ static void add_single_client(struct server *s)
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
 	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
-	server_admit(s, s->single_fd, &address.sa, peer);
+	admit_client(s, s->single_fd, &address.sa, peer);
 }
 
 /* End */
@@ -760,6 +765,5 @@ int main(int argc, char **argv)
 	if (!exports_close() || commit_has_lost())
 		status = EXIT_FAILURE;
 	remove_pidfile(&s);
-	options_free(&s.options);
 	return status;
 }

@@ -501,7 +501,7 @@ mutant("a pidfile is not locked", "two servers with one pidfile",
        "xnbd.c", "flock(*fd, LOCK_EX | LOCK_NB) < 0 || ", "",
        tests="test_service.py::test_pidfile_of_a_running_server_is_refused")
 mutant("whatever is there is overwritten", "a pidfile that is none",
-       "xnbd.c", "return st->st_size == 0 || holds_number(*fd) ?", "return true ?",
+       "xnbd.c", "if (st.st_size > 0 && !holds_number(*fd))", "if (false)",
        tests="test_service.py::test_what_is_no_pidfile_is_left_alone")
 mutant("standard descriptors stay closed", "the log in the image",
        "xnbd.c", "occupy_standard_descriptors();\n\toptions_parse(", "options_parse(",
@@ -1135,7 +1135,7 @@ mutant("a daemon forgets where it came from", "--daemonize: control acts on the 
        tests="test_proxy.py::test_daemon_works_from_any_directory")
 
 mutant("a daemon leaves its pid file", "relative paths break after chdir",
-       "xnbd.c", "s->pid_path = not_null(absolute_path(path));", "s->pid_path = strdup(path);",
+       "xnbd.c", "s->pid_path = absolute_path(path);", "s->pid_path = strdup(path);",
        tests="test_service.py::test_prompt_returns_when_clients_can_connect "
              "test_proxy.py::test_daemon_works_from_any_directory")
 
