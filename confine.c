@@ -254,14 +254,3 @@ bool confine_is_in_force(void)
 {
 	return in_force;
 }
-
-void confine_keep_beside(struct confine *c, const char *path, unsigned rights)
-{
-	char *dir = path && c->fd >= 0 ? directory_of(path) : NULL;
-
-	if (dir)
-		confine_keep(c, dir, rights);
-	else if (path && c->fd >= 0)
-		c->error = -ENOMEM;
-	free(dir);
-}

@@ -64,9 +64,6 @@ void confine_begin(struct confine *c, unsigned forbidden);
  */
 void confine_keep(struct confine *c, const char *path, unsigned rights);
 
-/* Keep rights on the directory that holds path.  Nothing if path is NULL. */
-void confine_keep_beside(struct confine *c, const char *path, unsigned rights);
-
 /* The rules hold from now on, as far as the kernel knows them.  False after logging why not. */
 bool confine_enter(struct confine *c);
 

@@ -6,19 +6,15 @@
 
 #include "log.h"
 
-#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -32,55 +28,45 @@ enum {
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 };
 
-/* Takes fd and unix_path over, also when it fails. */
-static int add(struct listeners *l, int fd, char *unix_path)
+/* One more, of which only the socket is known. */
+static struct listener *add_listener(struct listeners *l, int fd)
 {
-	struct listener *all = realloc(l->all, (l->count + 1) * sizeof(*all));
-	union address address;
+	struct listener *one;
+
+	l->all = not_null(realloc(l->all, (l->count + 1) * sizeof(*l->all)));
+	one = &l->all[l->count++];
+	*one = (struct listener){ .source = { .fd = fd } };
+	return one;
+}
+
+static void name_listener(struct listener *one)
+{
+	union address address = { .sa.sa_family = AF_UNSPEC };
 	socklen_t len = sizeof(address);
-	struct listener *new;
 
-	if (!all) {
-		close(fd);
-		free(unix_path);
-		return -ENOMEM;
-	}
-	l->all = all;
-	new = &all[l->count++];
-	*new = (struct listener){ .source = { .fd = fd }, .unix_path = unix_path };
-	if (getsockname(fd, &address.sa, &len) < 0)
-		return -errno;
-	format_address(&address.sa, len, new->address);
-	new->local = address.sa.sa_family == AF_UNIX;
-	return 0;
+	getsockname(one->source.fd, &address.sa, &len);
+	format_address(&address.sa, len, one->address);
+	one->local = address.sa.sa_family == AF_UNIX;
 }
 
-static void close_from(struct listeners *l, size_t first)
-{
-	while (l->count > first)
-		close(l->all[--l->count].source.fd);
-}
-
-static void set_port(struct sockaddr *sa, unsigned port)
-{
-	if (sa->sa_family == AF_INET)
-		((struct sockaddr_in *)sa)->sin_port = htons((uint16_t)port);
-	else if (sa->sa_family == AF_INET6)
-		((struct sockaddr_in6 *)sa)->sin6_port = htons((uint16_t)port);
-}
+/* TCP */
 
 static unsigned get_port(const struct listener *l)
 {
 	return (unsigned)atoi(strrchr(l->address, ':') + 1);
 }
 
-/* Whether one of our sockets has that address already. */
-static bool is_listened_on(const struct listeners *l, const struct addrinfo *ai, unsigned port)
+static void format_at_port(const struct addrinfo *ai, unsigned port, char *address)
 {
-	char address[ADDRESS_MAX];
-
-	set_port(ai->ai_addr, port);
+	if (ai->ai_family == AF_INET)
+		((struct sockaddr_in *)ai->ai_addr)->sin_port = htons((uint16_t)port);
+	else if (ai->ai_family == AF_INET6)
+		((struct sockaddr_in6 *)ai->ai_addr)->sin6_port = htons((uint16_t)port);
 	format_address(ai->ai_addr, ai->ai_addrlen, address);
+}
+
+static bool is_listened_on(const struct listeners *l, const char *address)
+{
 	for (size_t i = 0; i < l->count; i++)
 		if (strcmp(l->all[i].address, address) == 0)
 			return true;
@@ -88,7 +74,7 @@ static bool is_listened_on(const struct listeners *l, const struct addrinfo *ai,
 }
 
 /* 0 or -errno; -EAFNOSUPPORT if the system has no such sockets, for whatever reason. */
-static int listen_address(struct listeners *l, const struct addrinfo *ai, unsigned port)
+static int listen_address(struct listeners *l, const struct addrinfo *ai)
 {
 	int on = 1, err;
 	int fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -98,116 +84,93 @@ static int listen_address(struct listeners *l, const struct addrinfo *ai, unsign
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
 	if (ai->ai_family == AF_INET6)
 		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof(on));
-	set_port(ai->ai_addr, port);
 	if (bind(fd, ai->ai_addr, ai->ai_addrlen) < 0 || listen(fd, BACKLOG) < 0) {
 		err = -errno;
 		close(fd);
 		return err;
 	}
-	return add(l, fd, NULL);
+	name_listener(add_listener(l, fd));
+	return 0;
 }
 
-/* A machine without IPv6, or without IPv4, still has all of its addresses. */
-static bool family_is_missing(int err)
-{
-	return err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL;
-}
-
-/*
- * All addresses of one list, each once, without those of a missing family if there are others:
- * these have their error in ai_flags then.  *port is set when 0.  Returns 0 or -errno, failed names
- * the address.
- */
-static int listen_list(struct listeners *l, struct addrinfo *list, unsigned *port, char *failed)
-{
-	bool any = false;
-	int err = 0;
-
-	for (struct addrinfo *ai = list; ai; ai = ai->ai_next) {
-		ai->ai_flags = 0;
-		if (!is_listened_on(l, ai, *port))
-			err = ai->ai_flags = listen_address(l, ai, *port);
-		if (ai->ai_flags) {
-			format_address(ai->ai_addr, ai->ai_addrlen, failed);
-			if (!family_is_missing(err))
-				return err;
-		}
-		any |= !ai->ai_flags;
-		if (*port == 0 && !ai->ai_flags)
-			*port = get_port(&l->all[l->count - 1]);
-	}
-	return any ? 0 : err;
-}
-
-static void log_missing(const struct addrinfo *list, unsigned port)
-{
-	char address[ADDRESS_MAX];
-
-	for (const struct addrinfo *ai = list; ai; ai = ai->ai_next) {
-		set_port(ai->ai_addr, port);
-		format_address(ai->ai_addr, ai->ai_addrlen, address);
-		if (ai->ai_flags)
-			log_line("cannot listen on %s: %s; going on without", address,
-				 strerror(-ai->ai_flags));
-	}
-}
-
+/* NULL after logging why there is no address of that name; NULL stands for all of the machine. */
 static struct addrinfo *resolve(const char *name)
 {
-	char *host = name ? not_null(strdup(name)) : NULL;
 	const struct addrinfo hints = {
-		.ai_flags = AI_PASSIVE,
-		.ai_family = AF_UNSPEC,
-		.ai_socktype = SOCK_STREAM,
+		.ai_flags = AI_PASSIVE, .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM,
 	};
-	struct addrinfo *list;
+	char *host = name ? not_null(strdup(name)) : NULL;
+	struct addrinfo *list = NULL;
 	int err;
 
 	if (host)
 		strip_brackets(host);
 	err = getaddrinfo(host, "0", &hints, &list);
-	free(host);
-	if (err) {
+	if (err)
 		log_failure("cannot listen on %s: %s", name ? name : "all addresses",
 			    err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err));
-		return NULL;
-	}
+	free(host);
 	return list;
+}
+
+/*
+ * Listen at those addresses of a list that are new.  Some may be missing: a machine without IPv6, or
+ * without IPv4, still has all of its addresses.  *port is set when 0.  0 or -errno, and failed names
+ * the address.
+ */
+static int listen_list(struct listeners *l, struct addrinfo *list, unsigned *port, char *failed)
+{
+	char address[ADDRESS_MAX];
+	int err, missing = 0;
+	bool any = false;
+
+	for (struct addrinfo *ai = list; ai; ai = ai->ai_next) {
+		format_at_port(ai, *port, address);
+		err = is_listened_on(l, address) ? 0 : listen_address(l, ai);
+		if (err)
+			strcpy(failed, address);
+		if (err && err != -EAFNOSUPPORT && err != -EADDRNOTAVAIL)
+			return err;
+		if (err)
+			missing = err;
+		else if (*port == 0)
+			*port = get_port(&l->all[l->count - 1]);
+		any |= !err;
+	}
+	for (struct addrinfo *ai = list; ai && any && missing; ai = ai->ai_next) {
+		format_at_port(ai, *port, address);
+		if (!is_listened_on(l, address))
+			log_line("cannot listen on %s: %s; going on without", address,
+				 strerror(-missing));
+	}
+	return any ? 0 : missing;
 }
 
 bool listen_tcp(struct listeners *l, const char *const *names, size_t count, unsigned port)
 {
-	struct addrinfo *lists[count ? count : 1];
-	size_t lists_count = count ? count : 1, before = l->count;
-	char failed[ADDRESS_MAX] = "";
-	unsigned chosen = port;
-	int err = -EADDRINUSE;
+	char failed[ADDRESS_MAX];
+	unsigned chosen;
+	int err, tries = 0;
 
-	for (size_t i = 0; i < lists_count; i++) {
-		lists[i] = resolve(count ? names[i] : NULL);
-		if (!lists[i]) {
-			lists_count = i;
-			goto out;
-		}
-	}
-	for (int tries = 0; tries < FREE_PORT_TRIES && err == -EADDRINUSE; tries++) {
-		close_from(l, before);
+	do {	/* a port that is free at one address may be in use at the next */
+		listen_close(l);
 		chosen = port;
 		err = 0;
-		for (size_t i = 0; i < lists_count && !err; i++)
-			err = listen_list(l, lists[i], &chosen, failed);
-		if (port != 0)
-			break;
-	}
+		for (size_t i = 0; !err && (i < count || i == 0); i++) {
+			struct addrinfo *list = resolve(count ? names[i] : NULL);
+
+			if (!list)
+				return false;
+			err = listen_list(l, list, &chosen, failed);
+			freeaddrinfo(list);
+		}
+	} while (err == -EADDRINUSE && port == 0 && ++tries < FREE_PORT_TRIES);
 	if (err)
 		log_failure("cannot listen on %s: %s", failed, strerror(-err));
-	for (size_t i = 0; i < lists_count && !err; i++)
-		log_missing(lists[i], chosen);
-out:
-	for (size_t i = 0; i < lists_count; i++)
-		freeaddrinfo(lists[i]);
 	return err == 0;
 }
+
+/* Unix sockets */
 
 /* Whether somebody serves the socket. */
 static bool is_alive(const struct sockaddr_un *sun)
@@ -225,13 +188,13 @@ static bool is_alive(const struct sockaddr_un *sun)
 }
 
 /*
- * Bind to a path; the socket's file has the mode from its beginning.  The umask is that of all
- * threads, but nobody creates files meanwhile.
+ * Bind; the socket's file has the mode from its beginning.  The umask is that of all threads, but
+ * nobody creates files meanwhile.  0 or -errno.
  */
 static int bind_mode(int fd, const struct sockaddr_un *sun, mode_t mode)
 {
 	mode_t old = mode ? umask(~mode & 0777) : 0;
-	int err = bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0 ? errno : 0;
+	int err = bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0 ? -errno : 0;
 
 	if (mode)
 		umask(old);
@@ -244,33 +207,29 @@ static int bind_mode(int fd, const struct sockaddr_un *sun, mode_t mode)
  */
 static int lock_directory(const char *path)
 {
-	char *dir = directory_of(path);
-	int fd = dir ? open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1, err = 0;
+	char *dir = not_null(directory_of(path));
+	int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC), err = fd < 0 ? -errno : 0;
 
-	if (fd < 0)
-		err = dir ? -errno : -ENOMEM;
 	free(dir);
-	for (int tries = 0; fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) < 0; tries++) {
-		err = -errno;
-		if ((err != -EWOULDBLOCK && err != -EINTR) || tries == LOCK_TRIES) {
+	for (int tries = 0; !err && flock(fd, LOCK_EX | LOCK_NB) < 0; tries++) {
+		if ((errno != EWOULDBLOCK && errno != EINTR) || tries == LOCK_TRIES) {
+			err = -errno;
 			close(fd);
-			return err;
+		} else {
+			poll(NULL, 0, LOCK_PAUSE_MS);
 		}
-		poll(NULL, 0, LOCK_PAUSE_MS);
 	}
-	return fd < 0 ? err : fd;
+	return err ? err : fd;
 }
 
-/*
- * Bind, in place of a stale socket if there is one, and if the directory is locked.  0 or -errno.
- */
+/* Bind, in place of a stale socket if there is one and the directory is locked.  0 or -errno. */
 static int bind_unix(int fd, const struct sockaddr_un *sun, mode_t mode, int lock)
 {
-	int err = lock == -EWOULDBLOCK ? EWOULDBLOCK : bind_mode(fd, sun, mode);
+	int err = lock == -EWOULDBLOCK ? lock : bind_mode(fd, sun, mode);
 	struct stat st;
 
-	if (err != EADDRINUSE)
-		return -err;
+	if (err != -EADDRINUSE)
+		return err;
 	if (lstat(sun->sun_path, &st) < 0)
 		return -errno;
 	if (!S_ISSOCK(st.st_mode))
@@ -281,43 +240,32 @@ static int bind_unix(int fd, const struct sockaddr_un *sun, mode_t mode, int loc
 		return lock;
 	if (unlink(sun->sun_path) < 0)
 		return -errno;
-	return -bind_mode(fd, sun, mode);
+	return bind_mode(fd, sun, mode);
 }
 
-/* 0 or -errno; fd is closed on failure. */
-static int start_unix(struct listeners *l, int fd, const struct sockaddr_un *sun, mode_t mode)
+/* 0 or -errno; what was made is closed and removed by listen_close(). */
+static int start_unix(struct listener *one, const struct sockaddr_un *sun, mode_t mode)
 {
-	char *path = absolute_path(sun->sun_path);
-	int lock = lock_directory(sun->sun_path);
-	struct stat st;
-	bool bound;
-	int err;
+	int lock, err;
 
-	err = path ? bind_unix(fd, sun, mode, lock) : -ENOMEM;
-	bound = err == 0;
-	if (!err && (listen(fd, BACKLOG) < 0 || lstat(path, &st) < 0))
+	one->source.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	one->unix_path = absolute_path(sun->sun_path);
+	if (one->source.fd < 0 || !one->unix_path)
+		return -errno;
+	lock = lock_directory(sun->sun_path);
+	err = bind_unix(one->source.fd, sun, mode, lock);
+	if (!err && (lstat(one->unix_path, &one->file) < 0 || listen(one->source.fd, BACKLOG) < 0))
 		err = -errno;
+	name_listener(one);
 	if (lock >= 0)
 		close(lock);
-	if (err) {
-		close(fd);
-		free(path);
-	} else {
-		err = add(l, fd, path);
-	}
-	if (!err) {
-		l->all[l->count - 1].dev = st.st_dev;
-		l->all[l->count - 1].ino = st.st_ino;
-	} else if (bound) {
-		unlink(sun->sun_path);
-	}
 	return err;
 }
 
 bool listen_unix(struct listeners *l, const char *path, mode_t mode)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
-	int fd, err;
+	int err;
 
 	if (strlen(path) >= sizeof(sun.sun_path)) {
 		log_failure("cannot listen on unix:%s: the path has %zu bytes, %zu is the most",
@@ -325,8 +273,7 @@ bool listen_unix(struct listeners *l, const char *path, mode_t mode)
 		return false;
 	}
 	strcpy(sun.sun_path, path);
-	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	err = fd < 0 ? -errno : start_unix(l, fd, &sun, mode);
+	err = start_unix(add_listener(l, -1), &sun, mode);
 	if (err)
 		log_failure("cannot listen on unix:%s: %s", path,
 			    err == -EADDRINUSE	? "another server is listening there" :
@@ -335,6 +282,8 @@ bool listen_unix(struct listeners *l, const char *path, mode_t mode)
 						  strerror(-err));
 	return err == 0;
 }
+
+/* Passed sockets */
 
 int listen_count_passed(void)
 {
@@ -354,39 +303,31 @@ int listen_count_passed(void)
 bool listen_check(int fd, bool listens, const char *what)
 {
 	int type = 0, listening = 0;
-	socklen_t len = sizeof(type);
+	socklen_t len = sizeof(int);
+	const char *wrong = NULL;
 
-	if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) < 0 || type != SOCK_STREAM) {
-		log_failure("%s: descriptor %d is not a stream socket", what, fd);
-		return false;
-	}
+	getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len);
 	getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len);
-	if (listens != (listening != 0))
-		log_failure("%s: descriptor %d %s", what, fd, listens ?
-			    "does not listen (--inetd takes a connection)" :
-			    "is a socket that listens, not a connection");
-	return listens == (listening != 0);
-}
-
-static bool take_passed(struct listeners *l, int fd)
-{
-	int err;
-
-	if (!listen_check(fd, true, "LISTEN_FDS"))
-		return false;
-	fcntl(fd, F_SETFD, FD_CLOEXEC);
-	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
-	err = add(l, fd, NULL);
-	if (err)
-		log_failure("LISTEN_FDS: descriptor %d: %s", fd, strerror(-err));
-	return err == 0;
+	if (type != SOCK_STREAM)
+		wrong = "is not a stream socket";
+	else if (listens && !listening)
+		wrong = "does not listen (--inetd takes a connection)";
+	else if (!listens && listening)
+		wrong = "is a socket that listens, not a connection";
+	if (wrong)
+		log_failure("%s: descriptor %d %s", what, fd, wrong);
+	return !wrong;
 }
 
 bool listen_passed(struct listeners *l, int count)
 {
-	for (int i = 0; i < count; i++)
-		if (!take_passed(l, PASSED_FIRST + i))
+	for (int fd = PASSED_FIRST; fd < PASSED_FIRST + count; fd++) {
+		if (!listen_check(fd, true, "LISTEN_FDS"))
 			return false;
+		fcntl(fd, F_SETFD, FD_CLOEXEC);
+		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+		name_listener(add_listener(l, fd));
+	}
 	return true;
 }
 
@@ -463,11 +404,11 @@ void listen_close(struct listeners *l)
 		struct listener *one = &l->all[i];
 
 		if (one->unix_path)
-			remove_own("unix:", one->unix_path, one->dev, one->ino);
+			remove_own("unix:", one->unix_path, one->file.st_dev, one->file.st_ino);
 		free(one->unix_path);
-		close(one->source.fd);
+		if (one->source.fd >= 0)
+			close(one->source.fd);
 	}
 	free(l->all);
-	l->all = NULL;
-	l->count = 0;
+	*l = (struct listeners){ 0 };
 }

@@ -6,7 +6,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
-#include <sys/types.h>
+#include <sys/stat.h>
 
 #include "loop.h"
 #include "util.h"
@@ -17,8 +17,7 @@ struct listener {
 	char address[ADDRESS_MAX];
 	bool local;		/* a Unix socket, whose clients have no names */
 	char *unix_path;	/* of a socket that we made, from the root; else NULL */
-	dev_t dev;		/* of the socket's file, so that only our own is unlinked */
-	ino_t ino;
+	struct stat file;	/* of such a socket, so that only our own is unlinked */
 	void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
 	bool (*is_full)(void);
 };
@@ -29,7 +28,7 @@ struct listeners {
 };
 
 /*
- * Listen on TCP: on each address that the names stand for, or on all addresses of the machine
+ * Listen on TCP alone: on each address that the names stand for, or on all addresses of the machine
  * if there are no names.  Port 0 takes a port that is free on all of them.  False after logging
  * why not.
  */

@@ -19,13 +19,11 @@
 #include "util.h"
 #include "worker.h"
 
-#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,9 +42,11 @@ enum {
 	PROXY_FDS = 6,			/* to look up a name, while it has a link already */
 	SPARE_FDS = 64,			/* for all that can wait until there are some, at most */
 	STOP_MS = 4500,
+	STOP_LOOK_MS = 100,		/* how often it is looked at */
 	STOP_S = 5,			/* where even this thread is held up */
 	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
 	LOOPS_MIN = 2,
+	LINKS_MAX = 40,
 };
 
 /* Everything that the server consists of.  The main thread's. */
@@ -56,20 +56,20 @@ struct server {
 	int passed;			/* sockets that were opened for us */
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
-	int null_fd;			/* likewise: /dev/null */
 	struct confine_user user;	/* --user: who to become */
 	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
-	struct stat pid_file;		/* of our pidfile, if there is a path */
+	struct stat pid_file;		/* of our pidfile; all zero: there is none */
 	size_t connections_max;
 	struct loop loop;		/* of listeners and control connections */
 };
 
 static struct server server = { .single_fd = -1, .ready_fd = -1 };
 
-#if defined(SIGRTMIN)
-#define SIGSTATS SIGRTMIN
-#else
-#define SIGSTATS SIGINFO
+/* Either asks for statistics, and not every system has both. */
+#ifndef SIGINFO
+#define SIGINFO SIGRTMIN
+#elif !defined(SIGRTMIN)
+#define SIGRTMIN SIGINFO
 #endif
 
 static void accept_client(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
@@ -99,10 +99,6 @@ static void take_stop_signal(void)
 
 static void on_signal(int sig)
 {
-#if defined(SIGINFO)
-	if (sig == SIGINFO)
-		sig = SIGSTATS;
-#endif
 	if (sig == SIGALRM)
 		end_at_once();
 	if (sig == SIGTERM || sig == SIGINT)
@@ -126,10 +122,7 @@ static bool setup_signals(void)
 {
 	struct sigaction sa = { .sa_handler = on_signal, .sa_flags = SA_RESTART };
 	const int handled[] = {
-		SIGTERM, SIGINT, SIGALRM, SIGHUP, SIGUSR1, SIGUSR2, SIGSTATS,
-#if defined(SIGINFO)
-		SIGINFO,
-#endif
+		SIGTERM, SIGINT, SIGALRM, SIGHUP, SIGUSR1, SIGUSR2, SIGRTMIN, SIGINFO,
 	};
 	int err = bell_init(&main_bell);
 
@@ -147,6 +140,7 @@ static bool setup_signals(void)
 /* Start-up */
 
 static pid_t daemon_pid;
+static int null_fd;
 
 /* The first process waits: who wants it to end means the daemon. */
 static void pass_on(int sig)
@@ -160,10 +154,11 @@ static void pass_on(int sig)
  */
 static bool daemonize(struct server *s)
 {
-	int fds[2], status;
+	int fds[2];
 	char byte;
 
-	if (pipe2(fds, O_CLOEXEC) < 0 || (daemon_pid = fork()) < 0) {
+	null_fd = open_nothing();	/* later it may be out of reach */
+	if (null_fd < 0 || pipe2(fds, O_CLOEXEC) < 0 || (daemon_pid = fork()) < 0) {
 		log_failure("cannot daemonize: %s", strerror(errno));
 		return false;
 	}
@@ -173,45 +168,36 @@ static bool daemonize(struct server *s)
 		close(fds[1]);
 		if (read(fds[0], &byte, 1) == 1)
 			_exit(EXIT_SUCCESS);
-		waitpid(daemon_pid, &status, 0);
+		waitpid(daemon_pid, NULL, 0);
 		_exit(EXIT_FAILURE);
 	}
 	close(fds[0]);
 	s->ready_fd = fds[1];
-	s->null_fd = open_nothing();
-	if (s->null_fd < 0)
-		log_failure("cannot daemonize: %s", strerror(errno));
 	setsid();
-	return s->null_fd >= 0;
+	return true;
 }
 
 /*
  * The daemon can be used: let the first process go, and let go of its terminal, its directory, and
- * what it had open.  What we have opened, or were meant to get, is what a program that we executed
- * would not get.
+ * what it had open, which the log or an image may have been.  What we have opened, or were meant to
+ * get, is what a program that we executed would not get.
  */
 static bool detach(struct server *s)
 {
-	int flags;
-
 	if (chdir("/") < 0) {
 		log_failure("cannot daemonize: %s", strerror(errno));
 		return false;
 	}
 	log_flush();		/* who waits for us may look there for our port */
 	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
-		dup2(s->null_fd, fd);
-	if (s->null_fd > STDERR_FILENO)
-		close(s->null_fd);
-	for (int fd = STDERR_FILENO + 1; fd < DESCRIPTORS_SEEN; fd++) {
-		flags = fcntl(fd, F_GETFD);
-		if (flags >= 0 && !(flags & FD_CLOEXEC))
+		dup2(null_fd, fd);
+	close(null_fd);
+	for (int fd = STDERR_FILENO + 1; fd < DESCRIPTORS_SEEN; fd++)
+		if (fcntl(fd, F_GETFD) == 0)		/* and not FD_CLOEXEC */
 			close(fd);
-	}
 	while (write(s->ready_fd, "", 1) < 0 && errno == EINTR)
 		;
 	close(s->ready_fd);
-	s->ready_fd = -1;
 	return true;
 }
 
@@ -252,32 +238,24 @@ static bool setup_log(struct server *s)
 	return error == NULL;
 }
 
-static size_t connections_wanted(const struct options *o)
+/* As many descriptors as we may have. */
+static void raise_limits(void)
 {
-	return o->max_connections ? o->max_connections : CONNECTIONS_MAX;
-}
-
-/* As many descriptors as we may have, up to what all connections, loops and exports need. */
-static void raise_limits(const struct options *o)
-{
-	rlim_t files = (rlim_t)connections_wanted(o) + 3 * SPARE_FDS +
-		       (rlim_t)(2 * EXPORT_FDS) * o->exports + LOOP_FDS * (rlim_t)o->threads;
 	struct rlimit r;
 
-	if (getrlimit(RLIMIT_NOFILE, &r) < 0 || r.rlim_cur >= r.rlim_max || r.rlim_cur >= files)
+	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
 		return;
-	r.rlim_cur = r.rlim_max < files ? r.rlim_max : files;
+	r.rlim_cur = r.rlim_max;
 	setrlimit(RLIMIT_NOFILE, &r);
 }
 
 /* How many descriptors may still be opened. */
 static size_t free_descriptors(void)
 {
-	struct rlimit r;
+	struct rlimit r = { .rlim_cur = 256 };
 	size_t limit, open = 0;
 
-	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
-		r.rlim_cur = 256;
+	getrlimit(RLIMIT_NOFILE, &r);
 	limit = r.rlim_cur < INT_MAX ? (size_t)r.rlim_cur : INT_MAX;
 	for (int fd = 0; fd < DESCRIPTORS_SEEN; fd++)
 		open += fcntl(fd, F_GETFD) >= 0;
@@ -303,30 +281,33 @@ static bool share_descriptors(struct server *s, unsigned *loops)
 	if (*loops > 1 + there / 8)
 		*loops = (unsigned)(1 + there / 8);
 	there -= spare + LOOP_FDS * (*loops - 1);
-	s->connections_max = connections_wanted(o) < there ? connections_wanted(o) : there;
-	if (s->connections_max < o->max_connections)
+	s->connections_max = o->max_connections ? o->max_connections : CONNECTIONS_MAX;
+	if (s->connections_max <= there)
+		return true;
+	s->connections_max = there;
+	if (o->max_connections)
 		log_line("the limit of open files leaves room for %zu connections", there);
 	return true;
 }
 
-/* Take the client from standard input, and keep everything else off its socket. */
-static bool take_inetd(struct server *s)
+/* Take the only client, and keep everything else off its socket. */
+static bool take_client(struct server *s, int fd, const char *option)
 {
-	int null;
+	bool disturbs = log_would_disturb();
 
-	if (!listen_check(STDIN_FILENO, false, "--inetd"))
+	if (!listen_check(fd, false, option))
 		return false;
-	s->single_fd = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
-	null = open_nothing();
-	if (s->single_fd < 0 || null < 0) {
-		log_failure("--inetd: %s", strerror(errno));
+	s->single_fd = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+	if (s->single_fd < 0) {
+		log_failure("%s: %s", option, strerror(errno));
 		return false;
 	}
-	dup2(null, STDIN_FILENO);
-	dup2(null, STDOUT_FILENO);
-	if (is_same_socket(s->single_fd, STDERR_FILENO))
-		dup2(null, STDERR_FILENO);
-	close(null);
+	close(fd);
+	close(STDIN_FILENO);
+	close(STDOUT_FILENO);
+	if (disturbs)
+		close(STDERR_FILENO);
+	occupy_standard_descriptors();
 	return true;
 }
 
@@ -347,12 +328,9 @@ static bool open_sockets(struct server *s)
 	const struct options *o = &s->options;
 
 	if (o->inetd)
-		return take_inetd(s);
-	if (o->connected_fd >= 0) {
-		s->single_fd = (int)o->connected_fd;
-		return listen_check(s->single_fd, false, "--connected-fd") &&
-		       fcntl(s->single_fd, F_SETFD, FD_CLOEXEC) == 0;
-	}
+		return take_client(s, STDIN_FILENO, "--inetd");
+	if (o->connected_fd >= 0)
+		return take_client(s, (int)o->connected_fd, "--connected-fd");
 	if (s->passed > 0 && (o->lport_given || o->laddrs || o->unix_path)) {
 		log_failure("LISTEN_FDS says where to listen, --lport, --laddr and --unix do not "
 			    "belong to it");
@@ -377,30 +355,30 @@ static bool holds_number(int fd)
 	return digits > 0 && n == (ssize_t)digits + 1 && text[digits] == '\n';
 }
 
-/* Open and lock a pidfile, of which *st is then known.  NULL, or why not. */
-static const char *open_pidfile(const char *path, int *fd, struct stat *st)
+/* Open and lock a pidfile, of which *own is known if it is one.  NULL, or why not. */
+static const char *open_pidfile(const char *path, int *fd, struct stat *own)
 {
+	struct stat st;
+
 	*fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0644);
-	if (*fd < 0 || fstat(*fd, st) < 0)
-		return strerror(errno);
-	if (!S_ISREG(st->st_mode))
-		return "it is not a file";
-	if (flock(*fd, LOCK_EX | LOCK_NB) < 0)
+	if (*fd < 0 || flock(*fd, LOCK_EX | LOCK_NB) < 0 || fstat(*fd, &st) < 0)
 		return errno == EWOULDBLOCK ? "the server of that pidfile runs already" :
 					      strerror(errno);
-	if (fstat(*fd, st) < 0)
-		return strerror(errno);
-	if (st->st_nlink > 1)
+	if (!S_ISREG(st.st_mode))
+		return "it is not a file";
+	if (st.st_nlink > 1)
 		return "the file has another name";
-	return st->st_size == 0 || holds_number(*fd) ?
-		       NULL : "the file holds something else than a process id";
+	if (st.st_size > 0 && !holds_number(*fd))
+		return "the file holds something else than a process id";
+	*own = st;
+	return NULL;
 }
 
 /* The pidfile stays open, since it is locked while this process lives. */
 static bool write_pidfile(struct server *s)
 {
 	const char *path = s->options.pidfile, *wrong;
-	int fd;
+	int fd = -1;
 
 	if (!path)
 		return true;
@@ -410,12 +388,11 @@ static bool write_pidfile(struct server *s)
 		log_failure("pidfile %s is the log, too", path);
 		return false;
 	}
+	s->pid_path = absolute_path(path);
 	do	/* until it is not one that another server has just removed */
-		wrong = open_pidfile(path, &fd, &s->pid_file);
+		wrong = s->pid_path ? open_pidfile(path, &fd, &s->pid_file) : strerror(errno);
 	while (!wrong && s->pid_file.st_nlink == 0 && close(fd) == 0);
-	s->pid_path = wrong ? NULL : absolute_path(path);
-	if (!wrong && (!s->pid_path || ftruncate(fd, 0) < 0 ||
-		       dprintf(fd, "%ld\n", (long)getpid()) < 0))
+	if (!wrong && (ftruncate(fd, 0) < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0))
 		wrong = strerror(errno);
 	if (wrong)
 		log_failure("cannot write pidfile %s: %s", path, wrong);
@@ -440,46 +417,67 @@ static bool become_user(struct server *s)
 	return (!control || confine_give_socket(control, &s->user)) && confine_become(&s->user);
 }
 
-/* SIGHUP opens the log file again; if it is a terminal or the like, under any name. */
-static void keep_log(struct confine *c, const char *path)
+/*
+ * Keep rights on the directory of a file, if there is one, for what will be done there later.  The
+ * log tells what a user, unless that is NULL, will not be able to do.
+ */
+static void keep_place(struct confine *c, const char *user, const char *deed, const char *path,
+		       unsigned rights)
+{
+	char *dir = path ? not_null(directory_of(path)) : NULL;
+
+	if (dir && user && access(dir, W_OK | X_OK) < 0)
+		log_line("--user %s: cannot %s%s later: %s", user, deed, path, strerror(errno));
+	if (dir)
+		confine_keep(c, dir, rights);
+	free(dir);
+}
+
+/*
+ * SIGHUP opens the log file again, which may be another one then; a terminal or the like stays what
+ * it is, under any name.
+ */
+static void keep_log(struct confine *c, const char *user, const char *path)
 {
 	struct stat st;
 
 	if (path && lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
 		confine_keep(c, path, CONFINE_APPEND | CONFINE_READ_FILE);
 	else
-		confine_keep_beside(c, path, CONFINE_APPEND);
+		keep_place(c, path && access(path, W_OK) == 0 ? NULL : user, "open log file ", path,
+			   CONFINE_APPEND);
 }
 
 /*
  * A file that may be a link, to a link maybe: of each the directory, since others replace the file
  * now and then.
  */
-static void keep_links(struct confine *c, const char *file)
+static void keep_links(struct confine *c, const char *file, int links_max)
 {
-	enum { LINKS_MAX = 40, ROOM = 4096 };
-	char path[2 * ROOM], target[ROOM];
-	ssize_t len;
+	char target[4096], *next;
+	ssize_t len = readlink(file, target, sizeof(target) - 1);
 
-	snprintf(path, sizeof(path), "%s", file);
-	for (int i = 0; i < LINKS_MAX; i++) {
-		confine_keep_beside(c, path, CONFINE_READ);
-		len = readlink(path, target, sizeof(target) - 1);
-		if (len <= 0)
-			return;
-		target[len] = '\0';
-		len = *target == '/' ? 0 : base_name(path) - path;
-		snprintf(path + len, sizeof(path) - (size_t)len, "%s", target);
-	}
+	keep_place(c, NULL, NULL, file, CONFINE_READ);
+	if (len <= 0 || links_max == 0)
+		return;
+	target[len] = '\0';
+	len = *target == '/' ? 0 : base_name(file) - file;
+	if (asprintf(&next, "%.*s%s", (int)len, file, target) < 0)
+		return;
+	keep_links(c, next, links_max - 1);
+	free(next);
 }
 
-/* What a proxy needs to look up the name of an origin, later. */
-static void keep_resolver(struct confine *c)
+/* A proxy connects again to an origin that was away, and looks up its name for that. */
+static void keep_origin(struct confine *c, const struct options *o)
 {
-	keep_links(c, "/etc/hosts");
-	keep_links(c, "/etc/resolv.conf");
-	keep_links(c, "/etc/nsswitch.conf");
-	keep_links(c, "/etc/gai.conf");
+	if (o->user && strncmp(o->host, "unix:", 5) == 0 && access(o->host + 5, W_OK) < 0)
+		log_error("--user %s: cannot connect to origin %s again: %s", o->user, o->host,
+			  strerror(errno));
+	keep_links(c, "/etc/hosts", LINKS_MAX);
+	keep_links(c, "/etc/resolv.conf", LINKS_MAX);
+	keep_links(c, "/etc/nsswitch.conf", LINKS_MAX);
+	keep_links(c, "/etc/gai.conf", LINKS_MAX);
 #ifdef __GLIBC__
 	confine_keep(c, "/usr", CONFINE_READ);		/* it may load libraries for that */
 	confine_keep(c, "/lib", CONFINE_READ);
@@ -492,19 +490,22 @@ static bool confine(struct server *s)
 {
 	const struct options *o = &s->options;
 	const char *supervisor = getenv("NOTIFY_SOCKET");
-	struct confine c;
+	struct confine c = { .fd = -1 };
 
-	confine_begin(&c, (o->mode == MODE_PROXY ? 0 : CONFINE_NO_CONNECT) |
-				  (supervisor && *supervisor == '@' ? 0 : CONFINE_NO_ABSTRACT));
+	if (!o->no_sandbox)
+		confine_begin(&c, (o->mode == MODE_PROXY ? 0 : CONFINE_NO_CONNECT) |
+			      (supervisor && *supervisor == '@' ? 0 : CONFINE_NO_ABSTRACT));
 	for (size_t i = 0; i < exports_table()->count; i++)
-		confine_keep_beside(&c, exports_snapshots_beside(i), CONFINE_FILES);
+		keep_place(&c, o->user, "make snapshots of ", exports_snapshots_beside(i),
+			   CONFINE_FILES);
 	for (size_t i = 0; i < s->listeners.count; i++)
-		confine_keep_beside(&c, s->listeners.all[i].unix_path, CONFINE_REMOVE_FILE);
-	confine_keep_beside(&c, o->control, CONFINE_REMOVE_FILE);
-	confine_keep_beside(&c, s->pid_path, CONFINE_REMOVE_FILE);
-	keep_log(&c, s->log_path);
+		keep_place(&c, o->user, "remove unix:", s->listeners.all[i].unix_path,
+			   CONFINE_REMOVE_FILE);
+	keep_place(&c, o->user, "remove unix:", o->control, CONFINE_REMOVE_FILE);
+	keep_place(&c, o->user, "remove pidfile ", s->pid_path, CONFINE_REMOVE_FILE);
+	keep_log(&c, o->user, s->log_path);
 	if (o->mode == MODE_PROXY)
-		keep_resolver(&c);
+		keep_origin(&c, o);
 	return confine_enter(&c);
 }
 
@@ -514,7 +515,7 @@ static bool give_up_rights(struct server *s)
 	if (s->options.user && !become_user(s))
 		return false;
 	confine_no_new_privileges();
-	return s->options.no_sandbox || confine(s);
+	return confine(s);
 }
 
 /* The first loop, and the first worker: without them nobody could be served. */
@@ -548,7 +549,7 @@ static bool start_listening(struct server *s)
 
 static bool start(struct server *s)
 {
-	raise_limits(&s->options);
+	raise_limits();
 	stats_init((unsigned)s->options.stats, clients_survey);
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
@@ -644,7 +645,7 @@ static void take_wakeups(struct server *s)
 		log_error("SIGUSR1 ignored: snapshots are taken in target mode");
 	if (take_signal(SIGUSR2))
 		control_switch();
-	if (take_signal(SIGSTATS))
+	if (take_signal(SIGRTMIN) || take_signal(SIGINFO))
 		stats_log();
 	control_tend();
 	exports_tend();
@@ -679,54 +680,31 @@ static void add_single_client(struct server *s)
 
 /* End */
 
-/* Let all connections finish, and give up snapshots.  False if that takes too long. */
-static bool stop_all(void)
+/* Let all connections finish, and give up snapshots.  The program ends if that takes too long. */
+static void server_stop(struct server *s)
 {
-	uint64_t begun = now_ms(), now;
+	uint64_t begun = now_ms(), past;
 	struct pollfd pfd;
 
+	listen_close(&s->listeners);
 	control_close();
 	exports_stop();
 	clients_stop();
 	while (clients_count() > 0 || exports_are_busy()) {
-		uint64_t until = begun;
-
-		now = now_ms();
-		until += now < begun + GIVE_UP_MS ? GIVE_UP_MS : STOP_MS;
-		if (now >= begun + GIVE_UP_MS)
+		past = now_ms() - begun;
+		if (past >= GIVE_UP_MS)
 			exports_give_up();
-		if (now >= until)
-			return false;
-		bell_poll(&main_bell, &pfd, 1, (int)(until - now));
+		if (past >= STOP_MS) {
+			log_error("stopped, but %zu connections wait for the disk", clients_count());
+			remove_pidfile(s);
+			end_at_once();
+		}
+		bell_poll(&main_bell, &pfd, 1, STOP_LOOK_MS);
 		bell_answer(&main_bell);
-	}
-	return true;
-}
-
-static void clean_up(struct server *s)
-{
-	listen_close(&s->listeners);
-	remove_pidfile(s);
-	free(s->pid_path);
-	options_free(&s->options);
-}
-
-static void run(struct server *s)
-{
-	if (s->single_fd >= 0)
-		add_single_client(s);
-	serve(s);
-	if (stop_signals)
-		log_line("stopping");
-	listen_close(&s->listeners);
-	if (!stop_all()) {
-		log_error("stopped, but %zu connections wait for the disk", clients_count());
-		remove_pidfile(s);
-		end_at_once();
 	}
 	clients_join();
 	exports_end();
-	worker_stop();		/* one may be at its last words to a loop */
+	worker_stop();		/* one may be at its last words to a loop; a commit may be due */
 	clients_free();
 }
 
@@ -744,18 +722,17 @@ int main(int argc, char **argv)
 	if (server.options.daemonize && !daemonize(&server))
 		return EXIT_FAILURE;
 	if (start(&server)) {
-		run(&server);
-		alarm(0);	/* what is left is a last commit */
+		if (server.single_fd >= 0)
+			add_single_client(&server);
+		serve(&server);
+		if (stop_signals)
+			log_line("stopping");
 		status = EXIT_SUCCESS;
-	} else {
-		control_close();
-		clients_stop();
-		clients_join();
-		worker_stop();		/* a commit may be due */
-		clients_free();
 	}
+	server_stop(&server);
+	alarm(0);		/* what is left is a last commit */
 	if (!exports_close() || commit_has_lost())
 		status = EXIT_FAILURE;
-	clean_up(&server);
+	remove_pidfile(&server);
 	return status;
 }

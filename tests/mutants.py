@@ -443,7 +443,7 @@ mutant("any file is a log", "an image is named as the log file",
        "log.c", "if (is_text(*fd))", "if (true || is_text(*fd))",
        tests="test_service.py::test_file_that_is_no_text_is_no_log")
 mutant("nothing is confined", "a server that was taken over reaches other files",
-       "xnbd.c", "return s->options.no_sandbox || confine(s);", "return true;",
+       "xnbd.c", "return confine(s);", "return true;",
        tests="test_confine.py::test_target_reaches_its_directory_only")
 mutant("the directory of a device is kept", "a server that was taken over reaches other files",
        "exports.c", "return d && disk_is_file(d) ? e->path : NULL;", "return d ? e->path : NULL;",
@@ -470,6 +470,14 @@ mutant("only the effective user changes", "root comes back",
 mutant("the groups of root stay", "root comes back",
        "confine.c", "setgroups(1, &user->gid) < 0 || ", "",
        tests="test_confine.py::test_server_becomes_the_user_for_ever")
+mutant("what --user may do is not looked at", "what --user may not do shows when it is too late",
+       "xnbd.c", "access(dir, W_OK | X_OK) < 0", "false",
+       tests="test_confine.py::test_what_the_user_may_not_do_is_told")
+mutant("what root may do is looked at", "what --user may not do shows when it is too late",
+       "xnbd.c", "if (s->options.user && !become_user(s))\n\t\treturn false;\n", "",
+       "xnbd.c", "return confine(s);",
+       "return confine(s) && (!s->options.user || become_user(s));",
+       tests="test_confine.py::test_what_the_user_may_not_do_is_told")
 mutant("each connection is logged", "a client floods the log",
        "log.c", "may = *used < now + PEER_BURST * PEER_MS;", "may = true;",
        tests="test_service.py::test_flood_of_clients_is_counted_not_told")
@@ -492,13 +500,13 @@ mutant("a socket that does not listen yet is stale", "two starts at once",
        "listen.c", "flock(fd, LOCK_EX | LOCK_NB) < 0", "false",
        tests="test_service.py::test_socket_of_a_server_that_starts_is_not_stolen")
 mutant("a pidfile is not locked", "two servers with one pidfile",
-       "xnbd.c", "if (flock(*fd, LOCK_EX | LOCK_NB) < 0)", "if (false)",
+       "xnbd.c", "flock(*fd, LOCK_EX | LOCK_NB) < 0 || ", "",
        tests="test_service.py::test_pidfile_of_a_running_server_is_refused")
 mutant("whatever is there is overwritten", "a pidfile that is none",
-       "xnbd.c", "return st->st_size == 0 || holds_number(*fd) ?", "return true ?",
+       "xnbd.c", "if (st.st_size > 0 && !holds_number(*fd))", "if (false)",
        tests="test_service.py::test_what_is_no_pidfile_is_left_alone")
 mutant("standard descriptors stay closed", "the log in the image",
-       "xnbd.c", "occupy_standard_descriptors();", "",
+       "xnbd.c", "occupy_standard_descriptors();\n\toptions_parse(", "options_parse(",
        tests="test_service.py::test_closed_standard_descriptors_without_devices "
              "test_service.py::test_closed_standard_descriptors_harm_nothing")
 mutant("an answer goes into the socket", "the log in the image: an answer in a socket",
@@ -1127,13 +1135,11 @@ mutant("the switch gives the disk the size of the image", "switch changes the di
        "\ttable.all[0].export.proto.size = disk_size(table.all[0].disk);",
        tests="test_proxy.py::test_larger_cache_image_keeps_the_origins_size")
 mutant("a daemon forgets where it came from", "--daemonize: control acts on the wrong process",
-       "listen.c", "char *path = absolute_path(sun->sun_path);",
-       "char *path = strdup(sun->sun_path);",
+       "listen.c", "absolute_path(sun->sun_path)", "strdup(sun->sun_path)",
        tests="test_proxy.py::test_daemon_works_from_any_directory")
 
 mutant("a daemon leaves its pid file", "relative paths break after chdir",
-       "xnbd.c", "s->pid_path = wrong ? NULL : absolute_path(path);",
-       "s->pid_path = wrong ? NULL : strdup(path);",
+       "xnbd.c", "s->pid_path = absolute_path(path);", "s->pid_path = strdup(path);",
        tests="test_service.py::test_prompt_returns_when_clients_can_connect "
              "test_proxy.py::test_daemon_works_from_any_directory")
 
@@ -1287,8 +1293,8 @@ mutant("the status forgets stable storage", "exit status 0 though something is l
        "xnbd.c", "|| commit_has_lost())", "|| (commit_has_lost() && false))",
        tests="test_restart.py::test_flush_that_failed_is_told_by_the_status")
 mutant("a disk that keeps a thread is no loss", "exit status 0 though something is lost",
-       "xnbd.c", "remove_pidfile(s);\n\t\tend_at_once();",
-       "remove_pidfile(s);\n\t\t_exit(EXIT_SUCCESS);",
+       "xnbd.c", "remove_pidfile(s);\n\t\t\tend_at_once();",
+       "remove_pidfile(s);\n\t\t\t_exit(EXIT_SUCCESS);",
        tests="test_restart.py::test_disk_that_keeps_a_thread_is_told_by_the_status")
 mutant("what waits for the origin is not given up", "SIGTERM waits for a silent origin",
        "xnbd.c", "\t\t\texports_give_up();", "\t\t\t(void)exports_give_up;",

@@ -491,13 +491,20 @@ def test_socket_belongs_to_the_user(server, place):
     assert snapshot.stat().st_uid == NOBODY.pw_uid
     s.stop()
     assert sorted(p.name for p in place.iterdir()) == ["disk.img", snapshot.name]
+    assert " later: " not in s.log()
 
 
 @needs_root
-def test_what_the_user_may_not_do_is_told(server, place):
-    """The directory belongs to root."""
+@hazard("what --user may not do shows when it is too late")
+@pytest.mark.parametrize("options", [[], ["--no-sandbox"]])
+def test_what_the_user_may_not_do_is_told(server, place, options):
+    """At the start, and when it is to be done.  The directory belongs to root."""
     s = server(place / "disk.img", "--unix", place / "sock", "--user", "nobody",
-               "--pidfile", place / "pid", "--logpath", place / "log")
+               "--pidfile", place / "pid", "--logpath", place / "log", *options)
+    for deed in (f"make snapshots of {place}/disk.img", f"remove unix:{place}/sock",
+                 f"remove pidfile {place}/pid", f"open log file {place}/log"):
+        line = f" --user nobody: cannot {deed} later: Permission denied\n"
+        assert (place / "log").read_text().count(line) == 1
     (place / "log").rename(place / "log.1")
     with open(place / "log.1") as log:
         s.proc.send_signal(signal.SIGHUP)
@@ -512,6 +519,30 @@ def test_what_the_user_may_not_do_is_told(server, place):
                  f"cannot remove unix:{place}/sock: Permission denied",
                  f"cannot remove pidfile {place}/pid: Permission denied"):
         assert lines.count(line + "\n") == 1, lines
+
+
+@needs_root
+def test_log_that_is_the_users_is_no_matter_of_its_directory(server, place):
+    """As logrotate creates one."""
+    (place / "log").touch()
+    os.chown(place / "log", NOBODY.pw_uid, -1)
+    s = server(place / "disk.img", "--readonly", *ANY_PORT, "--user", "nobody", "--logpath",
+               place / "log")
+    assert "open log file" not in (place / "log").read_text()
+    s.proc.send_signal(signal.SIGHUP)
+    until(lambda: "log file reopened" in (place / "log").read_text(), what="the log, opened again")
+
+
+@needs_root
+@hazard("what --user may not do shows when it is too late")
+def test_origin_that_the_user_may_not_connect_to_is_told(server, proxy, image, place):
+    sock = place / "sock"
+    server(image, "--unix", sock, "--unix-mode", "0666")
+    assert "again" not in proxy([f"unix:{sock}"], "--user", "nobody").log()
+    sock.chmod(0o600)
+    p = proxy([f"unix:{sock}"], "--user", "nobody", name="other")
+    line = f"--user nobody: cannot connect to origin unix:{sock} again: Permission denied\n"
+    assert p.log().count(line) == 1
 
 
 @needs_root

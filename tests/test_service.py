@@ -925,7 +925,9 @@ def test_log_may_be(server, image, tmp_path, path, kind):
     s = ready(server(image, "--unix", path, "--logpath", name, wait=False), path)
     assert s.is_served()
     if kind == "terminal":
-        assert b"listening on" in os.read(ends[0], 4096)
+        told = b""
+        while b"listening on" not in told:
+            told += os.read(ends[0], 4096)
     for fd in ends:
         os.close(fd)
 
@@ -1365,6 +1367,14 @@ def test_daemon_closes_what_it_inherits(daemon, image):
     assert os.read(r, 1) == b""
     os.close(r)
     in_step(Client(s.addresses[0]).negotiate())
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/{}"])
+def test_log_of_a_daemon_may_be_what_its_starter_had_open(daemon, image, tmp_path, name):
+    with open(tmp_path / "log", "w") as log:
+        daemon(image, log=("--logpath", name.format(log.fileno())), stdout=log,
+               pass_fds=[log.fileno()])
+    assert "listening on" in (tmp_path / "log").read_text()
 
 
 def own_terminal(fd):
