@@ -64,12 +64,12 @@ static void say_exports(struct ctl_reply *reply)
 /* "address reads 1 writes 2 ..." */
 static void say_client(struct ctl_reply *reply, const struct survey_client *c)
 {
-	struct stats_field field[STATS_FIELDS];
+	struct tally_field field[TALLY_FIELDS];
 	char text[512];
 	int n = snprintf(text, sizeof(text), "%s", c->peer);
 
 	tally_fields(&c->all, field);
-	for (unsigned i = 0; i < STATS_FIELDS; i++)
+	for (unsigned i = 0; i < TALLY_FIELDS; i++)
 		n += snprintf(text + n, sizeof(text) - (size_t)n, " %s %llu", field[i].name,
 			      (unsigned long long)field[i].value);
 	ctl_say(reply, "client", "%s in-flight %u", text, c->in_flight);
@@ -93,10 +93,10 @@ static void say_delays(struct ctl_reply *reply, const struct tally *t)
 static void say_clients(struct ctl_reply *reply)
 {
 	const struct survey *s = stats_take();
-	struct stats_field field[STATS_FIELDS];
+	struct tally_field field[TALLY_FIELDS];
 
 	tally_fields(&s->total, field);
-	for (unsigned i = 0; i < STATS_FIELDS; i++)
+	for (unsigned i = 0; i < TALLY_FIELDS; i++)
 		ctl_say_number(reply, field[i].name, field[i].value);
 	say_delays(reply, &s->total);
 	if (s->missing)
