@@ -8,14 +8,13 @@
 #include "ctl.h"
 #include "log.h"
 #include "options.h"
-#include "proto.h"
+#include "stats.h"
 #include "util.h"
 #include "xnbd.h"
 
 #include <errno.h>
 #include <inttypes.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,9 +27,10 @@
 enum {
 	SILENCE_SECONDS = 10,		/* then a server will not answer any more */
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than a server says */
-	FIELDS_MAX = 8192,		/* of a query; likewise: one for each client */
+	STATE_MAX = 64 << 20,		/* bytes of its lines; likewise */
 	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
 	WIDTH_MAX = 512,
+	MIB = 1 << 20,
 };
 
 /* The connection */
@@ -94,7 +94,7 @@ static void connect_to(struct server *s)
 }
 
 /* Send a line.  That it cannot be sent has a reason which the server tells, or is its end. */
-static void ask(const struct server *s, const char *line)
+static void send_line(const struct server *s, const char *line)
 {
 	send(s->fd, line, strlen(line), MSG_NOSIGNAL);
 }
@@ -102,7 +102,7 @@ static void ask(const struct server *s, const char *line)
 /* What may begin a line of an answer: other servers may neither end their line nor close. */
 static const char name_characters[] = "abcdefghijklmnopqrstuvwxyz0123456789-";
 
-static void receive(struct server *s)
+static void receive_text(struct server *s)
 {
 	ssize_t n;
 
@@ -132,7 +132,7 @@ static char *next_line(struct server *s)
 	char *line, *end;
 
 	while (!(end = memchr(s->text + s->at, '\n', s->len - s->at)))
-		receive(s);
+		receive_text(s);
 	line = s->text + s->at;
 	*end = '\0';
 	s->at = (size_t)(end + 1 - s->text);
@@ -176,111 +176,96 @@ static void parse_numbers(const struct server *s, const char *value, uint64_t *n
 
 /* A state: the fields that a query is answered with. */
 
-struct fields {
+struct field {
+	char *name, *value;		/* NULL behind the last one */
+	bool part;			/* of the value of the last one that is not */
+};
+
+struct state {
 	struct field *all;
 	size_t count;
 };
 
-struct field {
-	char *name, *value;
-	char *key;			/* of an item of an array: its address or name; else NULL */
-	struct fields pairs;		/* likewise: what its value tells behind that */
-};
-
-/* Lines that there may be several of: an array in JSON. */
-static const struct array {
+/* Fields that there may be several of have parts: a key, and pairs of a name and a value. */
+static const struct kind {
 	const char *name;
 	const char *key;
 	const char *first;		/* The pairs begin with the last one of this name. */
-	const char *with;		/* The array is there, maybe empty, with this field. */
-} arrays[] = {
-	{ "client", "address", " reads ", "clients" },
-	{ "export", "name", " size ", "export" },
+} kinds[] = {
+	{ "client", "address", " reads " },
+	{ "export", "name", " size " },
 };
 
-static struct field *add_field(struct fields *f)
+static void add_field(struct state *s, const char *name, const char *value, bool part)
 {
-	if ((f->count & (f->count - 1)) == 0)
-		f->all = not_null(realloc(f->all, (f->count ? 2 * f->count : 1) * sizeof(*f->all)));
-	f->all[f->count] = (struct field){ 0 };
-	return &f->all[f->count++];
+	if ((s->count & (s->count + 1)) == 0)
+		s->all = not_null(realloc(s->all, 2 * (s->count + 1) * sizeof(*s->all)));
+	s->all[s->count++] = (struct field){ not_null(strdup(name)), not_null(strdup(value)), part };
+	s->all[s->count] = (struct field){ 0 };
 }
 
 /* An address may have blanks, and a path as well. */
-static void parse_item(struct field *item, const struct array *a)
+static void add_parts(struct state *s, const struct kind *k, const char *line)
 {
-	char *pairs = NULL, *name, *value;
+	char *key = not_null(strdup(line)), *pairs = NULL, *name, *value;
 
-	item->key = not_null(strdup(item->value));
-	for (char *at = item->key; (at = strstr(at, a->first)); at++)
+	for (char *at = key; (at = strstr(at, k->first)); at++)
 		pairs = at;
-	if (!pairs)
-		return;
-	*pairs = '\0';
-	name = strtok(pairs + 1, " ");
+	if (pairs)
+		*pairs++ = '\0';
+	add_field(s, k->key, key, true);
+	name = pairs ? strtok(pairs, " ") : NULL;
 	while (name && (value = strtok(NULL, " "))) {
-		*add_field(&item->pairs) = (struct field){ .name = name, .value = value };
+		add_field(s, name, value, true);
 		name = strtok(NULL, " ");
 	}
+	free(key);
 }
 
-static void free_fields(struct fields *f)
+static void free_state(struct state *s)
 {
-	for (size_t i = 0; i < f->count; i++) {
-		free(f->all[i].name);
-		free(f->all[i].value);
-		free(f->all[i].key);
-		free(f->all[i].pairs.all);
+	for (size_t i = 0; i < s->count; i++) {
+		free(s->all[i].name);
+		free(s->all[i].value);
 	}
-	free(f->all);
+	free(s->all);
 }
 
-static void take_field(struct fields *f, const char *name, const char *value)
+/* Over a connection of its own. */
+static struct state ask_state(struct server *s)
 {
-	struct field *field = add_field(f);
-
-	field->name = not_null(strdup(name));
-	field->value = not_null(strdup(value));
-	for (size_t i = 0; i < ARRAY_SIZE(arrays); i++)
-		if (strcmp(name, arrays[i].name) == 0)
-			parse_item(field, &arrays[i]);
-}
-
-/* Over a connection of its own; the fields are to be freed. */
-static struct fields ask_state(struct server *s)
-{
-	struct fields f = { 0 };
+	struct state state = { .all = not_null(calloc(1, sizeof(*state.all))) };
 	const char *name, *value;
+	size_t bytes = 0;
 
 	connect_to(s);
-	ask(s, "query\n");
+	send_line(s, "query\n");
 	while ((name = next_value(s, &value))) {
-		if (f.count == FIELDS_MAX)
+		bytes += strlen(name) + strlen(value);
+		if (bytes > STATE_MAX)
 			fail("%s: the server's answer is too long", s->path);
-		take_field(&f, name, value);
+		add_field(&state, name, value, false);
+		for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
+			if (strcmp(name, kinds[i].name) == 0)
+				add_parts(&state, &kinds[i], value);
 	}
 	close(s->fd);
 	s->known = true;
-	return f;
+	return state;
 }
 
-/* The value of a field; NULL if there is none. */
-static const char *find(const struct fields *f, const char *name)
+/* The value of a field from f on, among parts if f is one, else among the others; or NULL. */
+static const char *find_value(const struct field *f, const char *name)
 {
-	for (size_t i = 0; i < f->count; i++)
-		if (strcmp(f->all[i].name, name) == 0)
-			return f->all[i].value;
+	for (bool part = f->part; f->name && f->part >= part; f++)
+		if (f->part == part && strcmp(f->name, name) == 0)
+			return f->value;
 	return NULL;
 }
 
-static bool is_client(const struct field *f)
+static uint64_t number_of(const struct field *f, const char *name)
 {
-	return strcmp(f->name, "client") == 0;
-}
-
-static uint64_t number_of(const struct fields *f, const char *name)
-{
-	const char *value = find(f, name);
+	const char *value = find_value(f, name);
 
 	return value ? strtoull(value, NULL, 10) : 0;
 }
@@ -301,7 +286,7 @@ static bool next_delay(const char **at, uint64_t *us, uint64_t *n)
 /* --query */
 
 /* Values that are text whatever they look like. */
-static bool is_text(const char *name)
+static bool is_always_text(const char *name)
 {
 	static const char *const texts[] = { "image", "bitmap", "origin-export", "origin-reason",
 					     "copy-error", "snapshot-last", "snapshot-error",
@@ -359,86 +344,74 @@ static void print_json_delays(const char *value)
 	putchar(']');
 }
 
-static void print_json_pair(const char *before, const char *name, const char *value)
+static void print_json_value(const struct field *f)
 {
-	fputs(before, stdout);
-	print_json_string(name);
-	fputs(": ", stdout);
-	if (strcmp(name, "delays-us") == 0)
-		print_json_delays(value);
-	else if (is_text(name))
-		print_json_string(value);
-	else if (is_number(value))
-		fputs(value, stdout);
-	else if (strcmp(value, "yes") == 0 || strcmp(value, "no") == 0)
-		fputs(*value == 'y' ? "true" : "false", stdout);
+	if (strcmp(f->name, "delays-us") == 0)
+		print_json_delays(f->value);
+	else if (!is_always_text(f->name) && is_number(f->value))
+		fputs(f->value, stdout);
+	else if (!is_always_text(f->name) && strcmp(f->value, "yes") == 0)
+		fputs("true", stdout);
+	else if (!is_always_text(f->name) && strcmp(f->value, "no") == 0)
+		fputs("false", stdout);
 	else
-		print_json_string(value);
+		print_json_string(f->value);
 }
 
-static void print_json_array(const struct fields *f, const struct array *a)
+static const struct field *print_json_array(const struct field *f);
+
+/* From f on, as find_value() does; space is before each field.  Returns what follows. */
+static const struct field *print_json_object(const struct field *f, const char *space)
 {
-	const char *before = "\n    { ";
-
-	printf("\"%s\": [", a->name);
-	for (size_t i = 0; i < f->count; i++) {
-		const struct field *item = &f->all[i];
-
-		if (strcmp(item->name, a->name) != 0)
-			continue;
-		print_json_pair(before, a->key, item->key);
-		for (size_t n = 0; n < item->pairs.count; n++)
-			print_json_pair(", ", item->pairs.all[n].name, item->pairs.all[n].value);
-		fputs(" }", stdout);
-		before = ",\n    { ";
-	}
-	fputs(*before == ',' ? "\n  ]" : "]", stdout);
-}
-
-static void print_json(const struct fields *f)
-{
-	const char *before = "\n  ";
+	bool part = f->part;
+	bool lonely = !part && find_value(f, "clients") && !find_value(f, "client");
+	const char *comma = "";
 
 	putchar('{');
-	for (size_t i = 0; i < f->count; i++) {
-		if (f->all[i].key)
-			continue;
-		print_json_pair(before, f->all[i].name, f->all[i].value);
-		before = ",\n  ";
+	while (f->name && f->part == part) {
+		printf("%s%s", comma, space);
+		print_json_string(f->name);
+		fputs(": ", stdout);
+		if (f[1].part > part)
+			f = print_json_array(f);
+		else
+			print_json_value(f++);
+		comma = ",";
 	}
-	for (size_t i = 0; i < ARRAY_SIZE(arrays); i++) {
-		if (!find(f, arrays[i].name) && !find(f, arrays[i].with))
-			continue;
-		fputs(before, stdout);
-		print_json_array(f, &arrays[i]);
-		before = ",\n  ";
+	if (lonely)
+		printf(",%s\"client\": []", space);
+	fputs(part ? " }" : *comma ? "\n}" : "}", stdout);
+	return f;
+}
+
+/* Fields of that name, which have parts. */
+static const struct field *print_json_array(const struct field *f)
+{
+	const char *name = f->name, *comma = "";
+
+	putchar('[');
+	while (f->name && strcmp(f->name, name) == 0) {
+		printf("%s\n    ", comma);
+		f = print_json_object(f + 1, " ");
+		comma = ",";
 	}
-	puts(*before == ',' ? "\n}" : "}");
+	fputs("\n  ]", stdout);
+	return f;
 }
 
 static void show_query(struct server *s, bool json)
 {
-	struct fields f = ask_state(s);
+	struct state state = ask_state(s);
 
-	if (json)
-		print_json(&f);
-	for (size_t i = 0; !json && i < f.count; i++)
-		printf("%s: %s\n", f.all[i].name, f.all[i].value);
+	if (json) {
+		print_json_object(state.all, "\n  ");
+		putchar('\n');
+	}
+	for (const struct field *f = state.all; !json && f->name; f++)
+		if (!f->part)
+			printf("%s: %s\n", f->name, f->value);
 	flush_output();
-	free_fields(&f);
-}
-
-/* What --watch and --cache-all have in common */
-
-enum { MIB_TEXT = 24 };
-
-/* Bytes as MiB with one decimal, in text of MIB_TEXT bytes. */
-static const char *mib(uint64_t bytes, char *text)
-{
-	uint64_t tenths = bytes / 1024 * 10 / 1024 + (bytes / 1024 * 10 % 1024 >= 512);
-
-	snprintf(text, MIB_TEXT, "%" PRIu64 ".%u", tenths / 10, (unsigned)(tenths % 10));
-	return text;
+	free_state(&state);
 }
 
 /* In characters, within reason. */
@@ -472,20 +445,19 @@ static unsigned permille(const struct progress *p)
 }
 
 /* Such as "42.7%  103.4 MiB/s  0:01:23 left". */
-static void describe(const struct progress *p, char *text, size_t size)
+static void describe_progress(const struct progress *p, char *text, size_t size)
 {
 	uint64_t left = p->blocks > p->cached ? p->blocks - p->cached : 0;
 	uint64_t seconds = p->rate ? left / (p->rate / BLOCK_SIZE + 1) : 0;
 	size_t n = (size_t)snprintf(text, size, "%u.%u%%  ", permille(p) / 10, permille(p) % 10);
-	char rate[MIB_TEXT];
 
 	if (*p->reason)
 		snprintf(text + n, size - n, "the origin is down: %s", p->reason);
 	else if (left && !p->rate)
 		snprintf(text + n, size - n, "0.0 MiB/s  -:--:-- left");
 	else
-		snprintf(text + n, size - n, "%s MiB/s  %" PRIu64 ":%02u:%02u left",
-			 mib(p->rate, rate), seconds / 3600, (unsigned)(seconds / 60 % 60),
+		snprintf(text + n, size - n, "%.1f MiB/s  %" PRIu64 ":%02u:%02u left",
+			 (double)p->rate / MIB, seconds / 3600, (unsigned)(seconds / 60 % 60),
 			 (unsigned)(seconds % 60));
 }
 
@@ -496,7 +468,7 @@ static void draw_bar(const struct progress *p)
 	int room = terminal_size(STDERR_FILENO).ws_col - 1, bar;
 	char text[DESCRIPTION_MAX], full[WIDTH_MAX];
 
-	describe(p, text, sizeof(text));
+	describe_progress(p, text, sizeof(text));
 	memset(full, '=', sizeof(full));
 	bar = room - (int)strlen("[]  ") - (int)strlen(text);
 	if (bar >= BAR_MIN)
@@ -513,7 +485,7 @@ static void print_progress(struct progress *p)
 
 	if (p->complete || (p->cached < p->blocks && now < p->next))
 		return;
-	describe(p, text, sizeof(text));
+	describe_progress(p, text, sizeof(text));
 	log_line("%s", text);
 	p->next = now + PLAIN_PROGRESS_MS;
 	p->complete = p->cached >= p->blocks;
@@ -575,97 +547,105 @@ static void follow(struct server *s, bool show_progress)
 
 static unsigned rows;		/* that are left on the screen */
 
-static void show_row(const char *fmt, ...) PRINTF_LIKE(1, 2);
-
-static void show_row(const char *fmt, ...)
+static void end_row(void)
 {
-	va_list ap;
-
 	rows--;
-	va_start(ap, fmt);
-	vprintf(fmt, ap);
-	va_end(ap);
 	fputs(isatty(STDOUT_FILENO) ? "\033[K\n" : "\n", stdout);
 }
 
 /* A number that is smaller than before belongs to another server. */
-static uint64_t since(const struct fields *now, const struct fields *before, const char *name)
+static uint64_t since(const struct field *now, const struct field *before, const char *name)
 {
 	uint64_t n = number_of(now, name), old = number_of(before, name);
 
 	return n >= old ? n - old : n;
 }
 
-/* They follow the reason why the origin is down, NULL if it is not, and what follows them. */
-static void show_rates(const struct fields *now, const struct fields *before, uint64_t ms,
-		       const char *reason, const char *what)
+static uint64_t requests_since(const struct field *now, const struct field *before)
 {
-	uint64_t requests = since(now, before, "reads") + since(now, before, "writes") +
-			    since(now, before, "flushes") + since(now, before, "others");
-	char read[MIB_TEXT], written[MIB_TEXT];
-
-	show_row("%s%s%s%" PRIu64 " requests/s, %s MiB/s read, %s MiB/s written, %s",
-		 reason ? "origin down: " : "", reason ? reason : "", reason ? "; " : "",
-		 (requests * 1000 + ms / 2) / ms,
-		 mib(since(now, before, "read-bytes") * 1000 / ms, read),
-		 mib(since(now, before, "written-bytes") * 1000 / ms, written), what);
+	return since(now, before, "reads") + since(now, before, "writes") +
+	       since(now, before, "flushes") + since(now, before, "others");
 }
 
-/* How many requests took up to that many microseconds. */
-static uint64_t count_up_to(const struct fields *f, uint64_t us)
+static void print_rates(const struct field *now, const struct field *before, double seconds)
 {
-	const char *delays = find(f, "delays-us");
-	uint64_t count = 0, top, n;
-
-	while (delays && next_delay(&delays, &top, &n))
-		if (top <= us)
-			count += n;
-	return count;
+	printf("%.0f requests/s, %.1f MiB/s read, %.1f MiB/s written, ",
+	       (double)requests_since(now, before) / seconds,
+	       (double)since(now, before, "read-bytes") / MIB / seconds,
+	       (double)since(now, before, "written-bytes") / MIB / seconds);
 }
 
-static void show_total(const struct fields *now, const struct fields *before, uint64_t ms)
+/* Add the delays of a state so many times: UINT64_MAX, which is -1, takes them away. */
+static void add_delays(const struct field *f, uint64_t times, uint64_t delay[STATS_DELAYS])
 {
-	uint64_t all = count_up_to(now, UINT64_MAX) - count_up_to(before, UINT64_MAX), us = 0;
-	const char *cached = find(now, "cached-percent"), *link = find(now, "origin-link");
-	char text[512];
-	int n;
+	const char *delays = find_value(f, "delays-us");
+	uint64_t us, n;
 
-	while (us < UINT64_MAX && count_up_to(now, us) - count_up_to(before, us) < all - all / 100)
-		us = 2 * us + 1;
-	n = snprintf(text, sizeof(text), "p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64
-		     " errors", us, number_of(now, "clients"), number_of(now, "errors"));
+	while (delays && next_delay(&delays, &us, &n))
+		delay[delay_index(us)] += times * n;
+}
+
+static void show_total(const struct field *now, const struct field *before, double seconds)
+{
+	const char *cached = find_value(now, "cached-percent");
+	const char *link = find_value(now, "origin-link"), *reason = find_value(now, "origin-reason");
+	uint64_t delay[STATS_DELAYS] = { 0 };
+
+	add_delays(now, 1, delay);
+	add_delays(before, UINT64_MAX, delay);
+	if (reason)
+		printf("origin down: %s; ", reason);
+	print_rates(now, before, seconds);
+	printf("p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64 " errors",
+	       delay_percentile(delay, 99), number_of(now, "clients"), number_of(now, "errors"));
 	if (cached && link)
-		snprintf(text + n, sizeof(text) - (size_t)n, ", %s %% cached, origin %s", cached,
-			 link);
-	show_rates(now, before, ms, find(now, "origin-reason"), text);
+		printf(", %s %% cached, origin %s", cached, link);
+	end_row();
 }
 
-static void show_client(const struct field *f, const struct fields *before, uint64_t ms)
+static bool is_client(const struct field *f)
 {
-	const struct field *old = NULL;
+	return !f->part && strcmp(f->name, "client") == 0;
+}
 
-	for (size_t i = 0; i < before->count && !old; i++)
-		if (is_client(&before->all[i]) && strcmp(before->all[i].key, f->key) == 0)
-			old = &before->all[i];
-	if (!old || strcmp(old->value, f->value) != 0 || number_of(&f->pairs, "in-flight") > 0)
-		show_rates(&f->pairs, old ? &old->pairs : &(struct fields){ 0 }, ms, NULL,
-			   f->key);
+/* The parts of a client, none if it is not there.  Clients keep their order, mostly: *place is it. */
+static const struct field *find_client(const struct state *s, const char *address, size_t *place)
+{
+	static const struct field none;
+
+	for (size_t n = 0; n < s->count; n++, *place = (*place + 1) % s->count) {
+		const struct field *f = &s->all[*place % s->count];
+
+		if (is_client(f) && strcmp(f[1].value, address) == 0)
+			return f + 1;
+	}
+	return &none;
 }
 
 /* A screen is drawn over the one before; the terminal cuts what is too long. */
-static void show_look(const struct fields *now, const struct fields *before, uint64_t ms)
+static void show_look(const struct state *now, const struct state *before, double seconds)
 {
 	bool terminal = isatty(STDOUT_FILENO);
+	size_t place = 0;
 
 	rows = terminal ? terminal_size(STDOUT_FILENO).ws_row - 1 : 1;
 	fputs(terminal ? "\033[H\033[?7l" : "", stdout);
-	show_total(now, before, ms);
-	for (size_t i = 0; i < now->count && rows > 0; i++)
-		if (is_client(&now->all[i]))
-			show_client(&now->all[i], before, ms);
-	for (size_t i = 0; i < now->count && rows > 0; i++)
-		if (!is_client(&now->all[i]))
-			show_row("%s: %s", now->all[i].name, now->all[i].value);
+	show_total(now->all, before->all, seconds);
+	for (const struct field *f = now->all; f->name && rows > 0; f++) {
+		const struct field *old = is_client(f) ? find_client(before, f[1].value, &place) : NULL;
+
+		if (!old || (!requests_since(f + 1, old) && !number_of(f + 1, "in-flight")))
+			continue;
+		print_rates(f + 1, old, seconds);
+		fputs(f[1].value, stdout);
+		end_row();
+	}
+	for (const struct field *f = now->all; f->name && rows > 0; f++) {
+		if (f->part || is_client(f))
+			continue;
+		printf("%s: %s", f->name, f->value);
+		end_row();
+	}
 	fputs(terminal ? "\033[J\033[?7h" : "", stdout);
 	flush_output();
 }
@@ -678,7 +658,7 @@ static void end_watch(int sig)
 
 static _Noreturn void watch(struct server *s, unsigned long seconds)
 {
-	struct fields now, before;
+	struct state now, before;
 	uint64_t last, ms;
 
 	signal(SIGINT, end_watch);	/* Ctrl-C */
@@ -689,31 +669,36 @@ static _Noreturn void watch(struct server *s, unsigned long seconds)
 		now = ask_state(s);
 		ms = now_ms() - last;
 		last += ms;
-		show_look(&now, &before, ms);
-		free_fields(&before);
+		show_look(&now, &before, (double)ms / 1000);
+		free_state(&before);
 		before = now;
 	}
 }
 
 /* The other commands */
 
-/* The line to the server; returns like snprintf(). */
-static int make_line(const struct bgctl_options *o, char *line, size_t size)
+/* The line to the server, as memory that is never freed. */
+static const char *command_line(const struct bgctl_options *o)
 {
-	const char *name = o->export_name ? o->export_name : "", *blank = o->export_name ? " " : "";
+	char *line;
+	size_t len;
+	FILE *f = not_null(open_memstream(&line, &len));
 
-	switch (o->command) {
-	case COMMAND_SWITCH:
-		return snprintf(line, size, "switch%s\n", o->force ? " force" : "");
-	case COMMAND_RECONNECT:
-		return snprintf(line, size, "reconnect %s %s%s%s\n", o->host, o->port, blank, name);
-	case COMMAND_SNAPSHOT:
-		return snprintf(line, size, "snapshot%s%s\n", blank, name);
-	default:
-		name = o->command == COMMAND_CACHE_ALL ? "cache-all" : "cache-all2";
-		return o->blocks ? snprintf(line, size, "%s %lu\n", name, o->blocks) :
-				   snprintf(line, size, "%s\n", name);
-	}
+	fputs(o->name, f);
+	if (o->blocks)
+		fprintf(f, " %lu", o->blocks);
+	if (o->force)
+		fputs(" force", f);
+	if (o->host)
+		fprintf(f, " %s %s", o->host, o->port);
+	if (o->export_name)
+		fprintf(f, " %s", o->export_name);
+	fputc('\n', f);
+	fclose(f);
+	if (len <= CTL_LINE_MAX + 1)
+		return line;
+	log_error("HOST, PORT and NAME are too long");
+	exit(EXIT_USAGE);
 }
 
 /* A command may take its time, but a server that will not carry it out is not waited for. */
@@ -722,26 +707,21 @@ static void greet(struct server *s)
 	const char *value;
 
 	connect_to(s);
-	ask(s, "help\n");
+	send_line(s, "help\n");
 	while (next_value(s, &value))
 		;
 	limit_silence(s->fd, 0);
 }
 
-static void run(const struct bgctl_options *o, struct server *s)
+static void run_command(const struct bgctl_options *o, struct server *s)
 {
-	char line[CTL_LINE_MAX + 2];	/* with "\n" and its end */
-	int len = make_line(o, line, sizeof(line));
+	const char *line = command_line(o);
 
-	if (len >= (int)sizeof(line)) {
-		log_error("HOST, PORT and NAME are too long");
-		exit(EXIT_USAGE);
-	}
 	greet(s);
 	if (o->command == COMMAND_RECONNECT)
 		snprintf(s->aim, sizeof(s->aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
 			 o->host, o->port);
-	ask(s, line);
+	send_line(s, line);
 	follow(s, o->progress);
 }
 
@@ -759,6 +739,6 @@ int main(int argc, char **argv)
 	else if (o.command == COMMAND_WATCH)
 		watch(&server, o.seconds);
 	else
-		run(&o, &server);
+		run_command(&o, &server);
 	return EXIT_SUCCESS;
 }

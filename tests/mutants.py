@@ -503,10 +503,10 @@ mutant("an answer goes into the socket", "the log in the image: an answer in a s
        "bgctl.c", "occupy_standard_descriptors();", "",
        tests="test_control.py::test_output_that_cannot_be_written_is_an_error")
 mutant("a misspelt option is ignored", "a misspelt option is ignored",
-       "options.c", "bad_option(p, found, argv[optind - 1]);", "continue;",
+       "options.c", "bad_option(found);", "continue;",
        tests="test_service.py::test_wrong_usage_is_named")
 mutant("an option of another mode is ignored", "a misspelt option is ignored",
-       "options.c", "if (!(p->known[i].modes & mode))", "if (false)",
+       "options.c", "if (line.given[i] && !(p->rows[i].modes & line.chosen->modes))", "if (false)",
        tests="test_cow.py::test_cow_options_belong_to_cow_target")
 
 # Snapshots
