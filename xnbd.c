@@ -494,7 +494,7 @@ static bool confine(struct server *s)
 
 	confine_begin(&c, (o->mode == MODE_PROXY ? 0 : CONFINE_NO_CONNECT) |
 				  (supervisor && *supervisor == '@' ? 0 : CONFINE_NO_ABSTRACT));
-	for (size_t i = 0; i < exports_table()->count; i++)
+	for (size_t i = 0; i < exports.count; i++)
 		confine_keep_beside(&c, exports_snapshots_beside(i), CONFINE_FILES);
 	for (size_t i = 0; i < s->listeners.count; i++)
 		confine_keep_beside(&c, s->listeners.all[i].unix_path, CONFINE_REMOVE_FILE);
@@ -595,7 +595,7 @@ static void add_client(struct server *s, int fd, const struct sockaddr *sa, cons
 		close(fd);
 		return;
 	}
-	c = conn_new(fd, greeting_of(&s->options), exports_table(), peer,
+	c = conn_new(fd, greeting_of(&s->options), &exports.proto, peer,
 		     (unsigned)s->options.keepalive);
 	if (!c) {
 		log_peer(LOG_ERROR, "%s: refused: out of memory", peer);
@@ -658,7 +658,6 @@ static void take_wakeups(struct server *s)
 	if (take_signal(SIGSTATS))
 		stats_log();
 	control_tend();
-	exports_tend();
 }
 
 static uint64_t earlier(uint64_t a, uint64_t b)

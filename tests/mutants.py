@@ -273,8 +273,8 @@ mutant("all exports share their workers", "a disk that hangs holds up another ex
        tests="test_exports.py::test_disk_that_hangs_holds_up_its_own_export_only")
 mutant("a snapshot waits for those of the exports before",
        "a disk that hangs holds up another export: its snapshot",
-       "exports.c", "tend_snapshot(&table.all[i]);",
-       "{\n\t\ttend_snapshot(&table.all[i]);\n\t\tif (table.all[i].snapshot)\n\t\t\tbreak;\n\t}",
+       "exports.c", "tend_snapshot(&exports.all[i], ended);",
+       "{\n\t\ttend_snapshot(&exports.all[i], ended);\n\t\tif (exports.all[i].snapshot)\n\t\t\tbreak;\n\t}",
        tests="test_exports.py::"
              "test_snapshot_of_another_export_does_not_wait_for_a_disk_that_hangs")
 mutant("a stuck worker is awaited without end",
@@ -1118,9 +1118,9 @@ mutant("the switch goes on though the image is not durable",
        tests="test_proxy.py::test_switch_is_refused_when_the_data_cannot_be_made_durable")
 mutant("the switch gives the disk the size of the image", "switch changes the disk's size",
        "disk.c", "d->backend.size = size;\n\treturn true;", "return true;",
-       "exports.c", "table.all[0].disk = cache_disk(table.cache);",
-       "table.all[0].disk = cache_disk(table.cache);\n"
-       "\ttable.all[0].export.proto.size = disk_size(table.all[0].disk);",
+       "exports.c", "exports.all[0].disk = cache_disk(exports.cache);",
+       "exports.all[0].disk = cache_disk(exports.cache);\n"
+       "\texports.all[0].export.proto.size = disk_size(exports.all[0].disk);",
        tests="test_proxy.py::test_larger_cache_image_keeps_the_origins_size")
 mutant("a daemon forgets where it came from", "--daemonize: control acts on the wrong process",
        "listen.c", "char *path = absolute_path(sun->sun_path);",
