@@ -40,8 +40,7 @@ struct server {
 	char aim[300];			/* "host:port: ", the subject of its errors; or "" */
 	bool known;			/* it has answered before, over another connection */
 	int fd;
-	size_t at, len;			/* of text: where the next line begins, its end */
-	char text[ANSWER_LINE_MAX];
+	char line[ANSWER_LINE_MAX];	/* the last one */
 };
 
 /* Whether the cursor is at the end of the progress bar. */
@@ -80,7 +79,6 @@ static void connect_to(struct server *s)
 		     strlen(s->path), sizeof(sun.sun_path) - 1);
 	strcpy(sun.sun_path, s->path);
 	s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	s->at = s->len = 0;
 	if (s->fd >= 0)
 		limit_silence(s->fd, SILENCE_SECONDS);
 	if (s->fd >= 0 && connect(s->fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
@@ -102,42 +100,39 @@ static void send_line(const struct server *s, const char *line)
 /* What may begin a line of an answer: other servers may neither end their line nor close. */
 static const char name_characters[] = "abcdefghijklmnopqrstuvwxyz0123456789-";
 
-static void receive_text(struct server *s)
+static _Noreturn void fail_receive(const struct server *s, ssize_t n)
 {
-	ssize_t n;
-
-	s->len -= s->at;
-	memmove(s->text, s->text + s->at, s->len);
-	s->at = 0;
-	if (s->len == sizeof(s->text) - 1)
-		fail("%s: the server sends lines that are too long", s->path);
-	do
-		n = recv(s->fd, s->text + s->len, sizeof(s->text) - 1 - s->len, 0);
-	while (n < 0 && errno == EINTR);
 	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
 		fail("%s: the server did not answer in %d s", s->path, SILENCE_SECONDS);
 	if (n < 0 && errno != ECONNRESET)
 		fail("%s: %s", s->path, strerror(errno));
-	if (n <= 0)
-		fail("%s: the server closed the connection", s->path);
-	s->len += (size_t)n;
-	s->text[s->len] = '\0';
-	if (!memchr(name_characters, *s->text, sizeof(name_characters) - 1))
-		fail_garbage(s, s->text);
+	fail("%s: the server closed the connection", s->path);
 }
 
-/* The next line, which is good until the next call. */
+/* The next line, which is good until the next call.  What is behind it stays in the socket. */
 static char *next_line(struct server *s)
 {
-	char *line, *end;
+	char *at = s->line, *end = NULL;
 
-	while (!(end = memchr(s->text + s->at, '\n', s->len - s->at)))
-		receive_text(s);
-	line = s->text + s->at;
+	while (!end) {
+		size_t room = (size_t)(s->line + sizeof(s->line) - 1 - at);
+		ssize_t n = recv(s->fd, at, room, MSG_PEEK);
+
+		if (room == 0)
+			fail("%s: the server sends lines that are too long", s->path);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			fail_receive(s, n);
+		at[n] = '\0';
+		if (!memchr(name_characters, *s->line, sizeof(name_characters) - 1))
+			fail_garbage(s, s->line);
+		end = memchr(at, '\n', (size_t)n);
+		at += recv(s->fd, at, (size_t)(end ? end + 1 - at : n), 0);
+	}
 	*end = '\0';
-	s->at = (size_t)(end + 1 - s->text);
-	mask_control_characters(line, (size_t)(end - line));
-	return line;
+	mask_control_characters(s->line, (size_t)(end - s->line));
+	return s->line;
 }
 
 /* The next line of an answer: its name, and *value; NULL for "ok".  "error" ends the program. */
@@ -158,20 +153,16 @@ static const char *next_value(struct server *s, const char **value)
 	return line;
 }
 
-/* Exactly count numbers, with single blanks between them. */
-static void parse_numbers(const struct server *s, const char *value, uint64_t *n, size_t count)
+/* The number at *at, in front of that character; *at goes behind it. */
+static uint64_t take_number(const struct server *s, const char **at, char behind)
 {
-	const char *at = value;
 	char *end;
+	uint64_t n = strtoull(*at, &end, 10);
 
-	for (size_t i = 0; i < count; i++) {
-		if (*at < '0' || *at > '9')
-			fail_garbage(s, value);
-		n[i] = strtoull(at, &end, 10);
-		if (*end != (i + 1 < count ? ' ' : '\0'))
-			fail_garbage(s, value);
-		at = end + 1;
-	}
+	if (**at < '0' || **at > '9' || *end != behind)
+		fail_garbage(s, *at);
+	*at = end + 1;
+	return n;
 }
 
 /* A state: the fields that a query is answered with. */
@@ -346,14 +337,14 @@ static void print_json_delays(const char *value)
 
 static void print_json_value(const struct field *f)
 {
+	bool text = is_always_text(f->name);
+
 	if (strcmp(f->name, "delays-us") == 0)
 		print_json_delays(f->value);
-	else if (!is_always_text(f->name) && is_number(f->value))
+	else if (!text && is_number(f->value))
 		fputs(f->value, stdout);
-	else if (!is_always_text(f->name) && strcmp(f->value, "yes") == 0)
-		fputs("true", stdout);
-	else if (!is_always_text(f->name) && strcmp(f->value, "no") == 0)
-		fputs("false", stdout);
+	else if (!text && (strcmp(f->value, "yes") == 0 || strcmp(f->value, "no") == 0))
+		fputs(*f->value == 'y' ? "true" : "false", stdout);
 	else
 		print_json_string(f->value);
 }
@@ -432,8 +423,7 @@ enum { DESCRIPTION_MAX = 512 };
 struct progress {
 	uint64_t cached, blocks, rate;	/* as the server tells them; rate in bytes per second */
 	char reason[256];		/* why the origin is down; "": it is not */
-	uint64_t next;			/* now_ms(): when there may be another line */
-	bool complete;			/* has been shown */
+	uint64_t next;			/* now_ms(), for another line; UINT64_MAX: all is told */
 };
 
 /* Rounded down: only all is 1000. */
@@ -462,15 +452,14 @@ static void describe_progress(const struct progress *p, char *text, size_t size)
 }
 
 /* All columns but the last, which some terminals leave at once; without room for a bar, text. */
-static void draw_bar(const struct progress *p)
+static void draw_bar(const struct progress *p, const char *text)
 {
 	enum { BAR_MIN = 6 };
-	int room = terminal_size(STDERR_FILENO).ws_col - 1, bar;
-	char text[DESCRIPTION_MAX], full[WIDTH_MAX];
+	int room = terminal_size(STDERR_FILENO).ws_col - 1;
+	int bar = room - (int)strlen("[]  ") - (int)strlen(text);
+	char full[WIDTH_MAX];
 
-	describe_progress(p, text, sizeof(text));
 	memset(full, '=', sizeof(full));
-	bar = room - (int)strlen("[]  ") - (int)strlen(text);
 	if (bar >= BAR_MIN)
 		fprintf(stderr, "\r[%-*.*s]  %s", bar, bar * (int)permille(p) / 1000, full, text);
 	else
@@ -478,53 +467,48 @@ static void draw_bar(const struct progress *p)
 	bar_is_shown = true;
 }
 
-static void print_progress(struct progress *p)
+static void show_progress(struct progress *p)
 {
-	uint64_t now = now_ms();
+	bool complete = p->cached >= p->blocks;
 	char text[DESCRIPTION_MAX];
 
-	if (p->complete || (p->cached < p->blocks && now < p->next))
-		return;
 	describe_progress(p, text, sizeof(text));
-	log_line("%s", text);
-	p->next = now + PLAIN_PROGRESS_MS;
-	p->complete = p->cached >= p->blocks;
+	if (isatty(STDERR_FILENO)) {
+		draw_bar(p, text);
+	} else if (complete ? p->next < UINT64_MAX : now_ms() >= p->next) {
+		log_line("%s", text);
+		p->next = complete ? UINT64_MAX : now_ms() + PLAIN_PROGRESS_MS;
+	}
 }
 
 static void take_progress(const struct server *s, const char *value, bool show,
 			  struct progress *p)
 {
-	uint64_t n[3];
-
-	parse_numbers(s, value, n, ARRAY_SIZE(n));
-	p->cached = n[0];
-	p->blocks = n[1];
-	p->rate = n[2];
-	if (show && isatty(STDERR_FILENO))
-		draw_bar(p);
-	else if (show)
-		print_progress(p);
+	p->cached = take_number(s, &value, ' ');
+	p->blocks = take_number(s, &value, ' ');
+	p->rate = take_number(s, &value, '\0');
+	if (show)
+		show_progress(p);
 	*p->reason = '\0';
 }
 
 static void show_failure(const struct server *s, const char *value)
 {
-	uint64_t n[2];
+	uint64_t off = take_number(s, &value, ' '), len = take_number(s, &value, '\0');
 
-	parse_numbers(s, value, n, ARRAY_SIZE(n));
 	leave_bar();
-	log_error("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, n[1], n[0]);
+	log_error("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, len, off);
 }
 
 /* Until the command has been carried out. */
-static void follow(struct server *s, bool show_progress)
+static void follow(struct server *s, bool show)
 {
 	struct progress progress = { 0 };
 	const char *name, *value;
 
 	while ((name = next_value(s, &value))) {
 		if (strcmp(name, "progress") == 0)
-			take_progress(s, value, show_progress, &progress);
+			take_progress(s, value, show, &progress);
 		else if (strcmp(name, "origin-reason") == 0)
 			snprintf(progress.reason, sizeof(progress.reason), "%s", value);
 		else if (strcmp(name, "failed") == 0)
@@ -553,15 +537,15 @@ static void end_row(void)
 	fputs(isatty(STDOUT_FILENO) ? "\033[K\n" : "\n", stdout);
 }
 
-/* A number that is smaller than before belongs to another server. */
-static uint64_t since(const struct field *now, const struct field *before, const char *name)
+/* What a number has grown by; one that is smaller than before belongs to another server. */
+static double since(const struct field *now, const struct field *before, const char *name)
 {
 	uint64_t n = number_of(now, name), old = number_of(before, name);
 
-	return n >= old ? n - old : n;
+	return (double)(n >= old ? n - old : n);
 }
 
-static uint64_t requests_since(const struct field *now, const struct field *before)
+static double requests_since(const struct field *now, const struct field *before)
 {
 	return since(now, before, "reads") + since(now, before, "writes") +
 	       since(now, before, "flushes") + since(now, before, "others");
@@ -570,9 +554,9 @@ static uint64_t requests_since(const struct field *now, const struct field *befo
 static void print_rates(const struct field *now, const struct field *before, double seconds)
 {
 	printf("%.0f requests/s, %.1f MiB/s read, %.1f MiB/s written, ",
-	       (double)requests_since(now, before) / seconds,
-	       (double)since(now, before, "read-bytes") / MIB / seconds,
-	       (double)since(now, before, "written-bytes") / MIB / seconds);
+	       requests_since(now, before) / seconds,
+	       since(now, before, "read-bytes") / MIB / seconds,
+	       since(now, before, "written-bytes") / MIB / seconds);
 }
 
 /* Add the delays of a state so many times: UINT64_MAX, which is -1, takes them away. */
@@ -587,8 +571,8 @@ static void add_delays(const struct field *f, uint64_t times, uint64_t delay[STA
 
 static void show_total(const struct field *now, const struct field *before, double seconds)
 {
+	const char *reason = find_value(now, "origin-reason");
 	const char *cached = find_value(now, "cached-percent");
-	const char *link = find_value(now, "origin-link"), *reason = find_value(now, "origin-reason");
 	uint64_t delay[STATS_DELAYS] = { 0 };
 
 	add_delays(now, 1, delay);
@@ -598,54 +582,54 @@ static void show_total(const struct field *now, const struct field *before, doub
 	print_rates(now, before, seconds);
 	printf("p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64 " errors",
 	       delay_percentile(delay, 99), number_of(now, "clients"), number_of(now, "errors"));
-	if (cached && link)
-		printf(", %s %% cached, origin %s", cached, link);
+	if (cached)
+		printf(", %s %% cached, origin %s", cached, find_value(now, "origin-link"));
 	end_row();
 }
 
-static bool is_client(const struct field *f)
+/* The parts of a client from f on; the last field if it is not there. */
+static const struct field *find_client(const struct field *f, const char *address)
 {
-	return !f->part && strcmp(f->name, "client") == 0;
+	while (f->name && (strcmp(f->name, "address") != 0 || strcmp(f->value, address) != 0))
+		f++;
+	return f;
 }
 
-/* The parts of a client, none if it is not there.  Clients keep their order, mostly: *place is it. */
-static const struct field *find_client(const struct state *s, const char *address, size_t *place)
+/* Those that did something.  Most are in the order in which they were before. */
+static void show_clients(const struct field *now, const struct field *before, double seconds)
 {
-	static const struct field none;
+	const struct field *next = before, *old;
 
-	for (size_t n = 0; n < s->count; n++, *place = (*place + 1) % s->count) {
-		const struct field *f = &s->all[*place % s->count];
-
-		if (is_client(f) && strcmp(f[1].value, address) == 0)
-			return f + 1;
+	for (; now->name && rows > 0; now++) {
+		if (strcmp(now->name, "address") != 0)
+			continue;
+		old = find_client(next, now->value);
+		if (!old->name)
+			old = find_client(before, now->value);
+		if (old->name)
+			next = old;
+		if (!requests_since(now, old) && !number_of(now, "in-flight"))
+			continue;
+		print_rates(now, old, seconds);
+		fputs(now->value, stdout);
+		end_row();
 	}
-	return &none;
 }
 
 /* A screen is drawn over the one before; the terminal cuts what is too long. */
-static void show_look(const struct state *now, const struct state *before, double seconds)
+static void show_look(const struct field *now, const struct field *before, double seconds)
 {
 	bool terminal = isatty(STDOUT_FILENO);
-	size_t place = 0;
 
 	rows = terminal ? terminal_size(STDOUT_FILENO).ws_row - 1 : 1;
 	fputs(terminal ? "\033[H\033[?7l" : "", stdout);
-	show_total(now->all, before->all, seconds);
-	for (const struct field *f = now->all; f->name && rows > 0; f++) {
-		const struct field *old = is_client(f) ? find_client(before, f[1].value, &place) : NULL;
-
-		if (!old || (!requests_since(f + 1, old) && !number_of(f + 1, "in-flight")))
-			continue;
-		print_rates(f + 1, old, seconds);
-		fputs(f[1].value, stdout);
-		end_row();
-	}
-	for (const struct field *f = now->all; f->name && rows > 0; f++) {
-		if (f->part || is_client(f))
-			continue;
-		printf("%s: %s", f->name, f->value);
-		end_row();
-	}
+	show_total(now, before, seconds);
+	show_clients(now, before, seconds);
+	for (; now->name && rows > 0; now++)
+		if (!now->part && strcmp(now->name, "client") != 0) {
+			printf("%s: %s", now->name, now->value);
+			end_row();
+		}
 	fputs(terminal ? "\033[J\033[?7h" : "", stdout);
 	flush_output();
 }
@@ -669,7 +653,7 @@ static _Noreturn void watch(struct server *s, unsigned long seconds)
 		now = ask_state(s);
 		ms = now_ms() - last;
 		last += ms;
-		show_look(&now, &before, (double)ms / 1000);
+		show_look(now.all, before.all, (double)ms / 1000);
 		free_state(&before);
 		before = now;
 	}

@@ -477,6 +477,13 @@ def test_answer_in_single_bytes_is_understood(pretend):
     done(bgctl("--query", pretend(answer).path), out="mode: proxy\nsize: 5\n")
 
 
+def test_query_of_many_clients_is_understood(pretend):
+    """As many as --max-connections allows."""
+    lines = b"".join(b"client: 127.0.0.1:%d reads 1 in-flight 0\n" % n for n in range(65536))
+    server = pretend(b"clients: 65536\n" + lines + b"ok\n")
+    assert len(state(server.path)["client"]) == 65536
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["lines", "json"])
 def test_query_shows_all_or_nothing(pretend, options):
     server = pretend(b"mode: proxy\nsize: 5\n")
