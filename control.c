@@ -25,8 +25,8 @@ static struct {
 	char reconnect_error[256];	/* "" for none */
 	atomic_bool reconnect_done;
 	uint64_t started;		/* now_ms() */
-	char snapshot_path[4096];	/* of the last one; "" for none, or if it failed */
-	char snapshot_error[128];	/* why it failed; "" if it did not */
+	char snapshot[4096];		/* the path of the last one, or why it failed; "": none yet */
+	bool snapshot_failed;
 } control;
 
 /* Whether there is a proxy that is no target yet. */
@@ -102,22 +102,9 @@ static void say_snapshot(struct ctl_reply *reply)
 	for (size_t i = 0; i < exports.count; i++)
 		running |= exports.all[i].snapshot != NULL;
 	ctl_say(reply, "snapshot", running ? "running" : "idle");
-	if (*control.snapshot_path)
-		ctl_say(reply, "snapshot-last", "%s", control.snapshot_path);
-	if (*control.snapshot_error)
-		ctl_say(reply, "snapshot-error", "%s", control.snapshot_error);
-}
-
-static void say_origin(struct ctl_reply *reply, const struct origin_status *s)
-{
-	bool down = is_proxy() && !s->up;
-
-	ctl_say(reply, "origin", "%s", s->address);
-	ctl_say(reply, "origin-export", "%s", s->export_name);
-	ctl_say(reply, "origin-link", !is_proxy() ? "closed" : down ? "down" : "up");
-	if (down)
-		ctl_say(reply, "origin-reason", "%s", s->reason);
-	ctl_say_number(reply, "origin-links", s->links);
+	if (*control.snapshot)
+		ctl_say(reply, control.snapshot_failed ? "snapshot-error" : "snapshot-last", "%s",
+			control.snapshot);
 }
 
 static void say_blocks(struct ctl_reply *reply)
@@ -168,12 +155,18 @@ static void say_copy(struct ctl_reply *reply)
 static void say_proxy(struct ctl_reply *reply)
 {
 	struct origin_status s;
+	const char *link = "closed";
 
-	if (!exports.cache)
-		return;
 	origin_status(cache_origin(exports.cache), &s);
+	if (is_proxy())
+		link = s.up ? "up" : "down";
 	ctl_say(reply, "bitmap", "%s", control.bitmap);
-	say_origin(reply, &s);
+	ctl_say(reply, "origin", "%s", s.address);
+	ctl_say(reply, "origin-export", "%s", s.export_name);
+	ctl_say(reply, "origin-link", "%s", link);
+	if (strcmp(link, "down") == 0)
+		ctl_say(reply, "origin-reason", "%s", s.reason);
+	ctl_say_number(reply, "origin-links", s.links);
 	say_blocks(reply);
 	ctl_say_number(reply, "fetched-bytes", s.fetched);
 	ctl_say_number(reply, "origin-requests", s.waiting);
@@ -182,9 +175,9 @@ static void say_proxy(struct ctl_reply *reply)
 
 static void query(struct ctl_reply *reply)
 {
-	ctl_say(reply, "mode", is_proxy()				   ? "proxy" :
-			       control.options->mode == MODE_COW_TARGET ? "cow-target" :
-									   "target");
+	bool is_cow = control.options->mode == MODE_COW_TARGET;
+
+	ctl_say(reply, "mode", is_proxy() ? "proxy" : is_cow ? "cow-target" : "target");
 	say_exports(reply);
 	ctl_say_number(reply, "uptime", (now_ms() - control.started) / 1000);
 	ctl_say(reply, "confined", confine_is_in_force() ? "yes" : "no");
@@ -193,7 +186,8 @@ static void query(struct ctl_reply *reply)
 	ctl_say_number(reply, "pending-requests-limit", load.requests_max);
 	ctl_say_number(reply, "buffer-bytes", atomic_load(&load.bytes));
 	ctl_say_number(reply, "buffer-bytes-limit", load.bytes_max);
-	say_proxy(reply);
+	if (exports.cache)
+		say_proxy(reply);
 	say_snapshot(reply);
 	say_clients(reply);
 }
@@ -202,9 +196,8 @@ static void query(struct ctl_reply *reply)
 
 static void snapshot_ended(const struct export *e, const char *path, const char *error)
 {
-	snprintf(control.snapshot_path, sizeof(control.snapshot_path), "%s", path ? path : "");
-	snprintf(control.snapshot_error, sizeof(control.snapshot_error), "%s",
-		 path ? "" : error);
+	control.snapshot_failed = !path;
+	snprintf(control.snapshot, sizeof(control.snapshot), "%s", path ? path : error);
 	ctl_snapshot_ended(e, path, error);
 }
 
@@ -318,11 +311,4 @@ bool control_open(const struct options *o)
 	ops.proxy = exports.cache != NULL;
 	control.bitmap = o->bitmap ? absolute_path(o->bitmap) : NULL;
 	return ctl_open(o->control, &ops);
-}
-
-void control_close(void)
-{
-	ctl_close();
-	free(control.bitmap);
-	control.bitmap = NULL;
 }

@@ -480,16 +480,14 @@ static void check_together(const struct options *o)
 		usage_error("--allow is about TCP clients, and with --unix alone there are none");
 }
 
-#define FIELD(name) offsetof(struct options, name)
-
 static void take_proxy_arguments(struct options *o)
 {
 	static const struct argument arguments[] = {
-		{ "REMOTE_HOST", FIELD(host), false },
-		{ "REMOTE_PORT", FIELD(port), true },
-		{ "CACHE_IMAGE", FIELD(image), false },
-		{ "CACHE_BITMAP_IMAGE", FIELD(bitmap), false },
-		{ "CONTROL_SOCKET_PATH", FIELD(control), false },
+		{ "REMOTE_HOST", offsetof(struct options, host), false },
+		{ "REMOTE_PORT", offsetof(struct options, port), true },
+		{ "CACHE_IMAGE", offsetof(struct options, image), false },
+		{ "CACHE_BITMAP_IMAGE", offsetof(struct options, bitmap), false },
+		{ "CONTROL_SOCKET_PATH", offsetof(struct options, control), false },
 	};
 	unsigned long port;
 
@@ -504,15 +502,13 @@ static void take_proxy_arguments(struct options *o)
 
 static void take_image(struct options *o)
 {
-	static const struct argument argument = { "DISK_IMAGE", FIELD(image), false };
+	static const struct argument argument = { "DISK_IMAGE", offsetof(struct options, image), false };
 
 	if (o->exports == 0 || optind < line.argc)
 		take_arguments(o, &argument, 1);
 	if (o->cow_file && o->exports + (o->image != NULL) > 1)
 		usage_error("--cow-file is the overlay of one image, there can be no others");
 }
-
-#undef FIELD
 
 void options_parse(struct options *o, int argc, char **argv)
 {
@@ -533,15 +529,6 @@ void options_parse(struct options *o, int argc, char **argv)
 		take_proxy_arguments(o);
 	else
 		take_image(o);
-}
-
-void options_free(struct options *o)
-{
-	for (unsigned i = 0; i < o->exports; i++)
-		free(o->export[i].name);
-	free(o->export);
-	free(o->laddr);
-	free(o->allow);
 }
 
 /* xnbd-bgctl */
@@ -565,14 +552,12 @@ static const char *from_root(const char *host)
 	return result;
 }
 
-#define FIELD(name) offsetof(struct bgctl_options, name)
-
 static void take_bgctl_arguments(struct bgctl_options *o)
 {
 	static const struct argument arguments[] = {
-		{ "CONTROL_SOCKET", FIELD(socket), false },
-		{ "HOST", FIELD(host), false },
-		{ "PORT", FIELD(port), true },
+		{ "CONTROL_SOCKET", offsetof(struct bgctl_options, socket), false },
+		{ "HOST", offsetof(struct bgctl_options, host), false },
+		{ "PORT", offsetof(struct bgctl_options, port), true },
 	};
 
 	take_arguments(o, arguments, o->command == COMMAND_RECONNECT ? 3 : 1);
@@ -585,8 +570,6 @@ static void take_bgctl_arguments(struct bgctl_options *o)
 	check_word("HOST", o->host);
 	check_word("PORT", o->port);
 }
-
-#undef FIELD
 
 void options_parse_bgctl(struct bgctl_options *o, int argc, char **argv)
 {

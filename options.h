@@ -108,6 +108,4 @@ enum { EXIT_USAGE = 2 };
 void options_parse(struct options *o, int argc, char **argv);
 void options_parse_bgctl(struct bgctl_options *o, int argc, char **argv);
 
-void options_free(struct options *o);
-
 #endif

@@ -714,7 +714,7 @@ static bool stop_all(void)
 	uint64_t begun = now_ms(), now;
 	struct pollfd pfd;
 
-	control_close();
+	ctl_close();
 	exports_stop();
 	loops_stop();
 	while (loops_load() > 0 || exports_are_busy()) {
@@ -737,7 +737,6 @@ static void clean_up(struct server *s)
 	listen_close(&s->listeners);
 	remove_pidfile(s);
 	free(s->pid_path);
-	options_free(&s->options);
 }
 
 static void run(struct server *s)
@@ -778,7 +777,7 @@ int main(int argc, char **argv)
 		alarm(0);	/* what is left is a last commit */
 		status = EXIT_SUCCESS;
 	} else {
-		control_close();
+		ctl_close();
 		loops_stop();
 		loops_join();
 		worker_stop();		/* a commit may be due */
