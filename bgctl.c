@@ -28,6 +28,7 @@ enum {
 	SILENCE_SECONDS = 10,		/* then a server will not answer any more */
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than a server says */
 	STATE_MAX = 64 << 20,		/* bytes of its lines; likewise */
+	PAIRS_MAX = ANSWER_LINE_MAX + 2,
 	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
 	WIDTH_MAX = 512,
 	MIB = 1 << 20,
@@ -165,100 +166,84 @@ static uint64_t take_number(const struct server *s, const char **at, char behind
 	return n;
 }
 
-/* A state: the fields that a query is answered with. */
+/*
+ * A state: the fields that a query is answered with, each a name and a value with a NUL behind
+ * them, and an empty name at the end.
+ */
 
-struct field {
-	char *name, *value;		/* NULL behind the last one */
-	bool part;			/* of the value of the last one that is not */
-};
-
-struct state {
-	struct field *all;
-	size_t count;
-};
-
-/* Fields that there may be several of have parts: a key, and pairs of a name and a value. */
-static const struct kind {
-	const char *name;
-	const char *key;
-	const char *first;		/* The pairs begin with the last one of this name. */
-} kinds[] = {
-	{ "client", "address", " reads " },
-	{ "export", "name", " size " },
-};
-
-static void add_field(struct state *s, const char *name, const char *value, bool part)
+static const char *value_of(const char *field)
 {
-	if ((s->count & (s->count + 1)) == 0)
-		s->all = not_null(realloc(s->all, 2 * (s->count + 1) * sizeof(*s->all)));
-	s->all[s->count++] = (struct field){ not_null(strdup(name)), not_null(strdup(value)), part };
-	s->all[s->count] = (struct field){ 0 };
+	return field + strlen(field) + 1;
 }
 
-/* An address may have blanks, and a path as well. */
-static void add_parts(struct state *s, const struct kind *k, const char *line)
+static const char *next_field(const char *field)
 {
-	char *key = not_null(strdup(line)), *pairs = NULL, *name, *value;
-
-	for (char *at = key; (at = strstr(at, k->first)); at++)
-		pairs = at;
-	if (pairs)
-		*pairs++ = '\0';
-	add_field(s, k->key, key, true);
-	name = pairs ? strtok(pairs, " ") : NULL;
-	while (name && (value = strtok(NULL, " "))) {
-		add_field(s, name, value, true);
-		name = strtok(NULL, " ");
-	}
-	free(key);
+	return value_of(value_of(field));
 }
 
-static void free_state(struct state *s)
+/* Over a connection of its own.  To be freed. */
+static char *ask_state(struct server *s)
 {
-	for (size_t i = 0; i < s->count; i++) {
-		free(s->all[i].name);
-		free(s->all[i].value);
-	}
-	free(s->all);
-}
-
-/* Over a connection of its own. */
-static struct state ask_state(struct server *s)
-{
-	struct state state = { .all = not_null(calloc(1, sizeof(*state.all))) };
 	const char *name, *value;
-	size_t bytes = 0;
+	char *state;
+	size_t len;
+	FILE *f = not_null(open_memstream(&state, &len));
 
 	connect_to(s);
 	send_line(s, "query\n");
-	while ((name = next_value(s, &value))) {
-		bytes += strlen(name) + strlen(value);
-		if (bytes > STATE_MAX)
+	while ((name = next_value(s, &value)))
+		if (fprintf(f, "%s%c%s%c", name, '\0', value, '\0') < 0 || ftell(f) > STATE_MAX)
 			fail("%s: the server's answer is too long", s->path);
-		add_field(&state, name, value, false);
-		for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
-			if (strcmp(name, kinds[i].name) == 0)
-				add_parts(&state, &kinds[i], value);
-	}
+	fputc('\0', f);
+	not_null(fclose(f) == 0 ? state : NULL);
 	close(s->fd);
 	s->known = true;
 	return state;
 }
 
-/* The value of a field from f on, among parts if f is one, else among the others; or NULL. */
-static const char *find_value(const struct field *f, const char *name)
+/* NULL if there is none. */
+static const char *find_value(const char *state, const char *name)
 {
-	for (bool part = f->part; f->name && f->part >= part; f++)
-		if (f->part == part && strcmp(f->name, name) == 0)
-			return f->value;
+	for (; *state; state = next_field(state))
+		if (strcmp(state, name) == 0)
+			return value_of(state);
 	return NULL;
 }
 
-static uint64_t number_of(const struct field *f, const char *name)
+static uint64_t number_of(const char *state, const char *name)
 {
-	const char *value = find_value(f, name);
+	const char *value = find_value(state, name);
 
 	return value ? strtoull(value, NULL, 10) : 0;
+}
+
+/* Fields that there may be several of: an array in JSON.  Each value is a key, and pairs. */
+struct kind {
+	const char *name;
+	const char *key;
+	const char *first;		/* The pairs begin with the last one of this name. */
+	const char *with;		/* The array is there, maybe empty, with this field. */
+};
+static const struct kind clients = { "client", "address", " reads ", "clients" };
+static const struct kind named_exports = { "export", "name", " size ", "export" };
+
+/*
+ * Take such a value apart: the length of the key, which may have blanks, and the pairs in the form
+ * of a state, in room of PAIRS_MAX bytes.
+ */
+static size_t split_value(const struct kind *k, const char *value, char *pairs)
+{
+	const char *first = NULL;
+	size_t len;
+
+	for (const char *at = value; (at = strstr(at, k->first)); at++)
+		first = at;
+	strcpy(pairs, first ? first + 1 : "");
+	len = strlen(pairs);
+	pairs[len + 1] = pairs[len + 2] = '\0';		/* the last name may have no value */
+	for (char *blank = pairs; (blank = strchr(blank, ' ')); blank++)
+		*blank = '\0';
+	return first ? (size_t)(first - value) : strlen(value);
 }
 
 /* The next of delays such as "7:17 15:3": n requests took up to us.  False if there is none. */
@@ -304,17 +289,17 @@ static bool is_number(const char *s)
 }
 
 /* Paths are bytes, JSON is characters. */
-static void print_json_string(const char *s)
+static void print_json_string(const char *s, size_t len)
 {
-	size_t len;
+	size_t n;
 
 	putchar('"');
-	for (; *s; s += len ? len : 1) {
-		len = utf8_length((const uint8_t *)s, strlen(s));
+	for (const char *end = s + len; s < end; s += n ? n : 1) {
+		n = utf8_length((const uint8_t *)s, (size_t)(end - s));
 		if (*s == '"' || *s == '\\')
 			putchar('\\');
-		if (len)
-			fwrite(s, 1, len, stdout);
+		if (n)
+			fwrite(s, 1, n, stdout);
 		else
 			fputs("\\ufffd", stdout);
 	}
@@ -335,74 +320,75 @@ static void print_json_delays(const char *value)
 	putchar(']');
 }
 
-static void print_json_value(const struct field *f)
+static void print_json_field(const char *before, const char *name, const char *value)
 {
-	bool text = is_always_text(f->name);
+	bool text = is_always_text(name);
 
-	if (strcmp(f->name, "delays-us") == 0)
-		print_json_delays(f->value);
-	else if (!text && is_number(f->value))
-		fputs(f->value, stdout);
-	else if (!text && (strcmp(f->value, "yes") == 0 || strcmp(f->value, "no") == 0))
-		fputs(*f->value == 'y' ? "true" : "false", stdout);
+	fputs(before, stdout);
+	print_json_string(name, strlen(name));
+	fputs(": ", stdout);
+	if (strcmp(name, "delays-us") == 0)
+		print_json_delays(value);
+	else if (!text && is_number(value))
+		fputs(value, stdout);
+	else if (!text && (strcmp(value, "yes") == 0 || strcmp(value, "no") == 0))
+		fputs(*value == 'y' ? "true" : "false", stdout);
 	else
-		print_json_string(f->value);
+		print_json_string(value, strlen(value));
 }
 
-static const struct field *print_json_array(const struct field *f);
-
-/* From f on, as find_value() does; space is before each field.  Returns what follows. */
-static const struct field *print_json_object(const struct field *f, const char *space)
+static void print_json_array(const char *state, const struct kind *k)
 {
-	bool part = f->part;
-	bool lonely = !part && find_value(f, "clients") && !find_value(f, "client");
-	const char *comma = "";
+	const char *before = "";
+	char pairs[PAIRS_MAX];
+
+	if (!find_value(state, k->with))
+		return;
+	printf(",\n  \"%s\": [", k->name);
+	for (; *state; state = next_field(state)) {
+		if (strcmp(state, k->name) != 0)
+			continue;
+		printf("%s\n    { \"%s\": ", before, k->key);
+		print_json_string(value_of(state), split_value(k, value_of(state), pairs));
+		for (const char *p = pairs; *p; p = next_field(p))
+			print_json_field(", ", p, value_of(p));
+		fputs(" }", stdout);
+		before = ",";
+	}
+	fputs(*before ? "\n  ]" : "]", stdout);
+}
+
+static bool is_array(const char *field)
+{
+	return strcmp(field, clients.name) == 0 || strcmp(field, named_exports.name) == 0;
+}
+
+static void print_json(const char *state)
+{
+	const char *before = "\n  ";
 
 	putchar('{');
-	while (f->name && f->part == part) {
-		printf("%s%s", comma, space);
-		print_json_string(f->name);
-		fputs(": ", stdout);
-		if (f[1].part > part)
-			f = print_json_array(f);
-		else
-			print_json_value(f++);
-		comma = ",";
+	for (const char *f = state; *f; f = next_field(f)) {
+		if (is_array(f))
+			continue;
+		print_json_field(before, f, value_of(f));
+		before = ",\n  ";
 	}
-	if (lonely)
-		printf(",%s\"client\": []", space);
-	fputs(part ? " }" : *comma ? "\n}" : "}", stdout);
-	return f;
-}
-
-/* Fields of that name, which have parts. */
-static const struct field *print_json_array(const struct field *f)
-{
-	const char *name = f->name, *comma = "";
-
-	putchar('[');
-	while (f->name && strcmp(f->name, name) == 0) {
-		printf("%s\n    ", comma);
-		f = print_json_object(f + 1, " ");
-		comma = ",";
-	}
-	fputs("\n  ]", stdout);
-	return f;
+	print_json_array(state, &clients);
+	print_json_array(state, &named_exports);
+	puts(*state ? "\n}" : "}");
 }
 
 static void show_query(struct server *s, bool json)
 {
-	struct state state = ask_state(s);
+	char *state = ask_state(s);
 
-	if (json) {
-		print_json_object(state.all, "\n  ");
-		putchar('\n');
-	}
-	for (const struct field *f = state.all; !json && f->name; f++)
-		if (!f->part)
-			printf("%s: %s\n", f->name, f->value);
+	if (json)
+		print_json(state);
+	for (const char *f = state; !json && *f; f = next_field(f))
+		printf("%s: %s\n", f, value_of(f));
 	flush_output();
-	free_state(&state);
+	free(state);
 }
 
 /* In characters, within reason. */
@@ -538,20 +524,20 @@ static void end_row(void)
 }
 
 /* What a number has grown by; one that is smaller than before belongs to another server. */
-static double since(const struct field *now, const struct field *before, const char *name)
+static double since(const char *now, const char *before, const char *name)
 {
 	uint64_t n = number_of(now, name), old = number_of(before, name);
 
 	return (double)(n >= old ? n - old : n);
 }
 
-static double requests_since(const struct field *now, const struct field *before)
+static double requests_since(const char *now, const char *before)
 {
 	return since(now, before, "reads") + since(now, before, "writes") +
 	       since(now, before, "flushes") + since(now, before, "others");
 }
 
-static void print_rates(const struct field *now, const struct field *before, double seconds)
+static void print_rates(const char *now, const char *before, double seconds)
 {
 	printf("%.0f requests/s, %.1f MiB/s read, %.1f MiB/s written, ",
 	       requests_since(now, before) / seconds,
@@ -560,16 +546,16 @@ static void print_rates(const struct field *now, const struct field *before, dou
 }
 
 /* Add the delays of a state so many times: UINT64_MAX, which is -1, takes them away. */
-static void add_delays(const struct field *f, uint64_t times, uint64_t delay[STATS_DELAYS])
+static void add_delays(const char *state, uint64_t times, uint64_t delay[STATS_DELAYS])
 {
-	const char *delays = find_value(f, "delays-us");
+	const char *delays = find_value(state, "delays-us");
 	uint64_t us, n;
 
 	while (delays && next_delay(&delays, &us, &n))
 		delay[delay_index(us)] += times * n;
 }
 
-static void show_total(const struct field *now, const struct field *before, double seconds)
+static void show_total(const char *now, const char *before, double seconds)
 {
 	const char *reason = find_value(now, "origin-reason");
 	const char *cached = find_value(now, "cached-percent");
@@ -587,37 +573,43 @@ static void show_total(const struct field *now, const struct field *before, doub
 	end_row();
 }
 
-/* The parts of a client from f on; the last field if it is not there. */
-static const struct field *find_client(const struct field *f, const char *address)
+/* The field of a client from f on, whose address has len bytes; the end if it is not there. */
+static const char *find_client(const char *f, const char *address, size_t len)
 {
-	while (f->name && (strcmp(f->name, "address") != 0 || strcmp(f->value, address) != 0))
-		f++;
+	while (*f && (strcmp(f, "client") != 0 || strncmp(value_of(f), address, len + 1) != 0))
+		f = next_field(f);
 	return f;
 }
 
 /* Those that did something.  Most are in the order in which they were before. */
-static void show_clients(const struct field *now, const struct field *before, double seconds)
+static void show_clients(const char *now, const char *before, double seconds)
 {
-	const struct field *next = before, *old;
+	const char *next = before, *old;
+	char pairs[PAIRS_MAX], old_pairs[PAIRS_MAX];
 
-	for (; now->name && rows > 0; now++) {
-		if (strcmp(now->name, "address") != 0)
+	for (; *now && rows > 0; now = next_field(now)) {
+		const char *address = value_of(now);
+		size_t len;
+
+		if (strcmp(now, "client") != 0)
 			continue;
-		old = find_client(next, now->value);
-		if (!old->name)
-			old = find_client(before, now->value);
-		if (old->name)
+		len = split_value(&clients, address, pairs);
+		old = find_client(next, address, len);
+		if (!*old)
+			old = find_client(before, address, len);
+		if (*old)
 			next = old;
-		if (!requests_since(now, old) && !number_of(now, "in-flight"))
+		split_value(&clients, *old ? value_of(old) : "", old_pairs);
+		if (!requests_since(pairs, old_pairs) && !number_of(pairs, "in-flight"))
 			continue;
-		print_rates(now, old, seconds);
-		fputs(now->value, stdout);
+		print_rates(pairs, old_pairs, seconds);
+		printf("%.*s", (int)len, address);
 		end_row();
 	}
 }
 
 /* A screen is drawn over the one before; the terminal cuts what is too long. */
-static void show_look(const struct field *now, const struct field *before, double seconds)
+static void show_look(const char *now, const char *before, double seconds)
 {
 	bool terminal = isatty(STDOUT_FILENO);
 
@@ -625,11 +617,12 @@ static void show_look(const struct field *now, const struct field *before, doubl
 	fputs(terminal ? "\033[H\033[?7l" : "", stdout);
 	show_total(now, before, seconds);
 	show_clients(now, before, seconds);
-	for (; now->name && rows > 0; now++)
-		if (!now->part && strcmp(now->name, "client") != 0) {
-			printf("%s: %s", now->name, now->value);
-			end_row();
-		}
+	for (; *now && rows > 0; now = next_field(now)) {
+		if (strcmp(now, "client") == 0)
+			continue;
+		printf("%s: %s", now, value_of(now));
+		end_row();
+	}
 	fputs(terminal ? "\033[J\033[?7h" : "", stdout);
 	flush_output();
 }
@@ -642,7 +635,7 @@ static void end_watch(int sig)
 
 static _Noreturn void watch(struct server *s, unsigned long seconds)
 {
-	struct state now, before;
+	char *now, *before;
 	uint64_t last, ms;
 
 	signal(SIGINT, end_watch);	/* Ctrl-C */
@@ -653,8 +646,8 @@ static _Noreturn void watch(struct server *s, unsigned long seconds)
 		now = ask_state(s);
 		ms = now_ms() - last;
 		last += ms;
-		show_look(now.all, before.all, (double)ms / 1000);
-		free_state(&before);
+		show_look(now, before, (double)ms / 1000);
+		free(before);
 		before = now;
 	}
 }
