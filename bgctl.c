@@ -546,30 +546,30 @@ static void print_rates(const char *now, const char *before, double seconds)
 }
 
 /* Add the delays of a state so many times: UINT64_MAX, which is -1, takes them away. */
-static void add_delays(const char *state, uint64_t times, uint64_t delay[STATS_DELAYS])
+static void add_delays(const char *state, uint64_t times, struct tally *sum)
 {
 	const char *delays = find_value(state, "delays-us");
 	uint64_t us, n;
 
 	while (delays && next_delay(&delays, &us, &n))
-		delay[delay_index(us)] += times * n;
+		sum->delay[delay_index(us)] += times * n;
 }
 
 static void show_total(const char *now, const char *before, double seconds)
 {
-	const char *reason = find_value(now, "origin-reason");
 	const char *cached = find_value(now, "cached-percent");
-	uint64_t delay[STATS_DELAYS] = { 0 };
+	const char *link = find_value(now, "origin-link"), *reason = find_value(now, "origin-reason");
+	struct tally since_before = { .longest = UINT64_MAX };
 
-	add_delays(now, 1, delay);
-	add_delays(before, UINT64_MAX, delay);
+	add_delays(now, 1, &since_before);
+	add_delays(before, UINT64_MAX, &since_before);
 	if (reason)
 		printf("origin down: %s; ", reason);
 	print_rates(now, before, seconds);
 	printf("p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64 " errors",
-	       delay_percentile(delay, 99), number_of(now, "clients"), number_of(now, "errors"));
-	if (cached)
-		printf(", %s %% cached, origin %s", cached, find_value(now, "origin-link"));
+	       tally_percentile(&since_before, 99), number_of(now, "clients"), number_of(now, "errors"));
+	if (cached && link)
+		printf(", %s %% cached, origin %s", cached, link);
 	end_row();
 }
 

@@ -75,7 +75,7 @@ static _Noreturn void usage_error(const char *fmt, ...)
 	exit(EXIT_USAGE);
 }
 
-/* What an option does with its value, NULL for none; field is in the options, or their beginning. */
+/* What options do with their values, NULL for none; field lies in the options, or is all of it. */
 
 static void set_flag(const struct row *r, void *field, const char *value)
 {

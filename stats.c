@@ -32,16 +32,16 @@ uint64_t delay_top(unsigned i)
 	return (UINT64_C(1) << i) - 1;
 }
 
-uint64_t delay_percentile(const uint64_t delay[STATS_DELAYS], unsigned percent)
+uint64_t tally_percentile(const struct tally *t, unsigned percent)
 {
-	uint64_t all = 0, seen = delay[0];
+	uint64_t all = 0, seen = t->delay[0];
 	unsigned i;
 
 	for (i = 0; i < STATS_DELAYS; i++)
-		all += delay[i];
+		all += t->delay[i];
 	for (i = 0; i < STATS_DELAYS - 1 && seen < all - all * (100 - percent) / 100; i++)
-		seen += delay[i + 1];
-	return delay_top(i);
+		seen += t->delay[i + 1];
+	return delay_top(i) < t->longest ? delay_top(i) : t->longest;
 }
 
 static void count_delay(struct tally *t, uint64_t us, uint64_t n)
@@ -121,14 +121,6 @@ void stats_leave(struct stats *gone, const struct stats *s)
 static bool is_idle_tally(const struct tally *t)
 {
 	return t->reads + t->writes + t->flushes + t->others == 0;
-}
-
-/* As delay_percentile(), but not more than the longest delay. */
-static uint64_t tally_percentile(const struct tally *t, unsigned percent)
-{
-	uint64_t us = delay_percentile(t->delay, percent);
-
-	return us < t->longest ? us : t->longest;
 }
 
 /* Text */
@@ -220,15 +212,10 @@ static const char *refusal(const struct request *r)
 	return "the command, its flags or its range are not known here";
 }
 
-/* Errors caused by the client itself, or by nobody. */
-static bool is_detail(const struct request *r)
-{
-	return r->refused || r->error == ENOTSUP || r->error == ESHUTDOWN;
-}
-
 void stats_complain(struct stats *s, const char *peer, const struct request *r)
 {
-	enum log_level level = is_detail(r) ? LOG_DETAIL : LOG_ERROR;
+	bool clients_own = r->refused || r->error == ENOTSUP || r->error == ESHUTDOWN;
+	enum log_level level = clients_own ? LOG_DETAIL : LOG_ERROR;
 	char name[COMMAND_NAME];
 	uint64_t now;
 

@@ -80,8 +80,11 @@ void tally_fields(const struct tally *t, struct tally_field field[TALLY_FIELDS])
 unsigned delay_index(uint64_t us);
 uint64_t delay_top(unsigned i);
 
-/* Microseconds within which that share of the requests was answered, rounded up to a delay_top(). */
-uint64_t delay_percentile(const uint64_t delay[STATS_DELAYS], unsigned percent);
+/*
+ * Microseconds within which that share of the requests was answered, rounded up to a delay_top(),
+ * but not above the longest.
+ */
+uint64_t tally_percentile(const struct tally *t, unsigned percent);
 
 /*
  * The survey of all clients.  Each loop tells those of its own clients on its own thread.  A loop
