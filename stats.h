@@ -91,7 +91,10 @@ uint64_t tally_percentile(const struct tally *t, unsigned percent);
  * may be late, if a disk keeps it.
  */
 
-/* Loops: expect one more to tell; tell a client, or as peer NULL those that have left; told all. */
+/*
+ * One more loop is going to tell.  It tells of a client, or of all that have left, with peer NULL,
+ * and then that there are no more.
+ */
 void stats_expect(void);
 void stats_tell(const char *peer, struct stats *s, unsigned in_flight);
 void stats_told(void);
@@ -109,14 +112,14 @@ uint64_t stats_due(bool clients);
 void stats_log(void);
 
 /*
- * Gather what clients did for who asks; stats_tend() tells when that is complete.  True if it tells
- * that of somebody who asked before first.
+ * Gather what clients did, for a query; stats_tend() tells when that is complete.  True if the
+ * survey that runs now belongs to an earlier query: its end comes first.
  */
 bool stats_gather(void);
 
 /*
- * Go on with what is due.  True once for each survey that was asked for by stats_gather(): it is
- * complete, and stays so until the next call, which must follow.
+ * Go on with what is due.  True once for each survey that stats_gather() asked for: it is complete,
+ * and stays so until the next call, which must follow.
  */
 bool stats_tend(void);
 

@@ -623,6 +623,7 @@ def test_bar_fits_the_terminal(pretend, width):
     drawn, status = on_terminal(width, "--cache-all", "--progress", server.path)
     bars = frames(drawn, width)
     assert status == 0 and drawn.endswith("\n")
+    assert width != 0 or all(bar.startswith("[") and len(bar) == 79 for bar in bars)
     if width == 0 or width >= 20:
         assert [re.search(r"\d+\.\d%", bar).group() for bar in bars] == [
             "0.0%", "0.1%", "50.0%", "99.9%", "100.0%"]
