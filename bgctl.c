@@ -8,14 +8,13 @@
 #include "ctl.h"
 #include "log.h"
 #include "options.h"
-#include "proto.h"
+#include "stats.h"
 #include "util.h"
 #include "xnbd.h"
 
 #include <errno.h>
 #include <inttypes.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,9 +27,11 @@
 enum {
 	SILENCE_SECONDS = 10,		/* then a server will not answer any more */
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than a server says */
-	FIELDS_MAX = 8192,		/* of a query; likewise: one for each client */
+	STATE_MAX = 64 << 20,		/* bytes of its lines; likewise */
+	PAIRS_MAX = ANSWER_LINE_MAX + 2,
 	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
 	WIDTH_MAX = 512,
+	MIB = 1 << 20,
 };
 
 /* The connection */
@@ -40,8 +41,7 @@ struct server {
 	char aim[300];			/* "host:port: ", the subject of its errors; or "" */
 	bool known;			/* it has answered before, over another connection */
 	int fd;
-	size_t at, len;			/* of text: where the next line begins, its end */
-	char text[ANSWER_LINE_MAX];
+	char line[ANSWER_LINE_MAX];	/* the last one */
 };
 
 /* Whether the cursor is at the end of the progress bar. */
@@ -80,7 +80,6 @@ static void connect_to(struct server *s)
 		     strlen(s->path), sizeof(sun.sun_path) - 1);
 	strcpy(sun.sun_path, s->path);
 	s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	s->at = s->len = 0;
 	if (s->fd >= 0)
 		limit_silence(s->fd, SILENCE_SECONDS);
 	if (s->fd >= 0 && connect(s->fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
@@ -94,7 +93,7 @@ static void connect_to(struct server *s)
 }
 
 /* Send a line.  That it cannot be sent has a reason which the server tells, or is its end. */
-static void ask(const struct server *s, const char *line)
+static void send_line(const struct server *s, const char *line)
 {
 	send(s->fd, line, strlen(line), MSG_NOSIGNAL);
 }
@@ -102,42 +101,39 @@ static void ask(const struct server *s, const char *line)
 /* What may begin a line of an answer: other servers may neither end their line nor close. */
 static const char name_characters[] = "abcdefghijklmnopqrstuvwxyz0123456789-";
 
-static void receive(struct server *s)
+static _Noreturn void fail_receive(const struct server *s, ssize_t n)
 {
-	ssize_t n;
-
-	s->len -= s->at;
-	memmove(s->text, s->text + s->at, s->len);
-	s->at = 0;
-	if (s->len == sizeof(s->text) - 1)
-		fail("%s: the server sends lines that are too long", s->path);
-	do
-		n = recv(s->fd, s->text + s->len, sizeof(s->text) - 1 - s->len, 0);
-	while (n < 0 && errno == EINTR);
 	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
 		fail("%s: the server did not answer in %d s", s->path, SILENCE_SECONDS);
 	if (n < 0 && errno != ECONNRESET)
 		fail("%s: %s", s->path, strerror(errno));
-	if (n <= 0)
-		fail("%s: the server closed the connection", s->path);
-	s->len += (size_t)n;
-	s->text[s->len] = '\0';
-	if (!memchr(name_characters, *s->text, sizeof(name_characters) - 1))
-		fail_garbage(s, s->text);
+	fail("%s: the server closed the connection", s->path);
 }
 
-/* The next line, which is good until the next call. */
+/* The next line, which is good until the next call.  What is behind it stays in the socket. */
 static char *next_line(struct server *s)
 {
-	char *line, *end;
+	char *at = s->line, *end = NULL;
 
-	while (!(end = memchr(s->text + s->at, '\n', s->len - s->at)))
-		receive(s);
-	line = s->text + s->at;
+	while (!end) {
+		size_t room = (size_t)(s->line + sizeof(s->line) - 1 - at);
+		ssize_t n = recv(s->fd, at, room, MSG_PEEK);
+
+		if (room == 0)
+			fail("%s: the server sends lines that are too long", s->path);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			fail_receive(s, n);
+		at[n] = '\0';
+		if (!memchr(name_characters, *s->line, sizeof(name_characters) - 1))
+			fail_garbage(s, s->line);
+		end = memchr(at, '\n', (size_t)n);
+		at += recv(s->fd, at, (size_t)(end ? end + 1 - at : n), 0);
+	}
 	*end = '\0';
-	s->at = (size_t)(end + 1 - s->text);
-	mask_control_characters(line, (size_t)(end - line));
-	return line;
+	mask_control_characters(s->line, (size_t)(end - s->line));
+	return s->line;
 }
 
 /* The next line of an answer: its name, and *value; NULL for "ok".  "error" ends the program. */
@@ -158,131 +154,96 @@ static const char *next_value(struct server *s, const char **value)
 	return line;
 }
 
-/* Exactly count numbers, with single blanks between them. */
-static void parse_numbers(const struct server *s, const char *value, uint64_t *n, size_t count)
+/* The number at *at, in front of that character; *at goes behind it. */
+static uint64_t take_number(const struct server *s, const char **at, char behind)
 {
-	const char *at = value;
 	char *end;
+	uint64_t n = strtoull(*at, &end, 10);
 
-	for (size_t i = 0; i < count; i++) {
-		if (*at < '0' || *at > '9')
-			fail_garbage(s, value);
-		n[i] = strtoull(at, &end, 10);
-		if (*end != (i + 1 < count ? ' ' : '\0'))
-			fail_garbage(s, value);
-		at = end + 1;
-	}
+	if (**at < '0' || **at > '9' || *end != behind)
+		fail_garbage(s, *at);
+	*at = end + 1;
+	return n;
 }
 
-/* A state: the fields that a query is answered with. */
+/*
+ * A state: the fields that a query is answered with, each a name and a value with a NUL behind
+ * them, and an empty name at the end.
+ */
 
-struct fields {
-	struct field *all;
-	size_t count;
-};
+static const char *value_of(const char *field)
+{
+	return field + strlen(field) + 1;
+}
 
-struct field {
-	char *name, *value;
-	char *key;			/* of an item of an array: its address or name; else NULL */
-	struct fields pairs;		/* likewise: what its value tells behind that */
-};
+static const char *next_field(const char *field)
+{
+	return value_of(value_of(field));
+}
 
-/* Lines that there may be several of: an array in JSON. */
-static const struct array {
+/* Over a connection of its own.  To be freed. */
+static char *ask_state(struct server *s)
+{
+	const char *name, *value;
+	char *state;
+	size_t len;
+	FILE *f = not_null(open_memstream(&state, &len));
+
+	connect_to(s);
+	send_line(s, "query\n");
+	while ((name = next_value(s, &value)))
+		if (fprintf(f, "%s%c%s%c", name, '\0', value, '\0') < 0 || ftell(f) > STATE_MAX)
+			fail("%s: the server's answer is too long", s->path);
+	fputc('\0', f);
+	not_null(fclose(f) == 0 ? state : NULL);
+	close(s->fd);
+	s->known = true;
+	return state;
+}
+
+/* NULL if there is none. */
+static const char *find_value(const char *state, const char *name)
+{
+	for (; *state; state = next_field(state))
+		if (strcmp(state, name) == 0)
+			return value_of(state);
+	return NULL;
+}
+
+static uint64_t number_of(const char *state, const char *name)
+{
+	const char *value = find_value(state, name);
+
+	return value ? strtoull(value, NULL, 10) : 0;
+}
+
+/* Fields that there may be several of: an array in JSON.  Each value is a key, and pairs. */
+struct kind {
 	const char *name;
 	const char *key;
 	const char *first;		/* The pairs begin with the last one of this name. */
 	const char *with;		/* The array is there, maybe empty, with this field. */
-} arrays[] = {
-	{ "client", "address", " reads ", "clients" },
-	{ "export", "name", " size ", "export" },
 };
+static const struct kind clients = { "client", "address", " reads ", "clients" };
+static const struct kind named_exports = { "export", "name", " size ", "export" };
 
-static struct field *add_field(struct fields *f)
+/*
+ * Take such a value apart: the length of the key, which may have blanks, and the pairs in the form
+ * of a state, in room of PAIRS_MAX bytes.
+ */
+static size_t split_value(const struct kind *k, const char *value, char *pairs)
 {
-	if ((f->count & (f->count - 1)) == 0)
-		f->all = not_null(realloc(f->all, (f->count ? 2 * f->count : 1) * sizeof(*f->all)));
-	f->all[f->count] = (struct field){ 0 };
-	return &f->all[f->count++];
-}
+	const char *first = NULL;
+	size_t len;
 
-/* An address may have blanks, and a path as well. */
-static void parse_item(struct field *item, const struct array *a)
-{
-	char *pairs = NULL, *name, *value;
-
-	item->key = not_null(strdup(item->value));
-	for (char *at = item->key; (at = strstr(at, a->first)); at++)
-		pairs = at;
-	if (!pairs)
-		return;
-	*pairs = '\0';
-	name = strtok(pairs + 1, " ");
-	while (name && (value = strtok(NULL, " "))) {
-		*add_field(&item->pairs) = (struct field){ .name = name, .value = value };
-		name = strtok(NULL, " ");
-	}
-}
-
-static void free_fields(struct fields *f)
-{
-	for (size_t i = 0; i < f->count; i++) {
-		free(f->all[i].name);
-		free(f->all[i].value);
-		free(f->all[i].key);
-		free(f->all[i].pairs.all);
-	}
-	free(f->all);
-}
-
-static void take_field(struct fields *f, const char *name, const char *value)
-{
-	struct field *field = add_field(f);
-
-	field->name = not_null(strdup(name));
-	field->value = not_null(strdup(value));
-	for (size_t i = 0; i < ARRAY_SIZE(arrays); i++)
-		if (strcmp(name, arrays[i].name) == 0)
-			parse_item(field, &arrays[i]);
-}
-
-/* Over a connection of its own; the fields are to be freed. */
-static struct fields ask_state(struct server *s)
-{
-	struct fields f = { 0 };
-	const char *name, *value;
-
-	connect_to(s);
-	ask(s, "query\n");
-	while ((name = next_value(s, &value))) {
-		if (f.count == FIELDS_MAX)
-			fail("%s: the server's answer is too long", s->path);
-		take_field(&f, name, value);
-	}
-	close(s->fd);
-	s->known = true;
-	return f;
-}
-
-/* The value of a field; NULL if there is none. */
-static const char *find(const struct fields *f, const char *name)
-{
-	for (size_t i = 0; i < f->count; i++)
-		if (strcmp(f->all[i].name, name) == 0)
-			return f->all[i].value;
-	return NULL;
-}
-
-static bool is_client(const struct field *f)
-{
-	return strcmp(f->name, "client") == 0;
-}
-
-static uint64_t number_of(const struct fields *f, const char *name)
-{
-	const char *value = find(f, name);
-
-	return value ? strtoull(value, NULL, 10) : 0;
+	for (const char *at = value; (at = strstr(at, k->first)); at++)
+		first = at;
+	strcpy(pairs, first ? first + 1 : "");
+	len = strlen(pairs);
+	pairs[len + 1] = pairs[len + 2] = '\0';		/* the last name may have no value */
+	for (char *blank = pairs; (blank = strchr(blank, ' ')); blank++)
+		*blank = '\0';
+	return first ? (size_t)(first - value) : strlen(value);
 }
 
 /* The next of delays such as "7:17 15:3": n requests took up to us.  False if there is none. */
@@ -301,7 +262,7 @@ static bool next_delay(const char **at, uint64_t *us, uint64_t *n)
 /* --query */
 
 /* Values that are text whatever they look like. */
-static bool is_text(const char *name)
+static bool is_always_text(const char *name)
 {
 	static const char *const texts[] = { "image", "bitmap", "origin-export", "origin-reason",
 					     "copy-error", "snapshot-last", "snapshot-error",
@@ -328,17 +289,17 @@ static bool is_number(const char *s)
 }
 
 /* Paths are bytes, JSON is characters. */
-static void print_json_string(const char *s)
+static void print_json_string(const char *s, size_t len)
 {
-	size_t len;
+	size_t n;
 
 	putchar('"');
-	for (; *s; s += len ? len : 1) {
-		len = utf8_length((const uint8_t *)s, strlen(s));
+	for (const char *end = s + len; s < end; s += n ? n : 1) {
+		n = utf8_length((const uint8_t *)s, (size_t)(end - s));
 		if (*s == '"' || *s == '\\')
 			putchar('\\');
-		if (len)
-			fwrite(s, 1, len, stdout);
+		if (n)
+			fwrite(s, 1, n, stdout);
 		else
 			fputs("\\ufffd", stdout);
 	}
@@ -359,86 +320,75 @@ static void print_json_delays(const char *value)
 	putchar(']');
 }
 
-static void print_json_pair(const char *before, const char *name, const char *value)
+static void print_json_field(const char *before, const char *name, const char *value)
 {
+	bool text = is_always_text(name);
+
 	fputs(before, stdout);
-	print_json_string(name);
+	print_json_string(name, strlen(name));
 	fputs(": ", stdout);
 	if (strcmp(name, "delays-us") == 0)
 		print_json_delays(value);
-	else if (is_text(name))
-		print_json_string(value);
-	else if (is_number(value))
+	else if (!text && is_number(value))
 		fputs(value, stdout);
-	else if (strcmp(value, "yes") == 0 || strcmp(value, "no") == 0)
+	else if (!text && (strcmp(value, "yes") == 0 || strcmp(value, "no") == 0))
 		fputs(*value == 'y' ? "true" : "false", stdout);
 	else
-		print_json_string(value);
+		print_json_string(value, strlen(value));
 }
 
-static void print_json_array(const struct fields *f, const struct array *a)
+static void print_json_array(const char *state, const struct kind *k)
 {
-	const char *before = "\n    { ";
+	const char *before = "";
+	char pairs[PAIRS_MAX];
 
-	printf("\"%s\": [", a->name);
-	for (size_t i = 0; i < f->count; i++) {
-		const struct field *item = &f->all[i];
-
-		if (strcmp(item->name, a->name) != 0)
+	if (!find_value(state, k->with))
+		return;
+	printf(",\n  \"%s\": [", k->name);
+	for (; *state; state = next_field(state)) {
+		if (strcmp(state, k->name) != 0)
 			continue;
-		print_json_pair(before, a->key, item->key);
-		for (size_t n = 0; n < item->pairs.count; n++)
-			print_json_pair(", ", item->pairs.all[n].name, item->pairs.all[n].value);
+		printf("%s\n    { \"%s\": ", before, k->key);
+		print_json_string(value_of(state), split_value(k, value_of(state), pairs));
+		for (const char *p = pairs; *p; p = next_field(p))
+			print_json_field(", ", p, value_of(p));
 		fputs(" }", stdout);
-		before = ",\n    { ";
+		before = ",";
 	}
-	fputs(*before == ',' ? "\n  ]" : "]", stdout);
+	fputs(*before ? "\n  ]" : "]", stdout);
 }
 
-static void print_json(const struct fields *f)
+static bool is_array(const char *field)
+{
+	return strcmp(field, clients.name) == 0 || strcmp(field, named_exports.name) == 0;
+}
+
+static void print_json(const char *state)
 {
 	const char *before = "\n  ";
 
 	putchar('{');
-	for (size_t i = 0; i < f->count; i++) {
-		if (f->all[i].key)
+	for (const char *f = state; *f; f = next_field(f)) {
+		if (is_array(f))
 			continue;
-		print_json_pair(before, f->all[i].name, f->all[i].value);
+		print_json_field(before, f, value_of(f));
 		before = ",\n  ";
 	}
-	for (size_t i = 0; i < ARRAY_SIZE(arrays); i++) {
-		if (!find(f, arrays[i].name) && !find(f, arrays[i].with))
-			continue;
-		fputs(before, stdout);
-		print_json_array(f, &arrays[i]);
-		before = ",\n  ";
-	}
-	puts(*before == ',' ? "\n}" : "}");
+	print_json_array(state, &clients);
+	print_json_array(state, &named_exports);
+	puts(*state ? "\n}" : "}");
 }
 
 static void show_query(struct server *s, bool json)
 {
-	struct fields f = ask_state(s);
+	char *state = ask_state(s);
 
 	if (json)
-		print_json(&f);
-	for (size_t i = 0; !json && i < f.count; i++)
-		printf("%s: %s\n", f.all[i].name, f.all[i].value);
+		print_json(state);
+	for (const char *f = state; !json && *f; f = next_field(f))
+		printf("%s: %s\n", f, value_of(f));
 	flush_output();
-	free_fields(&f);
-}
-
-/* What --watch and --cache-all have in common */
-
-enum { MIB_TEXT = 24 };
-
-/* Bytes as MiB with one decimal, in text of MIB_TEXT bytes. */
-static const char *mib(uint64_t bytes, char *text)
-{
-	uint64_t tenths = bytes / 1024 * 10 / 1024 + (bytes / 1024 * 10 % 1024 >= 512);
-
-	snprintf(text, MIB_TEXT, "%" PRIu64 ".%u", tenths / 10, (unsigned)(tenths % 10));
-	return text;
+	free(state);
 }
 
 /* In characters, within reason. */
@@ -459,8 +409,7 @@ enum { DESCRIPTION_MAX = 512 };
 struct progress {
 	uint64_t cached, blocks, rate;	/* as the server tells them; rate in bytes per second */
 	char reason[256];		/* why the origin is down; "": it is not */
-	uint64_t next;			/* now_ms(): when there may be another line */
-	bool complete;			/* has been shown */
+	uint64_t next;			/* now_ms(), for another line; UINT64_MAX: all is told */
 };
 
 /* Rounded down: only all is 1000. */
@@ -472,33 +421,31 @@ static unsigned permille(const struct progress *p)
 }
 
 /* Such as "42.7%  103.4 MiB/s  0:01:23 left". */
-static void describe(const struct progress *p, char *text, size_t size)
+static void describe_progress(const struct progress *p, char *text, size_t size)
 {
 	uint64_t left = p->blocks > p->cached ? p->blocks - p->cached : 0;
 	uint64_t seconds = p->rate ? left / (p->rate / BLOCK_SIZE + 1) : 0;
 	size_t n = (size_t)snprintf(text, size, "%u.%u%%  ", permille(p) / 10, permille(p) % 10);
-	char rate[MIB_TEXT];
 
 	if (*p->reason)
 		snprintf(text + n, size - n, "the origin is down: %s", p->reason);
 	else if (left && !p->rate)
 		snprintf(text + n, size - n, "0.0 MiB/s  -:--:-- left");
 	else
-		snprintf(text + n, size - n, "%s MiB/s  %" PRIu64 ":%02u:%02u left",
-			 mib(p->rate, rate), seconds / 3600, (unsigned)(seconds / 60 % 60),
+		snprintf(text + n, size - n, "%.1f MiB/s  %" PRIu64 ":%02u:%02u left",
+			 (double)p->rate / MIB, seconds / 3600, (unsigned)(seconds / 60 % 60),
 			 (unsigned)(seconds % 60));
 }
 
 /* All columns but the last, which some terminals leave at once; without room for a bar, text. */
-static void draw_bar(const struct progress *p)
+static void draw_bar(const struct progress *p, const char *text)
 {
 	enum { BAR_MIN = 6 };
-	int room = terminal_size(STDERR_FILENO).ws_col - 1, bar;
-	char text[DESCRIPTION_MAX], full[WIDTH_MAX];
+	int room = terminal_size(STDERR_FILENO).ws_col - 1;
+	int bar = room - (int)strlen("[]  ") - (int)strlen(text);
+	char full[WIDTH_MAX];
 
-	describe(p, text, sizeof(text));
 	memset(full, '=', sizeof(full));
-	bar = room - (int)strlen("[]  ") - (int)strlen(text);
 	if (bar >= BAR_MIN)
 		fprintf(stderr, "\r[%-*.*s]  %s", bar, bar * (int)permille(p) / 1000, full, text);
 	else
@@ -506,53 +453,48 @@ static void draw_bar(const struct progress *p)
 	bar_is_shown = true;
 }
 
-static void print_progress(struct progress *p)
+static void show_progress(struct progress *p)
 {
-	uint64_t now = now_ms();
+	bool complete = p->cached >= p->blocks;
 	char text[DESCRIPTION_MAX];
 
-	if (p->complete || (p->cached < p->blocks && now < p->next))
-		return;
-	describe(p, text, sizeof(text));
-	log_line("%s", text);
-	p->next = now + PLAIN_PROGRESS_MS;
-	p->complete = p->cached >= p->blocks;
+	describe_progress(p, text, sizeof(text));
+	if (isatty(STDERR_FILENO)) {
+		draw_bar(p, text);
+	} else if (complete ? p->next < UINT64_MAX : now_ms() >= p->next) {
+		log_line("%s", text);
+		p->next = complete ? UINT64_MAX : now_ms() + PLAIN_PROGRESS_MS;
+	}
 }
 
 static void take_progress(const struct server *s, const char *value, bool show,
 			  struct progress *p)
 {
-	uint64_t n[3];
-
-	parse_numbers(s, value, n, ARRAY_SIZE(n));
-	p->cached = n[0];
-	p->blocks = n[1];
-	p->rate = n[2];
-	if (show && isatty(STDERR_FILENO))
-		draw_bar(p);
-	else if (show)
-		print_progress(p);
+	p->cached = take_number(s, &value, ' ');
+	p->blocks = take_number(s, &value, ' ');
+	p->rate = take_number(s, &value, '\0');
+	if (show)
+		show_progress(p);
 	*p->reason = '\0';
 }
 
 static void show_failure(const struct server *s, const char *value)
 {
-	uint64_t n[2];
+	uint64_t off = take_number(s, &value, ' '), len = take_number(s, &value, '\0');
 
-	parse_numbers(s, value, n, ARRAY_SIZE(n));
 	leave_bar();
-	log_error("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, n[1], n[0]);
+	log_error("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, len, off);
 }
 
 /* Until the command has been carried out. */
-static void follow(struct server *s, bool show_progress)
+static void follow(struct server *s, bool show)
 {
 	struct progress progress = { 0 };
 	const char *name, *value;
 
 	while ((name = next_value(s, &value))) {
 		if (strcmp(name, "progress") == 0)
-			take_progress(s, value, show_progress, &progress);
+			take_progress(s, value, show, &progress);
 		else if (strcmp(name, "origin-reason") == 0)
 			snprintf(progress.reason, sizeof(progress.reason), "%s", value);
 		else if (strcmp(name, "failed") == 0)
@@ -575,97 +517,112 @@ static void follow(struct server *s, bool show_progress)
 
 static unsigned rows;		/* that are left on the screen */
 
-static void show_row(const char *fmt, ...) PRINTF_LIKE(1, 2);
-
-static void show_row(const char *fmt, ...)
+static void end_row(void)
 {
-	va_list ap;
-
 	rows--;
-	va_start(ap, fmt);
-	vprintf(fmt, ap);
-	va_end(ap);
 	fputs(isatty(STDOUT_FILENO) ? "\033[K\n" : "\n", stdout);
 }
 
-/* A number that is smaller than before belongs to another server. */
-static uint64_t since(const struct fields *now, const struct fields *before, const char *name)
+/* What a number has grown by; one that is smaller than before belongs to another server. */
+static double since(const char *now, const char *before, const char *name)
 {
 	uint64_t n = number_of(now, name), old = number_of(before, name);
 
-	return n >= old ? n - old : n;
+	return (double)(n >= old ? n - old : n);
 }
 
-/* They follow the reason why the origin is down, NULL if it is not, and what follows them. */
-static void show_rates(const struct fields *now, const struct fields *before, uint64_t ms,
-		       const char *reason, const char *what)
+static double requests_since(const char *now, const char *before)
 {
-	uint64_t requests = since(now, before, "reads") + since(now, before, "writes") +
-			    since(now, before, "flushes") + since(now, before, "others");
-	char read[MIB_TEXT], written[MIB_TEXT];
-
-	show_row("%s%s%s%" PRIu64 " requests/s, %s MiB/s read, %s MiB/s written, %s",
-		 reason ? "origin down: " : "", reason ? reason : "", reason ? "; " : "",
-		 (requests * 1000 + ms / 2) / ms,
-		 mib(since(now, before, "read-bytes") * 1000 / ms, read),
-		 mib(since(now, before, "written-bytes") * 1000 / ms, written), what);
+	return since(now, before, "reads") + since(now, before, "writes") +
+	       since(now, before, "flushes") + since(now, before, "others");
 }
 
-/* How many requests took up to that many microseconds. */
-static uint64_t count_up_to(const struct fields *f, uint64_t us)
+static void print_rates(const char *now, const char *before, double seconds)
 {
-	const char *delays = find(f, "delays-us");
-	uint64_t count = 0, top, n;
-
-	while (delays && next_delay(&delays, &top, &n))
-		if (top <= us)
-			count += n;
-	return count;
+	printf("%.0f requests/s, %.1f MiB/s read, %.1f MiB/s written, ",
+	       requests_since(now, before) / seconds,
+	       since(now, before, "read-bytes") / MIB / seconds,
+	       since(now, before, "written-bytes") / MIB / seconds);
 }
 
-static void show_total(const struct fields *now, const struct fields *before, uint64_t ms)
+/* Add the delays of a state so many times: UINT64_MAX, which is -1, takes them away. */
+static void add_delays(const char *state, uint64_t times, struct tally *sum)
 {
-	uint64_t all = count_up_to(now, UINT64_MAX) - count_up_to(before, UINT64_MAX), us = 0;
-	const char *cached = find(now, "cached-percent"), *link = find(now, "origin-link");
-	char text[512];
-	int n;
+	const char *delays = find_value(state, "delays-us");
+	uint64_t us, n;
 
-	while (us < UINT64_MAX && count_up_to(now, us) - count_up_to(before, us) < all - all / 100)
-		us = 2 * us + 1;
-	n = snprintf(text, sizeof(text), "p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64
-		     " errors", us, number_of(now, "clients"), number_of(now, "errors"));
+	while (delays && next_delay(&delays, &us, &n))
+		sum->delay[delay_index(us)] += times * n;
+}
+
+static void show_total(const char *now, const char *before, double seconds)
+{
+	const char *cached = find_value(now, "cached-percent");
+	const char *link = find_value(now, "origin-link"), *reason = find_value(now, "origin-reason");
+	struct tally since_before = { .longest = UINT64_MAX };
+
+	add_delays(now, 1, &since_before);
+	add_delays(before, UINT64_MAX, &since_before);
+	if (reason)
+		printf("origin down: %s; ", reason);
+	print_rates(now, before, seconds);
+	printf("p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64 " errors",
+	       tally_percentile(&since_before, 99), number_of(now, "clients"), number_of(now, "errors"));
 	if (cached && link)
-		snprintf(text + n, sizeof(text) - (size_t)n, ", %s %% cached, origin %s", cached,
-			 link);
-	show_rates(now, before, ms, find(now, "origin-reason"), text);
+		printf(", %s %% cached, origin %s", cached, link);
+	end_row();
 }
 
-static void show_client(const struct field *f, const struct fields *before, uint64_t ms)
+/* The field of a client from f on, whose address has len bytes; the end if it is not there. */
+static const char *find_client(const char *f, const char *address, size_t len)
 {
-	const struct field *old = NULL;
+	while (*f && (strcmp(f, "client") != 0 || strncmp(value_of(f), address, len + 1) != 0))
+		f = next_field(f);
+	return f;
+}
 
-	for (size_t i = 0; i < before->count && !old; i++)
-		if (is_client(&before->all[i]) && strcmp(before->all[i].key, f->key) == 0)
-			old = &before->all[i];
-	if (!old || strcmp(old->value, f->value) != 0 || number_of(&f->pairs, "in-flight") > 0)
-		show_rates(&f->pairs, old ? &old->pairs : &(struct fields){ 0 }, ms, NULL,
-			   f->key);
+/* Those that did something.  Most are in the order in which they were before. */
+static void show_clients(const char *now, const char *before, double seconds)
+{
+	const char *next = before, *old;
+	char pairs[PAIRS_MAX], old_pairs[PAIRS_MAX];
+
+	for (; *now && rows > 0; now = next_field(now)) {
+		const char *address = value_of(now);
+		size_t len;
+
+		if (strcmp(now, "client") != 0)
+			continue;
+		len = split_value(&clients, address, pairs);
+		old = find_client(next, address, len);
+		if (!*old)
+			old = find_client(before, address, len);
+		if (*old)
+			next = old;
+		split_value(&clients, *old ? value_of(old) : "", old_pairs);
+		if (!requests_since(pairs, old_pairs) && !number_of(pairs, "in-flight"))
+			continue;
+		print_rates(pairs, old_pairs, seconds);
+		printf("%.*s", (int)len, address);
+		end_row();
+	}
 }
 
 /* A screen is drawn over the one before; the terminal cuts what is too long. */
-static void show_look(const struct fields *now, const struct fields *before, uint64_t ms)
+static void show_look(const char *now, const char *before, double seconds)
 {
 	bool terminal = isatty(STDOUT_FILENO);
 
 	rows = terminal ? terminal_size(STDOUT_FILENO).ws_row - 1 : 1;
 	fputs(terminal ? "\033[H\033[?7l" : "", stdout);
-	show_total(now, before, ms);
-	for (size_t i = 0; i < now->count && rows > 0; i++)
-		if (is_client(&now->all[i]))
-			show_client(&now->all[i], before, ms);
-	for (size_t i = 0; i < now->count && rows > 0; i++)
-		if (!is_client(&now->all[i]))
-			show_row("%s: %s", now->all[i].name, now->all[i].value);
+	show_total(now, before, seconds);
+	show_clients(now, before, seconds);
+	for (; *now && rows > 0; now = next_field(now)) {
+		if (strcmp(now, "client") == 0)
+			continue;
+		printf("%s: %s", now, value_of(now));
+		end_row();
+	}
 	fputs(terminal ? "\033[J\033[?7h" : "", stdout);
 	flush_output();
 }
@@ -678,7 +635,7 @@ static void end_watch(int sig)
 
 static _Noreturn void watch(struct server *s, unsigned long seconds)
 {
-	struct fields now, before;
+	char *now, *before;
 	uint64_t last, ms;
 
 	signal(SIGINT, end_watch);	/* Ctrl-C */
@@ -689,31 +646,36 @@ static _Noreturn void watch(struct server *s, unsigned long seconds)
 		now = ask_state(s);
 		ms = now_ms() - last;
 		last += ms;
-		show_look(&now, &before, ms);
-		free_fields(&before);
+		show_look(now, before, (double)ms / 1000);
+		free(before);
 		before = now;
 	}
 }
 
 /* The other commands */
 
-/* The line to the server; returns like snprintf(). */
-static int make_line(const struct bgctl_options *o, char *line, size_t size)
+/* The line to the server, as memory that is never freed. */
+static const char *command_line(const struct bgctl_options *o)
 {
-	const char *name = o->export_name ? o->export_name : "", *blank = o->export_name ? " " : "";
+	char *line;
+	size_t len;
+	FILE *f = not_null(open_memstream(&line, &len));
 
-	switch (o->command) {
-	case COMMAND_SWITCH:
-		return snprintf(line, size, "switch%s\n", o->force ? " force" : "");
-	case COMMAND_RECONNECT:
-		return snprintf(line, size, "reconnect %s %s%s%s\n", o->host, o->port, blank, name);
-	case COMMAND_SNAPSHOT:
-		return snprintf(line, size, "snapshot%s%s\n", blank, name);
-	default:
-		name = o->command == COMMAND_CACHE_ALL ? "cache-all" : "cache-all2";
-		return o->blocks ? snprintf(line, size, "%s %lu\n", name, o->blocks) :
-				   snprintf(line, size, "%s\n", name);
-	}
+	fputs(o->name, f);
+	if (o->blocks)
+		fprintf(f, " %lu", o->blocks);
+	if (o->force)
+		fputs(" force", f);
+	if (o->host)
+		fprintf(f, " %s %s", o->host, o->port);
+	if (o->export_name)
+		fprintf(f, " %s", o->export_name);
+	fputc('\n', f);
+	fclose(f);
+	if (len <= CTL_LINE_MAX + 1)
+		return line;
+	log_error("HOST, PORT and NAME are too long");
+	exit(EXIT_USAGE);
 }
 
 /* A command may take its time, but a server that will not carry it out is not waited for. */
@@ -722,26 +684,21 @@ static void greet(struct server *s)
 	const char *value;
 
 	connect_to(s);
-	ask(s, "help\n");
+	send_line(s, "help\n");
 	while (next_value(s, &value))
 		;
 	limit_silence(s->fd, 0);
 }
 
-static void run(const struct bgctl_options *o, struct server *s)
+static void run_command(const struct bgctl_options *o, struct server *s)
 {
-	char line[CTL_LINE_MAX + 2];	/* with "\n" and its end */
-	int len = make_line(o, line, sizeof(line));
+	const char *line = command_line(o);
 
-	if (len >= (int)sizeof(line)) {
-		log_error("HOST, PORT and NAME are too long");
-		exit(EXIT_USAGE);
-	}
 	greet(s);
 	if (o->command == COMMAND_RECONNECT)
 		snprintf(s->aim, sizeof(s->aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
 			 o->host, o->port);
-	ask(s, line);
+	send_line(s, line);
 	follow(s, o->progress);
 }
 
@@ -759,6 +716,6 @@ int main(int argc, char **argv)
 	else if (o.command == COMMAND_WATCH)
 		watch(&server, o.seconds);
 	else
-		run(&o, &server);
+		run_command(&o, &server);
 	return EXIT_SUCCESS;
 }

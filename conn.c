@@ -273,16 +273,10 @@ static void drop_pieces(struct conn *c)
 static void tell_end(struct conn *c, const char *why)
 {
 	char did[STATS_LINE] = "";
-	bool busy = false;
 
-	if (c->stats) {
-		stats_end_turn(c->stats);
-		stats_catch_up(c->stats, c->peer, UINT64_MAX);
-		busy = tally_requests(&c->stats->all) > 0;
-	}
-	if (busy)
-		tally_describe(&c->stats->all, did);
-	log_peer(LOG_EVENT, "%s: disconnected: %s%s%s", c->peer, why, busy ? "; " : "", did);
+	if (c->stats)
+		stats_end(c->stats, c->peer, did);
+	log_peer(LOG_EVENT, "%s: disconnected: %s%s%s", c->peer, why, *did ? "; " : "", did);
 }
 
 static void conn_complete(struct conn *c, struct request *r);
@@ -895,7 +889,7 @@ static void start_read(struct conn *c, struct request *r)
 			conn_settle(c, r, ret);
 		}
 	} else if (read_copied(c, r, r)) {
-		stats_count_read(c->stats, r->h.len);
+		stats_count(c->stats, r);
 		free_request(c, r);
 	} else if (r->error == EAGAIN) {
 		r->error = 0;

@@ -13,9 +13,6 @@
 /* Listen, if the options name a socket; what is to be served is open.  False after logging why not. */
 bool control_open(const struct options *o);
 
-/* No more commands. */
-void control_close(void);
-
 /* A proxy is to become a target; the log says what comes of it. */
 void control_switch(void);
 

@@ -22,14 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static struct {
-	struct exported *all;
-	size_t count;
-	const struct proto_export **entry;
-	struct proto_exports proto;
-	struct backend *cache;		/* of a proxy; else NULL */
-	void (*snapshot_ended)(const struct export *e, const char *path, const char *error);
-} table;
+struct exports exports;
 
 /* Opening */
 
@@ -44,8 +37,8 @@ static const char *describe_image(const char *path)
 /* Two disks on one image would know nothing of each other's flushes and snapshots. */
 static bool is_alone(const struct disk *d, const char *image)
 {
-	for (size_t i = 0; i < table.count; i++) {
-		const struct exported *other = &table.all[i];
+	for (size_t i = 0; i < exports.count; i++) {
+		const struct exported *other = &exports.all[i];
 
 		if (!disk_is_same(d, other->disk))
 			continue;
@@ -70,13 +63,6 @@ static struct backend *open_target(const struct options *o, struct exported *e, 
 	return NULL;
 }
 
-static struct backend *open_cow_target(const struct options *o, const char *image)
-{
-	const struct cow_options cow = { image, o->cow_dir, o->cow_file, o->readonly };
-
-	return cow_open(&cow);
-}
-
 static struct backend *open_proxy(const struct options *o)
 {
 	const struct cache_options cache = { o->image, o->bitmap, o->clear_bitmap, o->readonly,
@@ -90,15 +76,15 @@ static struct backend *open_proxy(const struct options *o)
 	};
 	struct origin *origin = origin_open(&remote);
 
-	table.cache = origin ? cache_open(&cache, origin) : NULL;
-	return table.cache;
+	exports.cache = origin ? cache_open(&cache, origin) : NULL;
+	return exports.cache;
 }
 
 static struct backend *open_backend(const struct options *o, struct exported *e, const char *image)
 {
 	switch (o->mode) {
 	case MODE_COW_TARGET:
-		return open_cow_target(o, image);
+		return cow_open(&(struct cow_options){ image, o->cow_dir, o->cow_file, o->readonly });
 	case MODE_PROXY:
 		return open_proxy(o);
 	default:
@@ -106,25 +92,17 @@ static struct backend *open_backend(const struct options *o, struct exported *e,
 	}
 }
 
-/* Add an export to the table, which has room for it. */
-static bool add(const struct options *o, const char *name, const char *image)
+/* Open an export; the table has room for it. */
+static bool open_export(const struct options *o, const char *name, const char *image)
 {
-	struct exported *e = &table.all[table.count];
-	struct backend *backend;
+	struct exported *e = &exports.all[exports.count];
+	struct backend *backend = open_backend(o, e, image);
 
-	e->path = absolute_path(image);
-	if (!e->path) {
-		log_failure("cannot start: out of memory");
+	if (!backend)
 		return false;
-	}
-	backend = open_backend(o, e, image);
-	if (!backend) {
-		free(e->path);
-		return false;
-	}
-	export_init(&e->export, backend, name, describe_image(image), wake_main,
-		    clients_admit);
-	table.entry[table.count++] = &e->export.proto;
+	e->path = not_null(absolute_path(image));
+	export_init(&e->export, backend, name, describe_image(image), wake_main, clients_admit);
+	exports.entry[exports.count++] = &e->export.proto;
 	return true;
 }
 
@@ -143,69 +121,50 @@ static bool can_be_listed(const struct options *o)
 	return false;
 }
 
-static void bound_load(const struct options *o)
-{
-	load.room = clients_admit;
-	if (o->max_queue_size)
-		load.requests_max = o->max_queue_size;
-	if (o->max_buf_size)
-		load.bytes_max = o->max_buf_size < SIZE_MAX ? (size_t)o->max_buf_size : SIZE_MAX;
-}
-
 bool exports_open(const struct options *o)
 {
 	size_t count = o->exports + (o->image != NULL);
 	bool ok;
 
-	bound_load(o);
+	load.room = clients_admit;
+	if (o->max_queue_size)
+		load.requests_max = o->max_queue_size;
+	if (o->max_buf_size)
+		load.bytes_max = o->max_buf_size < SIZE_MAX ? (size_t)o->max_buf_size : SIZE_MAX;
 	if (o->exports > 0 && !can_be_listed(o))
 		return false;
-	table.all = calloc(count, sizeof(*table.all));
-	table.entry = calloc(count, sizeof(*table.entry));
-	if (!table.all || !table.entry) {
-		log_failure("cannot start: out of memory");
-		return false;
-	}
-	ok = !o->image || add(o, "", o->image);
+	exports.all = not_null(calloc(count, sizeof(*exports.all)));
+	exports.entry = not_null(calloc(count, sizeof(*exports.entry)));
+	ok = !o->image || open_export(o, "", o->image);
 	for (unsigned i = 0; ok && i < o->exports; i++)
-		ok = add(o, o->export[i].name, o->export[i].path);
-	table.proto = (struct proto_exports){ table.entry, table.count, o->exports == 0 };
+		ok = open_export(o, o->export[i].name, o->export[i].path);
+	exports.proto = (struct proto_exports){ exports.entry, exports.count, o->exports == 0 };
 	return ok;
-}
-
-const struct proto_exports *exports_table(void)
-{
-	return &table.proto;
-}
-
-struct backend *exports_cache(void)
-{
-	return table.cache;
 }
 
 bool exports_start(void)
 {
 	struct origin_status status;
 
-	if (!table.cache)
+	if (!exports.cache)
 		return true;
-	origin_status(cache_origin(table.cache), &status);
+	origin_status(cache_origin(exports.cache), &status);
 	log_line("origin %s: connected, %llu bytes", status.address,
-		 (unsigned long long)table.cache->size);
-	return origin_start(cache_origin(table.cache));
+		 (unsigned long long)exports.cache->size);
+	return origin_start(cache_origin(exports.cache));
 }
 
 void exports_have_disk(void)
 {
-	table.all[0].disk = cache_disk(table.cache);
+	exports.all[0].disk = cache_disk(exports.cache);
 }
 
 /* Snapshots */
 
 const char *exports_snapshots_beside(size_t i)
 {
-	const struct exported *e = &table.all[i];
-	const struct disk *d = !e->disk && table.cache ? cache_disk(table.cache) : e->disk;
+	const struct exported *e = &exports.all[i];
+	const struct disk *d = !e->disk && exports.cache ? cache_disk(exports.cache) : e->disk;
 
 	return d && disk_is_file(d) ? e->path : NULL;
 }
@@ -214,27 +173,22 @@ bool exports_snapshot(void)
 {
 	bool any = false;
 
-	for (size_t i = 0; i < table.count; i++) {
-		table.all[i].wanted = table.all[i].disk;
-		any |= table.all[i].wanted;
+	for (size_t i = 0; i < exports.count; i++) {
+		exports.all[i].wanted = exports.all[i].disk;
+		any |= exports.all[i].wanted;
 	}
 	return any;
-}
-
-const struct exported *exports_at(size_t i)
-{
-	return &table.all[i];
 }
 
 const char *exports_snapshot_of(const char *name, const struct export **e, bool *behind)
 {
 	struct exported *of = NULL;
 
-	if (!name && table.count > 1)
+	if (!name && exports.count > 1)
 		return "there are several exports, and a snapshot needs the name of one";
-	for (size_t i = 0; i < table.count; i++)
-		if (!name || strcmp(name, table.all[i].export.proto.name) == 0)
-			of = &table.all[i];
+	for (size_t i = 0; i < exports.count; i++)
+		if (!name || strcmp(name, exports.all[i].export.proto.name) == 0)
+			of = &exports.all[i];
 	if (!of)
 		return "there is no export of that name";
 	if (!of->disk)
@@ -246,20 +200,14 @@ const char *exports_snapshot_of(const char *name, const struct export **e, bool 
 	return NULL;
 }
 
-void exports_on_snapshot(void (*ended)(const struct export *e, const char *path,
-				       const char *error))
-{
-	table.snapshot_ended = ended;
-}
-
-static void begin_snapshot(struct exported *e)
+static void begin_snapshot(struct exported *e, exports_ended *ended)
 {
 	const char *error;
 
 	e->wanted = e->taken = false;
 	e->snapshot = snapshot_new(e->disk, e->path, wake_main, &error);
 	if (!e->snapshot)
-		table.snapshot_ended(&e->export, NULL, error);
+		ended(&e->export, NULL, error);
 }
 
 /* The instant that the snapshot shows: nobody reads or writes. */
@@ -273,88 +221,83 @@ static void take_snapshot(struct exported *e)
 	snapshot_start(e->snapshot);
 }
 
-static void end_snapshot(struct exported *e)
+static void end_snapshot(struct exported *e, exports_ended *ended)
 {
 	const char *error, *path;
 
 	if (!gate_close(&e->export.gate))
 		return;
 	path = snapshot_path(e->snapshot, &error);
-	table.snapshot_ended(&e->export, path, error);
+	ended(&e->export, path, error);
 	snapshot_free(e->snapshot);
 	e->snapshot = NULL;
 	gate_open(&e->export.gate);
 }
 
-/* Whether a snapshot's thread is at work. */
-static bool is_copying(const struct exported *e)
-{
-	return e->snapshot && e->taken && !snapshot_is_over(e->snapshot);
-}
-
-static void tend_snapshot(struct exported *e)
+static void tend_snapshot(struct exported *e, exports_ended *ended)
 {
 	if (e->snapshot && e->taken && snapshot_is_over(e->snapshot))
-		end_snapshot(e);
+		end_snapshot(e, ended);
 	if (e->wanted && !e->snapshot)
-		begin_snapshot(e);
+		begin_snapshot(e, ended);
 	if (e->snapshot && !e->taken)
 		take_snapshot(e);
 }
 
-void exports_tend(void)
+void exports_tend(exports_ended *ended)
 {
-	for (size_t i = 0; i < table.count; i++)
-		tend_snapshot(&table.all[i]);
+	for (size_t i = 0; i < exports.count; i++)
+		tend_snapshot(&exports.all[i], ended);
 }
 
 /* End */
 
 void exports_stop(void)
 {
-	for (size_t i = 0; i < table.count; i++) {
-		struct exported *e = &table.all[i];
+	for (size_t i = 0; i < exports.count; i++) {
+		struct exported *e = &exports.all[i];
 
 		if (e->snapshot)
 			snapshot_abandon(e->snapshot);
 		gate_open(&e->export.gate);	/* nobody waits for it any more */
 	}
-	if (table.cache)
-		cache_stop(table.cache);
+	if (exports.cache)
+		cache_stop(exports.cache);
 }
 
 void exports_give_up(void)
 {
-	if (table.cache)
-		origin_cancel(cache_origin(table.cache));
+	if (exports.cache)
+		origin_cancel(cache_origin(exports.cache));
 }
 
 void exports_end(void)
 {
-	if (table.cache)
-		cache_end(table.cache);
+	if (exports.cache)
+		cache_end(exports.cache);
 }
 
 bool exports_are_busy(void)
 {
-	for (size_t i = 0; i < table.count; i++)
-		if (is_copying(&table.all[i]))
-			return true;
-	return false;
+	bool busy = false;
+
+	for (const struct exported *e = exports.all; e < exports.all + exports.count; e++)
+		busy |= e->snapshot && e->taken && !snapshot_is_over(e->snapshot);
+	return busy;
 }
 
 bool exports_close(void)
 {
 	bool ok = true;
 
-	for (size_t i = 0; i < table.count; i++) {
-		struct exported *e = &table.all[i];
+	for (size_t i = 0; i < exports.count; i++) {
+		struct exported *e = &exports.all[i];
 
 		snapshot_free(e->snapshot);
 		ok &= e->export.backend->ops->close(e->export.backend) == 0;
 		free(e->path);
 	}
-	free(table.all);
-	free(table.entry);
+	free(exports.all);
+	free(exports.entry);
 	return ok;
 }

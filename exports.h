@@ -11,14 +11,26 @@
 #include "backend.h"
 #include "options.h"
 
+struct exported {
+	struct export export;
+	char *path;			/* of the image, from the root: a daemon leaves its place */
+	struct disk *disk;		/* what snapshots are taken of; NULL: there are none */
+	struct snapshot *snapshot;	/* that is being made, or NULL */
+	bool taken;			/* its instant is past; else it waits for the gate */
+	bool wanted;			/* another one, when that is over */
+};
+
+/* The table, for other rooms to read. */
+extern struct exports {
+	struct exported *all;
+	size_t count;
+	const struct proto_export **entry;
+	struct proto_exports proto;	/* for the handshake */
+	struct backend *cache;		/* of a proxy, which is that of its only export; else NULL */
+} exports;
+
 /* Open what the options name.  False after logging why not; exports_close() is due then, too. */
 bool exports_open(const struct options *o);
-
-/* For the handshake. */
-const struct proto_exports *exports_table(void);
-
-/* The backend of a proxy, which then is that of the first; or NULL. */
-struct backend *exports_cache(void);
 
 /* Threads may be started.  False after logging why not. */
 bool exports_start(void);
@@ -31,17 +43,6 @@ void exports_have_disk(void);
  * become a target; NULL if there will be none.
  */
 const char *exports_snapshots_beside(size_t i);
-
-struct exported {
-	struct export export;
-	char *path;			/* of the image, from the root: a daemon leaves its place */
-	struct disk *disk;		/* what snapshots are taken of; NULL: there are none */
-	struct snapshot *snapshot;	/* that is being made, or NULL */
-	bool taken;			/* its instant is past; else it waits for the gate */
-	bool wanted;			/* another one, when that is over */
-};
-
-const struct exported *exports_at(size_t i);
 
 /*
  * Make a snapshot of the export of that name; NULL means the only one.  Returns NULL, or why not.
@@ -56,15 +57,11 @@ const char *exports_snapshot_of(const char *name, const struct export **e, bool 
  */
 bool exports_snapshot(void);
 
-/*
- * Call ended for each snapshot that has ended, by exports_tend(): with its path, or with NULL and
- * the reason.  Both are gone afterwards.
- */
-void exports_on_snapshot(void (*ended)(const struct export *e, const char *path,
-				       const char *error));
+/* A snapshot has ended: its path, or NULL and the reason, both for the time of the call. */
+typedef void exports_ended(const struct export *e, const char *path, const char *error);
 
 /* Go on with snapshots. */
-void exports_tend(void);
+void exports_tend(exports_ended *ended);
 
 /* The server stops: give up snapshots and copies, and let clients in who wait for one. */
 void exports_stop(void);

@@ -25,7 +25,7 @@ struct named_image {
 
 /* xnbd-server.  Strings are those of argv, but for names of exports. */
 struct options {
-	unsigned mode;			/* enum mode; the first member */
+	unsigned mode;			/* enum mode */
 	const char *image;		/* of a proxy: the cache; NULL: all exports have names */
 	struct named_image *export;	/* exports of them, no two of the same name */
 	unsigned exports;
@@ -88,7 +88,8 @@ enum command {
 
 /* xnbd-bgctl.  Strings are those of argv, but for a path of the host. */
 struct bgctl_options {
-	unsigned command;		/* enum command; the first member */
+	unsigned command;		/* enum command */
+	const char *name;		/* of it, as the server knows it */
 	const char *socket;
 	bool json, progress, force;
 	unsigned long blocks;		/* per request; 0 for the default */
@@ -106,7 +107,5 @@ enum { EXIT_USAGE = 2 };
  */
 void options_parse(struct options *o, int argc, char **argv);
 void options_parse_bgctl(struct bgctl_options *o, int argc, char **argv);
-
-void options_free(struct options *o);
 
 #endif

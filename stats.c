@@ -7,6 +7,7 @@
 #include "log.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -17,8 +18,7 @@ enum { SAY_AGAIN_MS = 1000 };	/* between lines about the errors of one client */
 
 /* Counting */
 
-/* Delays are counted by their length in bits. */
-static unsigned delay_bits(uint64_t us)
+unsigned delay_index(uint64_t us)
 {
 	unsigned bits = 0;
 
@@ -32,57 +32,7 @@ uint64_t delay_top(unsigned i)
 	return (UINT64_C(1) << i) - 1;
 }
 
-static void count_delay(struct stats *s, uint64_t us, uint64_t n)
-{
-	s->all.delay[delay_bits(us)] += n;
-	if (us > s->all.longest)
-		s->all.longest = us;
-	if (us > s->longest)
-		s->longest = us;
-}
-
-void stats_late(struct stats *s, const struct request *r)
-{
-	count_delay(s, stats_time(s) - r->begun, 1);
-}
-
-void stats_end_turn(struct stats *s)
-{
-	if (s->fresh > 0)
-		count_delay(s, now_us() - s->now, s->fresh);
-	s->fresh = 0;
-	s->now = 0;
-}
-
-/* Sums */
-
-/* Add it so many times: UINT64_MAX, which is -1, takes it away. */
-static void tally_add(struct tally *sum, const struct tally *t, uint64_t times)
-{
-	for (unsigned i = 0; i < STATS_COUNTS; i++)
-		sum->count[i] += times * t->count[i];
-	for (unsigned i = 0; i < STATS_DELAYS; i++)
-		sum->delay[i] += times * t->delay[i];
-	if (t->longest > sum->longest)
-		sum->longest = t->longest;
-}
-
-void stats_leave(struct stats *gone, const struct stats *s)
-{
-	tally_add(&gone->all, &s->all, 1);
-	tally_add(&gone->before, &s->before, 1);
-	if (s->longest > gone->longest)
-		gone->longest = s->longest;
-}
-
-uint64_t tally_requests(const struct tally *t)
-{
-	return t->count[STATS_READS] + t->count[STATS_WRITES] + t->count[STATS_FLUSHES] +
-	       t->count[STATS_OTHERS];
-}
-
-/* Microseconds within which that share of requests was answered, rounded up to a power of two. */
-static uint64_t tally_percentile(const struct tally *t, unsigned percent)
+uint64_t tally_percentile(const struct tally *t, unsigned percent)
 {
 	uint64_t all = 0, seen = t->delay[0];
 	unsigned i;
@@ -92,6 +42,85 @@ static uint64_t tally_percentile(const struct tally *t, unsigned percent)
 	for (i = 0; i < STATS_DELAYS - 1 && seen < all - all * (100 - percent) / 100; i++)
 		seen += t->delay[i + 1];
 	return delay_top(i) < t->longest ? delay_top(i) : t->longest;
+}
+
+static void count_delay(struct tally *t, uint64_t us, uint64_t n)
+{
+	t->delay[delay_index(us)] += n;
+	if (us > t->longest)
+		t->longest = us;
+}
+
+void stats_count(struct stats *s, const struct request *r)
+{
+	struct tally *t = &s->recent;
+
+	switch (r->h.cmd) {
+	case NBD_CMD_READ:
+		t->reads++;
+		t->read_bytes += r->error ? 0 : r->h.len;
+		break;
+	case NBD_CMD_WRITE:
+		t->writes++;
+		t->written_bytes += r->error ? 0 : r->h.len;
+		break;
+	case NBD_CMD_FLUSH:
+		t->flushes++;
+		break;
+	default:
+		t->others++;
+	}
+	if (r->error)
+		t->errors++;
+	if (r->begun == s->now)
+		s->fresh++;
+	else
+		count_delay(t, stats_time(s) - r->begun, 1);
+}
+
+void stats_end_turn(struct stats *s)
+{
+	if (s->fresh > 0)
+		count_delay(&s->recent, now_us() - s->now, s->fresh);
+	s->fresh = 0;
+	s->now = 0;
+}
+
+/* Sums */
+
+static void tally_add(struct tally *sum, const struct tally *t)
+{
+	sum->reads += t->reads;
+	sum->writes += t->writes;
+	sum->flushes += t->flushes;
+	sum->others += t->others;
+	sum->read_bytes += t->read_bytes;
+	sum->written_bytes += t->written_bytes;
+	sum->errors += t->errors;
+	if (t->longest > sum->longest)
+		sum->longest = t->longest;
+	for (unsigned i = 0; i < STATS_DELAYS; i++)
+		sum->delay[i] += t->delay[i];
+}
+
+/* What a client did since it connected. */
+static struct tally sum_of(const struct stats *s)
+{
+	struct tally all = s->past;
+
+	tally_add(&all, &s->recent);
+	return all;
+}
+
+void stats_leave(struct stats *gone, const struct stats *s)
+{
+	tally_add(&gone->past, &s->past);
+	tally_add(&gone->recent, &s->recent);
+}
+
+static bool is_idle_tally(const struct tally *t)
+{
+	return t->reads + t->writes + t->flushes + t->others == 0;
 }
 
 /* Text */
@@ -108,58 +137,64 @@ static unsigned long long scale(uint64_t bytes, const char **unit)
 	return bytes;
 }
 
-void tally_describe(const struct tally *t, char *line)
+static void tally_describe(const struct tally *t, char *line)
 {
 	const char *read_unit, *write_unit;
-	unsigned long long read = scale(t->count[STATS_READ_BYTES], &read_unit);
-	unsigned long long written = scale(t->count[STATS_WRITTEN_BYTES], &write_unit);
+	unsigned long long read = scale(t->read_bytes, &read_unit);
+	unsigned long long written = scale(t->written_bytes, &write_unit);
 
 	snprintf(line, STATS_LINE,
-		 "%llu reads %llu %s, %llu writes %llu %s, %llu flushes, %llu others, "
-		 "%llu errors, p50 %llu us, p99 %llu us, max %llu us",
-		 (unsigned long long)t->count[STATS_READS], read, read_unit,
-		 (unsigned long long)t->count[STATS_WRITES], written, write_unit,
-		 (unsigned long long)t->count[STATS_FLUSHES],
-		 (unsigned long long)t->count[STATS_OTHERS],
-		 (unsigned long long)t->count[STATS_ERRORS],
-		 (unsigned long long)tally_percentile(t, 50),
-		 (unsigned long long)tally_percentile(t, 99), (unsigned long long)t->longest);
+		 "%" PRIu64 " reads %llu %s, %" PRIu64 " writes %llu %s, %" PRIu64 " flushes, "
+		 "%" PRIu64 " others, %" PRIu64 " errors, p50 %" PRIu64 " us, p99 %" PRIu64 " us, "
+		 "max %" PRIu64 " us", t->reads, read, read_unit, t->writes, written, write_unit,
+		 t->flushes, t->others, t->errors, tally_percentile(t, 50),
+		 tally_percentile(t, 99), t->longest);
 }
 
-void tally_fields(const struct tally *t, struct stats_field field[STATS_FIELDS])
+void stats_end(struct stats *s, const char *peer, char *line)
 {
-	static const char *const names[] = {
-		[STATS_READS] = "reads",
-		[STATS_WRITES] = "writes",
-		[STATS_FLUSHES] = "flushes",
-		[STATS_OTHERS] = "others",
-		[STATS_READ_BYTES] = "read-bytes",
-		[STATS_WRITTEN_BYTES] = "written-bytes",
-		[STATS_ERRORS] = "errors",
-	};
-	struct stats_field *f = field;
+	struct tally all;
 
-	for (unsigned i = 0; i < STATS_COUNTS; i++)
-		*f++ = (struct stats_field){ names[i], t->count[i] };
-	*f++ = (struct stats_field){ "max-us", t->longest };
-	*f++ = (struct stats_field){ "p50-us", tally_percentile(t, 50) };
-	*f++ = (struct stats_field){ "p99-us", tally_percentile(t, 99) };
+	stats_end_turn(s);
+	stats_catch_up(s, peer, UINT64_MAX);
+	all = sum_of(s);
+	*line = '\0';
+	if (!is_idle_tally(&all))
+		tally_describe(&all, line);
+}
+
+void tally_fields(const struct tally *t, struct tally_field field[TALLY_FIELDS])
+{
+	const struct tally_field fields[TALLY_FIELDS] = {
+		{ "reads", t->reads },
+		{ "writes", t->writes },
+		{ "flushes", t->flushes },
+		{ "others", t->others },
+		{ "read-bytes", t->read_bytes },
+		{ "written-bytes", t->written_bytes },
+		{ "errors", t->errors },
+		{ "max-us", t->longest },
+		{ "p50-us", tally_percentile(t, 50) },
+		{ "p99-us", tally_percentile(t, 99) },
+	};
+
+	memcpy(field, fields, sizeof(fields));
 }
 
 /* Errors */
 
 enum { COMMAND_NAME = 24 };
 
-/* In name, of COMMAND_NAME bytes. */
-static const char *name_of(unsigned cmd, char *name)
+/* In room of COMMAND_NAME bytes. */
+static void name_command(unsigned cmd, char *room)
 {
 	static const char names[][13] = { "READ", "WRITE", "DISC", "FLUSH", "TRIM", "CACHE",
 					  "WRITE_ZEROES", "BLOCK_STATUS" };
 
 	if (cmd < ARRAY_SIZE(names))
-		return names[cmd];
-	snprintf(name, COMMAND_NAME, "command %u", cmd);
-	return name;
+		strcpy(room, names[cmd]);
+	else
+		snprintf(room, COMMAND_NAME, "command %u", cmd);
 }
 
 /* Why proto_check_request() did not let it pass. */
@@ -167,28 +202,20 @@ static const char *refusal(const struct request *r)
 {
 	uint64_t size = r->backend->size;
 
-	switch (r->error) {
-	case EPERM:
+	if (r->error == EPERM)
 		return "the export is read-only";
-	case EOVERFLOW:
-		return "it is too long";
-	}
-	if (r->h.cmd == NBD_CMD_WRITE && r->h.len > PROTO_MAX_PAYLOAD)
+	if (r->error == EOVERFLOW ||
+	    (r->h.cmd == NBD_CMD_WRITE && r->h.len > PROTO_MAX_PAYLOAD))
 		return "it is too long";
 	if (r->h.len > size || r->h.off > size - r->h.len)
 		return "it passes the end";
 	return "the command, its flags or its range are not known here";
 }
 
-/* What nobody can be blamed for, or the client alone. */
-static bool is_detail(const struct request *r)
-{
-	return r->refused || r->error == ENOTSUP || r->error == ESHUTDOWN;
-}
-
 void stats_complain(struct stats *s, const char *peer, const struct request *r)
 {
-	enum log_level level = is_detail(r) ? LOG_DETAIL : LOG_ERROR;
+	bool clients_own = r->refused || r->error == ENOTSUP || r->error == ESHUTDOWN;
+	enum log_level level = clients_own ? LOG_DETAIL : LOG_ERROR;
 	char name[COMMAND_NAME];
 	uint64_t now;
 
@@ -201,16 +228,16 @@ void stats_complain(struct stats *s, const char *peer, const struct request *r)
 	}
 	stats_catch_up(s, peer, now);
 	s->say_again = now + SAY_AGAIN_MS;
-	log_at(level, "%s: %s of %llu bytes at %llu %s: %s", peer, name_of(r->h.cmd, name),
-	       (unsigned long long)r->h.len, (unsigned long long)r->h.off,
-	       r->refused ? "refused" : "failed", r->refused ? refusal(r) : strerror(r->error));
+	name_command(r->h.cmd, name);
+	log_at(level, "%s: %s of %" PRIu64 " bytes at %" PRIu64 " %s: %s", peer, name, r->h.len,
+	       r->h.off, r->refused ? "refused" : "failed", r->refused ? refusal(r) : strerror(r->error));
 }
 
 uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now)
 {
 	if (!s->unsaid || now < s->say_again)
 		return s->unsaid ? s->say_again : 0;
-	log_error("%s: ... and %llu more", peer, (unsigned long long)s->unsaid);
+	log_error("%s: ... and %" PRIu64 " more", peer, s->unsaid);
 	s->unsaid = 0;
 	s->say_again = now + SAY_AGAIN_MS;
 	return 0;
@@ -221,7 +248,7 @@ uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now)
 enum {
 	INTERVAL = 1 << 0,	/* to the log: since the last time */
 	TOTALS = 1 << 1,	/* to the log: since the beginning */
-	ANSWER = 1 << 2,	/* to who asks */
+	ANSWER = 1 << 2,	/* to a control connection */
 };
 
 static struct {
@@ -230,45 +257,27 @@ static struct {
 	void (*ask)(void);
 	unsigned wanted, running;	/* what for */
 
-	atomic_uint missing;		/* who have not told: loops, and stats_begin() */
-	atomic_bool ended;		/* all have told */
+	atomic_uint missing;		/* loops that have not told */
 
 	pthread_mutex_t lock;		/* guards the rest; a leaf */
 	struct survey found;
 	struct tally recent;		/* of this interval, of all clients */
 } survey = { .lock = PTHREAD_MUTEX_INITIALIZER };
 
-static void log_tally(const char *name, const struct tally *t)
+/* Nothing of those that have left, whose name is NULL; of nothing done only if that is wanted. */
+static void log_tally(const char *name, const struct tally *t, bool idle)
 {
 	char line[STATS_LINE];
 
+	if (!name || (is_idle_tally(t) && !idle))
+		return;
 	tally_describe(t, line);
 	log_at(LOG_ASKED, "%s: %s", name, line);
 }
 
-/* Nothing of a client that did nothing. */
-static void log_client(const char *peer, const struct tally *t)
-{
-	if (peer && tally_requests(t) > 0)
-		log_tally(peer, t);
-}
-
-static void end_interval(const char *peer, struct stats *s)
-{
-	struct tally t = s->all;
-
-	tally_add(&t, &s->before, UINT64_MAX);
-	t.longest = s->longest;
-	pthread_mutex_lock(&survey.lock);
-	tally_add(&survey.recent, &t, 1);
-	pthread_mutex_unlock(&survey.lock);
-	log_client(peer, &t);
-	s->before = s->all;
-	s->longest = 0;
-}
-
-/* Out of memory: that one is left out. */
-static void add_client(struct survey *f, const char *peer, const struct stats *s, unsigned in_flight)
+/* Out of memory: the client is left out. */
+static void add_surveyed(struct survey *f, const char *peer, const struct tally *all,
+			 unsigned in_flight)
 {
 	size_t room = f->room ? 2 * f->room : 16;
 	struct survey_client *client;
@@ -282,7 +291,7 @@ static void add_client(struct survey *f, const char *peer, const struct stats *s
 	}
 	client = &f->client[f->count++];
 	memcpy(client->peer, peer, ADDRESS_MAX);
-	client->all = s->all;
+	client->all = *all;
 	client->in_flight = in_flight;
 }
 
@@ -293,23 +302,27 @@ void stats_expect(void)
 
 void stats_tell(const char *peer, struct stats *s, unsigned in_flight)
 {
+	struct tally all = sum_of(s);
+
 	pthread_mutex_lock(&survey.lock);
-	tally_add(&survey.found.total, &s->all, 1);
+	tally_add(&survey.found.total, &all);
+	tally_add(&survey.recent, &s->recent);
 	if (peer)
-		add_client(&survey.found, peer, s, in_flight);
+		add_surveyed(&survey.found, peer, &all, in_flight);
 	pthread_mutex_unlock(&survey.lock);
-	if (survey.running & INTERVAL)
-		end_interval(peer, s);
 	if (survey.running & TOTALS)
-		log_client(peer, &s->all);
+		log_tally(peer, &all, false);
+	if (survey.running & INTERVAL) {
+		log_tally(peer, &s->recent, false);
+		s->past = all;
+		s->recent = (struct tally){ 0 };
+	}
 }
 
 void stats_told(void)
 {
-	if (atomic_fetch_sub(&survey.missing, 1) > 1)
-		return;
-	atomic_store(&survey.ended, true);
-	wake_main();
+	if (atomic_fetch_sub(&survey.missing, 1) == 1)
+		wake_main();
 }
 
 /* The survey: the main thread */
@@ -352,21 +365,19 @@ static void stats_begin(void)
 	survey.found.count = 0;
 	survey.recent = (struct tally){ 0 };
 	pthread_mutex_unlock(&survey.lock);
-	stats_expect();
 	survey.ask();
-	stats_told();
+	wake_main();		/* there may be no loop yet */
 }
 
-/* Nobody tells any more.  Returns whether somebody asked. */
-static bool stats_end(void)
+/* All loops have told.  Returns whether a control connection waits for that. */
+static bool stats_ended(void)
 {
-	const struct tally *total = &survey.found.total;
 	bool answered = survey.running & ANSWER;
 
 	if (survey.running & INTERVAL)
-		log_client("all clients", &survey.recent);
+		log_tally("all clients", &survey.recent, false);
 	if (survey.running & TOTALS)
-		log_tally("all clients", total);
+		log_tally("all clients", &survey.found.total, true);
 	survey.running = 0;
 	return answered;
 }
@@ -377,7 +388,7 @@ bool stats_tend(void)
 		survey.wanted |= INTERVAL;
 		survey.due = now_ms() + survey.interval;
 	}
-	if (atomic_exchange(&survey.ended, false) && stats_end())
+	if (survey.running && !atomic_load(&survey.missing) && stats_ended())
 		return true;	/* it is taken before the next one begins */
 	if (!survey.running && survey.wanted)
 		stats_begin();

@@ -11,35 +11,26 @@
 #include <stdint.h>
 
 #include "util.h"
-#include "xnbd.h"
 
-/* What is counted of the requests that were answered. */
+struct request;
+
 enum {
-	STATS_READS,			/* by NBD_CMD_READ, NBD_CMD_WRITE */
-	STATS_WRITES,
-	STATS_FLUSHES,
-	STATS_OTHERS,
-	STATS_READ_BYTES,		/* likewise */
-	STATS_WRITTEN_BYTES,
-	STATS_ERRORS,
-	STATS_COUNTS,
-
-	STATS_FIELDS = STATS_COUNTS + 3,
 	STATS_DELAYS = 40,		/* up to 6 days */
 	STATS_LINE = 256,		/* room for a description */
 };
 
+/* Requests that were answered. */
 struct tally {
-	uint64_t count[STATS_COUNTS];
+	uint64_t reads, writes, flushes, others;
+	uint64_t read_bytes, written_bytes;
+	uint64_t errors;		/* how many of them were answered with an error */
 	uint64_t longest;		/* us */
-	uint64_t delay[STATS_DELAYS];	/* how many took how long, see delay_top() */
+	uint64_t delay[STATS_DELAYS];	/* how many took how long: see delay_index() */
 };
 
 /* Of one client. */
 struct stats {
-	struct tally all;		/* since it connected */
-	struct tally before;		/* as they were at the last interval's end */
-	uint64_t longest;		/* us; since then */
+	struct tally past, recent;	/* before and since the end of the last interval */
 	uint64_t now;			/* now_us() of the turn; 0: none has been needed */
 	uint64_t fresh;			/* of this turn's requests that it has answered already */
 
@@ -47,8 +38,6 @@ struct stats {
 	uint64_t say_again;		/* now_ms() when there may be another line */
 	uint64_t unsaid;		/* errors since the last one */
 };
-
-/* For loops, with as little as can be for each request. */
 
 /* The time for this turn's requests; one look at the clock. */
 static inline uint64_t stats_time(struct stats *s)
@@ -58,57 +47,16 @@ static inline uint64_t stats_time(struct stats *s)
 	return s->now;
 }
 
-/* A request that came in an earlier turn is answered. */
-void stats_late(struct stats *s, const struct request *r);
-
-/* A request is answered. */
-static inline void stats_count(struct stats *s, const struct request *r)
-{
-	unsigned cmd = r->h.cmd;
-	struct tally *t = &s->all;
-
-	t->count[cmd <= NBD_CMD_WRITE ? cmd : cmd == NBD_CMD_FLUSH ? STATS_FLUSHES : STATS_OTHERS]++;
-	if (r->error)
-		t->count[STATS_ERRORS]++;
-	else if (cmd <= NBD_CMD_WRITE)
-		t->count[STATS_READ_BYTES + cmd] += r->h.len;
-	if (r->begun == s->now)
-		s->fresh++;
-	else
-		stats_late(s, r);
-}
-
-/* A READ is answered in the turn in which it came. */
-static inline void stats_count_read(struct stats *s, uint64_t len)
-{
-	s->all.count[STATS_READS]++;
-	s->all.count[STATS_READ_BYTES] += len;
-	s->fresh++;
-}
+/* A request is answered, in the turn in which it came or in a later one. */
+void stats_count(struct stats *s, const struct request *r);
 
 /* The turn's requests have taken all of it. */
 void stats_end_turn(struct stats *s);
 
-/* One tally */
+/* The client is gone: what it did, "" for nothing, in line of STATS_LINE bytes. */
+void stats_end(struct stats *s, const char *peer, char *line);
 
-uint64_t tally_requests(const struct tally *t);
-
-/* The longest delay that is counted in delay[i], in microseconds. */
-uint64_t delay_top(unsigned i);
-
-/* A tally in names and numbers, as the control socket tells it. */
-struct stats_field {
-	const char *name;
-	uint64_t value;
-};
-void tally_fields(const struct tally *t, struct stats_field field[STATS_FIELDS]);
-
-/* The same for people, in line of STATS_LINE bytes. */
-void tally_describe(const struct tally *t, char *line);
-
-/* One client */
-
-/* A client leaves: add what it did to those of all that have left. */
+/* Add what a client did to what all did that have left. */
 void stats_leave(struct stats *gone, const struct stats *s);
 
 /* The log is told of an error that a client has got, but not of too many. */
@@ -117,12 +65,36 @@ void stats_complain(struct stats *s, const char *peer, const struct request *r);
 /* Say how many errors were not told, if it is time to.  Returns when it is; 0 for never. */
 uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now);
 
+/* A tally in names and numbers, as the control socket tells it. */
+enum { TALLY_FIELDS = 10 };
+struct tally_field {
+	const char *name;
+	uint64_t value;
+};
+void tally_fields(const struct tally *t, struct tally_field field[TALLY_FIELDS]);
+
+/*
+ * Delays are counted by powers of two: delay[i] those of up to delay_top(i) microseconds, which
+ * is one less than a power, and longer than delay_top(i - 1).
+ */
+unsigned delay_index(uint64_t us);
+uint64_t delay_top(unsigned i);
+
+/*
+ * Microseconds within which that share of the requests was answered, rounded up to a delay_top(),
+ * but not above the longest.
+ */
+uint64_t tally_percentile(const struct tally *t, unsigned percent);
+
 /*
  * The survey of all clients.  Each loop tells those of its own clients on its own thread.  A loop
  * may be late, if a disk keeps it.
  */
 
-/* Loops: expect one more to tell; tell a client, or as peer NULL those that have left; told all. */
+/*
+ * One more loop is going to tell.  It tells of a client, or of all that have left, with peer NULL,
+ * and then that there are no more.
+ */
 void stats_expect(void);
 void stats_tell(const char *peer, struct stats *s, unsigned in_flight);
 void stats_told(void);
@@ -140,14 +112,14 @@ uint64_t stats_due(bool clients);
 void stats_log(void);
 
 /*
- * Gather what clients did for who asks; stats_tend() tells when that is complete.  True if it tells
- * that of somebody who asked before first.
+ * Gather what clients did, for a query; stats_tend() tells when that is complete.  True if the
+ * survey that runs now belongs to an earlier query: its end comes first.
  */
 bool stats_gather(void);
 
 /*
- * Go on with what is due.  True once for each survey that was asked for by stats_gather(): it is
- * complete, and stays so until the next call, which must follow.
+ * Go on with what is due.  True once for each survey that stats_gather() asked for: it is complete,
+ * and stays so until the next call, which must follow.
  */
 bool stats_tend(void);
 

@@ -495,7 +495,7 @@ static bool confine(struct server *s)
 	if (!o->no_sandbox)
 		confine_begin(&c, (o->mode == MODE_PROXY ? 0 : CONFINE_NO_CONNECT) |
 			      (supervisor && *supervisor == '@' ? 0 : CONFINE_NO_ABSTRACT));
-	for (size_t i = 0; i < exports_table()->count; i++)
+	for (size_t i = 0; i < exports.count; i++)
 		keep_place(&c, o->user, "make snapshots of ", exports_snapshots_beside(i),
 			   CONFINE_FILES);
 	for (size_t i = 0; i < s->listeners.count; i++)
@@ -610,7 +610,7 @@ static void admit_client(struct server *s, int fd, const struct sockaddr *sa, co
 		close(fd);
 		return;
 	}
-	c = conn_new(fd, greeting_of(&s->options), exports_table(), peer,
+	c = conn_new(fd, greeting_of(&s->options), &exports.proto, peer,
 		     (unsigned)s->options.keepalive);
 	if (!c) {
 		log_peer(LOG_ERROR, "%s: refused: out of memory", peer);
@@ -648,7 +648,6 @@ static void take_wakeups(struct server *s)
 	if (take_signal(SIGRTMIN) || take_signal(SIGINFO))
 		stats_log();
 	control_tend();
-	exports_tend();
 }
 
 /* Accept clients until a signal to stop, or until the only client has left. */
@@ -687,7 +686,7 @@ static void server_stop(struct server *s)
 	struct pollfd pfd;
 
 	listen_close(&s->listeners);
-	control_close();
+	ctl_close();
 	exports_stop();
 	clients_stop();
 	while (clients_count() > 0 || exports_are_busy()) {

@@ -477,6 +477,13 @@ def test_answer_in_single_bytes_is_understood(pretend):
     done(bgctl("--query", pretend(answer).path), out="mode: proxy\nsize: 5\n")
 
 
+def test_query_of_many_clients_is_understood(pretend):
+    """As many as --max-connections allows."""
+    lines = b"".join(b"client: 127.0.0.1:%d reads 1 in-flight 0\n" % n for n in range(65536))
+    server = pretend(b"clients: 65536\n" + lines + b"ok\n")
+    assert len(state(server.path)["client"]) == 65536
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["lines", "json"])
 def test_query_shows_all_or_nothing(pretend, options):
     server = pretend(b"mode: proxy\nsize: 5\n")
@@ -616,6 +623,7 @@ def test_bar_fits_the_terminal(pretend, width):
     drawn, status = on_terminal(width, "--cache-all", "--progress", server.path)
     bars = frames(drawn, width)
     assert status == 0 and drawn.endswith("\n")
+    assert width != 0 or all(bar.startswith("[") and len(bar) == 79 for bar in bars)
     if width == 0 or width >= 20:
         assert [re.search(r"\d+\.\d%", bar).group() for bar in bars] == [
             "0.0%", "0.1%", "50.0%", "99.9%", "100.0%"]
