@@ -98,7 +98,7 @@ mutant("it starts without a thread", "no threads",
        "xnbd.c", "if (!err)\n\t\terr = worker_begin();", "worker_begin();",
        tests="test_limits.py::test_server_without_threads_does_not_start")
 mutant("each thread that is missing is logged", "no threads: a line for each request",
-       "worker.c", "if (err && !pool.lacking)", "if (err)",
+       "worker.c", "pool.count > 0 && !pool.lacking", "pool.count > 0",
        tests="test_limits.py::test_threads_that_cannot_be_made_are_logged_once")
 mutant("an oversize option is awaited", "option length 0xffffffff",
        "conn.c", "if (len > OPTION_DATA_MAX) {", "if (false) {",
@@ -454,7 +454,7 @@ mutant("a target may connect", "a server that was taken over reaches other files
        "confine.c", "forbidden & CONFINE_NO_CONNECT ? NET_CONNECT : 0", "0 & forbidden",
        tests="test_confine.py::test_target_reaches_its_directory_only")
 mutant("a worker is there before", "rights that one thread keeps",
-       "worker.c", "!pool.begun || pool.stop ? 0", "pool.stop ? 0",
+       "worker.c", "pool.idle == 0 && pool.count > 0 && ", "pool.idle == 0 && ",
        tests="test_confine.py::test_files_of_a_killed_server_do_not_start_a_thread_too_early")
 mutant("the origin's thread is there before", "rights that one thread keeps",
        "xnbd.c", "!give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start())",
@@ -1246,7 +1246,7 @@ mutant("the live map is a mapping", "the file of a mapping is truncated: SIGBUS"
        "bitmap.c", OPENED, OPENED + MAPPED,
        tests="test_durability.py::test_map_that_others_truncate_harms_no_client")
 mutant("a commit that fails is due again at the end", "SIGTERM with a full disk",
-       "worker.c", "if (pool.stop) {", "if (false) {",
+       "worker.c", "if (!pool.stop) {", "if (true) {",
        tests="test_faults.py::test_full_disk_does_not_keep_the_server_from_ending")
 mutant("a file system is known by the boot id",
        "the file system dies and is mounted again without a reboot: the live map is believed",
