@@ -355,7 +355,7 @@ mutant("a WRITE clears its range before its payload comes", "client dies within 
        "\tc->current = r;\n\tc->current_left = r->h.len;",
        tests="test_hazards.py::test_death_within_a_payload_touches_nothing_else")
 mutant("a buffer is lent twice", "one client's data reach another",
-       "buffer.c", "pool.list[i] = k->next;\n\t\tpool.bytes -=", "pool.bytes -=",
+       "buffer.c", "*p = k->next;\n\t\tkept_bytes -=", "kept_bytes -=",
        tests="test_origin.py::test_memory_that_is_used_again_is_lent_to_one_at_a_time")
 mutant("stopping waits for a deaf client", "SIGTERM with a client that does not read",
        "conn.c", "set_deadline(c, STOPPING_MS);", "",
