@@ -9,7 +9,6 @@
 #include "proto.h"
 
 #include "util.h"
-#include "wire.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -56,10 +55,7 @@ static uint32_t in_be32(struct in *in)
 
 static void out_bytes(struct proto_out *out, const void *p, size_t n)
 {
-	if (n > out->cap - out->len) {
-		out->overflow = true;
-		return;
-	}
+	assert(n <= out->cap - out->len);
 	if (n > 0)
 		memcpy(out->p + out->len, p, n);
 	out->len += n;
@@ -210,8 +206,8 @@ static uint16_t session_flags(const struct proto_session *s, const struct proto_
 }
 
 /* Bind the session to its export; a context chosen for another name does not hold. */
-static enum proto_next enter_transmission(struct proto_session *s, const struct proto_export *e,
-					  const struct name *name)
+static enum proto_next proto_transmit(struct proto_session *s, const struct proto_export *e,
+				      const struct name *name)
 {
 	s->export = e;
 	if (s->allocation_name != name_hash(name))
@@ -235,7 +231,7 @@ static enum proto_next opt_export_name(struct option *o)
 	out_be(o->out, 2, session_flags(o->s, e));
 	if (!o->s->no_zeroes)
 		out_bytes(o->out, zeroes, sizeof(zeroes));
-	return enter_transmission(o->s, e, &name);
+	return proto_transmit(o->s, e, &name);
 }
 
 static enum proto_next opt_abort(struct option *o)
@@ -270,7 +266,7 @@ static void info_string(const struct option *o, uint16_t type, const void *p, si
 	out_bytes(o->out, p, len);
 }
 
-/* Answer one information request; those that we do not know are ignored. */
+/* Answer one information request. */
 static void info(const struct option *o, uint16_t type, const struct proto_export *e,
 		 const struct name *name)
 {
@@ -321,7 +317,7 @@ static enum proto_next opt_go(struct option *o)
 		if (wanted & 1 << type)
 			info(o, (uint16_t)type, e, &name);
 	reply(o, NBD_REP_ACK);
-	return o->opt == NBD_OPT_GO ? enter_transmission(o->s, e, &name) : PROTO_HAGGLE;
+	return o->opt == NBD_OPT_GO ? proto_transmit(o->s, e, &name) : PROTO_HAGGLE;
 }
 
 /* "NBD_OPT_STRUCTURED_REPLY", "NBD_OPT_EXTENDED_HEADERS": there is no way back from the second. */
@@ -407,19 +403,10 @@ static const struct option_kind {
 
 static const struct option_kind *find_option(uint32_t opt)
 {
-	for (size_t i = 0; i < sizeof(option_kinds) / sizeof(option_kinds[0]); i++)
+	for (size_t i = 0; i < ARRAY_SIZE(option_kinds); i++)
 		if (option_kinds[i].opt == opt)
 			return &option_kinds[i];
 	return NULL;
-}
-
-/* EXPORT_NAME has no error replies, and a client that is not fixed newstyle knows no others. */
-static enum proto_next refuse(const struct proto_session *s, uint32_t opt, uint32_t err,
-			      struct proto_out *out)
-{
-	struct option o = { .opt = opt, .out = out };
-
-	return !s->fixed || opt == NBD_OPT_EXPORT_NAME ? PROTO_CLOSE : reply(&o, err);
 }
 
 enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,
@@ -427,8 +414,6 @@ enum proto_next proto_option(struct proto_session *s, const struct proto_exports
 {
 	struct option o = { s, exports, opt, { data, len, false }, out };
 	const struct option_kind *kind = find_option(opt);
-	size_t start = out->len;
-	enum proto_next next;
 
 	if (!s->fixed && opt != NBD_OPT_EXPORT_NAME)
 		return PROTO_CLOSE;
@@ -436,21 +421,20 @@ enum proto_next proto_option(struct proto_session *s, const struct proto_exports
 		return reply(&o, NBD_REP_ERR_UNSUP);
 	if (kind->bare && len > 0)
 		return reply(&o, NBD_REP_ERR_INVALID);
-	next = kind->handle(&o);
-	if (out->overflow) {	/* only a LIST of very many exports: all or nothing */
-		out->overflow = false;
-		out->len = start;
-		return refuse(s, opt, NBD_REP_ERR_TOO_BIG, out);
-	}
-	return next;
+	return kind->handle(&o);
 }
 
+/* EXPORT_NAME has no error replies, and a client that is not fixed newstyle knows no others. */
 enum proto_next proto_option_too_big(struct proto_session *s, uint32_t opt,
 				     struct proto_out *out)
 {
+	struct option o = { .opt = opt, .out = out };
+
 	if (opt == NBD_OPT_SET_META_CONTEXT)	/* one that fails forgets the earlier choice */
 		s->allocation = false;
-	return refuse(s, opt, find_option(opt) ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP, out);
+	if (!s->fixed || opt == NBD_OPT_EXPORT_NAME)
+		return PROTO_CLOSE;
+	return reply(&o, find_option(opt) ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP);
 }
 
 /* Transmission */
@@ -484,35 +468,25 @@ bool proto_cmd_writes(uint16_t cmd)
 /* "Request types": 0 if the command is known and its flags are its own. */
 static int check_flags(const struct proto_session *s, const struct proto_request *r)
 {
-	unsigned allowed = NBD_CMD_FLAG_FUA;	/* "Command flags": on every command */
+	static const unsigned own[] = {
+		[NBD_CMD_READ] = NBD_CMD_FLAG_DF,
+		[NBD_CMD_WRITE] = NBD_CMD_FLAG_PAYLOAD_LEN,
+		[NBD_CMD_WRITE_ZEROES] = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
+		[NBD_CMD_BLOCK_STATUS] = NBD_CMD_FLAG_REQ_ONE,
+	};
+	unsigned allowed;
 
-	switch (r->cmd) {
-	case NBD_CMD_READ:
-		if (s->structured)
-			allowed |= NBD_CMD_FLAG_DF;
-		break;
-	case NBD_CMD_WRITE:
-		if (s->extended)
-			allowed |= NBD_CMD_FLAG_PAYLOAD_LEN;
-		break;
-	case NBD_CMD_TRIM:
-	case NBD_CMD_CACHE:
-		break;
-	case NBD_CMD_FLUSH:
-		if (r->off || r->len)
-			return EINVAL;
-		break;
-	case NBD_CMD_WRITE_ZEROES:
-		allowed |= NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO;
-		break;
-	case NBD_CMD_BLOCK_STATUS:
-		allowed |= NBD_CMD_FLAG_REQ_ONE;
-		if (!s->allocation || r->len == 0)
-			return EINVAL;
-		break;
-	default:
+	if (r->cmd >= ARRAY_SIZE(own) || r->cmd == NBD_CMD_DISC)
 		return EINVAL;
-	}
+	if (r->cmd == NBD_CMD_FLUSH && (r->off || r->len))
+		return EINVAL;
+	if (r->cmd == NBD_CMD_BLOCK_STATUS && (!s->allocation || r->len == 0))
+		return EINVAL;
+	allowed = own[r->cmd] | NBD_CMD_FLAG_FUA;	/* "Command flags": FUA on every command */
+	if (!s->structured)
+		allowed &= ~NBD_CMD_FLAG_DF;
+	if (!s->extended)
+		allowed &= ~NBD_CMD_FLAG_PAYLOAD_LEN;
 	return r->flags & ~allowed ? EINVAL : 0;
 }
 

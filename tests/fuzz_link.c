@@ -9,7 +9,6 @@
 #include "fuzz.h"
 
 #include "../link.h"
-#include "../wire.h"
 
 #include <errno.h>
 #include <sys/socket.h>

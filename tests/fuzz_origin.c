@@ -9,7 +9,6 @@
 #include "fuzz.h"
 
 #include "../proto_client.h"
-#include "../wire.h"
 
 enum {
 	TAKES_MAX = 5 * 2 * 65,		/* of a handshake: options, replies, header and data */

@@ -210,8 +210,8 @@ mutant("flags are not looked at", "flags on every command",
        tests="test_hazards.py::test_random_requests_get_one_reply_each "
              "test_protocol.py::test_flags_of_each_command")
 mutant("unknown commands are done", "command types 0 to 65535",
-       "proto.c", "\tdefault:\n\t\treturn EINVAL;\n\t}\n\treturn r->flags",
-       "\tdefault:\n\t\tbreak;\n\t}\n\treturn r->flags",
+       "proto.c", "if (r->cmd >= ARRAY_SIZE(own) || r->cmd == NBD_CMD_DISC)\n\t\treturn EINVAL;",
+       "if (r->cmd >= ARRAY_SIZE(own) || r->cmd == NBD_CMD_DISC)\n\t\treturn 0;",
        tests="test_hazards.py::test_every_command_type_is_answered")
 mutant("an early READ error is a simple reply", "early READ error sent as a simple reply",
        "proto.c", "if (!s->structured ||\n", "if (err == EINVAL || !s->structured ||\n",
