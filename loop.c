@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include "loop.h"
 
+#include "log.h"
 #include "stats.h"
 #include "xnbd.h"
 
@@ -536,7 +537,7 @@ static void *loop_main(void *arg)
 	struct conn *busy[SPIN_CONNS];
 
 	for (;;) {
-		unsigned n = 0;
+		unsigned n = 0, fds;
 		int timeout, ready;
 
 		take_mail(l);
@@ -545,7 +546,10 @@ static void *loop_main(void *arg)
 			return NULL;
 		if (l->stopping)
 			timeout = STOPPING_TICK_MS;
-		ready = bell_poll(&l->bell, l->pfd, prepare_poll(l), timeout);
+		fds = prepare_poll(l);
+		ready = bell_poll(&l->bell, l->pfd, fds, timeout);
+		if (ready < 0)
+			log_fatal("cannot wait for %u descriptors: %s", fds, strerror(-ready));
 		l->polled = now_us();
 		if (is_parked(l) && !l->stopping)
 			unpark(l);

@@ -561,6 +561,8 @@ static void *origin_main(void *arg)
 
 		origin_prepare_poll(o);
 		n = bell_poll(&o->bell, o->pfd, o->lines + 1, left > INT32_MAX ? -1 : (int)left);
+		if (n < 0)
+			log_fatal("cannot wait for %u descriptors: %s", o->lines + 1, strerror(-n));
 		for (unsigned i = 0; n > 0 && i < o->lines; i++)
 			line_turn(o, &o->line[i], o->pfd[i + 1].revents);
 	}

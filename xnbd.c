@@ -33,6 +33,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -75,12 +76,6 @@ struct server {
 static volatile sig_atomic_t opening = 1;	/* nothing has been made that would have to be removed */
 static volatile sig_atomic_t stop_signals;
 static volatile sig_atomic_t came[128];		/* by their numbers */
-
-static void end_at_once(void)
-{
-	log_flush();
-	_exit(EXIT_FAILURE);
-}
 
 /* An origin, a name server or a disk may be silent for long: nobody waits for them any more. */
 static void take_stop_signal(void)
@@ -310,6 +305,7 @@ static bool share_descriptors(struct server *s, unsigned *loops)
 /* Take the client from standard input, and keep everything else off its socket. */
 static bool take_inetd(struct server *s)
 {
+	bool disturbs = log_would_disturb();
 	int null;
 
 	if (!listen_check(STDIN_FILENO, false, "--inetd"))
@@ -322,7 +318,7 @@ static bool take_inetd(struct server *s)
 	}
 	dup2(null, STDIN_FILENO);
 	dup2(null, STDOUT_FILENO);
-	if (is_same_socket(s->single_fd, STDERR_FILENO))
+	if (disturbs)
 		dup2(null, STDERR_FILENO);
 	close(null);
 	return true;
@@ -422,8 +418,11 @@ static bool write_pidfile(struct server *s)
 
 static void remove_pidfile(const struct server *s)
 {
-	if (s->pid_path)
-		remove_own("pidfile ", s->pid_path, s->pid_file.st_dev, s->pid_file.st_ino);
+	int err = s->pid_path ?
+			  remove_own(s->pid_path, s->pid_file.st_dev, s->pid_file.st_ino) : 0;
+
+	if (err)
+		log_line("cannot remove pidfile %s: %s", s->pid_path, strerror(-err));
 }
 
 /* Sockets are made by root, who may make them anywhere, and belong to who serves them. */
@@ -531,6 +530,28 @@ static bool start_threads(struct server *s)
 	if (err)
 		log_failure("cannot start a thread: %s", strerror(-err));
 	return err == 0;
+}
+
+/* Tell the process that started us and waits for it, if one does, as sd_notify(3) would. */
+static void notify_supervisor(const char *state)
+{
+	const char *name = getenv("NOTIFY_SOCKET");
+	size_t len = name ? strlen(name) : 0;
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	int fd;
+
+	if (len < 2 || len > sizeof(sun.sun_path))
+		return;
+	memcpy(sun.sun_path, name, len);
+	if (name[0] == '@')	/* Linux: a name that is no file */
+		sun.sun_path[0] = '\0';
+	fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return;
+	if (sendto(fd, state, strlen(state), 0, (const struct sockaddr *)&sun,
+		   (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len)) < 0)
+		log_error("cannot notify %s: %s", name, strerror(errno));
+	close(fd);
 }
 
 static bool start(struct server *s)
@@ -672,6 +693,7 @@ static void serve(struct server *s)
 	size_t listeners = s->listeners.count, controls;
 	struct pollfd pfd[1 + listeners + CTL_FDS];
 	bool single = s->single_fd >= 0;
+	int ready;
 
 	for (size_t i = 0; i < listeners; i++)
 		pfd[i + 1].events = POLLIN;
@@ -683,8 +705,10 @@ static void serve(struct server *s)
 		for (size_t i = 0; i < listeners; i++)
 			pfd[i + 1].fd = pause ? -1 : s->listeners.all[i].fd;
 		controls = ctl_poll(pfd + 1 + listeners);
-		if (bell_poll(&main_bell, pfd, 1 + listeners + controls, ms_until(due)) < 0)
-			continue;
+		ready = bell_poll(&main_bell, pfd, 1 + listeners + controls, ms_until(due));
+		if (ready < 0)
+			log_fatal("cannot wait for %zu descriptors: %s", 1 + listeners + controls,
+				  strerror(-ready));
 		if (bell_answer(&main_bell))
 			take_wakeups(s);
 		while (stats_tend())
