@@ -39,18 +39,15 @@ static const uint8_t *in_bytes(struct in *in, size_t n)
 	return p;
 }
 
-static uint16_t in_be16(struct in *in)
+/* A number of that many bytes. */
+static uint32_t in_be(struct in *in, size_t size)
 {
-	const uint8_t *p = in_bytes(in, 2);
+	const uint8_t *p = in_bytes(in, size);
+	uint32_t v = 0;
 
-	return p ? get_be16(p) : 0;
-}
-
-static uint32_t in_be32(struct in *in)
-{
-	const uint8_t *p = in_bytes(in, 4);
-
-	return p ? get_be32(p) : 0;
+	for (size_t i = 0; p && i < size; i++)
+		v = v << 8 | p[i];
+	return v;
 }
 
 static void out_bytes(struct proto_out *out, const void *p, size_t n)
@@ -135,25 +132,19 @@ static enum proto_next reply(const struct option *o, uint32_t type)
 	return PROTO_HAGGLE;
 }
 
-/* "Conventions": UTF-8 without NUL. */
-static bool is_utf8(const struct name *name)
+/* "Conventions": UTF-8 without NUL.  0 for a good name, else the error to answer. */
+static uint32_t check_name(const struct name *name)
 {
 	size_t n;
 
+	if (name->len > PROTO_STRING_MAX)
+		return NBD_REP_ERR_TOO_BIG;
 	for (size_t i = 0; i < name->len; i += n) {
 		n = utf8_length(name->p + i, name->len - i);
 		if (n == 0)
-			return false;
+			return NBD_REP_ERR_INVALID;
 	}
-	return true;
-}
-
-/* 0 for a good name, else the error to answer. */
-static uint32_t check_name(const struct name *name)
-{
-	if (name->len > PROTO_STRING_MAX)
-		return NBD_REP_ERR_TOO_BIG;
-	return is_utf8(name) ? 0 : NBD_REP_ERR_INVALID;
+	return 0;
 }
 
 bool proto_is_string(const char *s)
@@ -166,7 +157,7 @@ bool proto_is_string(const char *s)
 /* Read a length and as many bytes. */
 static uint32_t in_name(struct in *in, struct name *name)
 {
-	name->len = in_be32(in);
+	name->len = in_be(in, 4);
 	name->p = in_bytes(in, name->len);
 	return in->bad ? NBD_REP_ERR_INVALID : check_name(name);
 }
@@ -303,8 +294,8 @@ static enum proto_next opt_go(struct option *o)
 
 	if (err)
 		return reply(o, err);
-	for (n = in_be16(&o->in); n > 0 && !o->in.bad; n--) {
-		type = in_be16(&o->in);
+	for (n = in_be(&o->in, 2); n > 0 && !o->in.bad; n--) {
+		type = in_be(&o->in, 2);
 		if (type <= NBD_INFO_BLOCK_SIZE)
 			wanted |= 1 << type;
 	}
@@ -332,18 +323,11 @@ static enum proto_next opt_headers(struct option *o)
 	return reply(o, NBD_REP_ACK);
 }
 
-static void meta_context(const struct option *o, uint32_t id)
-{
-	reply_header(o, NBD_REP_META_CONTEXT, 4 + strlen(allocation));
-	out_be(o->out, 4, id);
-	out_bytes(o->out, allocation, strlen(allocation));
-}
-
 /* Read the queries; *match says whether one of them means base:allocation. */
 static uint32_t in_queries(struct option *o, bool *match)
 {
 	bool list = o->opt == NBD_OPT_LIST_META_CONTEXT;
-	uint32_t n = in_be32(&o->in), err;
+	uint32_t n = in_be(&o->in, 4), err;
 	struct name query;
 
 	*match = list && n == 0;
@@ -379,8 +363,11 @@ static enum proto_next opt_meta_context(struct option *o)
 		o->s->allocation = true;
 		o->s->allocation_name = name_hash(&name);
 	}
-	if (match)
-		meta_context(o, set ? ALLOCATION_ID : 0);
+	if (match) {
+		reply_header(o, NBD_REP_META_CONTEXT, 4 + strlen(allocation));
+		out_be(o->out, 4, set ? ALLOCATION_ID : 0);
+		out_bytes(o->out, allocation, strlen(allocation));
+	}
 	return reply(o, NBD_REP_ACK);
 }
 
@@ -582,32 +569,26 @@ size_t proto_put_reply(const struct proto_session *s, const struct proto_request
 	return (size_t)(p - start);
 }
 
-size_t proto_put_data(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		      uint32_t len, bool last, uint8_t *p)
+size_t proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		     const struct extent *run, bool last, uint8_t *p)
 {
 	uint8_t *start = p;
+	uint32_t len = (uint32_t)run->len;
 
 	if (!s->structured)
 		return put_simple(r, 0, p);
-	p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
-	p = put_be64(p, off);
+	if (run->flags & NBD_STATE_ZERO) {
+		p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_HOLE, last, 8 + 4, p);
+		p = put_be32(put_be64(p, off), len);
+	} else {
+		p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
+		p = put_be64(p, off);
+	}
 	return (size_t)(p - start);
 }
 
-size_t proto_put_hole(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		      uint32_t len, bool last, uint8_t *p)
-{
-	uint8_t *start = p;
-
-	assert(s->structured);
-	p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_HOLE, last, 12, p);
-	p = put_be64(p, off);
-	p = put_be32(p, len);
-	return (size_t)(p - start);
-}
-
-size_t proto_put_status(const struct proto_session *s, const struct proto_request *r, unsigned n,
-			uint8_t *p)
+size_t proto_put_status(const struct proto_session *s, const struct proto_request *r,
+			const struct extent *extent, uint32_t n, uint8_t *p)
 {
 	uint8_t *start = p;
 
@@ -621,16 +602,8 @@ size_t proto_put_status(const struct proto_session *s, const struct proto_reques
 	p = put_be32(p, ALLOCATION_ID);
 	if (s->extended)
 		p = put_be32(p, n);
+	for (; n > 0; n--, extent++)
+		p = s->extended ? put_be64(put_be64(p, extent->len), extent->flags) :
+				  put_be32(put_be32(p, (uint32_t)extent->len), extent->flags);
 	return (size_t)(p - start);
-}
-
-size_t proto_put_extent(const struct proto_session *s, const struct extent *e, uint8_t *p)
-{
-	if (s->extended) {
-		put_be64(put_be64(p, e->len), e->flags);
-		return PROTO_EXTENDED_EXTENT_SIZE;
-	}
-	assert(e->len <= UINT32_MAX);	/* not longer than its request */
-	put_be32(put_be32(p, (uint32_t)e->len), e->flags);
-	return PROTO_EXTENT_SIZE;
 }

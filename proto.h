@@ -293,17 +293,15 @@ uint32_t proto_error(int err);
 size_t proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
 		       uint8_t *p);
 
-/* What precedes len bytes of data at off of a READ; last means that the reply ends with them. */
-size_t proto_put_data(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		      uint32_t len, bool last, uint8_t *p);
+/*
+ * What precedes a run of data at off of a READ; of structured replies also all that there is to a
+ * hole, which NBD_STATE_ZERO means.  last: the reply ends with it.
+ */
+size_t proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		     const struct extent *run, bool last, uint8_t *p);
 
-/* A hole of len bytes at off of a READ.  Structured replies only. */
-size_t proto_put_hole(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		      uint32_t len, bool last, uint8_t *p);
-
-/* What precedes n extents of a BLOCK_STATUS reply, which proto_put_extent() writes one by one. */
-size_t proto_put_status(const struct proto_session *s, const struct proto_request *r, unsigned n,
-			uint8_t *p);
-size_t proto_put_extent(const struct proto_session *s, const struct extent *e, uint8_t *p);
+/* The reply to a BLOCK_STATUS: p has room for n extents of PROTO_EXTENDED_EXTENT_SIZE as well. */
+size_t proto_put_status(const struct proto_session *s, const struct proto_request *r,
+			const struct extent *extent, uint32_t n, uint8_t *p);
 
 #endif

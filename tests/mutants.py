@@ -241,8 +241,8 @@ mutant("a length is taken in 32 bits", "length of 64 bits is cut down to 32",
        "r->len = s->extended ? (uint32_t)get_be64(p + 24) :",
        tests="test_extended.py::test_zeroing_of_more_than_4_gib_clears_all_of_its_range")
 mutant("an extent is told in 32 bits", "extents are cut down to 32 bits",
-       "proto.c", "put_be64(put_be64(p, e->len), e->flags);",
-       "put_be64(put_be64(p, (uint32_t)e->len), e->flags);",
+       "proto.c", "put_be64(put_be64(p, extent->len), extent->flags)",
+       "put_be64(put_be64(p, (uint32_t)extent->len), extent->flags)",
        tests="test_extended.py::test_extent_of_more_than_4_gib_is_told_as_one")
 mutant("more is sent at once than the system takes", "READ longer than IOV_MAX pieces",
        "tx.h", "TX_IOVS = 1024,", "TX_IOVS = 4096,",
