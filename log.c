@@ -160,21 +160,19 @@ static bool write_line(enum log_to to, const char *line, size_t len, int wait_ms
 	return write_all(to == LOG_TO_FILE ? log_fd : STDERR_FILENO, line, len, wait_ms);
 }
 
-/* A line of the thread's own. */
-static bool say(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
+/* An error, past the lines that wait. */
+static bool write_now(enum log_to to, int wait_ms, const char *fmt, ...) PRINTF_LIKE(3, 4);
 
-static bool say(enum log_level level, const char *fmt, ...)
+static bool write_now(enum log_to to, int wait_ms, const char *fmt, ...)
 {
 	char line[LINE_BYTES];
 	va_list ap;
 	size_t len;
 
-	if (!log_shows(level))
-		return true;
 	va_start(ap, fmt);
-	len = log_make_line(line, log_to, level, fmt, ap);
+	len = log_make_line(line, to, LOG_ERROR, fmt, ap);
 	va_end(ap);
-	return write_line(log_to, line, len, -1);
+	return write_line(to, line, len, wait_ms);
 }
 
 static void put_line(enum log_level level, const char *fmt, va_list ap)
@@ -212,21 +210,17 @@ void log_at(enum log_level level, const char *fmt, ...)
 void log_failure(const char *fmt, ...)
 {
 	bool silent = log_would_disturb();
-	char line[LINE_BYTES];
+	char text[LINE_BYTES];
 	va_list ap;
-	size_t len;
 
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
 	if (silent && log_to == LOG_TO_STDERR)
 		log_open(LOG_TO_SYSLOG, NULL);
-	va_start(ap, fmt);
-	put_line(LOG_ERROR, fmt, ap);
-	va_end(ap);
-	if (log_to == LOG_TO_STDERR || silent)
-		return;
-	va_start(ap, fmt);
-	len = log_make_line(line, LOG_TO_STDERR, LOG_ERROR, fmt, ap);
-	va_end(ap);
-	write_line(LOG_TO_STDERR, line, len, FLUSH_MS);
+	log_error("%s", text);
+	if (log_to != LOG_TO_STDERR && !silent)
+		write_now(LOG_TO_STDERR, FLUSH_MS, "%s", text);
 }
 
 /* The end of the program */
@@ -337,12 +331,12 @@ static void reopen_log(void)
 	const char *error = log_open_file(log_path, &fd);
 
 	if (error) {
-		say(LOG_ERROR, "cannot reopen log file %s: %s", log_path, error);
+		log_error("cannot reopen log file %s: %s", log_path, error);
 		return;
 	}
 	close(log_fd);
 	log_fd = fd;
-	say(LOG_EVENT, "log file reopened");
+	log_line("log file reopened");
 }
 
 void log_reopen(void)
@@ -383,10 +377,10 @@ static void write_lines(void)
 		lost += !write_line(log_to, p, (size_t)(next - p), -1);
 	}
 	lost += no_room;
-	if (lost && say(LOG_ERROR, "%lu lines of the log were lost", lost))
+	if (lost && write_now(log_to, -1, "%lu lines of the log were lost", lost))
 		lost = 0;
 	if (left_out)
-		say(LOG_ERROR, "%lu more lines about clients were left out", left_out);
+		log_error("%lu more lines about clients were left out", left_out);
 	if (reopen)
 		reopen_log();
 	pthread_mutex_lock(&queue.lock);
