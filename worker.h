@@ -36,7 +36,10 @@ struct job {
  */
 int worker_begin(void);
 
-/* Run the job on a worker, soon, in order of the lane.  Any thread; does not block. */
+/*
+ * Run the job on a worker, soon, in order of the lane.  Any thread, while there are workers; does
+ * not block.
+ */
 void worker_submit(struct job *job);
 
 /* Take back a job that no thread has begun with.  False if that is too late, or it is none. */
