@@ -35,17 +35,12 @@
 
 /* The user */
 
-static bool parse_id(const char *s, unsigned long *id)
-{
-	return parse_number(s, 0, UINT32_MAX - 1, id);
-}
-
 /* By name or by number; with a group a number need not be that of a known user. */
 static bool find_user(const char *name, bool has_group, struct confine_user *user)
 {
 	const struct passwd *pw = getpwnam(name);
 	unsigned long id = 0;
-	bool is_number = parse_id(name, &id);
+	bool is_number = parse_number(name, 0, UINT32_MAX - 1, &id);
 
 	if (!pw && is_number)
 		pw = getpwuid((uid_t)id);
@@ -60,7 +55,7 @@ static bool find_group(const char *name, gid_t *gid)
 {
 	const struct group *gr = getgrnam(name);
 	unsigned long id = 0;
-	bool is_number = parse_id(name, &id);
+	bool is_number = parse_number(name, 0, UINT32_MAX - 1, &id);
 
 	*gid = gr ? gr->gr_gid : (gid_t)id;
 	return gr || is_number;
@@ -135,16 +130,6 @@ void confine_no_new_privileges(void)
 #endif
 }
 
-/* What a compiler has put into the program opens files of its own, at the end for instance. */
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define INSTRUMENTED
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || defined(XNBD_COVERAGE)
-#define INSTRUMENTED
-#endif
-
 /* Landlock's calls, in the order of their numbers. */
 enum { CREATE_RULESET, ADD_RULE, RESTRICT_SELF };
 
@@ -168,8 +153,9 @@ struct path_beneath {
 	int32_t fd;
 };
 
-/* How many rights on files each version of the interface knows. */
-static const uint8_t known_rights[] = { 13, 14, 15, 15, 16 };
+/* How many rights on files each version of the interface knows; later ones know all that we name. */
+static const uint8_t known_rights[] = { 0, 13, 14, 15, 15 };
+enum { RIGHTS = 16 };
 
 static long landlock(int call, long a, long b, long c, long d)
 {
@@ -185,14 +171,12 @@ void confine_begin(struct confine *c, unsigned forbidden)
 {
 	long version = landlock(CREATE_RULESET, 0, 0, CREATE_VERSION, 0);
 	struct ruleset set = { 0 };
-	size_t i;
 
 	*c = (struct confine){ .fd = -1 };
 	if (version < 1)
 		return;
-	i = version < (long)ARRAY_SIZE(known_rights) ? (size_t)version - 1 :
-						       ARRAY_SIZE(known_rights) - 1;
-	set.files = c->rights = (1u << known_rights[i]) - 1;
+	c->rights = (1u << (version < 5 ? known_rights[version] : RIGHTS)) - 1;
+	set.files = c->rights;
 	if (version >= 4)
 		set.net = NET_BIND | (forbidden & CONFINE_NO_CONNECT ? NET_CONNECT : 0);
 	if (version >= 6)
@@ -200,8 +184,8 @@ void confine_begin(struct confine *c, unsigned forbidden)
 	c->fd = (int)landlock(CREATE_RULESET, (long)&set, sizeof(set), 0, 0);
 	if (c->fd < 0)
 		c->error = -errno;
-#ifdef INSTRUMENTED
-	confine_keep(c, "/", ~0u);
+#ifdef XNBD_INSTRUMENTED
+	confine_keep(c, "/", ~0u);	/* a sanitizer opens files of its own, at the end for instance */
 #endif
 }
 
