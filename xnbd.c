@@ -394,7 +394,8 @@ static const char *open_pidfile(const char *path, int *fd, struct stat *st)
 static bool write_pidfile(struct server *s)
 {
 	const char *path = s->options.pidfile, *wrong;
-	int fd;
+	char *full;
+	int fd = -1;
 
 	if (!path)
 		return true;
@@ -404,12 +405,15 @@ static bool write_pidfile(struct server *s)
 		log_failure("pidfile %s is the log, too", path);
 		return false;
 	}
+	full = absolute_path(path);	/* before there is a file that would have to be removed */
 	do	/* until it is not one that another server has just removed */
-		wrong = open_pidfile(path, &fd, &s->pid_file);
+		wrong = full ? open_pidfile(path, &fd, &s->pid_file) : strerror(errno);
 	while (!wrong && s->pid_file.st_nlink == 0 && close(fd) == 0);
-	s->pid_path = wrong ? NULL : absolute_path(path);
-	if (!wrong && (!s->pid_path || ftruncate(fd, 0) < 0 ||
-		       dprintf(fd, "%ld\n", (long)getpid()) < 0))
+	if (wrong)
+		free(full);
+	else
+		s->pid_path = full;
+	if (!wrong && (ftruncate(fd, 0) < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0))
 		wrong = strerror(errno);
 	if (wrong)
 		log_failure("cannot write pidfile %s: %s", path, wrong);
