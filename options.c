@@ -300,6 +300,30 @@ static void set_mode(const struct program *p, unsigned *mode, const struct known
 	*mode = k->modes;
 }
 
+/* A number of bytes such as 512, 64K, 10M, 1G, 4T (powers of 1024).  False if it is none. */
+static bool parse_size(const char *s, uint64_t *value)
+{
+	static const char units[] = "KMGT";
+	const char *unit;
+	unsigned shift = 0;
+	char *end;
+
+	if (*s < '0' || *s > '9')
+		return false;
+	errno = 0;
+	*value = strtoull(s, &end, 10);
+	if (*end) {
+		unit = strchr(units, *end >= 'a' ? *end - 'a' + 'A' : *end);
+		if (!unit || end[1])
+			return false;
+		shift = 10 * (unsigned)(unit - units + 1);
+	}
+	if (errno || *value > UINT64_MAX >> shift)
+		return false;
+	*value <<= shift;
+	return true;
+}
+
 static void set_option(const struct program *p, void *o, const struct known *k, const char *value)
 {
 	char *field = (char *)o + k->field;

@@ -80,29 +80,6 @@ int ms_until(uint64_t when)
 	return when > now ? (int)(when - now) : 0;
 }
 
-bool parse_size(const char *s, uint64_t *value)
-{
-	static const char units[] = "KMGT";
-	const char *unit;
-	unsigned shift = 0;
-	char *end;
-
-	if (*s < '0' || *s > '9')
-		return false;
-	errno = 0;
-	*value = strtoull(s, &end, 10);
-	if (*end) {
-		unit = strchr(units, *end >= 'a' ? *end - 'a' + 'A' : *end);
-		if (!unit || end[1])
-			return false;
-		shift = 10 * (unsigned)(unit - units + 1);
-	}
-	if (errno || *value > UINT64_MAX >> shift)
-		return false;
-	*value <<= shift;
-	return true;
-}
-
 bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned long *value)
 {
 	char *end;

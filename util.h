@@ -37,9 +37,6 @@ uint64_t now_us(void);
 /* Milliseconds until now_ms() is that, for poll(): 0 if it is past, -1 if it is UINT64_MAX. */
 int ms_until(uint64_t when);
 
-/* A number of bytes such as 512, 64K, 10M, 1G, 4T (powers of 1024).  False if it is none. */
-bool parse_size(const char *s, uint64_t *value);
-
 /* A decimal number from min to max.  False if it is none. */
 bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned long *value);
 
