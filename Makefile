@@ -80,7 +80,7 @@ check: $(PROGRAMS)
 smoke: $(PROGRAMS) $(BUILD)/tests/load
 	RUN='$(RUN)' tests/smoke.sh $(BUILD)
 
-SANITIZE = -O1 -g -fno-omit-frame-pointer
+SANITIZE = -O1 -g -fno-omit-frame-pointer -DXNBD_INSTRUMENTED
 
 asan:
 	$(MAKE) BUILD=build/asan all \
@@ -97,7 +97,7 @@ tsan:
 # own, which tests/test_faults.py may complain of.
 coverage:
 	rm -rf build/coverage
-	$(MAKE) BUILD=build/coverage all CFLAGS='-O1 -g --coverage -fprofile-update=atomic -DXNBD_COVERAGE'
+	$(MAKE) BUILD=build/coverage all CFLAGS='-O1 -g --coverage -fprofile-update=atomic -DXNBD_INSTRUMENTED'
 	-$(MAKE) BUILD=build/coverage -o build/coverage/xnbd-server -o build/coverage/xnbd-bgctl check
 	gcov -b -n -r -o build/coverage build/coverage/*.gcda | \
 		sed -n "/^File '[a-z_]*\.[ch]'/{N;N;N;s/\n/  /gp}"

@@ -21,29 +21,12 @@ static bool is_mapped(const uint8_t *address)
 	return memcmp(address, mapped, sizeof(mapped)) == 0;
 }
 
-/* Whether two addresses agree in their first bits. */
-static bool same_bits(const uint8_t *a, const uint8_t *b, unsigned bits)
+/* The first bits of an address; the others are zero. */
+static void network_of(uint8_t *network, const uint8_t *address, unsigned bits)
 {
-	unsigned bytes = bits / 8, rest = bits % 8;
-
-	return memcmp(a, b, bytes) == 0 &&
-	       (rest == 0 || (a[bytes] ^ b[bytes]) >> (8 - rest) == 0);
-}
-
-/* Clear the bits behind the first ones. */
-static void mask(uint8_t *address, unsigned bits)
-{
-	for (unsigned i = bits; i < ADDRESS_BITS; i++)
-		address[i / 8] &= (uint8_t)~(0x80u >> i % 8);
-}
-
-/* An IPv4 rule is shown as one, also if it was written as one that IPv6 maps. */
-static void show(const uint8_t *address, char *buf)
-{
-	bool v4 = is_mapped(address);
-
-	inet_ntop(v4 ? AF_INET : AF_INET6, v4 ? address + sizeof(mapped) : address, buf,
-		  INET6_ADDRSTRLEN);
+	memset(network, 0, ADDRESS_BITS / 8);
+	for (unsigned i = 0; i < bits; i++)
+		network[i / 8] |= address[i / 8] & (0x80u >> i % 8);
 }
 
 /* The name or the number of an interface.  Only link-local addresses need one. */
@@ -74,7 +57,7 @@ const char *access_parse(struct access_rule *rule, const char *text)
 	uint8_t network[sizeof(rule->address)];
 	char copy[INET6_ADDRSTRLEN + IF_NAMESIZE + 8], *slash, *zone;
 	unsigned long prefix;
-	bool bracket;
+	bool bracket, v4;
 	unsigned width;
 
 	memset(rule, 0, sizeof(*rule));
@@ -98,13 +81,14 @@ const char *access_parse(struct access_rule *rule, const char *text)
 		return why;
 	}
 	rule->bits = (unsigned)prefix + ADDRESS_BITS - width;
-	memcpy(network, rule->address, sizeof(network));
-	mask(network, rule->bits);
+	network_of(network, rule->address, rule->bits);
 	if (memcmp(network, rule->address, sizeof(network)) == 0)
 		return NULL;
-	show(network, copy);
+	v4 = is_mapped(network);	/* it is shown as one, also if it was written as IPv6 maps it */
+	inet_ntop(v4 ? AF_INET : AF_INET6, v4 ? network + sizeof(mapped) : network, copy,
+		  sizeof(copy));
 	snprintf(why, sizeof(why), "has bits behind its prefix: the network is %s/%u", copy,
-		 rule->bits - (is_mapped(network) || width < ADDRESS_BITS ? MAPPED_BITS : 0));
+		 rule->bits - (v4 ? MAPPED_BITS : 0));
 	return why;
 }
 
@@ -124,17 +108,19 @@ static bool address_of(const struct sockaddr *sa, uint8_t *address)
 
 bool access_admits(const struct access_rule *rule, size_t count, const struct sockaddr *sa)
 {
-	uint8_t address[ADDRESS_BITS / 8];
+	uint8_t address[ADDRESS_BITS / 8], network[ADDRESS_BITS / 8];
 	uint32_t zone = sa->sa_family == AF_INET6 ?
 				((const struct sockaddr_in6 *)sa)->sin6_scope_id : 0;
 
 	if (!address_of(sa, address))
 		return false;
-	for (size_t i = 0; i < count; i++)
+	for (size_t i = 0; i < count; i++) {
+		network_of(network, address, rule[i].bits);
 		if (is_mapped(rule[i].address) == is_mapped(address) &&
-		    same_bits(rule[i].address, address, rule[i].bits) &&
+		    memcmp(network, rule[i].address, sizeof(network)) == 0 &&
 		    (!rule[i].zone || rule[i].zone == zone))
 			return true;
+	}
 	return false;
 }
 
@@ -147,21 +133,19 @@ void access_enter(struct guest *g, const struct sockaddr *sa)
 		return;
 	pthread_mutex_lock(&guests_lock);
 	g->next = guests;
-	g->back = &guests;
-	if (guests)
-		guests->back = &g->next;
 	guests = g;
 	pthread_mutex_unlock(&guests_lock);
 }
 
 void access_leave(struct guest *g)
 {
+	struct guest **p = &guests;
+
 	pthread_mutex_lock(&guests_lock);
-	if (g->back)
-		*g->back = g->next;
-	if (g->back && g->next)
-		g->next->back = g->back;
-	g->back = NULL;
+	while (*p && *p != g)
+		p = &(*p)->next;
+	if (*p)
+		*p = g->next;
 	pthread_mutex_unlock(&guests_lock);
 }
 

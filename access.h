@@ -28,13 +28,13 @@ const char *access_parse(struct access_rule *rule, const char *text);
 /* Whether one of the rules matches a client's address. */
 bool access_admits(const struct access_rule *rule, size_t count, const struct sockaddr *sa);
 
-/* A TCP client among those of its host.  All zero is none. */
+/* A TCP client among those of its host. */
 struct guest {
-	struct guest *next, **back;
+	struct guest *next;
 	uint8_t address[16];
 };
 
-/* It is one of them from now on, until access_leave(), which may be called for none.  Any thread. */
+/* Count it among them, until access_leave(), which may be called for any.  Any thread. */
 void access_enter(struct guest *g, const struct sockaddr *sa);
 void access_leave(struct guest *g);
 

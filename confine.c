@@ -24,21 +24,23 @@
 #ifdef __linux__
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#if !defined(SYS_landlock_create_ruleset) && !defined(__alpha__) && !defined(__mips__)
+#define SYS_landlock_create_ruleset 444		/* on all machines but these two */
+#endif
+#endif
+
+#ifndef O_PATH
+#define O_PATH 0
 #endif
 
 /* The user */
-
-static bool parse_id(const char *s, unsigned long *id)
-{
-	return parse_number(s, 0, UINT32_MAX - 1, id);
-}
 
 /* By name or by number; with a group a number need not be that of a known user. */
 static bool find_user(const char *name, bool has_group, struct confine_user *user)
 {
 	const struct passwd *pw = getpwnam(name);
 	unsigned long id = 0;
-	bool is_number = parse_id(name, &id);
+	bool is_number = parse_number(name, 0, UINT32_MAX - 1, &id);
 
 	if (!pw && is_number)
 		pw = getpwuid((uid_t)id);
@@ -53,7 +55,7 @@ static bool find_group(const char *name, gid_t *gid)
 {
 	const struct group *gr = getgrnam(name);
 	unsigned long id = 0;
-	bool is_number = parse_id(name, &id);
+	bool is_number = parse_number(name, 0, UINT32_MAX - 1, &id);
 
 	*gid = gr ? gr->gr_gid : (gid_t)id;
 	return gr || is_number;
@@ -83,7 +85,7 @@ bool confine_find_user(const char *name, struct confine_user *user)
 bool confine_give_socket(const char *path, const struct confine_user *user)
 {
 	int err = 0;
-#ifdef O_PATH
+#if O_PATH
 	/* Whoever may write to the directory could have exchanged the file meanwhile. */
 	int fd = open(path, O_PATH | O_NOFOLLOW | O_CLOEXEC);
 	struct stat st;
@@ -128,26 +130,8 @@ void confine_no_new_privileges(void)
 #endif
 }
 
-#if defined(__linux__) && !defined(XNBD_PORTABLE)
-/* From here on all machines but two have the same numbers. */
-#if !defined(SYS_landlock_create_ruleset) && !defined(__alpha__) && !defined(__mips__)
-#define SYS_landlock_create_ruleset 444
-#define SYS_landlock_add_rule 445
-#define SYS_landlock_restrict_self 446
-#endif
-#endif
-
-#ifdef SYS_landlock_create_ruleset
-
-/* What a compiler has put into the program opens files of its own, at the end for instance. */
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define INSTRUMENTED
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || defined(XNBD_COVERAGE)
-#define INSTRUMENTED
-#endif
+/* Landlock's calls, in the order of their numbers. */
+enum { CREATE_RULESET, ADD_RULE, RESTRICT_SELF };
 
 enum {
 	CREATE_VERSION = 1,
@@ -169,30 +153,39 @@ struct path_beneath {
 	int32_t fd;
 };
 
-/* How many rights on files each version of the interface knows. */
-static const uint8_t known_rights[] = { 13, 14, 15, 15, 16 };
+/* How many rights on files each version of the interface knows; later ones know all that we name. */
+static const uint8_t known_rights[] = { 0, 13, 14, 15, 15 };
+enum { RIGHTS = 16 };
+
+static long landlock(int call, long a, long b, long c, long d)
+{
+#if defined(SYS_landlock_create_ruleset) && !defined(XNBD_PORTABLE)
+	return syscall(SYS_landlock_create_ruleset + call, a, b, c, d);
+#else
+	(void)call, (void)a, (void)b, (void)c, (void)d;
+	return -1;
+#endif
+}
 
 void confine_begin(struct confine *c, unsigned forbidden)
 {
-	long version = syscall(SYS_landlock_create_ruleset, NULL, 0, CREATE_VERSION);
+	long version = landlock(CREATE_RULESET, 0, 0, CREATE_VERSION, 0);
 	struct ruleset set = { 0 };
-	size_t i;
 
 	*c = (struct confine){ .fd = -1 };
 	if (version < 1)
 		return;
-	i = version < (long)ARRAY_SIZE(known_rights) ? (size_t)version - 1 :
-						       ARRAY_SIZE(known_rights) - 1;
-	set.files = c->rights = (1u << known_rights[i]) - 1;
+	c->rights = (1u << (version < 5 ? known_rights[version] : RIGHTS)) - 1;
+	set.files = c->rights;
 	if (version >= 4)
 		set.net = NET_BIND | (forbidden & CONFINE_NO_CONNECT ? NET_CONNECT : 0);
 	if (version >= 6)
 		set.scoped = SCOPE_SIGNAL | (forbidden & CONFINE_NO_ABSTRACT ? SCOPE_ABSTRACT : 0);
-	c->fd = (int)syscall(SYS_landlock_create_ruleset, &set, sizeof(set), 0);
+	c->fd = (int)landlock(CREATE_RULESET, (long)&set, sizeof(set), 0, 0);
 	if (c->fd < 0)
 		c->error = -errno;
-#ifdef INSTRUMENTED
-	confine_keep(c, "/", ~0u);
+#ifdef XNBD_INSTRUMENTED
+	confine_keep(c, "/", ~0u);	/* a sanitizer opens files of its own, at the end for instance */
 #endif
 }
 
@@ -208,7 +201,7 @@ void confine_keep(struct confine *c, const char *path, unsigned rights)
 		return;
 	if (rule.fd >= 0 && fstat(rule.fd, &st) == 0 && !S_ISDIR(st.st_mode))
 		rule.allowed &= FILE_RIGHTS;
-	if (rule.fd < 0 || syscall(SYS_landlock_add_rule, c->fd, RULE_PATH_BENEATH, &rule, 0) < 0)
+	if (rule.fd < 0 || landlock(ADD_RULE, c->fd, RULE_PATH_BENEATH, (long)&rule, 0) < 0)
 		c->error = -errno;
 	if (rule.fd >= 0)
 		close(rule.fd);
@@ -216,7 +209,7 @@ void confine_keep(struct confine *c, const char *path, unsigned rights)
 
 bool confine_enter(struct confine *c)
 {
-	if (c->fd >= 0 && !c->error && syscall(SYS_landlock_restrict_self, c->fd, 0) < 0)
+	if (c->fd >= 0 && !c->error && landlock(RESTRICT_SELF, c->fd, 0, 0, 0) < 0)
 		c->error = -errno;
 	if (c->fd >= 0)
 		close(c->fd);
@@ -226,29 +219,6 @@ bool confine_enter(struct confine *c)
 	in_force = c->fd >= 0 && !c->error;
 	return c->error == 0;
 }
-
-#else
-
-void confine_begin(struct confine *c, unsigned forbidden)
-{
-	(void)forbidden;
-	c->fd = -1;
-}
-
-void confine_keep(struct confine *c, const char *path, unsigned rights)
-{
-	(void)c;
-	(void)path;
-	(void)rights;
-}
-
-bool confine_enter(struct confine *c)
-{
-	(void)c;
-	return true;
-}
-
-#endif
 
 bool confine_is_in_force(void)
 {

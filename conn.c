@@ -473,28 +473,22 @@ static void put_run(struct conn *c, const struct request *whole, const struct re
 	bool last = off + e->len == whole->h.off + whole->h.len, hole = e->flags & NBD_STATE_ZERO;
 	struct tx *tx = c->workspace->tx;
 
-	if (in_chunks(c, whole) && hole) {
-		tx_add(tx, proto_put_hole(&c->session, &whole->h, off, (uint32_t)e->len, last,
-					  tx_tail(tx)));
-		return;
-	}
 	if (in_chunks(c, whole))
-		tx_add(tx, proto_put_data(&c->session, &whole->h, off, (uint32_t)e->len, last,
-					  tx_tail(tx)));
-	if (hole)
-		put_zeros(tx, e->len);
-	else
+		tx_add(tx, proto_put_run(&c->session, &whole->h, off, e, last, tx_tail(tx)));
+	if (!hole)
 		tx_refer(tx, r->buf + pos, e->len);
+	else if (!in_chunks(c, whole))
+		put_zeros(tx, e->len);
 }
 
 /* What precedes all data of a READ, where it is not in chunks. */
 static void put_read_header(struct conn *c, const struct request *r)
 {
+	const struct extent all = { r->h.len, 0 };
 	struct tx *tx = c->workspace->tx;
 
 	if (!in_chunks(c, r))
-		tx_add(tx, proto_put_data(&c->session, &r->h, r->h.off, (uint32_t)r->h.len, true,
-					  tx_tail(tx)));
+		tx_add(tx, proto_put_run(&c->session, &r->h, r->h.off, &all, true, tx_tail(tx)));
 }
 
 /* The data of a READ, or of a piece of it, that is in r->buf, which is held until it is sent. */
@@ -516,9 +510,7 @@ static void put_block_status(struct conn *c, const struct request *r)
 {
 	struct tx *tx = c->workspace->tx;
 
-	tx_add(tx, proto_put_status(&c->session, &r->h, r->extents, tx_tail(tx)));
-	for (unsigned i = 0; i < r->extents; i++)
-		tx_add(tx, proto_put_extent(&c->session, &r->extent[i], tx_tail(tx)));
+	tx_add(tx, proto_put_status(&c->session, &r->h, r->extent, r->extents, tx_tail(tx)));
 }
 
 /*
@@ -858,9 +850,9 @@ static bool read_copied(struct conn *c, const struct request *whole, struct requ
 	uint8_t *own = r->buf;
 	bool header = in_chunks(c, whole) || r->h.off == whole->h.off;
 	bool last = r->h.off + r->h.len == whole->h.off + whole->h.len;
-	uint64_t len = in_chunks(c, whole) ? r->h.len : whole->h.len;
-	size_t head = header ? proto_put_data(&c->session, &whole->h, r->h.off, (uint32_t)len,
-					      last || !in_chunks(c, whole), tx_tail(tx)) : 0;
+	const struct extent run = { in_chunks(c, whole) ? r->h.len : whole->h.len, 0 };
+	size_t head = header ? proto_put_run(&c->session, &whole->h, r->h.off, &run,
+					     last || !in_chunks(c, whole), tx_tail(tx)) : 0;
 
 	r->buf = tx_tail(tx) + head;
 	r->error = -request_try(r);

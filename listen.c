@@ -402,9 +402,10 @@ void listen_close(struct listeners *l)
 {
 	for (size_t i = 0; i < l->count; i++) {
 		struct listener *one = &l->all[i];
+		int err = one->unix_path ? remove_own(one->unix_path, one->file.st_dev, one->file.st_ino) : 0;
 
-		if (one->unix_path)
-			remove_own("unix:", one->unix_path, one->file.st_dev, one->file.st_ino);
+		if (err)
+			log_line("cannot remove unix:%s: %s", one->unix_path, strerror(-err));
 		free(one->unix_path);
 		if (one->source.fd >= 0)
 			close(one->source.fd);

@@ -2,7 +2,8 @@
  * log.c - see log.h.
  *
  * There are two buffers.  Lines are added to one while the thread writes those of the other, which
- * may take for ever: a pipe may be full, a terminal stopped, a disk gone.
+ * may take for ever: a pipe may be full, a terminal stopped, a disk gone.  Before there is the
+ * thread, a line that is not taken in FLUSH_MS is lost.
  */
 #define _GNU_SOURCE
 #include "log.h"
@@ -37,19 +38,17 @@ static bool has_levels;			/* stderr is the journal's: lines begin with their lev
 static int log_fd = -1;			/* the file, or a socket for syslog */
 static int client_fd = STDIN_FILENO;
 
-/* Lines to be written: a byte that says where to (enum log_to), the text, a newline. */
-static char buffer[2][ROOM];
+static char buffer[2][ROOM];		/* lines to be written, each with its newline */
 
 static struct {
 	pthread_mutex_t lock;		/* guards all below; a leaf */
 	pthread_cond_t changed;
-	bool open;			/* lines are kept; before, each is written at once */
-	bool started;			/* the thread; the main thread's */
+	bool started;			/* the thread; before, each line is written at once */
 	atomic_bool pending;		/* there are lines that are not written yet */
 	bool reopen;			/* it is to open the file again */
 	unsigned which;			/* the buffer that lines are added to, ... */
 	size_t len;			/* ... what it holds, ... */
-	unsigned long lost;		/* ... and how many lines found no room after that */
+	unsigned long lost;		/* ... and how many lines were lost after that */
 	uint64_t used[LOG_DETAIL + 1];	/* by lines of a level about clients: until now_ms() is that */
 	unsigned long left_out;		/* of these lines; to be told when ... */
 	uint64_t due;			/* ... now_ms() is that */
@@ -76,7 +75,10 @@ void log_keep_off(int fd)
 
 bool log_would_disturb(void)
 {
-	return is_same_socket(client_fd, STDERR_FILENO);
+	struct stat a, b;
+
+	return fstat(client_fd, &a) == 0 && fstat(STDERR_FILENO, &b) == 0 && S_ISSOCK(a.st_mode) &&
+	       a.st_dev == b.st_dev && a.st_ino == b.st_ino;
 }
 
 void log_limit(enum log_level most)
@@ -115,36 +117,32 @@ static int put_prefix(char *p, size_t room, enum log_to to, enum log_level level
 	}
 }
 
-/* Make a line of at most LINE_BYTES, as they are in a buffer; returns how long it is. */
-static size_t make_line(char *line, enum log_to to, enum log_level level, const char *fmt,
-			va_list ap)
+/* Make a line of at most LINE_BYTES; returns how long it is. */
+static size_t log_make_line(char *line, enum log_to to, enum log_level level, const char *fmt,
+			    va_list ap)
 {
-	size_t room = LINE_BYTES - 1, len;
-	int n;
+	size_t room = LINE_BYTES - 1, len = (size_t)put_prefix(line, room, to, level);
+	int n = vsnprintf(line + len, room - len, fmt, ap);
 
-	line[0] = (char)to;
-	len = 1 + (size_t)put_prefix(line + 1, room - 1, to, level);
-	n = vsnprintf(line + len, room - len, fmt, ap);
 	if (n > 0)
 		len += (size_t)n < room - len ? (size_t)n : room - len - 1;
-	mask_control_characters(line + 1, len - 1);
+	mask_control_characters(line, len);
 	line[len++] = '\n';
 	return len;
 }
 
-static bool write_all(int fd, const char *p, size_t len)
+/* Waits for a reader, but no longer than that; -1 for ever. */
+static bool write_all(int fd, const char *p, size_t len, int wait_ms)
 {
 	struct pollfd pfd = { .fd = fd, .events = POLLOUT };
 
 	while (len > 0) {
-		ssize_t n = write(fd, p, len);
+		ssize_t n = poll(&pfd, 1, wait_ms) == 0 ? 0 : write(fd, p, len);
 
 		if (n > 0) {
 			p += n;
 			len -= (size_t)n;
-		} else if (n < 0 && errno == EAGAIN) {
-			poll(&pfd, 1, -1);
-		} else if (n == 0 || errno != EINTR) {
+		} else if (n == 0 || (errno != EINTR && errno != EAGAIN)) {
 			return false;
 		}
 	}
@@ -152,56 +150,49 @@ static bool write_all(int fd, const char *p, size_t len)
 }
 
 /* By one call, so that it stays whole among the lines of others. */
-static bool write_line(const char *line, size_t len)
+static bool write_line(enum log_to to, const char *line, size_t len, int wait_ms)
 {
 	struct sockaddr_un daemon = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
 
-	if (line[0] == LOG_TO_SYSLOG)
-		return sendto(log_fd, line + 1, len - 2, MSG_NOSIGNAL, (struct sockaddr *)&daemon,
-			      sizeof(daemon)) >= 0;
-	return write_all(line[0] == LOG_TO_FILE ? log_fd : STDERR_FILENO, line + 1, len - 1);
+	if (to == LOG_TO_SYSLOG)
+		return sendto(log_fd, line, len - 1, MSG_NOSIGNAL | (wait_ms < 0 ? 0 : MSG_DONTWAIT),
+			      (struct sockaddr *)&daemon, sizeof(daemon)) >= 0;
+	return write_all(to == LOG_TO_FILE ? log_fd : STDERR_FILENO, line, len, wait_ms);
 }
 
-/* A line of the thread's own. */
-static bool say(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
+/* An error, past the lines that wait. */
+static bool write_now(enum log_to to, int wait_ms, const char *fmt, ...) PRINTF_LIKE(3, 4);
 
-static bool say(enum log_level level, const char *fmt, ...)
+static bool write_now(enum log_to to, int wait_ms, const char *fmt, ...)
 {
 	char line[LINE_BYTES];
 	va_list ap;
 	size_t len;
 
-	if (!log_shows(level))
-		return true;
 	va_start(ap, fmt);
-	len = make_line(line, log_to, level, fmt, ap);
+	len = log_make_line(line, to, LOG_ERROR, fmt, ap);
 	va_end(ap);
-	return write_line(line, len);
+	return write_line(to, line, len, wait_ms);
 }
 
-/* Called with the lock. */
-static void add_line(const char *line, size_t len)
-{
-	if (queue.lost || queue.len + len > ROOM) {
-		queue.lost++;
-	} else {
-		memcpy(buffer[queue.which] + queue.len, line, len);
-		queue.len += len;
-	}
-	atomic_store(&queue.pending, true);
-	pthread_cond_broadcast(&queue.changed);
-}
-
-static void put_line(enum log_to to, enum log_level level, const char *fmt, va_list ap)
+static void put_line(enum log_level level, const char *fmt, va_list ap)
 {
 	char line[LINE_BYTES];
-	size_t len = make_line(line, to, level, fmt, ap);
+	size_t len = log_make_line(line, log_to, level, fmt, ap);
 
 	pthread_mutex_lock(&queue.lock);
-	if (queue.open)
-		add_line(line, len);
-	else
-		write_line(line, len);
+	if (!queue.started) {
+		queue.lost += !write_line(log_to, line, len, FLUSH_MS);
+	} else {
+		if (queue.lost || queue.len + len > ROOM) {
+			queue.lost++;
+		} else {
+			memcpy(buffer[queue.which] + queue.len, line, len);
+			queue.len += len;
+		}
+		atomic_store(&queue.pending, true);
+		pthread_cond_broadcast(&queue.changed);
+	}
 	pthread_mutex_unlock(&queue.lock);
 }
 
@@ -212,27 +203,59 @@ void log_at(enum log_level level, const char *fmt, ...)
 	if (!log_shows(level))
 		return;
 	va_start(ap, fmt);
-	put_line(log_to, level, fmt, ap);
+	put_line(level, fmt, ap);
 	va_end(ap);
 }
 
 void log_failure(const char *fmt, ...)
 {
 	bool silent = log_would_disturb();
+	char text[LINE_BYTES];
 	va_list ap;
 
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
 	if (silent && log_to == LOG_TO_STDERR)
 		log_open(LOG_TO_SYSLOG, NULL);
-	if (!silent) {
-		va_start(ap, fmt);
-		put_line(LOG_TO_STDERR, LOG_ERROR, fmt, ap);
-		va_end(ap);
-	}
-	if (log_to != LOG_TO_STDERR) {
-		va_start(ap, fmt);
-		put_line(log_to, LOG_ERROR, fmt, ap);
-		va_end(ap);
-	}
+	log_error("%s", text);
+	if (log_to != LOG_TO_STDERR && !silent)
+		write_now(LOG_TO_STDERR, FLUSH_MS, "%s", text);
+}
+
+/* The end of the program */
+
+void end_at_once(void)
+{
+	log_flush();
+	_exit(EXIT_FAILURE);
+}
+
+void *not_null(void *memory)
+{
+	if (!memory)
+		log_fatal("out of memory");
+	return memory;
+}
+
+void flush_output(void)
+{
+	if (fflush(stdout) != 0 || ferror(stdout))
+		log_fatal("cannot write to standard output: %s", strerror(errno));
+}
+
+void occupy_standard_descriptors(void)
+{
+	int fd;
+
+	do
+		fd = open_nothing();
+	while (fd >= 0 && fd <= STDERR_FILENO);
+	if (fd >= 0)
+		close(fd);
+	for (fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+		if (fcntl(fd, F_GETFD) < 0)
+			log_fatal("descriptor %d is closed, and nothing can be put there", fd);
 }
 
 /* Lines about clients */
@@ -264,14 +287,14 @@ void log_peer(enum log_level level, const char *fmt, ...)
 	if (!log_shows(level) || !take_place(level))
 		return;
 	va_start(ap, fmt);
-	put_line(log_to, level, fmt, ap);
+	put_line(level, fmt, ap);
 	va_end(ap);
 }
 
 /* Files */
 
 /* Whether a file may be a log: no control characters are at its beginning but those of texts. */
-static bool is_text(int fd)
+static bool log_is_text(int fd)
 {
 	static const char of_texts[] = { '\t', '\n', '\f', '\r', '\033' };
 	char head[512];
@@ -283,8 +306,8 @@ static bool is_text(int fd)
 	return true;
 }
 
-/* Open a log, and wait for nobody.  NULL and *fd, or why not. */
-static const char *open_file(const char *path, int *fd)
+/* Open a log, and wait for no reader.  NULL and *fd, or why not. */
+static const char *log_open_file(const char *path, int *fd)
 {
 	const int flags = O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
 	struct stat st;
@@ -296,24 +319,24 @@ static const char *open_file(const char *path, int *fd)
 		*fd = open(path, O_WRONLY | flags, 0640);
 	if (*fd < 0)
 		return strerror(errno);
-	if (is_text(*fd))
+	if (log_is_text(*fd))
 		return NULL;
 	close(*fd);
 	return "what is in it is no text";
 }
 
-static void reopen_file(void)
+static void reopen_log(void)
 {
 	int fd;
-	const char *error = open_file(log_path, &fd);
+	const char *error = log_open_file(log_path, &fd);
 
 	if (error) {
-		say(LOG_ERROR, "cannot reopen log file %s: %s", log_path, error);
+		log_error("cannot reopen log file %s: %s", log_path, error);
 		return;
 	}
 	close(log_fd);
 	log_fd = fd;
-	say(LOG_EVENT, "log file reopened");
+	log_line("log file reopened");
 }
 
 void log_reopen(void)
@@ -350,16 +373,16 @@ static void write_lines(void)
 	queue.reopen = false;
 	pthread_mutex_unlock(&queue.lock);
 	for (const char *next; p < end; p = next) {
-		next = (const char *)memchr(p + 1, '\n', (size_t)(end - p)) + 1;
-		lost += !write_line(p, (size_t)(next - p));
+		next = (const char *)memchr(p, '\n', (size_t)(end - p)) + 1;
+		lost += !write_line(log_to, p, (size_t)(next - p), -1);
 	}
 	lost += no_room;
-	if (lost && say(LOG_ERROR, "%lu lines of the log were lost", lost))
+	if (lost && write_now(log_to, -1, "%lu lines of the log were lost", lost))
 		lost = 0;
 	if (left_out)
-		say(LOG_ERROR, "%lu more lines about clients were left out", left_out);
+		log_error("%lu more lines about clients were left out", left_out);
 	if (reopen)
-		reopen_file();
+		reopen_log();
 	pthread_mutex_lock(&queue.lock);
 }
 
@@ -378,25 +401,32 @@ static void *log_main(void *unused)
 	return NULL;
 }
 
-/* 0 or an errno */
-static int start_thread(void)
+/* exit() calls it. */
+static void end_log(void)
 {
-	pthread_t thread;
-	int err = thread_start(&thread, LOG_STACK, log_main, NULL);
-
-	queue.started = err == 0;
-	if (!err)
-		pthread_detach(thread);
-	return err;
+	pthread_mutex_lock(&queue.lock);
+	queue.due = 0;
+	atomic_store(&queue.pending, true);
+	pthread_cond_broadcast(&queue.changed);
+	pthread_mutex_unlock(&queue.lock);
+	log_flush();
 }
 
 bool log_start(void)
 {
-	int err = start_thread();
+	pthread_t thread;
+	int err;
 
-	if (err)
+	cond_init(&queue.changed);
+	err = thread_start(&thread, LOG_STACK, log_main, NULL);
+	if (err) {
 		log_failure("cannot start a thread: %s", strerror(err));
-	return err == 0;
+		return false;
+	}
+	pthread_detach(thread);
+	queue.started = true;
+	atexit(end_log);
+	return true;
 }
 
 void log_flush(void)
@@ -407,30 +437,10 @@ void log_flush(void)
 		poll(NULL, 0, 1);
 }
 
-/* The end of the program, which may come before the thread. */
-static void end(void)
-{
-	pthread_mutex_lock(&queue.lock);
-	queue.due = 0;
-	atomic_store(&queue.pending, true);
-	pthread_cond_broadcast(&queue.changed);
-	if (!queue.started && start_thread() != 0) {
-		write_lines();
-		atomic_store(&queue.pending, false);
-	}
-	pthread_mutex_unlock(&queue.lock);
-	log_flush();
-}
-
 const char *log_open(enum log_to to, const char *path)
 {
-	const char *error = to == LOG_TO_FILE ? open_file(path, &log_fd) : NULL;
+	const char *error = to == LOG_TO_FILE ? log_open_file(path, &log_fd) : NULL;
 
-	if (!queue.open) {
-		cond_init(&queue.changed);
-		queue.open = true;
-		atexit(end);
-	}
 	if (error)
 		return error;
 	if (to == LOG_TO_SYSLOG)

@@ -1,8 +1,8 @@
 /*
  * log.h - the log: lines on stderr, in a file or FIFO, or to syslog.
  *
- * Nobody waits for who takes the lines.  From log_open() on they are kept in memory, and a thread
- * writes them, in their order.  Lines that find no room there are lost, and the log counts them.
+ * The program never waits for a reader of the log.  From log_start() on, lines are kept in memory,
+ * and a thread writes them in their order.  Lines that find no room are lost; the log counts them.
  */
 #ifndef XNBD_LOG_H
 #define XNBD_LOG_H
@@ -11,7 +11,6 @@
 
 enum log_to { LOG_TO_STDERR, LOG_TO_FILE, LOG_TO_SYSLOG };
 
-/* What a line is about. */
 enum log_level {
 	LOG_ERROR,	/* something did not work */
 	LOG_ASKED,	/* what somebody has asked for */
@@ -22,7 +21,7 @@ enum log_level {
 /* The name before each line on stderr and in syslog: static storage. */
 void log_name(const char *program);
 
-/* Never write to this socket, the client's: standard input is it if this is not called. */
+/* Never write to this socket, the client's; without this call that is standard input. */
 void log_keep_off(int fd);
 
 /* Whether stderr is that socket, as it is under inetd. */
@@ -38,7 +37,7 @@ bool log_shows(enum log_level level);
  */
 const char *log_open(enum log_to to, const char *path);
 
-/* Start the thread.  False after saying why not. */
+/* Start the thread.  False after logging why not. */
 bool log_start(void);
 
 /* Have the thread open the log file again under its name, for log rotation. */
@@ -64,5 +63,22 @@ void log_peer(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
  * place.  Where stderr is the client's socket it goes to syslog instead.
  */
 void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+/* log_flush(), and the end of the program with a failure.  Also for signal handlers. */
+void end_at_once(void);
+
+#define log_fatal(...) (log_failure(__VA_ARGS__), end_at_once())
+
+/* The memory; log_fatal() if there is none. */
+void *not_null(void *memory);
+
+/* Have all that was printed taken by the reader of standard output, or log_fatal(). */
+void flush_output(void);
+
+/*
+ * Put open_nothing() in place of standard descriptors that are closed, or log_fatal(): a file or
+ * socket with such a number would get lines that are meant for a terminal.
+ */
+void occupy_standard_descriptors(void);
 
 #endif

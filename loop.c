@@ -3,8 +3,11 @@
  */
 #include "loop.h"
 
+#include "log.h"
+
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 static bool make_room_for_source(struct loop *l)
 {
@@ -156,6 +159,8 @@ void loop_poll(struct loop *l, uint64_t due)
 	loop_turn_due(l);
 	n = prepare_poll(l, &due);
 	ready = bell_poll(l->bell, l->pfd, n, ms_until(due));
+	if (ready < 0)
+		log_fatal("cannot wait for %u descriptors: %s", n, strerror(-ready));
 	l->polled = now_us();
 	if (ready > 0)
 		give_events(l);

@@ -98,6 +98,30 @@ static void set_number(const struct row *r, void *field, const char *value)
 			    r->min, r->max);
 }
 
+/* A number of bytes such as 512, 64K, 10M, 1G, 4T (powers of 1024).  False if it is none. */
+static bool parse_size(const char *s, uint64_t *value)
+{
+	static const char units[] = "KMGT";
+	const char *unit;
+	unsigned shift = 0;
+	char *end;
+
+	if (*s < '0' || *s > '9')
+		return false;
+	errno = 0;
+	*value = strtoull(s, &end, 10);
+	if (*end) {
+		unit = strchr(units, *end >= 'a' ? *end - 'a' + 'A' : *end);
+		if (!unit || end[1])
+			return false;
+		shift = 10 * (unsigned)(unit - units + 1);
+	}
+	if (errno || *value > UINT64_MAX >> shift)
+		return false;
+	*value <<= shift;
+	return true;
+}
+
 static void set_size(const struct row *r, void *field, const char *value)
 {
 	if (!parse_size(value, field))

@@ -9,7 +9,6 @@
 #include "proto.h"
 
 #include "util.h"
-#include "wire.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -40,26 +39,20 @@ static const uint8_t *in_bytes(struct in *in, size_t n)
 	return p;
 }
 
-static uint16_t in_be16(struct in *in)
+/* A number of that many bytes. */
+static uint32_t in_be(struct in *in, size_t size)
 {
-	const uint8_t *p = in_bytes(in, 2);
+	const uint8_t *p = in_bytes(in, size);
+	uint32_t v = 0;
 
-	return p ? get_be16(p) : 0;
-}
-
-static uint32_t in_be32(struct in *in)
-{
-	const uint8_t *p = in_bytes(in, 4);
-
-	return p ? get_be32(p) : 0;
+	for (size_t i = 0; p && i < size; i++)
+		v = v << 8 | p[i];
+	return v;
 }
 
 static void out_bytes(struct proto_out *out, const void *p, size_t n)
 {
-	if (n > out->cap - out->len) {
-		out->overflow = true;
-		return;
-	}
+	assert(n <= out->cap - out->len);
 	if (n > 0)
 		memcpy(out->p + out->len, p, n);
 	out->len += n;
@@ -139,25 +132,19 @@ static enum proto_next reply(const struct option *o, uint32_t type)
 	return PROTO_HAGGLE;
 }
 
-/* "Conventions": UTF-8 without NUL. */
-static bool is_utf8(const struct name *name)
+/* "Conventions": UTF-8 without NUL.  0 for a good name, else the error to answer. */
+static uint32_t check_name(const struct name *name)
 {
 	size_t n;
 
+	if (name->len > PROTO_STRING_MAX)
+		return NBD_REP_ERR_TOO_BIG;
 	for (size_t i = 0; i < name->len; i += n) {
 		n = utf8_length(name->p + i, name->len - i);
 		if (n == 0)
-			return false;
+			return NBD_REP_ERR_INVALID;
 	}
-	return true;
-}
-
-/* 0 for a good name, else the error to answer. */
-static uint32_t check_name(const struct name *name)
-{
-	if (name->len > PROTO_STRING_MAX)
-		return NBD_REP_ERR_TOO_BIG;
-	return is_utf8(name) ? 0 : NBD_REP_ERR_INVALID;
+	return 0;
 }
 
 bool proto_is_string(const char *s)
@@ -170,7 +157,7 @@ bool proto_is_string(const char *s)
 /* Read a length and as many bytes. */
 static uint32_t in_name(struct in *in, struct name *name)
 {
-	name->len = in_be32(in);
+	name->len = in_be(in, 4);
 	name->p = in_bytes(in, name->len);
 	return in->bad ? NBD_REP_ERR_INVALID : check_name(name);
 }
@@ -210,8 +197,8 @@ static uint16_t session_flags(const struct proto_session *s, const struct proto_
 }
 
 /* Bind the session to its export; a context chosen for another name does not hold. */
-static enum proto_next enter_transmission(struct proto_session *s, const struct proto_export *e,
-					  const struct name *name)
+static enum proto_next proto_transmit(struct proto_session *s, const struct proto_export *e,
+				      const struct name *name)
 {
 	s->export = e;
 	if (s->allocation_name != name_hash(name))
@@ -235,7 +222,7 @@ static enum proto_next opt_export_name(struct option *o)
 	out_be(o->out, 2, session_flags(o->s, e));
 	if (!o->s->no_zeroes)
 		out_bytes(o->out, zeroes, sizeof(zeroes));
-	return enter_transmission(o->s, e, &name);
+	return proto_transmit(o->s, e, &name);
 }
 
 static enum proto_next opt_abort(struct option *o)
@@ -270,7 +257,7 @@ static void info_string(const struct option *o, uint16_t type, const void *p, si
 	out_bytes(o->out, p, len);
 }
 
-/* Answer one information request; those that we do not know are ignored. */
+/* Answer one information request. */
 static void info(const struct option *o, uint16_t type, const struct proto_export *e,
 		 const struct name *name)
 {
@@ -307,8 +294,8 @@ static enum proto_next opt_go(struct option *o)
 
 	if (err)
 		return reply(o, err);
-	for (n = in_be16(&o->in); n > 0 && !o->in.bad; n--) {
-		type = in_be16(&o->in);
+	for (n = in_be(&o->in, 2); n > 0 && !o->in.bad; n--) {
+		type = in_be(&o->in, 2);
 		if (type <= NBD_INFO_BLOCK_SIZE)
 			wanted |= 1 << type;
 	}
@@ -321,7 +308,7 @@ static enum proto_next opt_go(struct option *o)
 		if (wanted & 1 << type)
 			info(o, (uint16_t)type, e, &name);
 	reply(o, NBD_REP_ACK);
-	return o->opt == NBD_OPT_GO ? enter_transmission(o->s, e, &name) : PROTO_HAGGLE;
+	return o->opt == NBD_OPT_GO ? proto_transmit(o->s, e, &name) : PROTO_HAGGLE;
 }
 
 /* "NBD_OPT_STRUCTURED_REPLY", "NBD_OPT_EXTENDED_HEADERS": there is no way back from the second. */
@@ -336,18 +323,11 @@ static enum proto_next opt_headers(struct option *o)
 	return reply(o, NBD_REP_ACK);
 }
 
-static void meta_context(const struct option *o, uint32_t id)
-{
-	reply_header(o, NBD_REP_META_CONTEXT, 4 + strlen(allocation));
-	out_be(o->out, 4, id);
-	out_bytes(o->out, allocation, strlen(allocation));
-}
-
 /* Read the queries; *match says whether one of them means base:allocation. */
 static uint32_t in_queries(struct option *o, bool *match)
 {
 	bool list = o->opt == NBD_OPT_LIST_META_CONTEXT;
-	uint32_t n = in_be32(&o->in), err;
+	uint32_t n = in_be(&o->in, 4), err;
 	struct name query;
 
 	*match = list && n == 0;
@@ -383,8 +363,11 @@ static enum proto_next opt_meta_context(struct option *o)
 		o->s->allocation = true;
 		o->s->allocation_name = name_hash(&name);
 	}
-	if (match)
-		meta_context(o, set ? ALLOCATION_ID : 0);
+	if (match) {
+		reply_header(o, NBD_REP_META_CONTEXT, 4 + strlen(allocation));
+		out_be(o->out, 4, set ? ALLOCATION_ID : 0);
+		out_bytes(o->out, allocation, strlen(allocation));
+	}
 	return reply(o, NBD_REP_ACK);
 }
 
@@ -407,19 +390,10 @@ static const struct option_kind {
 
 static const struct option_kind *find_option(uint32_t opt)
 {
-	for (size_t i = 0; i < sizeof(option_kinds) / sizeof(option_kinds[0]); i++)
+	for (size_t i = 0; i < ARRAY_SIZE(option_kinds); i++)
 		if (option_kinds[i].opt == opt)
 			return &option_kinds[i];
 	return NULL;
-}
-
-/* EXPORT_NAME has no error replies, and a client that is not fixed newstyle knows no others. */
-static enum proto_next refuse(const struct proto_session *s, uint32_t opt, uint32_t err,
-			      struct proto_out *out)
-{
-	struct option o = { .opt = opt, .out = out };
-
-	return !s->fixed || opt == NBD_OPT_EXPORT_NAME ? PROTO_CLOSE : reply(&o, err);
 }
 
 enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,
@@ -427,8 +401,6 @@ enum proto_next proto_option(struct proto_session *s, const struct proto_exports
 {
 	struct option o = { s, exports, opt, { data, len, false }, out };
 	const struct option_kind *kind = find_option(opt);
-	size_t start = out->len;
-	enum proto_next next;
 
 	if (!s->fixed && opt != NBD_OPT_EXPORT_NAME)
 		return PROTO_CLOSE;
@@ -436,21 +408,20 @@ enum proto_next proto_option(struct proto_session *s, const struct proto_exports
 		return reply(&o, NBD_REP_ERR_UNSUP);
 	if (kind->bare && len > 0)
 		return reply(&o, NBD_REP_ERR_INVALID);
-	next = kind->handle(&o);
-	if (out->overflow) {	/* only a LIST of very many exports: all or nothing */
-		out->overflow = false;
-		out->len = start;
-		return refuse(s, opt, NBD_REP_ERR_TOO_BIG, out);
-	}
-	return next;
+	return kind->handle(&o);
 }
 
+/* EXPORT_NAME has no error replies, and a client that is not fixed newstyle knows no others. */
 enum proto_next proto_option_too_big(struct proto_session *s, uint32_t opt,
 				     struct proto_out *out)
 {
+	struct option o = { .opt = opt, .out = out };
+
 	if (opt == NBD_OPT_SET_META_CONTEXT)	/* one that fails forgets the earlier choice */
 		s->allocation = false;
-	return refuse(s, opt, find_option(opt) ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP, out);
+	if (!s->fixed || opt == NBD_OPT_EXPORT_NAME)
+		return PROTO_CLOSE;
+	return reply(&o, find_option(opt) ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP);
 }
 
 /* Transmission */
@@ -484,35 +455,25 @@ bool proto_cmd_writes(uint16_t cmd)
 /* "Request types": 0 if the command is known and its flags are its own. */
 static int check_flags(const struct proto_session *s, const struct proto_request *r)
 {
-	unsigned allowed = NBD_CMD_FLAG_FUA;	/* "Command flags": on every command */
+	static const unsigned own[] = {
+		[NBD_CMD_READ] = NBD_CMD_FLAG_DF,
+		[NBD_CMD_WRITE] = NBD_CMD_FLAG_PAYLOAD_LEN,
+		[NBD_CMD_WRITE_ZEROES] = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
+		[NBD_CMD_BLOCK_STATUS] = NBD_CMD_FLAG_REQ_ONE,
+	};
+	unsigned allowed;
 
-	switch (r->cmd) {
-	case NBD_CMD_READ:
-		if (s->structured)
-			allowed |= NBD_CMD_FLAG_DF;
-		break;
-	case NBD_CMD_WRITE:
-		if (s->extended)
-			allowed |= NBD_CMD_FLAG_PAYLOAD_LEN;
-		break;
-	case NBD_CMD_TRIM:
-	case NBD_CMD_CACHE:
-		break;
-	case NBD_CMD_FLUSH:
-		if (r->off || r->len)
-			return EINVAL;
-		break;
-	case NBD_CMD_WRITE_ZEROES:
-		allowed |= NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO;
-		break;
-	case NBD_CMD_BLOCK_STATUS:
-		allowed |= NBD_CMD_FLAG_REQ_ONE;
-		if (!s->allocation || r->len == 0)
-			return EINVAL;
-		break;
-	default:
+	if (r->cmd >= ARRAY_SIZE(own) || r->cmd == NBD_CMD_DISC)
 		return EINVAL;
-	}
+	if (r->cmd == NBD_CMD_FLUSH && (r->off || r->len))
+		return EINVAL;
+	if (r->cmd == NBD_CMD_BLOCK_STATUS && (!s->allocation || r->len == 0))
+		return EINVAL;
+	allowed = own[r->cmd] | NBD_CMD_FLAG_FUA;	/* "Command flags": FUA on every command */
+	if (!s->structured)
+		allowed &= ~NBD_CMD_FLAG_DF;
+	if (!s->extended)
+		allowed &= ~NBD_CMD_FLAG_PAYLOAD_LEN;
 	return r->flags & ~allowed ? EINVAL : 0;
 }
 
@@ -608,32 +569,26 @@ size_t proto_put_reply(const struct proto_session *s, const struct proto_request
 	return (size_t)(p - start);
 }
 
-size_t proto_put_data(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		      uint32_t len, bool last, uint8_t *p)
+size_t proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		     const struct extent *run, bool last, uint8_t *p)
 {
 	uint8_t *start = p;
+	uint32_t len = (uint32_t)run->len;
 
 	if (!s->structured)
 		return put_simple(r, 0, p);
-	p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
-	p = put_be64(p, off);
+	if (run->flags & NBD_STATE_ZERO) {
+		p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_HOLE, last, 8 + 4, p);
+		p = put_be32(put_be64(p, off), len);
+	} else {
+		p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
+		p = put_be64(p, off);
+	}
 	return (size_t)(p - start);
 }
 
-size_t proto_put_hole(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		      uint32_t len, bool last, uint8_t *p)
-{
-	uint8_t *start = p;
-
-	assert(s->structured);
-	p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_HOLE, last, 12, p);
-	p = put_be64(p, off);
-	p = put_be32(p, len);
-	return (size_t)(p - start);
-}
-
-size_t proto_put_status(const struct proto_session *s, const struct proto_request *r, unsigned n,
-			uint8_t *p)
+size_t proto_put_status(const struct proto_session *s, const struct proto_request *r,
+			const struct extent *extent, uint32_t n, uint8_t *p)
 {
 	uint8_t *start = p;
 
@@ -647,16 +602,8 @@ size_t proto_put_status(const struct proto_session *s, const struct proto_reques
 	p = put_be32(p, ALLOCATION_ID);
 	if (s->extended)
 		p = put_be32(p, n);
+	for (; n > 0; n--, extent++)
+		p = s->extended ? put_be64(put_be64(p, extent->len), extent->flags) :
+				  put_be32(put_be32(p, (uint32_t)extent->len), extent->flags);
 	return (size_t)(p - start);
-}
-
-size_t proto_put_extent(const struct proto_session *s, const struct extent *e, uint8_t *p)
-{
-	if (s->extended) {
-		put_be64(put_be64(p, e->len), e->flags);
-		return PROTO_EXTENDED_EXTENT_SIZE;
-	}
-	assert(e->len <= UINT32_MAX);	/* not longer than its request */
-	put_be32(put_be32(p, (uint32_t)e->len), e->flags);
-	return PROTO_EXTENT_SIZE;
 }

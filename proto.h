@@ -12,8 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* "Newstyle negotiation", "Transmission flags": the numbers of the wire. */
-
+#define NBD_ALLOCATION "base:allocation"
 #define NBD_INIT_PASSWD UINT64_C(0x4e42444d41474943)
 #define NBD_IHAVEOPT UINT64_C(0x49484156454f5054)
 #define NBD_OLDSTYLE_MAGIC UINT64_C(0x00420281861253)
@@ -34,7 +33,6 @@ enum {
 	NBD_FLAG_READ_ONLY = 1 << 1,
 	NBD_FLAG_SEND_FLUSH = 1 << 2,
 	NBD_FLAG_SEND_FUA = 1 << 3,
-	NBD_FLAG_ROTATIONAL = 1 << 4,
 	NBD_FLAG_SEND_TRIM = 1 << 5,
 	NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6,
 	NBD_FLAG_SEND_DF = 1 << 7,
@@ -121,6 +119,40 @@ enum {
 #define NBD_REP_ERR_TOO_BIG NBD_REP_ERR(9)
 #define NBD_REP_ERR_EXT_HEADER_REQD NBD_REP_ERR(10)
 
+/* Numbers are big-endian.  put returns where the next one goes. */
+
+static inline uint16_t get_be16(const uint8_t *p)
+{
+	return (uint16_t)(p[0] << 8 | p[1]);
+}
+
+static inline uint32_t get_be32(const uint8_t *p)
+{
+	return (uint32_t)get_be16(p) << 16 | get_be16(p + 2);
+}
+
+static inline uint64_t get_be64(const uint8_t *p)
+{
+	return (uint64_t)get_be32(p) << 32 | get_be32(p + 4);
+}
+
+static inline uint8_t *put_be16(uint8_t *p, unsigned v)
+{
+	p[0] = (uint8_t)(v >> 8);
+	p[1] = (uint8_t)v;
+	return p + 2;
+}
+
+static inline uint8_t *put_be32(uint8_t *p, uint32_t v)
+{
+	return put_be16(put_be16(p, v >> 16), v & 0xffff);
+}
+
+static inline uint8_t *put_be64(uint8_t *p, uint64_t v)
+{
+	return put_be32(put_be32(p, (uint32_t)(v >> 32)), (uint32_t)v);
+}
+
 /* Sizes in bytes. */
 enum {
 	PROTO_STRING_MAX = 4096,		/* "Conventions" */
@@ -134,7 +166,7 @@ enum {
 	PROTO_OPTION_SIZE = 16,			/* an option's header */
 	PROTO_OPTION_MAX = 64 * 1024,		/* option data that is taken as a whole */
 	PROTO_OPTION_REPLY_ROOM = 32 * 1024,	/* room for the answer to one option */
-	PROTO_LIST_ROOM = PROTO_OPTION_REPLY_ROOM - 20,	/* for all exports in the answer to LIST */
+	PROTO_LIST_ROOM = PROTO_OPTION_REPLY_ROOM - 20,	/* for the answer to LIST: all exports */
 	PROTO_LIST_ENTRY = 24,			/* what each takes besides name and description */
 	PROTO_REQUEST_SIZE = 28,		/* a request's header ... */
 	PROTO_EXTENDED_REQUEST_SIZE = 32,	/* ... and one with a length of 64 bits */
@@ -153,7 +185,7 @@ struct proto_export {
 
 struct proto_exports {
 	const struct proto_export *const *entry;	/* at least one; no name is there twice */
-	size_t count;
+	size_t count;		/* so few that their entries fit in PROTO_LIST_ROOM */
 	bool any_name;		/* a name that is not in the table means the first */
 };
 
@@ -184,11 +216,10 @@ struct extent {
 	uint32_t flags;		/* NBD_STATE_* */
 };
 
-/* A buffer that is written to its end and no further. */
+/* An answer that is being written. */
 struct proto_out {
 	uint8_t *p;
 	size_t len, cap;
-	bool overflow;		/* something did not fit and was left out */
 	const uint8_t *unknown;	/* the name, in the option, of an export that is not there; or NULL */
 	size_t unknown_len;
 };
@@ -215,7 +246,7 @@ bool proto_client_flags(struct proto_session *s, const uint8_t *p);
 bool proto_get_option(const uint8_t *p, uint32_t *opt, uint32_t *len);
 
 /*
- * Handle one whole option and append its answer to out, which has PROTO_OPTION_REPLY_ROOM bytes.
+ * Handle one whole option and write its answer to out, which has PROTO_OPTION_REPLY_ROOM bytes.
  * "Option types".
  */
 enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,
@@ -262,17 +293,15 @@ uint32_t proto_error(int err);
 size_t proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
 		       uint8_t *p);
 
-/* What precedes len bytes of data at off of a READ; last means that the reply ends with them. */
-size_t proto_put_data(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		      uint32_t len, bool last, uint8_t *p);
+/*
+ * What precedes a run of data at off of a READ; of structured replies also all that there is to a
+ * hole, which NBD_STATE_ZERO means.  last: the reply ends with it.
+ */
+size_t proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		     const struct extent *run, bool last, uint8_t *p);
 
-/* A hole of len bytes at off of a READ.  Structured replies only. */
-size_t proto_put_hole(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		      uint32_t len, bool last, uint8_t *p);
-
-/* What precedes n extents of a BLOCK_STATUS reply, which proto_put_extent() writes one by one. */
-size_t proto_put_status(const struct proto_session *s, const struct proto_request *r, unsigned n,
-			uint8_t *p);
-size_t proto_put_extent(const struct proto_session *s, const struct extent *e, uint8_t *p);
+/* The reply to a BLOCK_STATUS: p has room for n extents of PROTO_EXTENDED_EXTENT_SIZE as well. */
+size_t proto_put_status(const struct proto_session *s, const struct proto_request *r,
+			const struct extent *extent, uint32_t n, uint8_t *p);
 
 #endif

@@ -6,8 +6,6 @@
  */
 #include "proto_client.h"
 
-#include "wire.h"
-
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>

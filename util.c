@@ -4,11 +4,10 @@
 #define _GNU_SOURCE
 #include "util.h"
 
-#include "log.h"
-
-#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <net/if.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sched.h>
@@ -23,30 +22,22 @@
 
 size_t utf8_length(const uint8_t *p, size_t left)
 {
-	uint8_t low = 0x80, high = 0xbf;
+	static const uint32_t least[] = { [2] = 0x80, [3] = 0x800, [4] = 0x10000 };
+	uint32_t c = p[0];
 	size_t n;
 
-	if (p[0] < 0x80)
-		return p[0] != 0;
-	if (p[0] < 0xc2 || p[0] > 0xf4)
+	if (c < 0x80)
+		return c != 0;
+	n = c < 0xe0 ? 2 : c < 0xf0 ? 3 : 4;
+	if (c < 0xc0 || c >= 0xf8 || n > left)
 		return 0;
-	n = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
-	if (n > left)
-		return 0;
-	if (p[0] == 0xe0)
-		low = 0xa0;
-	else if (p[0] == 0xed)
-		high = 0x9f;
-	else if (p[0] == 0xf0)
-		low = 0x90;
-	else if (p[0] == 0xf4)
-		high = 0x8f;
-	if (p[1] < low || p[1] > high)
-		return 0;
-	for (size_t i = 2; i < n; i++)
+	c &= 0x7f >> n;
+	for (size_t i = 1; i < n; i++) {
 		if ((p[i] & 0xc0) != 0x80)
 			return 0;
-	return n;
+		c = c << 6 | (p[i] & 0x3f);
+	}
+	return c >= least[n] && c <= 0x10ffff && (c < 0xd800 || c > 0xdfff) ? n : 0;
 }
 
 void mask_control_characters(char *s, size_t len)
@@ -65,30 +56,6 @@ void mask_control_characters(char *s, size_t len)
 		if (c < ' ' || (c >= 0x7f && c < 0xa0))
 			memset(s + i, '?', n);
 	}
-}
-
-bool is_same_socket(int a, int b)
-{
-	struct stat sa, sb;
-
-	return fstat(a, &sa) == 0 && fstat(b, &sb) == 0 && S_ISSOCK(sa.st_mode) &&
-	       sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino;
-}
-
-void *not_null(void *memory)
-{
-	if (memory)
-		return memory;
-	log_failure("out of memory");
-	exit(EXIT_FAILURE);
-}
-
-void flush_output(void)
-{
-	if (fflush(stdout) == 0 && !ferror(stdout))
-		return;
-	log_failure("cannot write to standard output: %s", strerror(errno));
-	exit(EXIT_FAILURE);
 }
 
 uint64_t now_us(void)
@@ -113,33 +80,6 @@ int ms_until(uint64_t when)
 	return when > now ? (int)(when - now) : 0;
 }
 
-bool parse_size(const char *s, uint64_t *value)
-{
-	static const char units[] = "KMGT";
-	unsigned long long n;
-	const char *unit;
-	char *end;
-
-	if (*s < '0' || *s > '9')
-		return false;
-	errno = 0;
-	n = strtoull(s, &end, 10);
-	if (errno)
-		return false;
-	if (*end) {
-		unit = strchr(units, *end >= 'a' ? *end - 'a' + 'A' : *end);
-		if (!unit || end[1])
-			return false;
-		for (const char *u = units; u <= unit; u++) {
-			if (n > UINT64_MAX / 1024)
-				return false;
-			n *= 1024;
-		}
-	}
-	*value = n;
-	return true;
-}
-
 bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned long *value)
 {
 	char *end;
@@ -154,17 +94,12 @@ bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned 
 char *absolute_path(const char *path)
 {
 	char *cwd, *result;
-	size_t len;
 
 	if (path[0] == '/')
 		return strdup(path);
 	cwd = getcwd(NULL, 0);
-	if (!cwd)
-		return NULL;
-	len = strlen(cwd) + strlen(path) + 2;
-	result = malloc(len);
-	if (result)
-		snprintf(result, len, "%s/%s", cwd, path);
+	if (!cwd || asprintf(&result, "%s/%s", cwd, path) < 0)
+		result = NULL;
 	free(cwd);
 	return result;
 }
@@ -183,10 +118,11 @@ char *directory_of(const char *path)
 	return len ? strndup(path, len) : strdup(".");
 }
 
-int read_at(int fd, uint8_t *buf, uint64_t len, uint64_t off)
+/* Read into buf, or write what is in it. */
+static int transfer_at(int fd, uint8_t *buf, uint64_t len, uint64_t off, bool out)
 {
 	while (len > 0) {
-		ssize_t n = pread(fd, buf, len, (off_t)off);
+		ssize_t n = out ? pwrite(fd, buf, len, (off_t)off) : pread(fd, buf, len, (off_t)off);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -199,20 +135,14 @@ int read_at(int fd, uint8_t *buf, uint64_t len, uint64_t off)
 	return 0;
 }
 
+int read_at(int fd, uint8_t *buf, uint64_t len, uint64_t off)
+{
+	return transfer_at(fd, buf, len, off, false);
+}
+
 int write_at(int fd, const uint8_t *buf, uint64_t len, uint64_t off)
 {
-	while (len > 0) {
-		ssize_t n = pwrite(fd, buf, len, (off_t)off);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return n < 0 ? -errno : -EIO;
-		buf += n;
-		off += (uint64_t)n;
-		len -= (uint64_t)n;
-	}
-	return 0;
+	return transfer_at(fd, (uint8_t *)buf, len, off, true);
 }
 
 int check_stored(int fd)
@@ -232,16 +162,6 @@ bool is_momentary(int err)
 	return err == -ENOSPC || err == -EDQUOT || err == -EFBIG || err == -ENOMEM;
 }
 
-/* Give the file at tmp its name. */
-static int name_file(const char *tmp, const char *path, bool replace)
-{
-	if (!replace && link(tmp, path) == 0)
-		return unlink(tmp) < 0 ? -errno : 0;
-	if (!replace && errno != EPERM && errno != EOPNOTSUPP)	/* no links there */
-		return -errno;
-	return rename(tmp, path) < 0 ? -errno : 0;
-}
-
 bool is_same_file(const char *one, const char *other)
 {
 	struct stat a, b;
@@ -258,33 +178,36 @@ void forget_unfinished(void)
 		unlink(unfinished);
 }
 
+/* Give the file at tmp its name.  It may keep the other one. */
+static int name_file(const char *tmp, const char *path, bool replace)
+{
+	if (!replace && link(tmp, path) == 0)
+		return 0;
+	if (!replace && errno != EPERM && errno != EOPNOTSUPP)	/* no links there */
+		return -errno;
+	return rename(tmp, path) < 0 ? -errno : 0;
+}
+
 int create_file(const char *path, bool replace, int (*fill)(void *arg, int fd), void *arg)
 {
-	size_t len = strlen(path) + sizeof(".XXXXXX");
-	char *tmp = malloc(len);
+	char *tmp;
 	int fd, err;
 
-	if (!tmp)
+	if (asprintf(&tmp, "%s.XXXXXX", path) < 0)
 		return -ENOMEM;
-	snprintf(tmp, len, "%s.XXXXXX", path);
 	unfinished = tmp;
 	fd = mkostemp(tmp, O_CLOEXEC);
-	if (fd < 0) {
-		err = -errno;
-		unfinished = NULL;
-		free(tmp);
-		return err;
-	}
-	err = fill(arg, fd);
+	err = fd < 0 ? -errno : fill(arg, fd);
 	if (!err && fsync(fd) < 0)
 		err = -errno;
 	if (!err)
 		err = name_file(tmp, path, replace);
-	if (err)
+	if (fd >= 0) {
 		unlink(tmp);
+		close(fd);
+	}
 	unfinished = NULL;
 	free(tmp);
-	close(fd);
 	return err ? err : sync_directory_of(path);
 }
 
@@ -306,25 +229,6 @@ int sync_directory_of(const char *path)
 	return ret;
 }
 
-/* The address and, for a link-local one, the interface. */
-static void format_inet6(const struct sockaddr_in6 *in6, char *buf)
-{
-	char host[INET6_ADDRSTRLEN] = "", scope[16] = "";
-
-	inet_ntop(AF_INET6, &in6->sin6_addr, host, sizeof(host));
-	if (in6->sin6_scope_id)
-		snprintf(scope, sizeof(scope), "%%%u", (unsigned)in6->sin6_scope_id);
-	snprintf(buf, ADDRESS_MAX, "[%s%s]:%d", host, scope, ntohs(in6->sin6_port));
-}
-
-static void format_inet(const struct sockaddr_in *in, char *buf)
-{
-	char host[INET_ADDRSTRLEN] = "";
-
-	inet_ntop(AF_INET, &in->sin_addr, host, sizeof(host));
-	snprintf(buf, ADDRESS_MAX, "%s:%d", host, ntohs(in->sin_port));
-}
-
 static void format_unix(const struct sockaddr_un *un, socklen_t len, char *buf)
 {
 	size_t head = offsetof(struct sockaddr_un, sun_path);
@@ -335,19 +239,15 @@ static void format_unix(const struct sockaddr_un *un, socklen_t len, char *buf)
 
 void format_address(const struct sockaddr *sa, socklen_t len, char *buf)
 {
-	switch (sa->sa_family) {
-	case AF_UNIX:
+	char host[INET6_ADDRSTRLEN + IF_NAMESIZE], port[8];
+
+	if (sa->sa_family == AF_UNIX)
 		format_unix((const struct sockaddr_un *)sa, len, buf);
-		break;
-	case AF_INET:
-		format_inet((const struct sockaddr_in *)sa, buf);
-		break;
-	case AF_INET6:
-		format_inet6((const struct sockaddr_in6 *)sa, buf);
-		break;
-	default:
+	else if (getnameinfo(sa, len, host, sizeof(host), port, sizeof(port),
+			     NI_NUMERICHOST | NI_NUMERICSERV) == 0)
+		snprintf(buf, ADDRESS_MAX, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+	else
 		snprintf(buf, ADDRESS_MAX, "(unknown address)");
-	}
 }
 
 void strip_brackets(char *host)
@@ -365,12 +265,12 @@ bool is_out_of_resources(int err)
 	return err == EMFILE || err == ENFILE || err == ENOBUFS || err == ENOMEM;
 }
 
-void remove_own(const char *what, const char *path, dev_t dev, ino_t ino)
+int remove_own(const char *path, dev_t dev, ino_t ino)
 {
 	struct stat st;
+	bool own = lstat(path, &st) == 0 && st.st_dev == dev && st.st_ino == ino;
 
-	if (lstat(path, &st) == 0 && st.st_dev == dev && st.st_ino == ino && unlink(path) < 0)
-		log_line("cannot remove %s%s: %s", what, path, strerror(errno));
+	return own && unlink(path) < 0 ? -errno : 0;
 }
 
 int open_nothing(void)
@@ -378,23 +278,6 @@ int open_nothing(void)
 	int fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
 
 	return fd >= 0 ? fd : socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-}
-
-void occupy_standard_descriptors(void)
-{
-	int fd;
-
-	do
-		fd = open_nothing();
-	while (fd >= 0 && fd <= STDERR_FILENO);
-	if (fd >= 0)
-		close(fd);
-	for (fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++) {
-		if (fcntl(fd, F_GETFD) >= 0)
-			continue;
-		log_failure("descriptor %d is closed, and nothing can be put there", fd);
-		exit(EXIT_FAILURE);
-	}
 }
 
 int make_pipe(int fds[2])
@@ -441,18 +324,18 @@ bool bell_answer(struct bell *b)
 int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms)
 {
 	char buf[64];
-	int ready;
+	int ready, err;
 
 	pfd[0] = (struct pollfd){ .fd = b->pipe[0], .events = POLLIN };
 	atomic_store(&b->sleeping, true);
 	ready = poll(pfd, n, atomic_load(&b->rung) ? 0 : timeout_ms);
+	err = ready < 0 ? errno : 0;
 	atomic_store(&b->sleeping, false);
-	if (ready < 0 && errno != EINTR && errno != ENOMEM) {	/* for ever: the caller would spin */
-		log_failure("cannot wait for %lu descriptors: %s", (unsigned long)n, strerror(errno));
-		log_flush();
-		_exit(EXIT_FAILURE);
-	}
-	if (ready > 0 && pfd[0].revents)
+	for (nfds_t i = 0; err && i < n; i++)
+		pfd[i].revents = 0;
+	if (err)
+		return err == EINTR || err == ENOMEM ? 0 : -err;
+	if (pfd[0].revents)
 		while (read(b->pipe[0], buf, sizeof(buf)) == (ssize_t)sizeof(buf))
 			;
 	return ready;
@@ -522,27 +405,6 @@ void tune_socket(int fd, unsigned keepalive)
 	setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, interval ? &interval : &on, sizeof(on));
 	setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
 #endif
-}
-
-void notify_supervisor(const char *state)
-{
-	const char *name = getenv("NOTIFY_SOCKET");
-	size_t len = name ? strlen(name) : 0;
-	struct sockaddr_un sun = { .sun_family = AF_UNIX };
-	int fd;
-
-	if (len < 2 || len > sizeof(sun.sun_path))
-		return;
-	memcpy(sun.sun_path, name, len);
-	if (name[0] == '@')	/* Linux: a name that is no file */
-		sun.sun_path[0] = '\0';
-	fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	if (fd < 0)
-		return;
-	if (sendto(fd, state, strlen(state), 0, (const struct sockaddr *)&sun,
-		   (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len)) < 0)
-		log_error("cannot notify %s: %s", name, strerror(errno));
-	close(fd);
 }
 
 unsigned cpu_count(void)

@@ -27,12 +27,6 @@
  */
 size_t utf8_length(const uint8_t *p, size_t left);
 
-/* The memory; if there is none, the end of the program, which has just begun. */
-void *not_null(void *memory);
-
-/* All that was printed is with who reads standard output; else the end of the program. */
-void flush_output(void);
-
 /* Replace what terminals obey by '?': C0, DEL, and C1, in UTF-8 and as single bytes. */
 void mask_control_characters(char *s, size_t len);
 
@@ -42,9 +36,6 @@ uint64_t now_us(void);
 
 /* Milliseconds until now_ms() is that, for poll(): 0 if it is past, -1 if it is UINT64_MAX. */
 int ms_until(uint64_t when);
-
-/* A number of bytes such as 512, 64K, 10M, 1G, 4T (powers of 1024).  False if it is none. */
-bool parse_size(const char *s, uint64_t *value);
 
 /* A decimal number from min to max.  False if it is none. */
 bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned long *value);
@@ -102,17 +93,11 @@ void strip_brackets(char *host);
 /* Whether that errno is a lack of descriptors or memory. */
 bool is_out_of_resources(int err);
 
-/* Remove a file if it is still that one; what stands before its path in the log, if that fails. */
-void remove_own(const char *what, const char *path, dev_t dev, ino_t ino);
+/* Remove a file if it is still that one.  0 or -errno. */
+int remove_own(const char *path, dev_t dev, ino_t ino);
 
 /* A descriptor that neither gives nor takes anything, also without /dev/null; -1 with errno. */
 int open_nothing(void);
-
-/*
- * Put that in place of standard descriptors that are closed: a file or socket with such a number
- * would get what is meant for a terminal.  Ends the program if it cannot.
- */
-void occupy_standard_descriptors(void);
 
 /* A pipe whose both ends do not block and are closed on exec.  0 or -errno. */
 int make_pipe(int fds[2]);
@@ -141,8 +126,8 @@ void bell_ring(struct bell *b);
 bool bell_answer(struct bell *b);
 
 /*
- * poll() of n descriptors, of which the first is the bell's; at once if it was rung.  Ends the
- * program if it fails for another reason than a signal or a moment's lack of memory.
+ * poll() of n descriptors, of which the first is the bell's; at once if it was rung.  How many are
+ * ready: none after a signal or a moment's lack of memory, -errno if poll() fails for ever.
  */
 int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms);
 
@@ -158,17 +143,11 @@ void cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, uint64_t when)
 /* Whether that is a socket of this machine alone. */
 bool is_unix_socket(int fd);
 
-/* Whether both descriptors are the same socket. */
-bool is_same_socket(int a, int b);
-
 /*
  * TCP: no delay, and notice a peer that has been silent for keepalive seconds, unless that is 0.
  * Unix sockets: room for a batch of replies.
  */
 void tune_socket(int fd, unsigned keepalive);
-
-/* Tell the process that started us and waits for it, if one does, as sd_notify(3) would. */
-void notify_supervisor(const char *state);
 
 /* The processors that we may run on, at least 1. */
 unsigned cpu_count(void);

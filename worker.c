@@ -1,11 +1,12 @@
 /*
  * worker.c - a few threads for disk calls that would block: see worker.h.
  *
- * Threads are started when jobs wait and none is idle, and then stay: a disk that blocked once
+ * Threads are started when jobs are ready and none is idle, and then stay: a disk that blocked once
  * will block again, and an idle thread costs a few kilobytes.  A job waits in its lane while
  * enough of that lane are active, which bounds the threads as well.
  *
- * Somebody always waits for the time of the jobs for later, also when all other threads are stuck.
+ * While there are jobs for later, a thread is idle and waits for the first of them, also when all
+ * other threads are stuck.
  */
 #define _GNU_SOURCE
 #include "worker.h"
@@ -13,13 +14,10 @@
 #include "log.h"
 #include "util.h"
 
-#include <errno.h>
+#include <assert.h>
 #include <pthread.h>
-#include <stdbool.h>
 #include <stddef.h>
-#include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum {
 	ACTIVE_MAX = 16,		/* of a lane: enough to keep a disk's queue busy */
@@ -28,81 +26,72 @@ enum {
 
 static struct {
 	pthread_mutex_t lock;		/* guards all below */
-	pthread_cond_t wanted;		/* there is a job, or stop is set; of the clock of now_ms() */
-	struct job *first, **last;	/* to be taken next; they are active */
-	unsigned waiting;		/* jobs in that list */
+	pthread_cond_t wanted;		/* a job is ready, stop is set, or a thread has ended */
+	struct job_list ready;		/* to be taken next; they are active */
 	struct lane common;
 	struct job *later;		/* for later, those due first first */
-	bool timed;			/* an idle thread waits for the first of them */
-	unsigned idle;			/* threads in pthread_cond_wait(), or about to begin */
-	unsigned count;
-	pthread_t *thread;		/* count of them */
-	bool begun, stop;
+	unsigned idle, count;		/* threads that run no job; all of them */
+	bool stop;
 	bool lacking;			/* it was logged that a thread could not be started */
 } pool = {
 	.lock = PTHREAD_MUTEX_INITIALIZER,
-	.last = &pool.first,
 	.common.name = "",
 };
 
-static struct job *take_job(void)
-{
-	struct job *job = pool.first;
+/* All statics are called with the lock. */
 
-	pool.first = job->next;
-	if (!pool.first)
-		pool.last = &pool.first;
-	pool.waiting--;
-	job->queued = false;
-	return job;
-}
-
-static void put_active(struct job *job)
+static void append_job(struct job_list *list, struct job *job)
 {
 	job->next = NULL;
-	*pool.last = job;
-	pool.last = &job->next;
-	pool.waiting++;
+	*(list->first ? list->last : &list->first) = job;
+	list->last = &job->next;
+}
+
+/* False if it is not in the list. */
+static bool remove_job(struct job_list *list, const struct job *job)
+{
+	for (struct job **p = &list->first; *p; p = &(*p)->next)
+		if (*p == job) {
+			*p = job->next;
+			if (!*p)
+				list->last = p;
+			return true;
+		}
+	return false;
 }
 
 static void put_job(struct job *job)
 {
-	struct lane *lane = job->lane ? job->lane : &pool.common;
-
-	job->lane = lane;
-	job->queued = true;
-	if (lane->active < ACTIVE_MAX) {
-		lane->active++;
-		put_active(job);
-		return;
+	if (!job->lane)
+		job->lane = &pool.common;
+	if (job->lane->active < ACTIVE_MAX) {
+		job->lane->active++;
+		append_job(&pool.ready, job);
+	} else {
+		append_job(&job->lane->waiting, job);
 	}
-	job->next = NULL;
-	if (lane->first)
-		lane->last->next = job;
-	else
-		lane->first = job;
-	lane->last = job;
 }
 
 /* A job of the lane is done: the next one takes its place. */
 static void leave_lane(struct lane *lane)
 {
-	struct job *job = lane->first;
+	struct job *job = lane->waiting.first;
 
-	if (!job) {
+	if (job) {
+		remove_job(&lane->waiting, job);
+		append_job(&pool.ready, job);
+	} else {
 		lane->active--;
-		return;
 	}
-	lane->first = job->next;
-	put_active(job);
 }
 
-/* Run the first job.  Called with the lock, which is let go meanwhile. */
+/* Run the first job that is ready.  The lock is let go meanwhile. */
 static void run_first(void)
 {
-	struct job *job = take_job();
+	struct job *job = pool.ready.first;
 	struct lane *lane = job->lane;
 
+	remove_job(&pool.ready, job);
 	pthread_mutex_unlock(&pool.lock);
 	job->run(job);			/* and it may be gone */
 	pthread_mutex_lock(&pool.lock);
@@ -120,78 +109,56 @@ static void put_due(void)
 	}
 }
 
-/* One idle thread waits until the first job for later is due, the others for a signal. */
-static void wait_idle(void)
-{
-	bool timed = pool.later && !pool.timed;
+static void *worker_main(void *unused);
 
-	pool.idle++;
-	pool.timed |= timed;
-	cond_wait_until(&pool.wanted, &pool.lock, timed ? pool.later->due : UINT64_MAX);
-	if (timed)
-		pool.timed = false;
-	pool.idle--;
+/* 0 or an errno; that a thread is missing, which is not the first, is logged once. */
+static int start_worker(void)
+{
+	pthread_t thread;
+	int err = thread_start(&thread, WORKER_STACK, worker_main, NULL);
+
+	if (!err) {
+		pthread_detach(thread);
+		pool.idle++;
+		pool.count++;
+	} else if (pool.count > 0 && !pool.lacking) {
+		pool.lacking = true;
+		log_error("cannot start a further worker thread: %s; going on with %u",
+			  strerror(err), pool.count);
+	}
+	return err;
 }
 
-static void start_thread(void);
-
-/* Who is about to run a job may have been the one that waited for the time. */
-static void watch_time(void)
+/* Have an idle thread, if there is something for it, now or later. */
+static void keep_one_idle(void)
 {
-	if (!pool.later || pool.timed)
-		return;
-	if (pool.idle == 0)
-		start_thread();
-	else
-		pthread_cond_signal(&pool.wanted);
+	if (pool.idle == 0 && pool.count > 0 && !pool.stop && (pool.ready.first || pool.later))
+		start_worker();
 }
 
 static void *worker_main(void *unused)
 {
 	(void)unused;
 	pthread_mutex_lock(&pool.lock);
-	pool.idle--;
 	for (;;) {
 		put_due();
-		while (!pool.first && !pool.stop) {
-			wait_idle();
+		while (!pool.ready.first && !pool.stop) {
+			cond_wait_until(&pool.wanted, &pool.lock,
+					pool.later ? pool.later->due : UINT64_MAX);
 			put_due();
 		}
-		if (!pool.first)
+		if (!pool.ready.first)
 			break;
-		watch_time();
+		pool.idle--;
+		keep_one_idle();
 		run_first();
-	}
-	pthread_mutex_unlock(&pool.lock);
-	return NULL;
-}
-
-/* Called with the lock.  0 or an errno; one that is not the first can be done without. */
-static int begin_thread(void)
-{
-	pthread_t *thread;
-	int err = ENOMEM;
-
-	thread = realloc(pool.thread, (pool.count + 1) * sizeof(*thread));
-	if (thread)
-		pool.thread = thread;
-	if (thread)
-		err = thread_start(&thread[pool.count], WORKER_STACK, worker_main, NULL);
-	if (!err) {
-		pool.count++;
 		pool.idle++;
 	}
-	return err;
-}
-
-static void start_thread(void)
-{
-	int err = !pool.begun || pool.stop ? 0 : begin_thread();	/* they may be being joined */
-
-	if (err && !pool.lacking)
-		log_error("cannot start a further worker thread: %s; going on with %u",
-			  strerror(err), pool.count);
-	pool.lacking |= err != 0;
+	pool.idle--;
+	pool.count--;
+	pthread_cond_broadcast(&pool.wanted);
+	pthread_mutex_unlock(&pool.lock);
+	return NULL;
 }
 
 int worker_begin(void)
@@ -200,60 +167,33 @@ int worker_begin(void)
 
 	cond_init(&pool.wanted);
 	pthread_mutex_lock(&pool.lock);
-	pool.begun = true;
-	err = begin_thread();
+	err = start_worker();
 	pthread_mutex_unlock(&pool.lock);
 	return -err;
 }
 
 void worker_submit(struct job *job)
 {
-	bool here;
-
 	pthread_mutex_lock(&pool.lock);
+	assert(pool.count > 0);
 	put_job(job);
-	if (pool.waiting > pool.idle)
-		start_thread();
-	here = pool.count == 0;		/* before the first and after the last thread */
-	while (here && pool.first)
-		run_first();
+	keep_one_idle();
 	pthread_mutex_unlock(&pool.lock);
-	if (!here)
-		pthread_cond_signal(&pool.wanted);
-}
-
-/* Take the job out of a list; *before is set to the one before it, which may be NULL.  Or false. */
-static bool unlink_job(struct job **first, const struct job *job, struct job **before)
-{
-	*before = NULL;
-	for (; *first; *before = *first, first = &(*first)->next)
-		if (*first == job) {
-			*first = job->next;
-			return true;
-		}
-	return false;
+	pthread_cond_signal(&pool.wanted);
 }
 
 bool worker_take_back(struct job *job)
 {
-	struct lane *lane = job->lane;
-	struct job *before;
-	bool queued;
+	bool found, ready = false;
 
 	pthread_mutex_lock(&pool.lock);
-	queued = job->queued;
-	job->queued = false;
-	if (queued && unlink_job(&lane->first, job, &before)) {
-		if (lane->last == job)
-			lane->last = before;
-	} else if (queued && unlink_job(&pool.first, job, &before)) {
-		if (!job->next)
-			pool.last = before ? &before->next : &pool.first;
-		pool.waiting--;
-		leave_lane(lane);
-	}
+	found = job->lane && remove_job(&job->lane->waiting, job);
+	if (!found)
+		found = ready = remove_job(&pool.ready, job);
+	if (ready)
+		leave_lane(job->lane);
 	pthread_mutex_unlock(&pool.lock);
-	return queued;
+	return found;
 }
 
 void worker_submit_later(struct job *job, unsigned ms)
@@ -262,18 +202,15 @@ void worker_submit_later(struct job *job, unsigned ms)
 
 	job->due = now_ms() + ms;
 	pthread_mutex_lock(&pool.lock);
-	if (pool.stop) {	/* or a job that submits itself again would go on for ever */
-		pthread_mutex_unlock(&pool.lock);
-		return;
+	if (!pool.stop) {	/* or a job that submits itself again would go on for ever */
+		while (*p && (*p)->due <= job->due)
+			p = &(*p)->next;
+		job->next = *p;
+		*p = job;
+		keep_one_idle();
+		if (pool.count > 0)
+			pthread_cond_broadcast(&pool.wanted);	/* it may be the first */
 	}
-	while (*p && (*p)->due <= job->due)
-		p = &(*p)->next;
-	job->next = *p;
-	*p = job;
-	if (pool.idle == 0)
-		start_thread();
-	if (pool.count > 0)
-		pthread_cond_broadcast(&pool.wanted);	/* the one that waits for the time, too */
 	pthread_mutex_unlock(&pool.lock);
 }
 
@@ -283,10 +220,7 @@ void worker_stop(void)
 	pool.stop = true;
 	if (pool.count > 0)
 		pthread_cond_broadcast(&pool.wanted);
+	while (pool.count > 0)
+		pthread_cond_wait(&pool.wanted, &pool.lock);
 	pthread_mutex_unlock(&pool.lock);
-	for (unsigned i = 0; i < pool.count; i++)
-		pthread_join(pool.thread[i], NULL);
-	free(pool.thread);
-	pool.thread = NULL;
-	pool.count = 0;
 }

@@ -7,7 +7,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-struct job;
+struct job_list {
+	struct job *first, **last;	/* last: where the next one goes, if there is a first */
+};
 
 /*
  * Jobs that may wait for the same disk.  Only so many of a lane are run at a time, so that a disk
@@ -17,7 +19,7 @@ struct job;
 struct lane {
 	const char *name;		/* of the export, for the log */
 	unsigned active;		/* jobs that a thread runs, or takes next */
-	struct job *first, *last;	/* those that have to wait for these */
+	struct job_list waiting;	/* those that have to wait for these */
 };
 
 /* Something to run.  It lies inside what it works on; the pool only links it. */
@@ -25,7 +27,6 @@ struct job {
 	struct job *next;
 	struct lane *lane;		/* NULL: that of what belongs to no export */
 	void (*run)(struct job *);
-	bool queued;		/* no thread has it yet */
 	uint64_t due;		/* now_ms() at which it may run, if it was submitted for later */
 };
 
@@ -35,7 +36,10 @@ struct job {
  */
 int worker_begin(void);
 
-/* Run the job on a worker, soon, in order of the lane.  Any thread; does not block. */
+/*
+ * Run the job on a worker, soon, in order of the lane.  Any thread, while there are workers; does
+ * not block.
+ */
 void worker_submit(struct job *job);
 
 /* Take back a job that no thread has begun with.  False if that is too late, or it is none. */

@@ -31,6 +31,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -77,12 +78,6 @@ static void accept_client(struct listener *l, int fd, const struct sockaddr *sa,
 static volatile sig_atomic_t opening = 1;	/* nothing has been made that would have to be removed */
 static volatile sig_atomic_t stop_signals;
 static volatile sig_atomic_t came[128];		/* by their numbers */
-
-static void end_at_once(void)
-{
-	log_flush();
-	_exit(EXIT_FAILURE);
-}
 
 /* An origin, a name server or a disk may be silent for long: nobody waits for them any more. */
 static void take_stop_signal(void)
@@ -401,8 +396,11 @@ static bool write_pidfile(struct server *s)
 
 static void remove_pidfile(const struct server *s)
 {
-	if (s->pid_path)
-		remove_own("pidfile ", s->pid_path, s->pid_file.st_dev, s->pid_file.st_ino);
+	int err = s->pid_path ?
+			  remove_own(s->pid_path, s->pid_file.st_dev, s->pid_file.st_ino) : 0;
+
+	if (err)
+		log_line("cannot remove pidfile %s: %s", s->pid_path, strerror(-err));
 }
 
 /* Sockets are made by root, who may make them anywhere, and belong to who serves them. */
@@ -534,6 +532,28 @@ static bool start_threads(struct server *s)
 	if (err)
 		log_failure("cannot start a thread: %s", strerror(-err));
 	return err == 0;
+}
+
+/* Tell the process that started us and waits for it, if one does, as sd_notify(3) would. */
+static void notify_supervisor(const char *state)
+{
+	const char *name = getenv("NOTIFY_SOCKET");
+	size_t len = name ? strlen(name) : 0;
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	int fd;
+
+	if (len < 2 || len > sizeof(sun.sun_path))
+		return;
+	memcpy(sun.sun_path, name, len);
+	if (name[0] == '@')	/* Linux: a name that is no file */
+		sun.sun_path[0] = '\0';
+	fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return;
+	if (sendto(fd, state, strlen(state), 0, (const struct sockaddr *)&sun,
+		   (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len)) < 0)
+		log_error("cannot notify %s: %s", name, strerror(errno));
+	close(fd);
 }
 
 static bool start_listening(struct server *s)

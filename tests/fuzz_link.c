@@ -10,7 +10,6 @@
 #include "fuzz.h"
 
 #include "../origin.h"
-#include "../wire.h"
 
 #include <errno.h>
 #include <sys/socket.h>

@@ -9,7 +9,6 @@
 #include "fuzz.h"
 
 #include "../proto_client.h"
-#include "../wire.h"
 
 enum {
 	LEN_MAX = 4096,

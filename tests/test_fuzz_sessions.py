@@ -664,7 +664,7 @@ def fuzzed_program(tmp_path_factory):
     build = tmp_path_factory.mktemp("asan")
     subprocess.run(
         ["make", "-s", "-C", Path(__file__).absolute().parent.parent, f"BUILD={build}",
-         "CFLAGS=-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined "
+         "CFLAGS=-O1 -g -fno-omit-frame-pointer -DXNBD_INSTRUMENTED -fsanitize=address,undefined "
          "-fno-sanitize-recover=undefined", f"{build}/xnbd-server"],
         check=True, stdin=subprocess.DEVNULL)
     return str(build / "xnbd-server")
