@@ -3,15 +3,16 @@
  *
  *	LINK_DOWN	no connection; its deadline is when to dial
  *	LINK_RESOLVE	a thread looks the name up
- *	LINK_NEGOTIATE	an address, its server's handshake; if it fails the next address
+ *	LINK_NEGOTIATE	connect to an address, then the handshake; if that fails, the next address
  *	LINK_UP		transmission
  *
  * One thread polls its bell and the links.  Other threads leave requests and wishes in the mailbox,
- * and ring.  What happens to a link are link_turn(), when poll() says so, and link_expire(), at its
- * deadline.  A state's function returns NULL, or why the link is of no use any more: link_fail().
+ * and ring.  link_turn() is called when poll() has something for a link, link_expire() when its
+ * deadline is there.  The function of a state returns NULL, or why the link is of no use any more,
+ * and then link_fail() is called.
  *
  * The first link that is up serves clients, the others the background copy; a single one serves
- * all.  What a lost link owed goes back to the queues.
+ * all.  Requests that a lost link owed go back to the queues.
  *
  * Nothing is read while too much of what was delivered has not been put away, and no link counts
  * as silent meanwhile.
@@ -56,11 +57,11 @@ struct queue {
 
 /* Where a server is, and which of its exports is meant. */
 struct target {
-	struct sockaddr_un path;	/* of a Unix socket, if it has a family; else there are ... */
-	char host[1024];		/* ... a name, or an address without brackets, ... */
-	char port[64];			/* ... and a port */
+	struct sockaddr_un path;	/* AF_UNIX; or AF_UNSPEC, and there are host and port */
+	char host[1024];		/* a name, or an address without brackets */
+	char port[64];
 	char export_name[PROTO_STRING_MAX + 1];
-	char address[256];		/* "host:port", "[::1]:port" or "unix:/path", maybe shortened */
+	char address[256];		/* "host:port", "[::1]:port", "unix:/path", or shortened */
 };
 
 /* What a name stands for: small enough that a pipe takes all of it at once. */
@@ -73,7 +74,7 @@ struct addresses {
 	} address[ADDRESSES_MAX];
 };
 
-/* A thread that looks a name up.  Nobody waits for it: it may hang for as long as it pleases. */
+/* A thread that looks a name up.  Nothing waits for it: getaddrinfo() may hang for ever. */
 struct lookup {
 	int fd;				/* struct addresses goes there */
 	struct target target;
@@ -87,14 +88,14 @@ struct link {
 	struct origin *origin;
 	enum link_state state;
 	int fd;				/* the socket; a pipe, while the name is looked up; or -1 */
-	uint64_t deadline;		/* now_ms(): to dial, or of this address; not in LINK_UP */
+	uint64_t deadline;		/* now_ms(): to dial, or to give this address up */
 	unsigned backoff;		/* ms */
 
 	/* The attempt. */
 	uint64_t end;			/* of all of it; now_ms() */
 	struct addresses found;
 	unsigned next;			/* address to try */
-	bool answered;			/* by a server, and the reason is about what it said */
+	bool answered;			/* a server has, and the reason tells what it said */
 	char reason[PROTO_REASON_MAX];	/* why it failed */
 	struct proto_client client;	/* its offer stays */
 
@@ -108,13 +109,13 @@ struct link {
 	size_t tx_len;			/* bytes to be sent */
 	size_t rx_from, rx_to;		/* what was received and not looked at */
 
-	/* The reply whose payload is coming, of which there is some left, and its request. */
-	struct origin_request *current;	/* or NULL */
+	/* The reply whose payload is coming. */
+	struct origin_request *current;	/* that it answers; NULL: there is no such reply */
 	struct proto_reply reply;
-	uint32_t left;			/* bytes */
+	uint32_t left;			/* bytes to come, not 0 */
 	uint8_t *place;			/* for data; NULL: it is thrown away */
 
-	uint8_t tx[(OWED_MAX + 1) * PROTO_REQUEST_SIZE];	/* the last place is the farewell's */
+	uint8_t tx[(OWED_MAX + 1) * PROTO_REQUEST_SIZE];	/* the last is the farewell's */
 	uint8_t rx[RX_BYTES];
 };
 
@@ -124,7 +125,7 @@ _Static_assert(sizeof(struct addresses) <= 4096, "a pipe takes all addresses at 
 
 struct origin {
 	pthread_t thread;
-	bool started;			/* the thread; written before it is, and after it has ended */
+	bool started;			/* the thread; does not change while there is one */
 	struct proto_offer limits;
 	unsigned timeout_ms;
 
@@ -694,13 +695,14 @@ static void link_lost(struct link *l, bool was_up)
 /* The attempt */
 
 /*
- * Connect to the next address: each has its share of the time that is left.  The server speaks first,
- * so an error of connect() shows when its words are received.  NULL, or why not.
+ * Connect to the next address: each has its share of the time that is left.  A server speaks first,
+ * so an error of connect() shows when its greeting is received.  NULL, or why not.
  */
 static const char *link_connect(struct link *l)
 {
 	uint64_t now = now_ms(), left = l->end > now ? l->end - now : 0;
 	unsigned i = l->next++;
+	socklen_t len = l->found.address[i].len;
 	const struct sockaddr *sa = (const struct sockaddr *)&l->found.address[i].sa;
 
 	l->state = LINK_NEGOTIATE;
@@ -711,7 +713,7 @@ static const char *link_connect(struct link *l)
 	if (l->fd < 0)
 		return strerror(errno);
 	tune_socket(l->fd, KEEPALIVE_S);
-	if (connect(l->fd, sa, l->found.address[i].len) < 0 && errno != EINPROGRESS && errno != EINTR)
+	if (connect(l->fd, sa, len) < 0 && errno != EINPROGRESS && errno != EINTR)
 		return strerror(errno);
 	return NULL;
 }
@@ -902,13 +904,13 @@ static uint64_t link_deadline(const struct link *l)
 static void link_expire(struct link *l)
 {
 	const char *wrong = "no answer";
-	char silent[64];
+	char text[64];
 
 	if (l->state == LINK_DOWN) {
 		wrong = link_dial(l);
 	} else if (l->state == LINK_UP) {
-		snprintf(silent, sizeof(silent), "no answer for %u s", l->origin->timeout_ms / 1000);
-		wrong = silent;
+		snprintf(text, sizeof(text), "no answer for %u s", l->origin->timeout_ms / 1000);
+		wrong = text;
 	}
 	if (wrong)
 		link_fail(l, wrong);

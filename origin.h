@@ -57,11 +57,11 @@ struct origin_request {
 enum { ORIGIN_CONNECTIONS_MAX = 16 };
 
 struct origin_options {
-	const char *host;		/* a name, an address (brackets are allowed), or "unix:PATH" */
+	const char *host;		/* a name, an address (maybe in brackets), "unix:PATH" */
 	const char *port;		/* NULL for a Unix socket */
 	const char *export_name;	/* "" for the default one */
-	unsigned connections;		/* at most, where the origin allows more than one; 1 to 16 */
-	unsigned timeout_ms;		/* a link that owes something and is silent so long is dead */
+	unsigned connections;		/* at most, where the origin allows several; 1 to 16 */
+	unsigned timeout_ms;		/* silence after which a link that owes an answer is dead */
 };
 
 /* Connect, and wait for that; the strings are copied.  NULL after logging why not. */

@@ -149,10 +149,14 @@ static const char *error_text(uint32_t reply)
 {
 	/* NBD_REP_ERR_UNSUP is the first, those after it follow. */
 	static const char *const texts[] = {
-		"it does not know the option", "its policy forbids it",
-		"it finds the request invalid", "its platform cannot do that",
-		"it requires TLS, which is not supported", "it has no such export",
-		"it is shutting down", "it requires other block sizes",
+		"it does not know the option",
+		"its policy forbids it",
+		"it finds the request invalid",
+		"its platform cannot do that",
+		"it requires TLS, which is not supported",
+		"it has no such export",
+		"it is shutting down",
+		"it requires other block sizes",
 		"it finds the request too big",
 	};
 	uint32_t i = reply - NBD_REP_ERR_UNSUP;
@@ -173,7 +177,8 @@ static enum proto_next take_refusal(struct proto_client *c, const uint8_t *in)
 		return send_option(c, NBD_OPT_GO);
 	}
 	return handshake_fail(c, c->reply_len ? "%s: \"%.*s%s\"" : "%s", error_text(c->reply),
-		    longer ? TEXT_MAX : (int)c->reply_len, (const char *)in, longer ? "..." : "");
+			      longer ? TEXT_MAX : (int)c->reply_len, (const char *)in,
+			      longer ? "..." : "");
 }
 
 /* "NBD_REP_META_CONTEXT" */
@@ -215,7 +220,8 @@ static enum proto_next take_ack(struct proto_client *c)
 	case NBD_OPT_SET_META_CONTEXT:
 		return send_option(c, NBD_OPT_GO);
 	default:
-		return c->told ? transmit(c) : handshake_fail(c, "it did not tell the size of the export");
+		return c->told ? transmit(c) :
+				 handshake_fail(c, "it did not tell the size of the export");
 	}
 }
 
@@ -230,7 +236,8 @@ static enum proto_next take_reply_data(struct proto_client *c, const uint8_t *in
 		return take_context(c, in);
 	if (c->reply == NBD_REP_INFO && c->opt == NBD_OPT_GO)
 		return take_info(c, in);
-	return handshake_fail(c, "it answered option %u by %lu", (unsigned)c->opt, (unsigned long)c->reply);
+	return handshake_fail(c, "it answered option %u by %lu", (unsigned)c->opt,
+			      (unsigned long)c->reply);
 }
 
 static enum proto_next take_reply(struct proto_client *c, const uint8_t *in)
@@ -240,7 +247,7 @@ static enum proto_next take_reply(struct proto_client *c, const uint8_t *in)
 	if (get_be64(in) != NBD_OPTION_REPLY_MAGIC || get_be32(in + 8) != c->opt)
 		return handshake_fail(c, "its reply to option %u is malformed", (unsigned)c->opt);
 	if (c->reply_len > PROTO_CLIENT_TAKE_MAX)
-		return handshake_fail(c, "it says too much in reply to option %u", (unsigned)c->opt);
+		return handshake_fail(c, "its reply to option %u is too long", (unsigned)c->opt);
 	if (c->reply_len == 0)
 		return take_reply_data(c, in);
 	return await(c, PROTO_CLIENT_REPLY_DATA, c->reply_len);

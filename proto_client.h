@@ -84,7 +84,7 @@ struct proto_reply {
 	uint64_t off;			/* of data or a hole */
 	uint32_t len;			/* likewise; else 0 */
 	uint32_t context;		/* of extents */
-	uint32_t payload;		/* bytes that follow the head; of a simple reply it depends */
+	uint32_t payload;		/* bytes behind the head; of a simple reply it depends */
 };
 
 /*
