@@ -51,11 +51,6 @@ static void name_listener(struct listener *one)
 
 /* TCP */
 
-static unsigned get_port(const struct listener *l)
-{
-	return (unsigned)atoi(strrchr(l->address, ':') + 1);
-}
-
 static void format_at_port(const struct addrinfo *ai, unsigned port, char *address)
 {
 	if (ai->ai_family == AF_INET)
@@ -114,36 +109,34 @@ static struct addrinfo *resolve(const char *name)
 }
 
 /*
- * Listen at those addresses of a list that are new.  Some may be missing: a machine without IPv6, or
- * without IPv4, still has all of its addresses.  *port is set when 0.  0 or -errno, and failed names
- * the address.
+ * Listen at those addresses of a list that are new; ai_flags of each has the error.  Some may be
+ * missing: a machine without IPv6, or without IPv4, still has all of its addresses.  *port is set
+ * when 0.  0 or -errno, and failed names the address.
  */
 static int listen_list(struct listeners *l, struct addrinfo *list, unsigned *port, char *failed)
 {
 	char address[ADDRESS_MAX];
-	int err, missing = 0;
 	bool any = false;
+	int err = 0;
 
 	for (struct addrinfo *ai = list; ai; ai = ai->ai_next) {
 		format_at_port(ai, *port, address);
-		err = is_listened_on(l, address) ? 0 : listen_address(l, ai);
+		err = ai->ai_flags = is_listened_on(l, address) ? 0 : listen_address(l, ai);
 		if (err)
 			strcpy(failed, address);
 		if (err && err != -EAFNOSUPPORT && err != -EADDRNOTAVAIL)
 			return err;
-		if (err)
-			missing = err;
-		else if (*port == 0)
-			*port = get_port(&l->all[l->count - 1]);
+		if (!err && *port == 0)
+			*port = (unsigned)atoi(strrchr(l->all[l->count - 1].address, ':') + 1);
 		any |= !err;
 	}
-	for (struct addrinfo *ai = list; ai && any && missing; ai = ai->ai_next) {
+	for (struct addrinfo *ai = list; ai && any; ai = ai->ai_next) {
 		format_at_port(ai, *port, address);
-		if (!is_listened_on(l, address))
+		if (ai->ai_flags)
 			log_line("cannot listen on %s: %s; going on without", address,
-				 strerror(-missing));
+				 strerror(-ai->ai_flags));
 	}
-	return any ? 0 : missing;
+	return any ? 0 : err;
 }
 
 bool listen_tcp(struct listeners *l, const char *const *names, size_t count, unsigned port)

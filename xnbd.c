@@ -79,7 +79,7 @@ static volatile sig_atomic_t opening = 1;	/* nothing has been made that would ha
 static volatile sig_atomic_t stop_signals;
 static volatile sig_atomic_t came[128];		/* by their numbers */
 
-/* An origin, a name server or a disk may be silent for long: nobody waits for them any more. */
+/* A start may wait long for an origin, a name server or a disk: it ends in the handler. */
 static void take_stop_signal(void)
 {
 	if (opening) {
@@ -137,7 +137,7 @@ static bool setup_signals(void)
 static pid_t daemon_pid;
 static int null_fd;
 
-/* The first process waits: who wants it to end means the daemon. */
+/* The first process only waits: its signals are for the daemon. */
 static void pass_on(int sig)
 {
 	kill(daemon_pid, sig);
@@ -507,7 +507,7 @@ static bool confine(struct server *s)
 	return confine_enter(&c);
 }
 
-/* Before there are threads, and before there are clients. */
+/* Called before there are threads or clients. */
 static bool give_up_rights(struct server *s)
 {
 	if (s->options.user && !become_user(s))
@@ -516,7 +516,7 @@ static bool give_up_rights(struct server *s)
 	return confine(s);
 }
 
-/* The first loop, and the first worker: without them nobody could be served. */
+/* Start the first loop and the first worker, which are needed to serve anybody. */
 static bool start_threads(struct server *s)
 {
 	unsigned max = (unsigned)s->options.threads;
