@@ -129,7 +129,10 @@ static char *next_line(struct server *s)
 		if (!memchr(name_characters, *s->line, sizeof(name_characters) - 1))
 			fail_garbage(s, s->line);
 		end = memchr(at, '\n', (size_t)n);
-		at += recv(s->fd, at, (size_t)(end ? end + 1 - at : n), 0);
+		n = end ? end + 1 - at : n;
+		while (recv(s->fd, at, (size_t)n, 0) < 0 && errno == EINTR)
+			;
+		at += n;
 	}
 	*end = '\0';
 	mask_control_characters(s->line, (size_t)(end - s->line));
@@ -337,14 +340,15 @@ static void print_json_field(const char *before, const char *name, const char *v
 		print_json_string(value, strlen(value));
 }
 
-static void print_json_array(const char *state, const struct kind *k)
+/* Returns what to print before the next field. */
+static const char *print_json_array(const char *start, const char *state, const struct kind *k)
 {
 	const char *before = "";
 	char pairs[PAIRS_MAX];
 
-	if (!find_value(state, k->with))
-		return;
-	printf(",\n  \"%s\": [", k->name);
+	if (!find_value(state, k->name) && !find_value(state, k->with))
+		return start;
+	printf("%s\"%s\": [", start, k->name);
 	for (; *state; state = next_field(state)) {
 		if (strcmp(state, k->name) != 0)
 			continue;
@@ -356,6 +360,7 @@ static void print_json_array(const char *state, const struct kind *k)
 		before = ",";
 	}
 	fputs(*before ? "\n  ]" : "]", stdout);
+	return ",\n  ";
 }
 
 static bool is_array(const char *field)
@@ -374,9 +379,9 @@ static void print_json(const char *state)
 		print_json_field(before, f, value_of(f));
 		before = ",\n  ";
 	}
-	print_json_array(state, &clients);
-	print_json_array(state, &named_exports);
-	puts(*state ? "\n}" : "}");
+	before = print_json_array(before, state, &clients);
+	before = print_json_array(before, state, &named_exports);
+	puts(*before == ',' ? "\n}" : "}");
 }
 
 static void show_query(struct server *s, bool json)

@@ -122,7 +122,7 @@ static bool parse_size(const char *s, uint64_t *value)
 	return true;
 }
 
-static void set_size(const struct row *r, void *field, const char *value)
+static void set_bytes(const struct row *r, void *field, const char *value)
 {
 	if (!parse_size(value, field))
 		usage_error("option '--%s': '%s' is not a size such as 512M or 10G", r->name,
@@ -141,7 +141,7 @@ static void set_file_mode(const struct row *r, void *field, const char *value)
 }
 
 /* The mode, or the command, which may have a number. */
-static void choose(const struct row *r, void *field, const char *value)
+static void choose_mode(const struct row *r, void *field, const char *value)
 {
 	if (line.chosen)
 		usage_error("option '--%s': a %s was chosen before, and there can be one only",
@@ -209,7 +209,7 @@ static void print_help(const struct program *p)
 }
 
 /* --help, or --version, where the program's name is the first word of its usage. */
-static void show(const struct row *r, void *field, const char *value)
+static void show_help(const struct row *r, void *field, const char *value)
 {
 	const struct program *p = line.program;
 
@@ -226,10 +226,10 @@ static void show(const struct row *r, void *field, const char *value)
 
 static const struct row server_rows[] = {
 #define FIELD(name) offsetof(struct options, name)
-	{ 't', "target", NULL, MODE_TARGET, OTHER(choose), "export a disk image" },
-	{ 'c', "cow-target", NULL, MODE_COW_TARGET, OTHER(choose),
+	{ 't', "target", NULL, MODE_TARGET, OTHER(choose_mode), "export a disk image" },
+	{ 'c', "cow-target", NULL, MODE_COW_TARGET, OTHER(choose_mode),
 	  "export a base image, keep writes in an overlay" },
-	{ 'p', "proxy", NULL, MODE_PROXY, OTHER(choose),
+	{ 'p', "proxy", NULL, MODE_PROXY, OTHER(choose_mode),
 	  "cache a remote server's disk, and move it here" },
 	{ 'l', "lport", "PORT", MODE_ANY, NUMBER(lport, 0, 65535),
 	  "TCP port to listen on, 0 for a free one (8520)" },
@@ -255,7 +255,7 @@ static const struct row server_rows[] = {
 	{ 0, "export", "NAME=PATH", MODE_TARGET | MODE_COW_TARGET, OTHER(add_export),
 	  "export the image PATH by that name, may be repeated" },
 	{ 'r', "readonly", NULL, MODE_ANY, FLAG(readonly), "refuse writes" },
-	{ 0, "create", "SIZE", MODE_TARGET, VALUE(set_size, create_size),
+	{ 0, "create", "SIZE", MODE_TARGET, VALUE(set_bytes, create_size),
 	  "create a sparse image of SIZE (512M, 10G, ...) if there is none" },
 	{ 0, "cow-dir", "DIR", MODE_COW_TARGET, TEXT(cow_dir),
 	  "where the overlay goes, which has no name (beside the base)" },
@@ -266,7 +266,7 @@ static const struct row server_rows[] = {
 	{ 0, "clear-bitmap", NULL, MODE_PROXY, FLAG(clear_bitmap), "forget what is cached" },
 	{ 0, "max-queue-size", "N", MODE_ANY, NUMBER(max_queue_size, 0, INT_MAX),
 	  "requests of all clients that may wait (0: 8192)" },
-	{ 0, "max-buf-size", "SIZE", MODE_ANY, VALUE(set_size, max_buf_size),
+	{ 0, "max-buf-size", "SIZE", MODE_ANY, VALUE(set_bytes, max_buf_size),
 	  "memory for the data of those (0: 3M)" },
 	{ 0, "origin-connections", "N", MODE_PROXY, NUMBER(origin_connections, 1, 16),
 	  "connections to the remote server, at most (2)" },
@@ -290,26 +290,26 @@ static const struct row server_rows[] = {
 	  "log what clients negotiate, and each request that is refused" },
 	{ 0, "stats", "SECONDS", MODE_ANY, NUMBER(stats, 1, 86400),
 	  "log every so often what each client did" },
-	{ 'h', "help", NULL, MODE_ANY, OTHER(show), "show this text" },
-	{ 'V', "version", NULL, MODE_ANY, OTHER(show), "show the version" },
+	{ 'h', "help", NULL, MODE_ANY, OTHER(show_help), "show this text" },
+	{ 'V', "version", NULL, MODE_ANY, OTHER(show_help), "show the version" },
 #undef FIELD
 };
 
 static const struct row bgctl_rows[] = {
 #define FIELD(name) offsetof(struct bgctl_options, name)
-	{ 'q', "query", NULL, COMMAND_QUERY, OTHER(choose), "show the state of the server" },
-	{ 0, "watch", "[SECONDS]", COMMAND_WATCH, choose, FIELD(seconds), 1, 3600,
+	{ 'q', "query", NULL, COMMAND_QUERY, OTHER(choose_mode), "show the state of the server" },
+	{ 0, "watch", "[SECONDS]", COMMAND_WATCH, choose_mode, FIELD(seconds), 1, 3600,
 	  "show what clients do, again and again (1)" },
-	{ 0, "snapshot", NULL, COMMAND_SNAPSHOT, OTHER(choose),
+	{ 0, "snapshot", NULL, COMMAND_SNAPSHOT, OTHER(choose_mode),
 	  "make a snapshot of a target's image" },
-	{ 'c', "cache-all", NULL, COMMAND_CACHE_ALL, OTHER(choose),
+	{ 'c', "cache-all", NULL, COMMAND_CACHE_ALL, OTHER(choose_mode),
 	  "copy what is missing, and return when all is here" },
-	{ 'C', "cache-all2", NULL, COMMAND_CACHE_ALL2, OTHER(choose),
+	{ 'C', "cache-all2", NULL, COMMAND_CACHE_ALL2, OTHER(choose_mode),
 	  "copy what is missing in the background, and return at once" },
-	{ 's', "switch", NULL, COMMAND_SWITCH, OTHER(choose),
+	{ 's', "switch", NULL, COMMAND_SWITCH, OTHER(choose_mode),
 	  "become a target: the origin is not needed any more" },
-	{ 0, "shutdown", NULL, COMMAND_SWITCH, OTHER(choose), "the old name of --switch" },
-	{ 'r', "reconnect", NULL, COMMAND_RECONNECT, OTHER(choose),
+	{ 0, "shutdown", NULL, COMMAND_SWITCH, OTHER(choose_mode), "the old name of --switch" },
+	{ 'r', "reconnect", NULL, COMMAND_RECONNECT, OTHER(choose_mode),
 	  "go over to another origin" },
 	{ 0, "json", NULL, COMMAND_QUERY, FLAG(json), "as one JSON object" },
 	{ 0, "progress", NULL, COMMAND_CACHE_ALL, FLAG(progress), "show how the copy is going" },
@@ -319,8 +319,8 @@ static const struct row bgctl_rows[] = {
 	  "even if blocks are missing, which read as zeros then" },
 	{ 0, "exportname", "NAME", COMMAND_RECONNECT | COMMAND_SNAPSHOT, VALUE(set_text, export_name),
 	  "the export: there (the present one), or here (the only one)" },
-	{ 'h', "help", NULL, COMMAND_ANY, OTHER(show), "show this text" },
-	{ 'V', "version", NULL, COMMAND_ANY, OTHER(show), "show the version" },
+	{ 'h', "help", NULL, COMMAND_ANY, OTHER(show_help), "show this text" },
+	{ 'V', "version", NULL, COMMAND_ANY, OTHER(show_help), "show the version" },
 #undef FIELD
 };
 

@@ -183,19 +183,8 @@ void tally_fields(const struct tally *t, struct tally_field field[TALLY_FIELDS])
 
 /* Errors */
 
-enum { COMMAND_NAME = 24 };
-
-/* In room of COMMAND_NAME bytes. */
-static void name_command(unsigned cmd, char *room)
-{
-	static const char names[][13] = { "READ", "WRITE", "DISC", "FLUSH", "TRIM", "CACHE",
+static const char command_names[][13] = { "READ", "WRITE", "DISC", "FLUSH", "TRIM", "CACHE",
 					  "WRITE_ZEROES", "BLOCK_STATUS" };
-
-	if (cmd < ARRAY_SIZE(names))
-		strcpy(room, names[cmd]);
-	else
-		snprintf(room, COMMAND_NAME, "command %u", cmd);
-}
 
 /* Why proto_check_request() did not let it pass. */
 static const char *refusal(const struct request *r)
@@ -216,7 +205,7 @@ void stats_complain(struct stats *s, const char *peer, const struct request *r)
 {
 	bool clients_own = r->refused || r->error == ENOTSUP || r->error == ESHUTDOWN;
 	enum log_level level = clients_own ? LOG_DETAIL : LOG_ERROR;
-	char name[COMMAND_NAME];
+	char number[24];
 	uint64_t now;
 
 	if (!log_shows(level))
@@ -228,9 +217,11 @@ void stats_complain(struct stats *s, const char *peer, const struct request *r)
 	}
 	stats_catch_up(s, peer, now);
 	s->say_again = now + SAY_AGAIN_MS;
-	name_command(r->h.cmd, name);
-	log_at(level, "%s: %s of %" PRIu64 " bytes at %" PRIu64 " %s: %s", peer, name, r->h.len,
-	       r->h.off, r->refused ? "refused" : "failed", r->refused ? refusal(r) : strerror(r->error));
+	snprintf(number, sizeof(number), "command %u", (unsigned)r->h.cmd);
+	log_at(level, "%s: %s of %" PRIu64 " bytes at %" PRIu64 " %s: %s", peer,
+	       r->h.cmd < ARRAY_SIZE(command_names) ? command_names[r->h.cmd] : number, r->h.len,
+	       r->h.off, r->refused ? "refused" : "failed",
+	       r->refused ? refusal(r) : strerror(r->error));
 }
 
 uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now)

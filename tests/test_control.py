@@ -477,6 +477,17 @@ def test_answer_in_single_bytes_is_understood(pretend):
     done(bgctl("--query", pretend(answer).path), out="mode: proxy\nsize: 5\n")
 
 
+@pytest.mark.parametrize("lines, shown", [
+    (b"client: a b reads 1 writes 2\n", {"client": [{"address": "a b", "reads": 1, "writes": 2}]}),
+    (b"client: a reads\nclient: b reads 1 x\n",
+     {"client": [{"address": "a reads"}, {"address": "b", "reads": 1, "x": ""}]}),
+    (b"export: a size 1 size 2 snapshot idle\n",
+     {"export": [{"name": "a size 1", "size": 2, "snapshot": "idle"}]}),
+    (b"clients: 0\n", {"clients": 0, "client": []})], ids=["client", "odd", "export", "none"])
+def test_json_has_arrays_of_objects(pretend, lines, shown):
+    assert state(pretend(lines + b"ok\n").path) == shown
+
+
 def test_query_of_many_clients_is_understood(pretend):
     """As many as --max-connections allows."""
     lines = b"".join(b"client: 127.0.0.1:%d reads 1 in-flight 0\n" % n for n in range(65536))
