@@ -808,7 +808,8 @@ static size_t step_skip_option(struct conn *c, size_t n)
 		n = c->skip_left;
 	c->skip_left -= (uint32_t)n;
 	if (c->skip_left == 0) {
-		next = proto_option_too_big(&c->session, c->skip_opt, &out);
+		next = proto_option(&c->session, c->exports, c->skip_opt, NULL,
+				    PROTO_OPTION_MAX + 1, &out);
 		option_answered(c, next, &out);
 	}
 	return n;

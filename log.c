@@ -246,15 +246,9 @@ void flush_output(void)
 
 void occupy_standard_descriptors(void)
 {
-	int fd;
-
-	do
-		fd = open_nothing();
-	while (fd >= 0 && fd <= STDERR_FILENO);
-	if (fd >= 0)
-		close(fd);
-	for (fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
-		if (fcntl(fd, F_GETFD) < 0)
+	/* What is opened gets the lowest number that is free: this one. */
+	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+		if (fcntl(fd, F_GETFD) < 0 && open_nothing() < 0)
 			log_fatal("descriptor %d is closed, and nothing can be put there", fd);
 }
 

@@ -388,40 +388,28 @@ static const struct option_kind {
 	{ NBD_OPT_EXTENDED_HEADERS, true, opt_headers },
 };
 
-static const struct option_kind *find_option(uint32_t opt)
-{
-	for (size_t i = 0; i < ARRAY_SIZE(option_kinds); i++)
-		if (option_kinds[i].opt == opt)
-			return &option_kinds[i];
-	return NULL;
-}
-
+/* EXPORT_NAME has no error replies, and a client that is not fixed newstyle knows no others. */
 enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,
 			     uint32_t opt, const uint8_t *data, size_t len, struct proto_out *out)
 {
 	struct option o = { s, exports, opt, { data, len, false }, out };
-	const struct option_kind *kind = find_option(opt);
+	const struct option_kind *kind = NULL;
+	bool large = len > PROTO_OPTION_MAX;
 
-	if (!s->fixed && opt != NBD_OPT_EXPORT_NAME)
+	for (size_t i = 0; i < ARRAY_SIZE(option_kinds); i++)
+		if (option_kinds[i].opt == opt)
+			kind = &option_kinds[i];
+	if (large && opt == NBD_OPT_SET_META_CONTEXT)	/* one that fails forgets the earlier choice */
+		s->allocation = false;
+	if (opt == NBD_OPT_EXPORT_NAME ? large : !s->fixed)
 		return PROTO_CLOSE;
 	if (!kind)
 		return reply(&o, NBD_REP_ERR_UNSUP);
+	if (large)
+		return reply(&o, NBD_REP_ERR_TOO_BIG);
 	if (kind->bare && len > 0)
 		return reply(&o, NBD_REP_ERR_INVALID);
 	return kind->handle(&o);
-}
-
-/* EXPORT_NAME has no error replies, and a client that is not fixed newstyle knows no others. */
-enum proto_next proto_option_too_big(struct proto_session *s, uint32_t opt,
-				     struct proto_out *out)
-{
-	struct option o = { .opt = opt, .out = out };
-
-	if (opt == NBD_OPT_SET_META_CONTEXT)	/* one that fails forgets the earlier choice */
-		s->allocation = false;
-	if (!s->fixed || opt == NBD_OPT_EXPORT_NAME)
-		return PROTO_CLOSE;
-	return reply(&o, find_option(opt) ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP);
 }
 
 /* Transmission */

@@ -247,14 +247,10 @@ bool proto_get_option(const uint8_t *p, uint32_t *opt, uint32_t *len);
 
 /*
  * Handle one whole option and write its answer to out, which has PROTO_OPTION_REPLY_ROOM bytes.
- * "Option types".
+ * Data of more than PROTO_OPTION_MAX is refused, and need not be there.  "Option types".
  */
 enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,
 			     uint32_t opt, const uint8_t *data, size_t len, struct proto_out *out);
-
-/* The answer to an option whose data was larger than PROTO_OPTION_MAX and thrown away. */
-enum proto_next proto_option_too_big(struct proto_session *s, uint32_t opt,
-				     struct proto_out *out);
 
 /* The bytes of a request's header. */
 static inline size_t proto_request_size(const struct proto_session *s)

@@ -14,7 +14,6 @@
 #include "log.h"
 #include "util.h"
 
-#include <assert.h>
 #include <pthread.h>
 #include <stddef.h>
 #include <string.h>
@@ -174,12 +173,17 @@ int worker_begin(void)
 
 void worker_submit(struct job *job)
 {
+	bool here;
+
 	pthread_mutex_lock(&pool.lock);
-	assert(pool.count > 0);
 	put_job(job);
 	keep_one_idle();
+	here = pool.count == 0;		/* of a start that failed: an origin may still answer */
+	while (here && pool.ready.first)
+		run_first();
 	pthread_mutex_unlock(&pool.lock);
-	pthread_cond_signal(&pool.wanted);
+	if (!here)
+		pthread_cond_signal(&pool.wanted);
 }
 
 bool worker_take_back(struct job *job)

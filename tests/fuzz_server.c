@@ -257,9 +257,10 @@ static enum proto_next answer(const struct world *w, struct proto_session *s, ui
 }
 
 /* What is not taken, since it is too large.  Nothing but an error, or silence. */
-static enum proto_next refuse(struct proto_session *s, uint32_t opt, struct proto_out *out)
+static enum proto_next refuse(const struct world *w, struct proto_session *s, uint32_t opt,
+			      size_t len, struct proto_out *out)
 {
-	enum proto_next next = proto_option_too_big(s, opt, out);
+	enum proto_next next = proto_option(s, &w->exports, opt, NULL, len, out);
 	unsigned parts;
 
 	assert(!s->export);
@@ -288,7 +289,7 @@ static enum proto_next haggle(const struct world *w, struct proto_session *s, st
 	n = len;
 	p = take_bytes(in, &n);
 	if (len > PROTO_OPTION_MAX)
-		next = refuse(s, opt, &out);
+		next = refuse(w, s, opt, len, &out);
 	else if (n == len)
 		next = answer(w, s, opt, p, n, &out);
 	free(p);
