@@ -135,7 +135,7 @@ static void say_blocks(struct ctl_reply *reply, struct backend *b)
 	unsigned share;
 
 	cache_status(b, &s);
-	share = cache_per_mille(&s);
+	share = s.per_mille;
 	ctl_say_number(reply, "block-size", BLOCK_SIZE);
 	ctl_say_number(reply, "blocks", s.blocks);
 	ctl_say_number(reply, "cached-blocks", s.held);
