@@ -6,8 +6,8 @@
  * not held, that block is fetched first.  Waiting takes no thread: the operation says ABSENT, the
  * request is kept (fetch.h), and carried out again when the blocks are there.
  *
- * A switch lets the origin go when all blocks are held.  The cache stays the backend after it: it is
- * a disk whose blocks are always here.
+ * A switch lets the origin go when all blocks are held.  The cache stays the backend after it: it
+ * is a disk whose blocks are always here.
  */
 #define _GNU_SOURCE
 #include "cache.h"
@@ -34,20 +34,16 @@ struct cache {
 	struct origin *origin;
 	struct fetcher fetcher;
 	struct copy *copy;
-	void (*wake)(void);
-	atomic_bool copy_done;
 
 	/*
-	 * The switch.  By force, a worker stores zeros first where nothing is held.  Then all that is held
-	 * becomes durable, and all blocks are held; then the main thread lets the origin go.
+	 * The switch.  A worker stores zeros where nothing is held, which only force allows.  Then
+	 * all becomes durable, and all blocks are held; then the main thread lets the origin go.
 	 */
 	bool switching, switched;	/* the main thread's */
-	uint64_t zeroed;		/* blocks, by force */
-	struct job zero_job;
+	struct job switch_job;
 	struct request commit;		/* the flush that makes all durable */
-	const char *failed;		/* the step that has, or NULL */
-	int error;			/* why, an errno */
-	atomic_bool switch_done;	/* those above are valid */
+	struct cache_news news;		/* of the switch: a worker's, until it is done */
+	atomic_bool switch_done;
 	atomic_bool stopping;		/* zero no more */
 };
 
@@ -58,14 +54,8 @@ static struct cache *to_cache(struct backend *b)
 
 /* Fetching */
 
-static void advance(struct span *s, uint64_t n)
-{
-	s->off += n;
-	s->len -= n;
-}
-
-/* A part from what is not held on, so that the origin is not asked for all of it at once. */
-static int fetch_part(struct cache *c, struct request *r, enum how how)
+/* The part from what is not held on, so that the origin is not asked for all of it at once. */
+static struct span part_to_fetch(struct cache *c, struct request *r)
 {
 	struct span part;
 	bool held = true;
@@ -74,81 +64,67 @@ static int fetch_part(struct cache *c, struct request *r, enum how how)
 		uint64_t n = layer_run(&c->layer, r->at.len, r->at.off, &held);
 
 		if (held)
-			advance(&r->at, n);
+			r->at = (struct span){ r->at.off + n, r->at.len - n };
 	}
 	part = r->at;
 	if (part.len > PREFETCH_MAX)
 		part.len = PREFETCH_MAX;
-	advance(&r->at, part.len);
+	r->at = (struct span){ part.off + part.len, r->at.len - part.len };
 	/* A READ is answered when all of it has been asked for, also if it cannot be stored. */
 	r->fetched = r->at.len == 0 && r->h.cmd == NBD_CMD_READ;
-	return part.len == 0 ? 0 : fetch_wait(&c->fetcher, r, &part, 1, how);
+	return part;
 }
 
-/* What the origin tells about the units at the beginning of what is not held; a part of one is data. */
+/* The origin tells of what begins and ends where its smallest blocks do; else all is data. */
 static int fetch_status(struct cache *c, struct request *r, enum how how)
 {
-	uint64_t unit = origin_limits(c->origin)->min_block, before = r->h.off % unit, part = 0;
-	struct span s = { r->h.off, r->h.len };
+	uint64_t unit = origin_limits(c->origin)->min_block;
+	struct span s = r->at;
 	bool held;
 
+	if (s.len > PROTO_STATUS_MAX / 2)
+		s.len = PROTO_STATUS_MAX / 2;
 	s.len = layer_run(&c->layer, s.len, s.off, &held);
 	if (held)
 		return 0;
-	if (s.len > PROTO_STATUS_MAX / 2)
-		s.len = PROTO_STATUS_MAX / 2;
-	if (s.off + s.len < c->layer.size)
-		part = s.len % unit;
-	if (before == 0 && s.len > part && origin_tells_extents(c->origin)) {
-		s.len -= part;
+	if (origin_tells_extents(c->origin) && s.off % unit == 0 &&
+	    (s.len % unit == 0 || s.off + s.len == c->layer.size)) {
 		r->extents = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
-		return fetch_wait(&c->fetcher, r, &s, 1, how);
+		return fetch_wait(&c->fetcher, r, &s, how);
 	}
-	if (before > 0 && s.len > unit - before)
-		s.len = unit - before;
 	r->extent[0] = (struct extent){ s.len, 0 };
 	r->extents = 1;
 	request_done(r, 0);
 	return PENDING;
 }
 
-/* The blocks of which a change keeps a part, as spans in edge; returns how many. */
-static unsigned find_edges(const struct cache *c, uint64_t len, uint64_t off, struct span edge[2])
+/*
+ * A place in a block that is not held, and of which a change keeps a part; empty if there is none.
+ */
+static struct span lacking_edge(const struct cache *c, uint64_t len, uint64_t off)
 {
+	const struct layer *l = &c->layer;
 	uint64_t end = off + len;
-	unsigned n = 0;
 
-	if (off % BLOCK_SIZE != 0)
-		edge[n++] = (struct span){ off, 1 };
-	if (end % BLOCK_SIZE != 0 && end != c->layer.size)
-		edge[n++] = (struct span){ end - 1, 1 };
-	return n;
-}
-
-static int fetch_edges(struct cache *c, struct request *r, enum how how)
-{
-	struct span edge[2];
-	unsigned n = find_edges(c, r->at.len, r->at.off, edge);
-
-	return fetch_wait(&c->fetcher, r, edge, n, how);
+	if (off % BLOCK_SIZE != 0 && !layer_holds(l, 1, off))
+		return (struct span){ off, 1 };
+	if (end % BLOCK_SIZE != 0 && end != l->size && !layer_holds(l, 1, end - 1))
+		return (struct span){ end - 1, 1 };
+	return (struct span){ off, 0 };
 }
 
 static int cache_fetch(struct backend *b, struct request *r, enum how how)
 {
 	struct cache *c = to_cache(b);
-	const struct span all = { r->h.off, r->h.len };
+	struct span s = { r->h.off, r->h.len };
 
-	switch (r->h.cmd) {
-	case NBD_CMD_READ:
-		return r->h.len > READ_PIECE ? fetch_part(c, r, how) :
-					       fetch_wait(&c->fetcher, r, &all, 1, how);
-	case NBD_CMD_CACHE:
-		return fetch_part(c, r, how);
-	case NBD_CMD_BLOCK_STATUS:
+	if (r->h.cmd == NBD_CMD_BLOCK_STATUS)
 		return fetch_status(c, r, how);
-	default:
-		return fetch_edges(c, r, how);
-	}
+	if (r->h.cmd == NBD_CMD_CACHE || (r->h.cmd == NBD_CMD_READ && r->h.len > READ_PIECE))
+		s = part_to_fetch(c, r);
+	else if (r->h.cmd != NBD_CMD_READ)
+		s = lacking_edge(c, r->at.len, r->at.off);
+	return s.len > 0 ? fetch_wait(&c->fetcher, r, &s, how) : 0;
 }
 
 static bool cache_take_back(struct backend *b, struct request *r)
@@ -174,31 +150,21 @@ static int cache_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t of
 
 /* Writing */
 
-/* Whether a block of which a change keeps a part is not held. */
-static bool lacks_edges(const struct cache *c, uint64_t len, uint64_t off)
-{
-	struct span edge[2];
-	unsigned n = find_edges(c, len, off, edge);
-
-	for (unsigned i = 0; i < n; i++)
-		if (!layer_holds(&c->layer, 1, edge[i].off))
-			return true;
-	return false;
-}
-
 static int cache_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off,
 		       enum how how)
 {
 	struct cache *c = to_cache(b);
 
-	return lacks_edges(c, len, off) ? ABSENT : layer_write(&c->layer, buf, len, off, how);
+	if (lacking_edge(c, len, off).len > 0)
+		return ABSENT;
+	return layer_write(&c->layer, buf, len, off, how);
 }
 
 static int cache_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
 	struct cache *c = to_cache(b);
 
-	return lacks_edges(c, len, off) ? ABSENT : layer_zero(&c->layer, len, off, flags);
+	return lacking_edge(c, len, off).len > 0 ? ABSENT : layer_zero(&c->layer, len, off, flags);
 }
 
 static int cache_trim(struct backend *b, uint64_t len, uint64_t off)
@@ -217,13 +183,10 @@ static int cache_prefetch(struct backend *b, uint64_t *len, uint64_t off)
 	bool held;
 	uint64_t n = layer_run(&c->layer, *len, off, &held);
 
-	if (!held) {
-		*len = 0;
-		return ABSENT;
-	}
-	*len = n;
-	disk_prefetch(c->layer.disk, n, off);
-	return 0;
+	*len = held ? n : 0;
+	if (held)
+		disk_prefetch(c->layer.disk, n, off);
+	return held ? 0 : ABSENT;
 }
 
 /* What is held, up to what is not; or else the origin has to be asked. */
@@ -234,10 +197,9 @@ static unsigned cache_extents(struct backend *b, struct extent *extent, unsigned
 	bool held;
 	uint64_t n = layer_run(&c->layer, len, off, &held);
 
-	if (held)
-		return disk_extents(c->layer.disk, extent, max, n, off);
-	*ret = ABSENT;
-	return 0;
+	if (!held)
+		*ret = ABSENT;
+	return held ? disk_extents(c->layer.disk, extent, max, n, off) : 0;
 }
 
 /* Opening and closing */
@@ -246,7 +208,6 @@ static void free_cache(struct cache *c)
 {
 	copy_free(c->copy);
 	origin_close(c->origin);
-	fetcher_destroy(&c->fetcher);
 	layer_destroy(&c->layer);
 	free(c);
 }
@@ -275,15 +236,6 @@ static const struct backend_ops cache_ops = {
 	.close = cache_close,
 };
 
-/* The background copy has ended.  Any thread. */
-static void copied(void *cache)
-{
-	struct cache *c = cache;
-
-	atomic_store(&c->copy_done, true);
-	c->wake();
-}
-
 static bool refuse_image(const char *path, const char *what, uint64_t held)
 {
 	log_failure("cache image %s %s, but the bitmap says that it holds %llu blocks "
@@ -298,19 +250,6 @@ static bool are_one_file(const char *image, const char *bitmap)
 	if (same)
 		log_failure("cache image %s and bitmap file %s are the same file", image, bitmap);
 	return same;
-}
-
-/* Whether an image that is there can be used: to be known before anything is changed. */
-static bool can_open(const char *path)
-{
-	struct stat st;
-	struct disk *d;
-
-	if (stat(path, &st) < 0)
-		return true;
-	d = disk_open(path, false, false);
-	disk_close(d);
-	return d != NULL;
 }
 
 /* Create the image, or extend one that holds nothing as yet.  False after logging why not. */
@@ -342,25 +281,24 @@ static bool open_layer(struct cache *c, const struct cache_options *o)
 	const struct bitmap_identity id = { BITMAP_CACHE, c->backend.size, 0, o->image };
 	struct layer *l = &c->layer;
 
-	if (!can_open(o->image) || are_one_file(o->image, o->bitmap))
-		return false;
+	if (access(o->image, F_OK) == 0) {
+		l->disk = disk_open(o->image, false, false);	/* before anything is changed */
+		if (!l->disk || are_one_file(o->image, o->bitmap))
+			return false;
+	}
 	l->map = bitmap_open(o->bitmap, &id, o->clear);
 	if (!l->map || are_one_file(o->image, o->bitmap) ||
 	    !prepare_image(o->image, l->size, bitmap_count(l->map)))
 		return false;
+	disk_close(l->disk);
 	l->disk = disk_open(o->image, false, false);
 	return l->disk && disk_limit(l->disk, o->image, l->size);
 }
 
 struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 {
-	struct cache *c = calloc(1, sizeof(*c));
+	struct cache *c = not_null(calloc(1, sizeof(*c)));
 
-	if (!c) {
-		log_failure("cannot open cache image %s: %s", o->image, strerror(ENOMEM));
-		origin_close(origin);
-		return NULL;
-	}
 	c->backend.ops = &cache_ops;
 	c->backend.size = origin_limits(origin)->size;
 	c->backend.readonly = o->readonly;
@@ -368,16 +306,13 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 	layer_init(&c->layer, &c->backend, c->backend.size, "the cache");
 	c->layer.durable = true;
 	fetcher_init(&c->fetcher, &c->layer, origin);
-	c->wake = o->wake;
-	c->copy = copy_new(&c->fetcher, copied, c);
-	if (!c->copy) {
-		log_failure("cannot open cache image %s: %s", o->image, strerror(ENOMEM));
-	} else if (open_layer(c, o)) {
-		layer_begin(&c->layer);
-		return &c->backend;
+	c->copy = copy_new(&c->fetcher);
+	if (!open_layer(c, o)) {
+		free_cache(c);
+		return NULL;
 	}
-	free_cache(c);
-	return NULL;
+	layer_begin(&c->layer);
+	return &c->backend;
 }
 
 /* Control */
@@ -404,22 +339,21 @@ void cache_status(struct backend *b, struct cache_status *status)
 	status->blocks = bitmap_blocks(b->size);
 	status->held = status->blocks - layer_missing(&c->layer);
 	status->written = layer_written(&c->layer);
-}
-
-unsigned cache_per_mille(const struct cache_status *status)
-{
-	return status->blocks ? (unsigned)(status->held * 1000 / status->blocks) : 1000;
+	status->per_mille = 1000;
+	if (status->blocks > 0)
+		status->per_mille = (unsigned)(status->held * 1000 / status->blocks);
 }
 
 /* The switch */
 
 /* It is done, or that step has failed.  A worker. */
-static void switch_ended(struct cache *c, const char *failed, int error)
+static void switch_ended(struct cache *c, const char *step, int error)
 {
-	c->failed = failed;
-	c->error = error;
+	if (error)
+		snprintf(c->news.error, sizeof(c->news.error), "cannot %s: %s", step,
+			 strerror(error));
 	atomic_store(&c->switch_done, true);
-	c->wake();
+	wake_main();
 }
 
 static void completed(struct request *r)
@@ -427,11 +361,21 @@ static void completed(struct request *r)
 	struct cache *c = to_cache(r->backend);
 	int error = r->error ? r->error : layer_missing(&c->layer) > 0 ? EAGAIN : 0;
 
-	switch_ended(c, error ? "cannot make the image durable" : NULL, error);
+	switch_ended(c, "make the image durable", error);
 }
 
-static void complete_layer(struct cache *c)
+/* A worker. */
+static void run_switch(struct job *job)
 {
+	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, switch_job));
+	int err;
+
+	c->news.zeroed = layer_missing(&c->layer);
+	err = layer_zero_missing(&c->layer, &c->stopping);
+	if (err) {
+		switch_ended(c, "store zeros", -err);
+		return;
+	}
 	c->commit = (struct request){
 		.backend = &c->backend,
 		.done = completed,
@@ -440,73 +384,52 @@ static void complete_layer(struct cache *c)
 	layer_complete(&c->layer, &c->commit);
 }
 
-static void zero_missing(struct job *job)
-{
-	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, zero_job));
-	int err;
-
-	c->zeroed = layer_missing(&c->layer);
-	err = layer_zero_missing(&c->layer, &c->stopping);
-	if (err)
-		switch_ended(c, "cannot store zeros", -err);
-	else
-		complete_layer(c);
-}
-
 const char *cache_switch(struct backend *b, bool force)
 {
 	static char why[128];
 	struct cache *c = to_cache(b);
 	struct cache_status s;
-	unsigned share;
 
 	if (c->switched)
 		return "this is a target already";
 	if (c->switching)
 		return NULL;
 	cache_status(b, &s);
-	share = cache_per_mille(&s);
 	if (s.held < s.blocks && !force) {
 		snprintf(why, sizeof(why), "%llu of %llu blocks are not here yet (%u.%u %% are)",
 			 (unsigned long long)(s.blocks - s.held), (unsigned long long)s.blocks,
-			 share / 10, share % 10);
+			 s.per_mille / 10, s.per_mille % 10);
 		return why;
 	}
 	log_line("switching to target mode");
 	c->switching = true;
-	c->zeroed = 0;
-	if (s.held == s.blocks) {
-		complete_layer(c);
-		return NULL;
-	}
+	c->news = (struct cache_news){ .switched = true };
 	copy_stop(c->copy);
-	c->zero_job.run = zero_missing;
-	worker_submit(&c->zero_job);
+	c->switch_job.run = run_switch;
+	worker_submit(&c->switch_job);
 	return NULL;
 }
 
 void cache_tend(struct backend *b, struct cache_news *news)
 {
 	struct cache *c = to_cache(b);
+	bool ended = atomic_exchange(&c->switch_done, false);
 
-	*news = (struct cache_news){ .copied = atomic_exchange(&c->copy_done, false) };
-	if (!atomic_exchange(&c->switch_done, false))
+	*news = ended ? c->news : (struct cache_news){ .switched = false };
+	news->copied = copy_has_ended(c->copy);
+	if (!ended)
 		return;
 	c->switching = false;
-	c->switched = !c->failed;
-	news->switched = true;
-	news->zeroed = c->zeroed;
-	if (c->failed) {
-		snprintf(news->error, sizeof(news->error), "%s: %s", c->failed,
-			 strerror(c->error));
+	c->switched = !*news->error;
+	if (!c->switched) {
 		log_error("cannot switch to target mode: %s", news->error);
 		return;
 	}
 	/* Nobody needs it any more; those who wait for it will find the blocks. */
 	origin_cancel(c->origin);
-	if (c->zeroed)
+	if (news->zeroed)
 		log_line("switched to target mode; %llu blocks were missing and read as zeros now",
-			 (unsigned long long)c->zeroed);
+			 (unsigned long long)news->zeroed);
 	else
 		log_line("switched to target mode; the origin is not needed any more");
 }

@@ -15,7 +15,6 @@ struct cache_options {
 	const char *bitmap;		/* path of its bitmap file */
 	bool clear;			/* forget what is cached */
 	bool readonly;
-	void (*wake)(void);		/* something has ended; any thread calls it */
 };
 
 /* Takes origin over, also when it fails.  NULL after logging why not. */
@@ -31,13 +30,11 @@ struct copy *cache_copy(struct backend *b);
 
 struct cache_status {
 	uint64_t blocks, held;		/* of the disk; in the image */
-	uint64_t written;		/* blocks that are held since clients wrote them, in this run */
+	uint64_t written;		/* by clients of this run, and held since */
+	unsigned per_mille;		/* held, rounded down: 1000 means all */
 };
 
 void cache_status(struct backend *b, struct cache_status *status);
-
-/* Tenths of a percent that are held, rounded down: never 1000 while a block is missing. */
-unsigned cache_per_mille(const struct cache_status *status);
 
 /* The following are the main thread's. */
 
@@ -57,7 +54,7 @@ struct cache_news {
 	uint64_t zeroed;		/* blocks that were missing and read as zeros now */
 };
 
-/* Go on with a switch.  What has ended since the last call. */
+/* What has ended since the last call; the main thread is woken for that. */
 void cache_tend(struct backend *b, struct cache_news *news);
 
 /* The server stops: no more copying, nor switching. */

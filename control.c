@@ -113,7 +113,7 @@ static void say_blocks(struct ctl_reply *reply)
 	unsigned share;
 
 	cache_status(exports.cache, &s);
-	share = cache_per_mille(&s);
+	share = s.per_mille;
 	ctl_say_number(reply, "block-size", BLOCK_SIZE);
 	ctl_say_number(reply, "blocks", s.blocks);
 	ctl_say_number(reply, "cached-blocks", s.held);

@@ -27,43 +27,37 @@ enum {
 	MAP_EXTENTS = 1024,
 	MAP_BYTES = 1024 * 1024 * 1024,	/* asked about at once */
 
-	WINDOW_MIN = 2,			/* requests under way */
-	WINDOW_START = 64,
-	WINDOW_MAX = 1024,
+	WINDOW_MIN = 2 * 3,		/* thirds of requests under way */
+	WINDOW_START = 64 * 3,
+	WINDOW_MAX = 1024 * 3,
 	QUEUE_US = 2000,		/* of delay that is allowed besides twice the least one */
 	SHARE = 16,			/* parts of the window, of which one is asked for at once */
 
 	RATE_MS = 500,			/* the rate is that of so much time, at least */
 };
 
-/* What the origin told about a range. */
+/* What the origin told about a range, from off on. */
 struct map {
-	uint64_t off, end;
-	unsigned extents;
+	uint64_t off;
+	unsigned next, extents;		/* next is the one at off */
 	struct extent extent[MAP_EXTENTS];
 };
 
 struct copy {
 	struct fetcher *fetcher;
-	struct layer *layer;
-	struct origin *origin;
-	void (*ended)(void *arg);
-	void *arg;
+	struct layer *layer;		/* the fetcher's */
+	atomic_bool ended;		/* since copy_has_ended() */
 	pthread_t thread;
 	bool has_thread;		/* to be joined; main thread */
 
 	pthread_mutex_t lock;		/* guards what follows; a leaf */
 	pthread_cond_t changed;		/* there is room, or the thread has nothing to wait for */
 	unsigned wanted;		/* by so many */
-	enum copy_state state;
-	int error;			/* an errno that ends it */
+	struct copy_status status;
 	uint64_t request_bytes;
-	unsigned under_way, window;	/* requests */
+	unsigned under_way, window;	/* requests; the window counts in thirds */
 	uint64_t least_delay;		/* microseconds; 0: not known */
-	uint64_t failed_blocks, failures_more;
-	unsigned failures;
-	struct copy_failure failure[COPY_FAILURES];
-	uint64_t copied, rate, rate_copied, rate_since;	/* bytes, and now_ms() */
+	uint64_t copied, rate_copied, rate_since;	/* bytes, and now_ms() */
 
 	/* The thread's own, and the answer's while it is asking. */
 	struct map map;
@@ -74,36 +68,36 @@ struct copy {
 /* Called with the lock. */
 static bool copy_is_over(const struct copy *c)
 {
-	return c->error || c->wanted == 0;
+	return c->status.error || c->wanted == 0;
 }
 
 /* Requests */
 
 /*
  * Congestion shows in the delay.  A request without it lets one more be under way, so that the
- * window doubles in each round; one with it lets the window shrink.
+ * window doubles in each round; one with it lets the window shrink a little.
  */
 static void adapt_window(struct copy *c, uint64_t delay)
 {
 	if (!c->least_delay || delay < c->least_delay)
 		c->least_delay = delay;
 	if (delay > 2 * c->least_delay + QUEUE_US)
-		c->window -= c->window > WINDOW_MIN;
+		c->window -= c->window > WINDOW_MIN ? 1 : 0;
 	else
-		c->window += c->window < WINDOW_MAX;
+		c->window += c->window < WINDOW_MAX ? 3 : 0;
 }
 
 /*
- * A request has ended; error, an errno, ends the copy.  Where many are under way, which come one by
- * one from far away, room for more than one is worth the wake-up of two threads.
+ * A request has ended; an error, an errno, ends the copy.  Where many are under way, which come one
+ * by one from far away, room for more than one is worth the wake-up of two threads.
  */
 static void request_ended(struct copy *c, int error)
 {
 	pthread_mutex_lock(&c->lock);
-	if (!c->error)
-		c->error = error;
+	if (!c->status.error)
+		c->status.error = error;
 	c->under_way--;
-	if (c->under_way + c->window / SHARE <= c->window)
+	if (c->under_way + c->window / 3 / SHARE <= c->window / 3)
 		pthread_cond_signal(&c->changed);
 	pthread_mutex_unlock(&c->lock);
 }
@@ -114,7 +108,7 @@ static uint64_t wait_for_room(struct copy *c)
 	uint64_t bytes = 0;
 
 	pthread_mutex_lock(&c->lock);
-	while (!copy_is_over(c) && c->under_way >= c->window)
+	while (!copy_is_over(c) && c->under_way >= c->window / 3)
 		pthread_cond_wait(&c->changed, &c->lock);
 	if (!copy_is_over(c)) {
 		bytes = c->request_bytes;
@@ -139,63 +133,55 @@ static void data_copied(void *copy, const struct origin_request *ask, int error)
 	request_ended(c, error == -ECANCELED ? ESHUTDOWN : -error);
 }
 
-/* Ask for data from off on, up to end.  Returns where what was asked for ends. */
+/* Ask for data from off on, up to end.  Returns as copy_part(). */
 static uint64_t copy_data(struct copy *c, uint64_t off, uint64_t end, bool by_units)
 {
-	uint64_t unit = fetch_unit(c->fetcher), bytes = wait_for_room(c), len;
+	uint64_t bytes = wait_for_room(c), to;
 
 	if (bytes == 0)
-		return end;
-	off -= off % unit;
-	len = fetch_fit(c->fetcher, end - off, off, by_units ? unit : bytes);
-	if (fetch_copy(c->fetcher, len, off, data_copied, c) != 0)
+		return c->layer->size;
+	to = fetch_copy(c->fetcher, off, end, by_units ? 1 : bytes, data_copied, c);
+	if (to == 0)
 		request_ended(c, ENOMEM);
-	return off + len;
-}
-
-/* Make zeros, of whole blocks, without asking. */
-static void copy_zeros(struct copy *c, uint64_t len, uint64_t off)
-{
-	if (wait_for_room(c) > 0)
-		request_ended(c, -layer_fill(c->layer, NULL, len, off, WAIT));
+	return to ? to : end;
 }
 
 /* Maps */
 
-/* Without an answer all of it is data. */
 static void map_answered(struct origin_request *q)
 {
 	struct copy *c = (struct copy *)((char *)q - offsetof(struct copy, question));
-	struct map *m = &c->map;
+	int error = q->error == -ECANCELED ? ESHUTDOWN : 0;
 
-	m->extents = q->error ? 0 : q->extents;
-	m->end = q->error ? q->off + q->len : q->off;
-	for (unsigned i = 0; i < m->extents; i++)
-		m->end += m->extent[i].len;
-	atomic_store(&c->asking, false);
-	request_ended(c, q->error == -ECANCELED ? ESHUTDOWN : 0);
+	c->map.extents = q->extents;
+	if (q->error) {		/* without an answer all of it is data */
+		c->map.extents = 1;
+		c->map.extent[0] = (struct extent){ q->len, 0 };
+	}
+	atomic_store(&c->asking, false);	/* and the next one may be asked */
+	request_ended(c, error);
 }
 
-/* Have the map that off lies in.  False if the copy is over. */
-static bool have_map(struct copy *c, uint64_t off)
+/* Ask the origin about what follows.  False if the copy is over. */
+static bool ask_map(struct copy *c, uint64_t off)
 {
-	uint64_t start = off - off % fetch_unit(c->fetcher), left = c->layer->size - start;
+	uint64_t left;
 
-	if (off < c->map.end)
-		return true;
 	if (wait_for_room(c) == 0)
 		return false;
+	c->map.next = 0;
+	c->map.off = off - off % origin_limits(c->fetcher->origin)->min_block;
+	left = c->layer->size - c->map.off;
 	c->question = (struct origin_request){
 		.priority = ORIGIN_COPY,
-		.off = start,
+		.off = c->map.off,
 		.len = left < MAP_BYTES ? left : MAP_BYTES,
 		.extent = c->map.extent,
 		.extents = MAP_EXTENTS,
 		.done = map_answered,
 	};
-	c->map.off = start;
 	atomic_store(&c->asking, true);
-	origin_submit(c->origin, &c->question);
+	origin_submit(c->fetcher->origin, &c->question);
 	pthread_mutex_lock(&c->lock);
 	while (atomic_load(&c->asking))
 		pthread_cond_wait(&c->changed, &c->lock);
@@ -203,62 +189,53 @@ static bool have_map(struct copy *c, uint64_t off)
 	return true;
 }
 
-/* Whether the run at pos reads as zeros; *end is lowered to its end. */
-static bool is_zero_at(const struct map *m, uint64_t pos, uint64_t *end)
+/* The known extent that off lies in; or NULL. */
+static const struct extent *extent_at(struct map *m, uint64_t off)
 {
-	uint64_t at = m->off;
-
-	for (unsigned i = 0; i < m->extents; at += m->extent[i++].len) {
-		const struct extent *e = &m->extent[i];
-
-		if (pos >= at + e->len)
-			continue;
-		if (at + e->len < *end)
-			*end = at + e->len;
-		return e->flags & NBD_STATE_ZERO;
-	}
-	if (*end > m->end)
-		*end = m->end;
-	return false;
+	while (m->next < m->extents && off >= m->off + m->extent[m->next].len)
+		m->off += m->extent[m->next++].len;
+	return m->next < m->extents ? &m->extent[m->next] : NULL;
 }
 
 /* The pass */
 
-/* Copy the beginning of a run that is not held.  Returns where that ends. */
+/*
+ * Copy the beginning of a run that is not held.  Returns where that ends; or the end of the disk, if
+ * the copy is over.
+ */
 static uint64_t copy_part(struct copy *c, uint64_t off, uint64_t end, bool by_units)
 {
+	const struct extent *e = NULL;	/* also if it told of less than a block */
 	uint64_t len;
 
-	if (!origin_tells_extents(c->origin))
-		return copy_data(c, off, end, by_units);
-	if (!have_map(c, off))
-		return end;
-	if (!is_zero_at(&c->map, off, &end))
-		return copy_data(c, off, end, by_units);
+	if (origin_tells_extents(c->fetcher->origin)) {
+		if (!extent_at(&c->map, off) && !ask_map(c, off))
+			return c->layer->size;
+		e = extent_at(&c->map, off);
+	}
+	if (e && end > c->map.off + e->len)
+		end = c->map.off + e->len;
 	len = layer_whole(c->layer, end - off, off);
-	if (len == 0)
+	if (!e || !(e->flags & NBD_STATE_ZERO) || len == 0)
 		return copy_data(c, off, end, by_units);
-	copy_zeros(c, len, off);
+	if (wait_for_room(c) == 0)
+		return c->layer->size;
+	request_ended(c, -layer_fill(c->layer, NULL, len, off, WAIT));
 	return off + len;
 }
 
 /* Copy what is not held.  Returns whether the copy is to go on. */
 static bool copy_pass(struct copy *c, bool by_units)
 {
-	bool over = false;
+	uint64_t size = c->layer->size, end;
+	bool held, over;
 
-	c->map.off = c->map.end = 0;
-	for (uint64_t off = 0, end; off < c->layer->size && !over; off = end) {
-		uint64_t left = c->layer->size - off;
-		bool held;
-
-		end = off + layer_run(c->layer, left < STEP_BYTES_MAX ? left : STEP_BYTES_MAX, off,
-				      &held);
+	c->map.extents = 0;
+	for (uint64_t off = 0; off < size; off = end) {
+		end = size - off < STEP_BYTES_MAX ? size : off + STEP_BYTES_MAX;
+		end = off + layer_run(c->layer, end - off, off, &held);
 		if (!held)
 			end = copy_part(c, off, end, by_units);
-		pthread_mutex_lock(&c->lock);
-		over = copy_is_over(c);
-		pthread_mutex_unlock(&c->lock);
 	}
 	pthread_mutex_lock(&c->lock);
 	while (c->under_way > 0)
@@ -271,6 +248,7 @@ static bool copy_pass(struct copy *c, bool by_units)
 /* What is missing after both passes. */
 static void find_failures(struct copy *c)
 {
+	struct copy_status *s = &c->status;
 	uint64_t size = c->layer->size, n;
 
 	for (uint64_t off = 0; off < size; off += n) {
@@ -280,13 +258,19 @@ static void find_failures(struct copy *c)
 		if (held)
 			continue;
 		pthread_mutex_lock(&c->lock);
-		c->failed_blocks += bitmap_blocks(n);
-		if (c->failures < COPY_FAILURES)
-			c->failure[c->failures++] = (struct copy_failure){ off, n };
+		s->failed_blocks += bitmap_blocks(n);
+		if (s->failures < COPY_FAILURES)
+			s->failure[s->failures++] = (struct span){ off, n };
 		else
-			c->failures_more++;
+			s->failures_more++;
 		pthread_mutex_unlock(&c->lock);
 	}
+}
+
+static void copy_ended(struct copy *c)
+{
+	atomic_store(&c->ended, true);
+	wake_main();
 }
 
 static void *copy_main(void *copy)
@@ -302,28 +286,23 @@ static void *copy_main(void *copy)
 		pthread_mutex_lock(&c->lock);
 		again = !complete && !copy_is_over(c);
 		if (!again && layer_missing(c->layer) == 0)
-			c->state = COPY_DONE;
+			c->status.state = COPY_DONE;
 		else if (!again)
-			c->state = c->error || complete ? COPY_FAILED : COPY_IDLE;
+			c->status.state = c->status.error || complete ? COPY_FAILED : COPY_IDLE;
 		pthread_mutex_unlock(&c->lock);
 	} while (again);
-	c->ended(c->arg);
+	copy_ended(c);
 	return NULL;
 }
 
 /* Control */
 
-struct copy *copy_new(struct fetcher *f, void (*ended)(void *arg), void *arg)
+struct copy *copy_new(struct fetcher *f)
 {
-	struct copy *c = calloc(1, sizeof(*c));
+	struct copy *c = not_null(calloc(1, sizeof(*c)));
 
-	if (!c)
-		return NULL;
 	c->fetcher = f;
 	c->layer = f->layer;
-	c->origin = f->origin;
-	c->ended = ended;
-	c->arg = arg;
 	pthread_mutex_init(&c->lock, NULL);
 	pthread_cond_init(&c->changed, NULL);
 	return c;
@@ -343,34 +322,32 @@ void copy_free(struct copy *c)
 /* Called with the lock, which a thread that has ended does not take any more. */
 static void copy_begin(struct copy *c)
 {
+	int err;
+
 	if (c->has_thread)
 		pthread_join(c->thread, NULL);
-	c->state = COPY_RUNNING;
+	c->status = (struct copy_status){ .state = COPY_RUNNING };
 	c->window = WINDOW_START;
 	c->least_delay = 0;
-	c->failures = 0;
-	c->failed_blocks = c->failures_more = 0;
-	c->copied = c->rate = c->rate_copied = 0;
+	c->copied = c->rate_copied = 0;
 	c->rate_since = now_ms();
-	c->error = thread_start(&c->thread, COPY_STACK, copy_main, c);
-	c->has_thread = c->error == 0;
-	if (c->error)
-		c->state = COPY_FAILED;
+	err = thread_start(&c->thread, COPY_STACK, copy_main, c);
+	c->has_thread = err == 0;
+	if (err) {
+		c->status.state = COPY_FAILED;
+		c->status.error = err;
+		copy_ended(c);
+	}
 }
 
 void copy_start(struct copy *c, uint64_t request_bytes)
 {
-	bool failed;
-
 	pthread_mutex_lock(&c->lock);
 	c->wanted++;
 	c->request_bytes = request_bytes ? request_bytes : REQUEST_BYTES;
-	if (c->state != COPY_RUNNING)
+	if (c->status.state != COPY_RUNNING)
 		copy_begin(c);
-	failed = c->state == COPY_FAILED;
 	pthread_mutex_unlock(&c->lock);
-	if (failed)
-		c->ended(c->arg);
 }
 
 void copy_release(struct copy *c)
@@ -390,29 +367,26 @@ void copy_stop(struct copy *c)
 	pthread_mutex_unlock(&c->lock);
 }
 
-/* Called with the lock. */
-static void measure_rate(struct copy *c)
-{
-	uint64_t now = now_ms(), since = now - c->rate_since;
-
-	if (since < RATE_MS)
-		return;
-	c->rate = (c->copied - c->rate_copied) * 1000 / since;
-	c->rate_copied = c->copied;
-	c->rate_since = now;
-}
-
 void copy_status(struct copy *c, struct copy_status *status)
 {
+	uint64_t now = now_ms();
+
 	pthread_mutex_lock(&c->lock);
-	measure_rate(c);
+	if (now - c->rate_since >= RATE_MS) {
+		c->status.rate = (c->copied - c->rate_copied) * 1000 / (now - c->rate_since);
+		c->rate_copied = c->copied;
+		c->rate_since = now;
+	}
+	*status = c->status;
 	/* What was asked for already may still arrive, but nobody waits for it. */
-	status->state = c->state == COPY_RUNNING && c->wanted == 0 ? COPY_IDLE : c->state;
-	status->error = c->error;
-	status->rate = status->state == COPY_RUNNING ? c->rate : 0;
-	status->failed_blocks = c->failed_blocks;
-	status->failures = c->failures;
-	status->failures_more = c->failures_more;
-	memcpy(status->failure, c->failure, c->failures * sizeof(c->failure[0]));
+	if (status->state == COPY_RUNNING && c->wanted == 0)
+		status->state = COPY_IDLE;
+	if (status->state != COPY_RUNNING)
+		status->rate = 0;
 	pthread_mutex_unlock(&c->lock);
+}
+
+bool copy_has_ended(struct copy *c)
+{
+	return atomic_exchange(&c->ended, false);
 }

@@ -9,13 +9,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "order.h"
+
 struct copy;
 struct fetcher;
-
-/* Where blocks could not be delivered, in bytes. */
-struct copy_failure {
-	uint64_t off, len;
-};
 
 enum copy_state { COPY_IDLE, COPY_RUNNING, COPY_DONE, COPY_FAILED };
 
@@ -28,13 +25,13 @@ struct copy_status {
 	uint64_t failed_blocks;
 	unsigned failures;
 	uint64_t failures_more;		/* that were not kept */
-	struct copy_failure failure[COPY_FAILURES];
+	struct span failure[COPY_FAILURES];	/* where blocks could not be delivered */
 };
 
-/* ended(arg) is called, by any thread, when a copy ends.  NULL if out of memory. */
-struct copy *copy_new(struct fetcher *f, void (*ended)(void *arg), void *arg);
+/* At the start of the program. */
+struct copy *copy_new(struct fetcher *f);
 
-/* When the origin has ended; waits for the copy's thread.  NULL is allowed. */
+/* When the origin has ended; waits for its thread.  NULL is allowed. */
 void copy_free(struct copy *c);
 
 /*
@@ -48,5 +45,8 @@ void copy_release(struct copy *c);
 void copy_stop(struct copy *c);
 
 void copy_status(struct copy *c, struct copy_status *status);
+
+/* Whether one has ended since the last call; the main thread is woken for that. */
+bool copy_has_ended(struct copy *c);
 
 #endif

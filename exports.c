@@ -65,8 +65,7 @@ static struct backend *open_target(const struct options *o, struct exported *e, 
 
 static struct backend *open_proxy(const struct options *o)
 {
-	const struct cache_options cache = { o->image, o->bitmap, o->clear_bitmap, o->readonly,
-					     wake_main };
+	const struct cache_options cache = { o->image, o->bitmap, o->clear_bitmap, o->readonly };
 	const struct origin_options remote = {
 		.host = o->host,
 		.port = o->port,

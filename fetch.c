@@ -3,7 +3,7 @@
  *
  *	fetch_wait()	blocks are not held: join the fetches that bring them, or begin some
  *	arrived()	the origin has answered
- *	fetch_store()	put the data into the image and set the bits; on a worker, if that may block
+ *	fetch_store()	put the data into the image and set the bits, on a worker if that may block
  *	fetch_settle()	tell all requests that wait for it
  *
  * Whether a block is held, and then which fetch brings it, is looked up under the lock.  A fetch is
@@ -29,7 +29,7 @@ enum {
 	FETCH_MAX = 1024 * 1024,	/* bytes that are asked for at once for clients */
 	AHEAD_MAX = 8 * 1024 * 1024,	/* bytes that are fetched ahead of a reader */
 	ZERO_PIECE = 64 * 1024,		/* zeros are looked for in pieces of this */
-	STORE_HERE = 256 * 1024,	/* at most, by the origin's thread, if that does not block */
+	STORE_HERE = 256 * 1024,	/* by the origin's thread at most, if that does not block */
 };
 
 struct fetch {
@@ -55,12 +55,11 @@ struct part {
 
 /* A request that waits. */
 struct miss {
-	struct miss *next;		/* of those for which all has arrived */
 	struct request *r;
 	struct part *parts;
 	unsigned left;			/* parts that have not arrived */
 	int error;			/* of the first part that failed, or 0 */
-	bool again;			/* carry the request out again, in any case */
+	bool again;			/* carry it out again: what arrives is not its answer */
 };
 
 /* Fetches that have begun; they are handed to the origin when the lock is free. */
@@ -77,33 +76,12 @@ void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
 	pthread_mutex_init(&f->lock, NULL);
 }
 
-void fetcher_destroy(struct fetcher *f)
-{
-	pthread_mutex_destroy(&f->lock);
-}
-
-uint64_t fetch_unit(const struct fetcher *f)
+/* What the origin's requests begin and end at: a multiple of its smallest block and of ours. */
+static uint64_t fetch_unit(const struct fetcher *f)
 {
 	uint32_t min = origin_limits(f->origin)->min_block;
 
 	return min > BLOCK_SIZE ? min : BLOCK_SIZE;
-}
-
-/* So is the result a multiple of the unit, but at the end of the disk. */
-uint64_t fetch_fit(const struct fetcher *f, uint64_t len, uint64_t off, uint64_t max)
-{
-	uint64_t unit = fetch_unit(f), size = f->layer->size, end;
-	uint64_t region_end = (off / FETCH_REGION + 1) * FETCH_REGION;
-
-	if (max > origin_limits(f->origin)->max_block)
-		max = origin_limits(f->origin)->max_block;
-	max = max < unit ? unit : max - max % unit;
-	end = (off + len + unit - 1) / unit * unit;
-	if (end > off + max)
-		end = off + max;
-	if (end > region_end)
-		end = region_end;
-	return (end < size ? end : size) - off;
 }
 
 /* Storing */
@@ -194,12 +172,6 @@ static bool takes_data(const struct request *r)
 	return r->h.cmd == NBD_CMD_READ && r->h.len <= READ_PIECE;
 }
 
-/* Whether what arrives is its answer; else it is carried out again. */
-static bool is_answered(const struct request *r)
-{
-	return takes_data(r) || r->h.cmd == NBD_CMD_BLOCK_STATUS;
-}
-
 /* Memory for the answer to a READ; or NULL. */
 static uint8_t *answer_of(struct request *r)
 {
@@ -210,21 +182,15 @@ static uint8_t *answer_of(struct request *r)
 	return r->buf;
 }
 
-/* Put what has arrived into the answer, which the fetch's buffer becomes if that is all and its last use. */
-static int put_data(struct fetch *fetch, const struct part *p)
+/* Put what has arrived into the answer. */
+static int put_data(const struct fetch *fetch, const struct part *p)
 {
 	struct request *r = p->miss->r;
-	struct origin_request *ask = &fetch->ask;
+	const uint8_t *from = fetch->ask.buf + (p->off - fetch->ask.off);
 
-	if (!fetch->parts && p->len == ask->len && p->len == r->h.len && !r->buf) {
-		r->buf = ask->buf;
-		r->buf_len = ask->len;
-		ask->buf = NULL;
-		return 0;
-	}
 	if (!answer_of(r))
 		return -ENOMEM;
-	memcpy(r->buf + (p->off - r->h.off), ask->buf + (p->off - ask->off), p->len);
+	memcpy(r->buf + (p->off - r->h.off), from, p->len);
 	return 0;
 }
 
@@ -267,31 +233,6 @@ static void part_end(struct fetch *fetch, const struct part *p, int error)
 		m->error = error;
 }
 
-/* Tell all parts that wait; returns the requests that wait for nothing any more. */
-static struct miss *tell_parts(struct fetch *fetch, int error)
-{
-	struct miss *complete = NULL;
-	struct part *p;
-
-	pthread_mutex_lock(&fetch->f->lock);
-	if (!fetch->ask.extent)
-		fetch_remove(fetch);
-	while ((p = fetch->parts)) {
-		struct miss *m = p->miss;
-
-		fetch->parts = p->next;
-		p->fetch = NULL;
-		part_end(fetch, p, error);
-		if (--m->left > 0)
-			continue;
-		m->r->miss = NULL;
-		m->next = complete;
-		complete = m;
-	}
-	pthread_mutex_unlock(&fetch->f->lock);
-	return complete;
-}
-
 static void miss_free(struct miss *m)
 {
 	struct part *p;
@@ -303,29 +244,48 @@ static void miss_free(struct miss *m)
 	free(m);
 }
 
+/* All has arrived, or failed. */
 static void send_back(struct miss *m)
 {
-	struct miss *next;
+	struct request *r = m->r;
+	int error = m->error;
+	bool again = m->again;
 
-	for (; m; m = next) {
-		struct request *r = m->r;
-		int error = m->error;
-		bool again = !error && (m->again || !is_answered(r));
+	miss_free(m);
+	if (again && !error)
+		request_again(r);
+	else
+		request_done(r, error);
+}
 
-		next = m->next;
-		miss_free(m);
-		if (again)
-			request_again(r);
-		else
-			request_done(r, error);
+/* Tell all parts that wait.  New ones do not come: it is in the table no more. */
+static void tell_parts(struct fetch *fetch, int error)
+{
+	pthread_mutex_t *lock = &fetch->f->lock;
+	struct part *p;
+
+	pthread_mutex_lock(lock);
+	if (!fetch->ask.extent)
+		fetch_remove(fetch);
+	while ((p = fetch->parts)) {
+		struct miss *m = p->miss;
+
+		fetch->parts = p->next;
+		p->fetch = NULL;
+		part_end(fetch, p, error);
+		if (--m->left > 0)
+			continue;
+		m->r->miss = NULL;
+		pthread_mutex_unlock(lock);
+		send_back(m);
+		pthread_mutex_lock(lock);
 	}
+	pthread_mutex_unlock(lock);
 }
 
 /* The data is stored, or cannot be had or stored. */
 static void fetch_settle(struct fetch *fetch, int error)
 {
-	struct miss *complete = NULL;
-
 	if (!fetch->ask.error && !fetch->ask.extent) {
 		log_store(fetch->f, error);
 		origin_stored(fetch->f->origin, fetch->ask.len);
@@ -333,11 +293,10 @@ static void fetch_settle(struct fetch *fetch, int error)
 	if (fetch->copied)
 		fetch->copied(fetch->copy, &fetch->ask, error);
 	else
-		complete = tell_parts(fetch, error);
+		tell_parts(fetch, error);
 	buffer_put(fetch->ask.buf, fetch->ask.len);
 	free(fetch->ask.extent);
 	free(fetch);
-	send_back(complete);
 }
 
 static void store_job(struct job *job)
@@ -375,60 +334,6 @@ static void arrived(struct origin_request *ask)
 
 /* Beginning */
 
-static struct fetch *fetch_new(struct fetcher *f, uint64_t len, uint64_t off,
-			       enum origin_priority priority)
-{
-	struct fetch *fetch = calloc(1, sizeof(*fetch));
-
-	if (!fetch)
-		return NULL;
-	fetch->f = f;
-	fetch->job.run = store_job;
-	fetch->job.lane = &f->lane;
-	fetch->ask.done = arrived;
-	fetch->ask.priority = priority;
-	fetch->ask.off = off;
-	fetch->ask.len = len;
-	return fetch;
-}
-
-int fetch_copy(struct fetcher *f, uint64_t len, uint64_t off,
-	       void (*done)(void *arg, const struct origin_request *ask, int error), void *arg)
-{
-	struct fetch *fetch = fetch_new(f, len, off, ORIGIN_COPY);
-
-	if (!fetch)
-		return -ENOMEM;
-	fetch->copied = done;
-	fetch->copy = arg;
-	origin_submit(f->origin, &fetch->ask);
-	return 0;
-}
-
-static void batch_add(struct batch *batch, struct fetch *fetch)
-{
-	*batch->last = &fetch->ask;
-	batch->last = &fetch->ask.next;
-}
-
-/* Begin with a run that is not held nor on its way.  NULL if out of memory.  Called with the lock. */
-static struct fetch *fetch_begin(struct fetcher *f, struct batch *batch, uint64_t off, uint64_t end,
-				 enum origin_priority priority)
-{
-	uint64_t start = off - off % fetch_unit(f);
-	struct fetch **bucket = bucket_of(f, off), *fetch;
-
-	fetch = fetch_new(f, fetch_fit(f, end - start, start, FETCH_MAX), start, priority);
-	if (!fetch)
-		return NULL;
-	fetch->next = *bucket;
-	*bucket = fetch;
-	if (priority == ORIGIN_DEMAND)
-		atomic_fetch_add(&f->demanded, 1);
-	batch_add(batch, fetch);
-	return fetch;
-}
-
 static void submit_batch(struct fetcher *f, const struct batch *batch)
 {
 	struct origin_request *next;
@@ -439,58 +344,73 @@ static void submit_batch(struct fetcher *f, const struct batch *batch)
 	}
 }
 
-/*
- * Read-ahead.  A read that misses is a sequential one if what lies before it is held, or on its way.
- * As much as that is, from twice the read's length on, is fetched ahead of it; again when half of that
- * is left.  Reads that find their blocks held do not come here.
- */
-
-/*
- * The first place in a range that is neither held nor on its way, and *to is where the run of such
- * places ends; or the end of the range.  Called with the lock.
- */
-static uint64_t find_gap(struct fetcher *f, uint64_t off, uint64_t end, uint64_t *to)
+/* Bytes of the longest request for a run at off, a multiple of the unit. */
+static uint64_t fetch_fit(const struct fetcher *f, uint64_t off, uint64_t end, uint64_t max)
 {
-	while (off < end) {
-		bool held;
-		struct fetch *fetch;
+	uint64_t unit = fetch_unit(f), size = f->layer->size;
+	uint64_t region_end = (off / FETCH_REGION + 1) * FETCH_REGION;
 
-		*to = off + layer_run(f->layer, end - off, off, &held);
-		fetch = held ? NULL : fetch_find(f, off, to);
-		if (!held && !fetch)
-			return off;
-		off = held ? *to : end_of(fetch);
-	}
+	if (max > origin_limits(f->origin)->max_block)
+		max = origin_limits(f->origin)->max_block;
+	max = max < unit ? unit : max - max % unit;
+	end = (end + unit - 1) / unit * unit;
+	if (end > off + max)
+		end = off + max;
+	if (end > region_end)
+		end = region_end;
+	return (end < size ? end : size) - off;
+}
+
+/* Ask for whole units, of which the first has off.  NULL if out of memory. */
+static struct fetch *fetch_new(struct fetcher *f, struct batch *batch, uint64_t off, uint64_t end,
+			       uint64_t max, enum origin_priority priority)
+{
+	struct fetch *fetch = calloc(1, sizeof(*fetch));
+
+	if (!fetch)
+		return NULL;
+	fetch->f = f;
+	fetch->job.run = store_job;
+	fetch->job.lane = &f->lane;
+	fetch->ask.done = arrived;
+	fetch->ask.priority = priority;
+	fetch->ask.off = off - off % fetch_unit(f);
+	fetch->ask.len = fetch_fit(f, fetch->ask.off, end, max);
+	*batch->last = &fetch->ask;
+	batch->last = &fetch->ask.next;
+	return fetch;
+}
+
+uint64_t fetch_copy(struct fetcher *f, uint64_t off, uint64_t end, uint64_t max,
+		    void (*done)(void *arg, const struct origin_request *ask, int error),
+		    void *arg)
+{
+	struct batch batch = { NULL, &batch.first };
+	struct fetch *fetch = fetch_new(f, &batch, off, end, max, ORIGIN_COPY);
+
+	if (!fetch)
+		return 0;
+	fetch->copied = done;
+	fetch->copy = arg;
+	end = end_of(fetch);
+	submit_batch(f, &batch);
 	return end;
 }
 
-/* How many bytes to be ahead of a reader; 0 if it is none.  Called with the lock. */
-static uint64_t window_of(struct fetcher *f, uint64_t len, uint64_t off)
+/* Begin with a run that is neither held nor on its way; or NULL.  Called with the lock. */
+static struct fetch *fetch_begin(struct fetcher *f, struct batch *batch, uint64_t off, uint64_t end,
+				 enum origin_priority priority)
 {
-	uint64_t window = 0, to;
+	struct fetch **bucket = bucket_of(f, off);
+	struct fetch *fetch = fetch_new(f, batch, off, end, FETCH_MAX, priority);
 
-	for (uint64_t n = 2 * len; n <= off && n <= AHEAD_MAX; n *= 2) {
-		if (find_gap(f, off - n, off, &to) < off)
-			break;
-		window = n;
-	}
-	return window;
-}
-
-static void begin_ahead(struct fetcher *f, uint64_t len, uint64_t off, struct batch *batch)
-{
-	uint64_t from = off + len, end = f->layer->size, window = window_of(f, len, off), to;
-
-	if (end - from > window)
-		end = from + window;
-	off = find_gap(f, from, end, &to);
-	if (off - from >= window / 2)
-		return;
-	while (off < end) {
-		const struct fetch *fetch = fetch_begin(f, batch, off, to, ORIGIN_AHEAD);
-
-		off = fetch ? find_gap(f, end_of(fetch), end, &to) : end;
-	}
+	if (!fetch)
+		return NULL;
+	fetch->next = *bucket;
+	*bucket = fetch;
+	if (priority == ORIGIN_DEMAND)
+		atomic_fetch_add(&f->demanded, 1);
+	return fetch;
 }
 
 /* Waiting */
@@ -514,24 +434,25 @@ static int read_held(struct fetcher *f, struct request *r, enum how how, uint64_
 	return ret;
 }
 
-/* Wait for what a fetch brings up to end.  Returns where that ends, 0 if out of memory. */
-static uint64_t miss_join(struct miss *m, struct fetch *fetch, uint64_t off, uint64_t end)
+/* Wait for what a fetch brings up to end.  False if out of memory. */
+static bool miss_join(struct miss *m, struct fetch *fetch, uint64_t off, uint64_t end)
 {
 	struct part *p = calloc(1, sizeof(*p));
 
 	if (!p)
-		return 0;
+		return false;
 	if (end > end_of(fetch))
 		end = end_of(fetch);
 	*p = (struct part){ fetch->parts, m->parts, fetch, m, off, end - off };
 	fetch->parts = m->parts = p;
 	m->left++;
-	return end;
+	return true;
 }
 
 /*
- * Let it wait for what is not held of a span, and count what is held.  0 or -ENOMEM.  Called with the
- * lock.
+ * Go through a span, and count what is held.  The request waits for the rest, of which a fetch
+ * begins where none is on its way; without a request it is fetched ahead.  Without a batch none
+ * begins: it is -ENODATA then.  0 or -errno.  Called with the lock.
  */
 static int miss_add(struct fetcher *f, struct miss *m, const struct span *s, struct batch *batch,
 		    uint64_t *bytes)
@@ -549,13 +470,47 @@ static int miss_add(struct fetcher *f, struct miss *m, const struct span *s, str
 			continue;
 		}
 		fetch = fetch_find(f, off, &gap_end);
+		if (!fetch && !batch)
+			return -ENODATA;
 		if (!fetch)
-			fetch = fetch_begin(f, batch, off, gap_end, ORIGIN_DEMAND);
-		to = fetch ? miss_join(m, fetch, off, to) : 0;
-		if (to == 0)
+			fetch = fetch_begin(f, batch, off, gap_end,
+					    m ? ORIGIN_DEMAND : ORIGIN_AHEAD);
+		if (!fetch || (m && !miss_join(m, fetch, off, to)))
 			return -ENOMEM;
+		if (to > end_of(fetch))
+			to = end_of(fetch);
 	}
 	return 0;
+}
+
+/* Whether all of a range is held or on its way.  Called with the lock. */
+static bool is_here_soon(struct fetcher *f, uint64_t len, uint64_t off)
+{
+	const struct span s = { off, len };
+	uint64_t bytes = 0;
+
+	return miss_add(f, NULL, &s, NULL, &bytes) == 0;
+}
+
+/*
+ * A READ that misses belongs to a sequential reader if what lies before it is held, or on its way.
+ * As much as that is, from twice its length on, is fetched ahead of it; and again when half of that
+ * is left.  READs that find their blocks held do not come here.  Called with the lock.
+ */
+static void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off, struct batch *batch)
+{
+	struct span ahead = { off + len, 0 };
+	uint64_t left = f->layer->size - ahead.off, bytes = 0;
+
+	for (uint64_t n = 2 * len; n <= off && n <= AHEAD_MAX; n *= 2) {
+		if (!is_here_soon(f, n, off - n))
+			break;
+		ahead.len = n;
+	}
+	if (ahead.len > left)
+		ahead.len = left;
+	if (!is_here_soon(f, ahead.len / 2, ahead.off))
+		miss_add(f, NULL, &ahead, batch, &bytes);
 }
 
 /* Take its parts out of what they wait for.  Called with the lock. */
@@ -575,19 +530,19 @@ static void miss_detach(struct miss *m)
 /* Let a BLOCK_STATUS wait for the origin's answer.  Called with the lock. */
 static int ask_extents(struct fetcher *f, struct miss *m, const struct span *s, struct batch *batch)
 {
-	struct fetch *fetch = fetch_new(f, s->len, s->off, ORIGIN_DEMAND);
+	struct fetch *fetch = fetch_new(f, batch, s->off, s->off, 0, ORIGIN_DEMAND);
 
 	if (!fetch)
 		return -ENOMEM;
+	fetch->ask.off = s->off;
+	fetch->ask.len = s->len;
 	fetch->ask.extent = m->r->extent;	/* it comes back with the answer */
 	fetch->ask.extents = m->r->extents;
 	m->r->extent = NULL;
-	batch_add(batch, fetch);
 	return miss_join(m, fetch, s->off, s->off + s->len) ? 0 : -ENOMEM;
 }
 
-int fetch_wait(struct fetcher *f, struct request *r, const struct span *span, unsigned n,
-	       enum how how)
+int fetch_wait(struct fetcher *f, struct request *r, const struct span *s, enum how how)
 {
 	struct batch batch = { NULL, &batch.first };
 	uint64_t read = 0, held = 0;
@@ -597,13 +552,14 @@ int fetch_wait(struct fetcher *f, struct request *r, const struct span *span, un
 	if (!m)
 		return ret ? ret : -ENOMEM;
 	m->r = r;
+	m->again = !takes_data(r) && r->h.cmd != NBD_CMD_BLOCK_STATUS;
 	pthread_mutex_lock(&f->lock);
-	for (unsigned i = 0; i < n && ret == 0; i++)
-		ret = r->h.cmd == NBD_CMD_BLOCK_STATUS ?
-			      ask_extents(f, m, &span[i], &batch) :
-			      miss_add(f, m, &span[i], &batch, &held);
+	if (r->h.cmd == NBD_CMD_BLOCK_STATUS)
+		ret = ask_extents(f, m, s, &batch);
+	else
+		ret = miss_add(f, m, s, &batch, &held);
 	if (ret == 0 && r->h.cmd == NBD_CMD_READ)
-		begin_ahead(f, r->h.len, r->h.off, &batch);
+		fetch_ahead(f, r->h.len, r->h.off, &batch);
 	if (ret == 0 && request_is_abandoned(r))
 		ret = -ECANCELED;
 	/* What was not held when that was read, and is now, has to be read as well: once more. */

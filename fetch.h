@@ -1,5 +1,5 @@
 /*
- * fetch.h - blocks on their way from the origin into the cache image, and requests that wait for them.
+ * fetch.h - blocks on their way from the origin into the cache image, and who waits for them.
  *
  * That a block is on its way is known here and nowhere else; its bit says that it has arrived.
  */
@@ -31,33 +31,28 @@ struct fetcher {
 
 void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin);
 
-/* When nothing is being fetched any more. */
-void fetcher_destroy(struct fetcher *f);
-
-/* What the origin's requests begin and end at: a multiple of its smallest block and of ours. */
-uint64_t fetch_unit(const struct fetcher *f);
-
-/* The most of len bytes at off, a multiple of the unit, that one request of max bytes can have. */
-uint64_t fetch_fit(const struct fetcher *f, uint64_t len, uint64_t off, uint64_t max);
+/*
+ * Fetch the beginning of a run that is not held, up to max bytes of it, in one request, for the
+ * background copy.  done(arg) is called by any thread, and must not block.  error is 0; or the
+ * origin's; or why the data could not be stored, and then ask->error is 0.  Returns where the
+ * request ends, 0 if out of memory.
+ */
+uint64_t fetch_copy(struct fetcher *f, uint64_t off, uint64_t end, uint64_t max,
+		    void (*done)(void *arg, const struct origin_request *ask, int error),
+		    void *arg);
 
 /*
- * Fetch a range that is as fetch_fit() makes it, for the background copy.  done(arg) is called by
- * any thread, and must not block: error is 0, the origin's, or why the data could not be stored,
- * and then ask->error is 0.  0 or -ENOMEM.
+ * Let a client's request wait for what is not held of a span.  The origin's error is its answer.
+ *
+ *	READ up to READ_PIECE	is done then, with its data; the span is its range
+ *	BLOCK_STATUS		is done with what the origin tells, in r->extent, with room for
+ *				r->extents; the span is a multiple of its smallest block
+ *	others			are carried out again
+ *
+ * What a sequential reader will want next is fetched ahead of it.  Returns the outcome of r's fetch
+ * operation.
  */
-int fetch_copy(struct fetcher *f, uint64_t len, uint64_t off,
-	       void (*done)(void *arg, const struct origin_request *ask, int error), void *arg);
-
-/*
- * Let a client's request wait for what is not held of n spans.  A READ up to READ_PIECE, whose
- * span is its range, is then done, with its data; a BLOCK_STATUS, with what the origin tells of its
- * span, which is a multiple of the origin's smallest block but at the end of the disk, in r->extent,
- * with room for r->extents; everything else is carried out again.  An error of the origin is its
- * answer.  What a sequential reader will want next is fetched ahead of it.  Returns the outcome of
- * r's fetch operation.
- */
-int fetch_wait(struct fetcher *f, struct request *r, const struct span *span, unsigned n,
-	       enum how how);
+int fetch_wait(struct fetcher *f, struct request *r, const struct span *s, enum how how);
 
 /* Let a request that waits go.  False if it is on its way back, or does not wait.  Any thread. */
 bool fetch_take_back(struct fetcher *f, struct request *r);

@@ -950,7 +950,7 @@ mutant("an extent may be empty", "extents that are wrong",
        "proto_client.c", "if (e->len == 0)", "if (false)",
        tests="test_origin.py::test_wrong_extents_cost_the_link_and_nothing_else")
 mutant("a hole counts as zeros in the copy", "extents that are wrong",
-       "copy.c", "return e->flags & NBD_STATE_ZERO;", "return e->flags & NBD_STATE_HOLE;",
+       "copy.c", "!(e->flags & NBD_STATE_ZERO)", "!(e->flags & NBD_STATE_HOLE)",
        tests="test_origin.py::test_unusual_extents_are_understood")
 mutant("what a lost link owed is not asked again", "origin closes at every byte",
        "origin.c", "request_add(l->origin, r);\n\t}", "}",
@@ -1016,7 +1016,7 @@ mutant("a request has 31 missing pieces at most",
        tests="test_proxy.py::test_read_of_many_missing_pieces "
              "test_origin.py::test_request_of_many_missing_pieces")
 mutant("who joins a fetch gets its beginning", "32 or more separate missing pieces in one request",
-       "fetch.c", "ask->buf + (p->off - ask->off), p->len", "ask->buf, p->len",
+       "fetch.c", "fetch->ask.buf + (p->off - fetch->ask.off)", "fetch->ask.buf",
        tests="test_proxy.py::test_block_is_fetched_once_however_many_want_it "
              "test_origin.py::test_block_is_fetched_once_for_all_who_wait "
              "test_proxy.py::test_cold_reads_of_all_lengths_are_right")
@@ -1051,7 +1051,8 @@ mutant("what the copy brings is stored before what a client waits for", "the cop
        "fetch.c", "atomic_load(&fetch->f->demanded) == 0", "true",
        tests="test_faults.py::test_copy_that_waits_for_the_disk_does_not_keep_a_miss_waiting")
 mutant("random reads are read ahead", "the copy starves clients",
-       "fetch.c", "uint64_t window = 0, to;", "uint64_t window = 2 * len, to;",
+       "fetch.c", "struct span ahead = { off + len, 0 };",
+       "struct span ahead = { off + len, 2 * len };",
        tests="test_origin.py::test_random_reads_are_not_read_ahead")
 
 # The switch
@@ -1073,7 +1074,7 @@ mutant("what is missing is held as soon as it is zeros", "switch while a block i
        tests="test_kill.py::test_forced_switch_that_is_killed_has_happened_or_not "
              "test_proxy.py::test_forced_switch_whose_sync_fails_leaves_the_origins_blocks")
 mutant("the switch leaves who waits for the origin", "a request in flight is never answered",
-       "cache.c", "origin_cancel(c->origin);\n\tif (c->zeroed)", "if (c->zeroed)",
+       "cache.c", "origin_cancel(c->origin);\n\tif (news->zeroed)", "if (news->zeroed)",
        tests="test_proxy.py::test_forced_switch_answers_those_who_wait_for_the_origin")
 mutant("who came during the switch is not called", "a client connecting meanwhile is lost",
        "backend.c", "atomic_store(&g->closed, false);\n\tg->opened();",
@@ -1092,9 +1093,9 @@ mutant("a client that does not read keeps the switch", "it may not stop the swit
        "conn.c", "tx_free(c->backlog);\n\tc->backlog = NULL;\n\tif (result == TX_DEAD)",
        "tx_free(c->backlog);\n\tc->backlog = NULL;\n\tatomic_fetch_sub(&backlogs, 1);\n"
        "\tif (result == TX_DEAD)",
-       "cache.c", "if (!atomic_exchange(&c->switch_done, false))",
-       "extern atomic_uint backlogs;\n\n"
-       "\tif (atomic_load(&backlogs) > 0 || !atomic_exchange(&c->switch_done, false))",
+       "cache.c", "bool ended = atomic_exchange(&c->switch_done, false);",
+       "extern atomic_uint backlogs;\n"
+       "\tbool ended = atomic_load(&backlogs) == 0 && atomic_exchange(&c->switch_done, false);",
        tests="test_proxy.py::test_deaf_client_does_not_delay_the_switch")
 mutant("the switch syncs nothing", "switch without fdatasync of the image",
        "bitmap.c", "*lost = false;\n\terr = sync_data(sync, arg, lost);",
