@@ -185,8 +185,8 @@ class Passage:
         self.relay.call(lambda: self._go_on(self.damage.way))
 
     def pause(self, way):
-        """What comes that way stays in its socket until let_go(), which passes it on in one
-        piece; for any other thread, as are the next two."""
+        """Until let_go(), which passes on all that has come in one piece, what comes that way
+        stays in its socket; both for any thread but the relay's."""
         paused = threading.Event()
         self.relay.call(lambda: (self._unlisten(way), paused.set()))
         paused.wait()

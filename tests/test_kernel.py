@@ -324,30 +324,32 @@ taskset 4 dd if=$TMP/2 of=$DEV bs=$LENGTH seek=$AT count=1 oflag=direct,seek_byt
 
 
 class Writes:
-    """A script that writes 1s by the first processor, whose connection may be cut, and, once that
-    is answered, 2s in the same place by another one, and flushes."""
+    """A script that writes 1s on the first processor, whose connection is cut.  When that is
+    answered, it writes 2s to the same place on another processor, and flushes."""
 
     def __init__(self, kernel, at, length):
         self.at, self.length = at, length
         self.job = kernel.start(WRITE_TWICE, LENGTH=length, AT=at)
 
-    def connections(self, relay, byte=b"1"):
+    def connections(self, relay):
         """Those by which the 1s have gone to the server."""
-        return [p for p in relay.passages if is_in(bytes(p.given[UP]), self.at, byte * self.length)]
+        return carriers(relay, self.at, b"1" * self.length)
 
     def are_repeated(self, relay):
         return len(self.connections(relay)) > 1
 
 
-def is_in(data, at, payload):
-    """Whether a write of that payload is in what a client sent."""
-    return re.search(b"%b..%b.{8}%b" % tuple(map(re.escape, (
+def carriers(relay, at, payload):
+    """The connections by which a write of that payload has gone to the server, as a whole."""
+    magic, command, rest = map(re.escape, (
         struct.pack(">I", NBD_REQUEST_MAGIC), struct.pack(">H", NBD_CMD_WRITE),
-        struct.pack(">QI", at, len(payload)) + payload))), data, re.DOTALL)
+        struct.pack(">QI", at, len(payload)) + payload))
+    request = re.compile(magic + b".." + command + b".{8}" + rest, re.DOTALL)
+    return [p for p in relay.passages if request.search(bytes(p.given[UP]))]
 
 
 def start_together(kernel, connection, places):
-    """Writes to (position, length) that the server gets in one piece."""
+    """Writes to these (position, length), which the server gets in one piece."""
     started = []
     connection.pause(UP)
     for at, length in places:
@@ -359,8 +361,9 @@ def start_together(kernel, connection, places):
 
 
 def hold_up_loop(kernel, s, connection):
-    """Two writes, of which the disk holds up the first: where it was slow before, a loop leaves
-    that to a worker for a while, and goes on.  Returns those of all attempts."""
+    """Two writes at once, the first of which the disk holds up, and with it the connection's
+    loop.  After a slow write a loop leaves others to a worker, so this may take some attempts.
+    Returns the writes of all."""
     writes = []
     for at in range(MIB, 2 * MIB, 64 * KIB):
         s.slow.hold(at, BLOCK)
@@ -377,12 +380,12 @@ def connect_four(kernel, relay):
     """Returns the connection of the first processor, which has written 0s to the first block."""
     kernel.may_complain = True
     kernel.run(PREPARE, PORT=relay.port, SECONDS=GIVES_UP_AFTER)
-    first, = [p for p in relay.passages if is_in(bytes(p.given[UP]), 0, b"0" * BLOCK)]
+    first, = carriers(relay, 0, b"0" * BLOCK)
     return first
 
 
 def check_outcome(kernel, server, s, relay, expected):
-    """Through the connections that are left, another one, and a server of what this one leaves."""
+    """What the kernel reads, what another client reads, and what is there after a restart."""
     told = kernel.run("""
         connections
         dd if=$DEV bs=1M iflag=direct 2>/dev/null | md5sum
@@ -400,8 +403,9 @@ def check_outcome(kernel, server, s, relay, expected):
 @pytest.mark.parametrize("mode, how", [
     ("target", "reset"), ("proxy", "close"), ("cow-file", "given up by the kernel")])
 def test_newer_writes_outlive_those_of_a_connection_that_was_cut(serve, server, kernel, mode, how):
-    """The disk holds up one of its writes.  Another one the server has received with that, one
-    stays in its socket.  The kernel repeats all of them."""
+    """The disk holds up one of its writes.  The server has received another one with that, and a
+    third is in its socket.  The kernel repeats them all, and two are answered before the disk
+    goes on."""
     expected = pattern(0, 4 * MIB)
     s = serve(mode, "--threads", 5, content=expected)
     with Relay(s.address) as relay:
@@ -429,8 +433,7 @@ def test_newer_writes_outlive_those_of_a_connection_that_was_cut(serve, server, 
 @pytest.mark.hazard("a write that was repeated on another connection lands over a newer one: "
                     "the kernel, and a silent origin")
 def test_newer_writes_outlive_one_that_waited_for_the_origin(serve, server, kernel):
-    """It is of parts of two blocks, and was repeated.  Then all of them is written, so that the
-    repeated one need not wait any more."""
+    """Its connection was cut.  The repeated one waits, too, until the whole blocks are written."""
     expected = pattern(0, 4 * MIB)
     s = serve("proxy", "--threads", 5, content=expected)
     with Relay(s.address) as relay:
