@@ -184,6 +184,23 @@ class Passage:
         """Ends a stall; for any thread."""
         self.relay.call(lambda: self._go_on(self.damage.way))
 
+    def pause(self, way):
+        """Until let_go(), which passes on all that has come in one piece, what comes that way
+        stays in its socket; both for any thread but the relay's."""
+        paused = threading.Event()
+        self.relay.call(lambda: (self._unlisten(way), paused.set()))
+        paused.wait()
+
+    def let_go(self, way):
+        self.relay.call(lambda: self._listen(way))
+
+    def waiting(self, way):
+        """How many bytes stay there."""
+        try:
+            return len(self.source(way).recv(65536, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return 0
+
     def drop(self, reset=False):
         """Ends both sides; for any thread."""
         self.relay.call(lambda: self.close(reset))

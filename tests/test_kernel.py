@@ -5,12 +5,14 @@ After each test the server has ended, and the image it leaves is checked here
 with e2fsprogs: what the kernel wrote must be there, without the kernel.
 """
 
+import contextlib
 import hashlib
 import os
 import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import threading
 from pathlib import Path
@@ -19,9 +21,12 @@ import pytest
 
 import vm
 from conftest import SERVER, need, need_punch, skip
-from nbd import DEADLINE, SANITIZED, until
+from nbd import DEADLINE, NBD_CMD_WRITE, NBD_REQUEST_MAGIC, SANITIZED, pattern, until
+from saboteur import UP, Relay
+from test_order import calm, is_asked, over, read, serve
+from test_proxy import original, proxy
 
-MIB, TIB = 1 << 20, 1 << 40
+BLOCK, KIB, MIB, TIB = 4096, 1 << 10, 1 << 20, 1 << 40
 DISK = 64 * MIB
 BOOT_LASTS = 1800 if SANITIZED else 900
 
@@ -298,6 +303,155 @@ def test_what_one_client_flushed_the_other_reads(kernel, server, image):
         detach $DEV debian
         detach $DEV2 busybox
         """, PORT=s.port)
+
+
+# A connection is cut
+
+GIVES_UP_AFTER = 10     # seconds: then the kernel repeats a request on another connection
+PREPARE = """
+attach $DEV debian -C 4 -b 512 -t $SECONDS
+for byte in 0 1 2; do
+        head -c 32768 /dev/zero | tr '\\0' $byte >$TMP/$byte
+done
+taskset 1 dd if=$TMP/0 of=$DEV bs=4096 count=1 oflag=direct
+"""
+WRITE_TWICE = """
+taskset 1 dd if=$TMP/1 of=$DEV bs=$LENGTH seek=$AT count=1 oflag=direct,seek_bytes
+echo answered
+taskset 4 dd if=$TMP/2 of=$DEV bs=$LENGTH seek=$AT count=1 oflag=direct,seek_bytes \\
+        conv=fsync
+"""
+
+
+class Writes:
+    """A script that writes 1s on the first processor, whose connection is cut.  When that is
+    answered, it writes 2s to the same place on another processor, and flushes."""
+
+    def __init__(self, kernel, at, length):
+        self.at, self.length = at, length
+        self.job = kernel.start(WRITE_TWICE, LENGTH=length, AT=at)
+
+    def connections(self, relay):
+        """Those by which the 1s have gone to the server."""
+        return carriers(relay, self.at, b"1" * self.length)
+
+    def are_repeated(self, relay):
+        return len(self.connections(relay)) > 1
+
+
+def carriers(relay, at, payload):
+    """The connections by which a write of that payload has gone to the server, as a whole."""
+    magic, command, rest = map(re.escape, (
+        struct.pack(">I", NBD_REQUEST_MAGIC), struct.pack(">H", NBD_CMD_WRITE),
+        struct.pack(">QI", at, len(payload)) + payload))
+    request = re.compile(magic + b".." + command + b".{8}" + rest, re.DOTALL)
+    return [p for p in relay.passages if request.search(bytes(p.given[UP]))]
+
+
+def start_together(kernel, connection, places):
+    """Writes to these (position, length), which the server gets in one piece."""
+    started = []
+    connection.pause(UP)
+    for at, length in places:
+        before = connection.waiting(UP)
+        started.append(Writes(kernel, at, length))
+        until(lambda: connection.waiting(UP) >= before + length, what="a write of the kernel")
+    connection.let_go(UP)
+    return started
+
+
+def hold_up_loop(kernel, s, connection):
+    """Two writes at once, the first of which the disk holds up, and with it the connection's
+    loop.  After a slow write a loop leaves others to a worker, so this may take some attempts.
+    Returns the writes of all."""
+    writes = []
+    for at in range(MIB, 2 * MIB, 64 * KIB):
+        s.slow.hold(at, BLOCK)
+        writes += start_together(kernel, connection, [(at, BLOCK), (at + MIB, 2 * BLOCK)])
+        if s.slow.caught():
+            return writes
+        s.slow.release()
+        for one in writes:
+            one.job.wait()
+    pytest.fail("no loop was held up")
+
+
+def connect_four(kernel, relay):
+    """Returns the connection of the first processor, which has written 0s to the first block."""
+    kernel.may_complain = True
+    kernel.run(PREPARE, PORT=relay.port, SECONDS=GIVES_UP_AFTER)
+    first, = carriers(relay, 0, b"0" * BLOCK)
+    return first
+
+
+def check_outcome(kernel, server, s, relay, expected):
+    """What the kernel reads, what another client reads, and what is there after a restart."""
+    told = kernel.run("""
+        connections
+        dd if=$DEV bs=1M iflag=direct 2>/dev/null | md5sum
+        detach $DEV debian
+        """, PORT=relay.port).split()
+    assert 1 <= int(told[0]) <= 3, "not tested: no connection was cut"
+    assert read(s, len(expected)) == expected
+    assert told[1] == hashlib.md5(expected).hexdigest()
+    s.stop()
+    assert read(server(args=s.arguments), len(expected)) == expected
+
+
+@pytest.mark.hazard("a write that was repeated on another connection lands over a newer one: "
+                    "the kernel")
+@pytest.mark.parametrize("mode, how", [
+    ("target", "reset"), ("proxy", "close"), ("cow-file", "given up by the kernel")])
+def test_newer_writes_outlive_those_of_a_connection_that_was_cut(serve, server, kernel, mode, how):
+    """The disk holds up one of its writes.  The server has received another one with that, and a
+    third is in its socket.  The kernel repeats them all, and two are answered before the disk
+    goes on."""
+    expected = pattern(0, 4 * MIB)
+    s = serve(mode, "--threads", 5, content=expected)
+    with Relay(s.address) as relay:
+        first = connect_four(kernel, relay)
+        *others, held, taken = hold_up_loop(kernel, s, first)
+        left = Writes(kernel, 3 * MIB, 32 * KIB)
+        until(lambda: left.connections(relay) == [first], what="a write that is in the socket")
+        if how in ("reset", "close"):
+            first.drop(reset=how == "reset")
+        for one in taken, left:
+            one.job.wait()
+            assert one.are_repeated(relay)
+        until(lambda: held.are_repeated(relay), what="the first write, repeated")
+        with contextlib.suppress(vm.Failed):
+            held.job.wait(2)            # seconds in which a wrong server would have answered
+        s.slow.release()
+        held.job.wait()
+        calm(s)
+        expected = over(expected, 0, b"0" * BLOCK)
+        for one in [*others, held, taken, left]:
+            expected = over(expected, one.at, b"2" * one.length)
+        check_outcome(kernel, server, s, relay, expected)
+
+
+@pytest.mark.hazard("a write that was repeated on another connection lands over a newer one: "
+                    "the kernel, and a silent origin")
+def test_newer_writes_outlive_one_that_waited_for_the_origin(serve, server, kernel):
+    """Its connection was cut.  The repeated one waits, too, until the whole blocks are written."""
+    expected = pattern(0, 4 * MIB)
+    s = serve("proxy", "--threads", 5, content=expected)
+    with Relay(s.address) as relay:
+        first = connect_four(kernel, relay)
+        s.quiet()
+        s.origin.hold()
+        one = Writes(kernel, 2 * MIB + 512, BLOCK)
+        is_asked(s, 2 * MIB)
+        first.drop(reset=True)
+        until(lambda: one.are_repeated(relay), what="the write, repeated")
+        kernel.run("dd if=$TMP/0 of=$DEV bs=8192 seek=256 count=1 oflag=direct conv=fsync")
+        one.job.wait()
+        s.origin.release()
+        s.quiet()
+        calm(s)
+        for at, data in (0, b"0" * BLOCK), (2 * MIB, b"0" * 2 * BLOCK), (one.at, b"2" * one.length):
+            expected = over(expected, at, data)
+        check_outcome(kernel, server, s, relay, expected)
 
 
 # The kernel's largest requests
