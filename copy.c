@@ -12,6 +12,7 @@
 
 #include "fetch.h"
 #include "layer.h"
+#include "log.h"
 #include "origin.h"
 #include "util.h"
 
