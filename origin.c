@@ -6,8 +6,8 @@
  *	LINK_NEGOTIATE	connect to an address, then the handshake; if that fails, the next address
  *	LINK_UP		transmission
  *
- * One thread polls its bell and the links.  Other threads leave requests and wishes in the mailbox,
- * and ring.  link_turn() is called when poll() has something for a link, link_expire() when its
+ * The links are on a loop of their own.  Other threads leave requests and wishes in the mailbox,
+ * and wake it.  link_turn() is called when poll() has something for a link, or when its
  * deadline is there.  The function of a state returns NULL, or why the link is of no use any more,
  * and then link_fail() is called.
  *
@@ -22,6 +22,7 @@
 
 #include "buffer.h"
 #include "log.h"
+#include "loop.h"
 #include "util.h"
 
 #include <assert.h>
@@ -85,9 +86,9 @@ static atomic_uint lookups;
 enum link_state { LINK_DOWN, LINK_RESOLVE, LINK_NEGOTIATE, LINK_UP };
 
 struct link {
+	struct source source;		/* the socket; a pipe, while the name is looked up; or -1 */
 	struct origin *origin;
 	enum link_state state;
-	int fd;				/* the socket; a pipe, while the name is looked up; or -1 */
 	uint64_t deadline;		/* now_ms(): to dial, or to give this address up */
 	unsigned backoff;		/* ms */
 
@@ -139,6 +140,7 @@ struct origin {
 	atomic_bool redirecting, cancelled;
 
 	struct bell bell;
+	struct loop loop;		/* of the links */
 	atomic_uint up;			/* links */
 	atomic_uint_least64_t fetched;	/* bytes of data */
 	atomic_bool tells_extents;
@@ -147,7 +149,6 @@ struct origin {
 
 	/* The thread's own. */
 	struct link *link[LINKS_MAX];	/* the last one is a redirect's */
-	struct pollfd pfd[1 + LINKS_MAX];	/* the bell, the links */
 	unsigned links;
 	bool clogged;			/* nothing is read */
 	uint64_t listening;		/* since when it was not; now_ms() */
@@ -202,7 +203,7 @@ static void request_add(struct origin *o, struct origin_request *r)
 	if (cancelled)
 		request_finish(o, r, -ECANCELED);
 	else
-		bell_ring(&o->bell);
+		loop_wake(&o->loop);
 }
 
 static struct origin_request *request_take(struct origin *o, unsigned priority)
@@ -362,7 +363,7 @@ static const char *link_send(struct link *l)
 
 	if (l->tx_len == 0)
 		return NULL;
-	n = send(l->fd, l->tx, l->tx_len, MSG_NOSIGNAL);
+	n = send(l->source.fd, l->tx, l->tx_len, MSG_NOSIGNAL);
 	if (n < 0)
 		return would_block(errno) ? NULL : strerror(errno);
 	l->tx_len -= (size_t)n;
@@ -601,7 +602,7 @@ static const char *link_receive(struct link *l)
 		{ .iov_base = l->rx + l->rx_to, .iov_len = RX_BYTES - l->rx_to },
 	};
 	struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
-	ssize_t n = recvmsg(l->fd, &msg, 0);
+	ssize_t n = recvmsg(l->source.fd, &msg, 0);
 	const char *wrong = NULL;
 
 	if (n == 0)
@@ -631,9 +632,9 @@ static void link_close(struct link *l)
 		link_send(l);
 		atomic_fetch_sub(&l->origin->up, 1);
 	}
-	if (l->fd >= 0)
-		close(l->fd);
-	l->fd = -1;
+	if (l->source.fd >= 0)
+		close(l->source.fd);
+	l->source.fd = -1;
 	l->state = LINK_DOWN;
 	l->current = NULL;
 	l->place = NULL;
@@ -709,11 +710,11 @@ static const char *link_connect(struct link *l)
 	l->deadline = now + left / (l->found.count - i);
 	l->tx_len = l->rx_from = l->rx_to = 0;
 	proto_client_begin(&l->client, target_of(l)->export_name, l->tx);
-	l->fd = socket(sa->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (l->fd < 0)
+	l->source.fd = socket(sa->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (l->source.fd < 0)
 		return strerror(errno);
-	tune_socket(l->fd, KEEPALIVE_S);
-	if (connect(l->fd, sa, len) < 0 && errno != EINPROGRESS && errno != EINTR)
+	tune_socket(l->source.fd, KEEPALIVE_S);
+	if (connect(l->source.fd, sa, len) < 0 && errno != EINPROGRESS && errno != EINTR)
 		return strerror(errno);
 	return NULL;
 }
@@ -750,16 +751,16 @@ static const char *link_dial(struct link *l)
 	if (find_addresses(t, AI_NUMERICHOST | AI_NUMERICSERV, &l->found) == 0)
 		return link_connect(l);
 	l->state = LINK_RESOLVE;
-	l->fd = lookup_start(t);
-	return l->fd < 0 ? "out of memory or descriptors" : NULL;
+	l->source.fd = lookup_start(t);
+	return l->source.fd < 0 ? "out of memory or descriptors" : NULL;
 }
 
 static const char *link_resolved(struct link *l)
 {
-	ssize_t n = read(l->fd, &l->found, sizeof(l->found));
+	ssize_t n = read(l->source.fd, &l->found, sizeof(l->found));
 
-	close(l->fd);
-	l->fd = -1;
+	close(l->source.fd);
+	l->source.fd = -1;
 	if (n != (ssize_t)sizeof(l->found))
 		return "the name was not looked up";
 	return l->found.error[0] ? l->found.error : link_connect(l);
@@ -833,7 +834,7 @@ static const char *link_negotiate(struct link *l)
 
 	if (wrong || l->tx_len > 0)
 		return wrong;
-	n = recv(l->fd, l->rx + l->rx_to, l->client.want - l->rx_to, 0);
+	n = recv(l->source.fd, l->rx + l->rx_to, l->client.want - l->rx_to, 0);
 	if (n == 0)
 		return l->client.state == PROTO_CLIENT_EXPORT ?
 			       "it closed the connection: it may not have such an export" :
@@ -851,10 +852,17 @@ static const char *link_negotiate(struct link *l)
 	return next == PROTO_CLOSE ? l->client.reason : NULL;
 }
 
-/* What a link wants of the loop: events, a turn when they come, and one deadline */
+/* What the loop calls */
 
-static short link_events(const struct link *l)
+static struct link *link_of(const struct source *s)
 {
+	return (struct link *)((char *)(uintptr_t)s - offsetof(struct link, source));
+}
+
+static short link_events(const struct source *s)
+{
+	const struct link *l = link_of(s);
+
 	switch (l->state) {
 	case LINK_RESOLVE:
 		return POLLIN;
@@ -867,30 +875,6 @@ static short link_events(const struct link *l)
 	}
 }
 
-static void link_turn(struct link *l, short revents)
-{
-	const char *wrong = NULL;
-
-	switch (l->state) {
-	case LINK_RESOLVE:
-		wrong = link_resolved(l);
-		break;
-	case LINK_NEGOTIATE:
-		wrong = link_negotiate(l);
-		break;
-	case LINK_UP:
-		if (revents & ~POLLOUT && !l->origin->clogged)
-			wrong = link_receive(l);
-		if (!wrong)
-			wrong = link_send(l);
-		break;
-	default:
-		break;
-	}
-	if (wrong)
-		link_fail(l, wrong);
-}
-
 /* When link_expire() is due: now_ms(), or UINT64_MAX. */
 static uint64_t link_deadline(const struct link *l)
 {
@@ -901,20 +885,50 @@ static uint64_t link_deadline(const struct link *l)
 	return l->state != LINK_DOWN || link_may_dial(l) ? l->deadline : UINT64_MAX;
 }
 
-static void link_expire(struct link *l)
+static const char *link_expire(struct link *l, char *text, size_t room)
 {
-	const char *wrong = "no answer";
+	if (l->state == LINK_DOWN)
+		return link_dial(l);
+	if (l->state != LINK_UP)
+		return "no answer";
+	snprintf(text, room, "no answer for %u s", l->origin->timeout_ms / 1000);
+	return text;
+}
+
+static const char *link_take(struct link *l, short revents)
+{
+	const char *wrong = NULL;
+
+	switch (l->state) {
+	case LINK_RESOLVE:
+		return link_resolved(l);
+	case LINK_NEGOTIATE:
+		return link_negotiate(l);
+	case LINK_UP:
+		if (revents & ~POLLOUT && !l->origin->clogged)
+			wrong = link_receive(l);
+		return wrong ? wrong : link_send(l);
+	default:
+		return NULL;
+	}
+}
+
+static void link_turn(struct source *s, short revents)
+{
+	struct link *l = link_of(s);
+	const char *wrong = NULL;
 	char text[64];
 
-	if (l->state == LINK_DOWN) {
-		wrong = link_dial(l);
-	} else if (l->state == LINK_UP) {
-		snprintf(text, sizeof(text), "no answer for %u s", l->origin->timeout_ms / 1000);
-		wrong = text;
-	}
+	if (revents)
+		wrong = link_take(l, revents);
+	else if (link_deadline(l) <= now_ms())	/* an earlier turn may have put it off */
+		wrong = link_expire(l, text, sizeof(text));
 	if (wrong)
 		link_fail(l, wrong);
+	s->due = link_deadline(l);
 }
+
+static const struct source_ops link_ops = { link_events, link_turn };
 
 /* The thread */
 
@@ -926,39 +940,15 @@ static void note_clog(struct origin *o)
 	o->clogged = atomic_load(&o->unstored) > UNSTORED_MAX;
 }
 
-/* Returns when the first deadline is. */
-static uint64_t origin_prepare_poll(struct origin *o)
-{
-	uint64_t first = UINT64_MAX;
-
-	for (unsigned i = 0; i < o->links; i++) {
-		const struct link *l = o->link[i];
-		short events = link_events(l);
-		uint64_t deadline = link_deadline(l);
-
-		o->pfd[i + 1] = (struct pollfd){ .fd = events ? l->fd : -1, .events = events };
-		if (deadline < first)
-			first = deadline;
-	}
-	return first;
-}
-
 /* Sleep once, and all that is to be done before and after it. */
 static void origin_turn(struct origin *o)
 {
-	uint64_t deadline;
-
 	note_clog(o);
 	feed_links(o);
-	deadline = origin_prepare_poll(o);
-	bell_poll(&o->bell, o->pfd, o->links + 1, ms_until(deadline));
-	bell_answer(&o->bell);
 	for (unsigned i = 0; i < o->links; i++)
-		if (o->pfd[i + 1].revents)
-			link_turn(o->link[i], o->pfd[i + 1].revents);
-	for (unsigned i = 0; i < o->links; i++)
-		if (link_deadline(o->link[i]) <= now_ms())
-			link_expire(o->link[i]);
+		o->link[i]->source.due = link_deadline(o->link[i]);
+	loop_poll(&o->loop, UINT64_MAX);
+	loop_deliver(&o->loop);
 }
 
 static void *origin_main(void *arg)
@@ -986,17 +976,22 @@ static const char *origin_init(struct origin *o, const struct origin_options *op
 	pthread_mutex_init(&o->lock, NULL);
 	o->timeout_ms = options->timeout_ms;
 	o->bell.pipe[0] = o->bell.pipe[1] = -1;
+	if (loop_init(&o->loop, &o->bell) < 0)
+		return strerror(ENOMEM);
 	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
 		queue_init(&o->queue[i]);
-	for (; o->links <= options->connections; o->links++) {
-		struct link *l = o->link[o->links] = calloc(1, sizeof(*l));
+	while (o->links <= options->connections) {
+		struct link *l = calloc(1, sizeof(*l));
 
 		if (!l)
 			return strerror(ENOMEM);
+		o->link[o->links++] = l;
 		l->origin = o;
-		l->fd = -1;
+		l->source = (struct source){ .ops = &link_ops, .fd = -1, .due = UINT64_MAX };
 		l->backoff = BACKOFF_MIN;
 		queue_init(&l->owed);
+		if (!loop_add(&o->loop, &l->source))
+			return strerror(ENOMEM);
 	}
 	if (bell_init(&o->bell) < 0)
 		return strerror(errno);
@@ -1058,7 +1053,7 @@ void origin_stored(struct origin *o, uint64_t bytes)
 	size_t before = atomic_fetch_sub(&o->unstored, (size_t)bytes);
 
 	if (before > UNSTORED_MAX && before - bytes <= UNSTORED_MAX)
-		bell_ring(&o->bell);
+		loop_wake(&o->loop);
 }
 
 void origin_cancel(struct origin *o)
@@ -1066,7 +1061,7 @@ void origin_cancel(struct origin *o)
 	pthread_mutex_lock(&o->lock);
 	o->cancelled = true;
 	pthread_mutex_unlock(&o->lock);
-	bell_ring(&o->bell);
+	loop_wake(&o->loop);
 }
 
 void origin_redirect(struct origin *o, const char *host, const char *port,
@@ -1090,7 +1085,7 @@ void origin_redirect(struct origin *o, const char *host, const char *port,
 	if (wrong)
 		done(wrong);
 	else
-		bell_ring(&o->bell);
+		loop_wake(&o->loop);
 }
 
 void origin_status(struct origin *o, struct origin_status *status)
@@ -1125,6 +1120,7 @@ void origin_close(struct origin *o)
 	close_links(o, 0);
 	for (unsigned i = 0; i < o->links; i++)
 		free(o->link[i]);
+	loop_free(&o->loop);
 	bell_free(&o->bell);
 	pthread_mutex_destroy(&o->lock);
 	free(o);
