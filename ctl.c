@@ -388,13 +388,13 @@ static bool is_busy(const struct ctl_client *cl)
 
 static void drop_client(struct ctl_client *cl)
 {
-	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
-		if (ctl.client[i] == cl)
-			ctl.client[i] = NULL;
 	if (cl->state == STATE_COPYING)
 		ctl.ops->release_copy();
 	loop_remove(ctl.loop, &cl->source);
 	close(cl->source.fd);
+	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
+		if (ctl.client[i] == cl)
+			ctl.client[i] = NULL;
 	free(cl->out.text);
 	free(cl);
 }
@@ -418,7 +418,7 @@ static short ctl_events(const struct source *s)
 {
 	const struct ctl_client *cl = client_of(s);
 
-	return (short)((wants_input(cl) ? POLLIN : 0) | (cl->out.len ? POLLOUT : 0));
+	return (short)(POLLHUP | (wants_input(cl) ? POLLIN : 0) | (cl->out.len ? POLLOUT : 0));
 }
 
 static void ctl_turn(struct source *s, short revents)

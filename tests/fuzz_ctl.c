@@ -23,13 +23,11 @@
 enum {
 	PEERS = 40,			/* that connect, one after the other */
 	FIRST_FD = 1000,
-	LISTENER = 999,
 	ROOM_MAX = 65536,		/* bytes in a socket's buffer */
 	TURNS_MAX = 20000,
 	BLOCKS_MAX = 8192,
 };
 
-static int fake_accept(void);
 static ssize_t fake_recv(int fd, void *buf, size_t len);
 static ssize_t fake_send(int fd, const void *buf, size_t len);
 static int fake_close(int fd);
@@ -37,16 +35,14 @@ static uint64_t fake_now(void);
 static void *fake_realloc(void *p, size_t n);
 static bool fake_listen(struct listeners *l);
 
-#define accept4(fd, sa, len, flags) fake_accept()
 #define recv(fd, buf, len, flags) fake_recv(fd, buf, len)
 #define send(fd, buf, len, flags) fake_send(fd, buf, len)
 #define close fake_close
-#define now_us fake_now
+#define now_ms fake_now
 #define realloc fake_realloc
 #define listen_unix(l, path, mode) fake_listen(l)
 #define listen_close(l) free((l)->all)
 #include "../ctl.c"
-#undef accept4
 #undef recv
 #undef send
 #undef close
@@ -70,7 +66,13 @@ static struct peer peer[PEERS];
 static unsigned peers, arriving;	/* arriving: the first that is not accepted yet */
 static bool server_ends;
 static uint64_t now;
-static bool no_memory, no_descriptors;
+static bool no_memory;
+
+/* The loop, and the listener on it. */
+static struct source *source[PEERS];
+static size_t sources;
+static void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
+static bool (*is_full)(void);
 
 /* The proxy. */
 static unsigned copies;			/* started and not released */
@@ -90,14 +92,31 @@ static struct peer *peer_of(int fd)
 	return &peer[i];
 }
 
-static int fake_accept(void)
+bool loop_add(struct loop *l, struct source *s)
 {
-	if (no_descriptors || arriving == peers) {
-		errno = no_descriptors ? EMFILE : EAGAIN;
-		return -1;
-	}
-	peer[arriving].accepted = true;
-	return FIRST_FD + (int)arriving++;
+	(void)l;
+	if (no_memory)
+		return false;
+	s->place = sources;
+	source[sources++] = s;
+	return true;
+}
+
+void loop_remove(struct loop *l, struct source *s)
+{
+	(void)l;
+	source[s->place] = source[--sources];
+	source[s->place]->place = s->place;
+}
+
+bool listen_start(struct listeners *l, struct loop *loop,
+		  void (*got)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len),
+		  bool (*full)(void))
+{
+	(void)l, (void)loop;
+	accepted = got;
+	is_full = full;
+	return true;
 }
 
 static ssize_t fake_recv(int fd, void *buf, size_t len)
@@ -140,8 +159,8 @@ static int fake_close(int fd)
 {
 	struct peer *p = peer_of(fd);
 
-	for (size_t i = 0; !server_ends && i < CTL_CONNECTIONS; i++)
-		if (ctl.client[i] && ctl.client[i]->fd == fd)
+	for (size_t i = 0; !server_ends && i < CONNECTIONS_MAX; i++)
+		if (ctl.client[i] && ctl.client[i]->source.fd == fd)
 			assert(!is_busy(ctl.client[i]) || p->gone || no_memory);
 	p->closed = true;
 	return 0;
@@ -149,7 +168,7 @@ static int fake_close(int fd)
 
 static uint64_t fake_now(void)
 {
-	return now;
+	return now / 1000;
 }
 
 static void *fake_realloc(void *p, size_t n)
@@ -163,18 +182,14 @@ static bool fake_listen(struct listeners *l)
 {
 	l->all = calloc(1, sizeof(*l->all));
 	assert(l->all);
-	l->all[0].fd = LISTENER;
 	return true;
 }
 
 static short events_of(int fd)
 {
 	short events = 0;
-	struct peer *p;
+	struct peer *p = peer_of(fd);
 
-	if (fd == LISTENER)
-		return arriving < peers ? POLLIN : 0;
-	p = peer_of(fd);
 	if (p->sent_len > 0 || p->done_sending)
 		events |= POLLIN;
 	if (p->room > 0)
@@ -390,21 +405,37 @@ static void tend_snapshot(unsigned how)
 	}
 }
 
+static bool accept_peer(void)
+{
+	if (arriving == peers || is_full())
+		return false;
+	peer[arriving].accepted = true;
+	accepted(ctl.listeners.all, FIRST_FD + (int)arriving++, NULL, 0);
+	return true;
+}
+
+static bool turn_source(struct source *s)
+{
+	bool due = s->due <= now / 1000;
+	short events = s->ops->events(s), revents = 0;
+
+	if (due)
+		s->due = UINT64_MAX;
+	else if (events)
+		revents = events_of(s->fd) & (events | POLLHUP);
+	if (due || revents)
+		s->ops->turn(s, revents);
+	return due || revents;
+}
+
 /* One round of poll() and what follows it.  False if there was nothing to do. */
 static bool take_turn(void)
 {
-	struct pollfd pfd[CTL_FDS];
-	size_t n = ctl_poll(pfd);
-	bool ready = ctl_due() <= now / 1000;
+	bool ready = accept_peer();
 
-	assert(n <= CTL_FDS);
-	for (size_t i = 0; i < n; i++) {
-		if (pfd[i].fd >= 0)
-			pfd[i].revents = events_of(pfd[i].fd) & (pfd[i].events | POLLHUP);
-		ready |= pfd[i].revents != 0;
-	}
-	if (ready)
-		ctl_turn(pfd, n);
+	for (size_t i = sources; i-- > 0;)
+		if (i < sources)
+			ready |= turn_source(source[i]);
 	return ready;
 }
 
@@ -455,7 +486,6 @@ static void event(struct input *in)
 		break;
 	case 9:
 		no_memory = which & 1;
-		no_descriptors = which & 2;
 		break;
 	case 10:
 		cached = which < total ? which : total;
@@ -478,7 +508,7 @@ static void event(struct input *in)
 /* All that could be waited for happens, and everybody reads. */
 static void finish(void)
 {
-	no_memory = no_descriptors = false;
+	no_memory = false;
 	for (unsigned round = 0; round < 3 * CTL_LINE_MAX; round++) {
 		for (unsigned i = 0; i < peers; i++)
 			peer[i].room = ROOM_MAX;
@@ -498,7 +528,7 @@ static void finish(void)
 /* Whether the server may have closed the connection: to make room, or after a long time. */
 static bool may_be_closed(void)
 {
-	return peers > CTL_CONNECTIONS || now >= IDLE_US;
+	return peers > CONNECTIONS_MAX || now / 1000 >= IDLE_MS;
 }
 
 static void check_peer(const struct peer *p)
@@ -515,8 +545,9 @@ static void begin(void)
 {
 	server_ends = false;
 	peers = arriving = 0;
+	sources = 0;
 	now = 1000;
-	no_memory = no_descriptors = false;
+	no_memory = false;
 	copies = 0;
 	copy_runs = copy_failed = switching = reconnecting = gathering = gather_again = snapshot_runs = false;
 	snapshots = 0;
@@ -548,13 +579,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 
 	begin();
 	opened = ctl_open("", n % 8 == 7 ? &no_proxy : &ops);
-	assert(opened);
+	assert(opened && ctl_start(NULL));
 	while (in.left > 0) {
 		event(&in);
 		settle();
 		memory_was_short |= no_memory;
 	}
-	now += ACCEPT_PAUSE_US;
 	finish();
 	end(memory_was_short);
 	return 0;

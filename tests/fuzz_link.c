@@ -323,7 +323,7 @@ static void receive_all(struct link *l)
 	do {
 		size_t before = wire_at;
 
-		link_turn(l, POLLIN);
+		link_turn(&l->source, POLLIN);
 		assert(atomic_load(&origin.fetched) <= wire_at);
 		assert(l->state == LINK_DOWN || before == arrived || wire_at > before);
 	} while (l->state == LINK_UP && wire_at < arrived);
@@ -366,8 +366,7 @@ static void event(struct link *l, const struct proto_offer *offer, struct input 
 	if (arrived > wire_len)
 		arrived = wire_len;
 	receive_all(l);
-	if (link_deadline(l) <= ms)
-		link_expire(l);
+	link_turn(&l->source, 0);
 	if (l->state == LINK_UP)
 		check_owed(l);
 }
@@ -394,6 +393,7 @@ static void end(struct link *l)
 	}
 	for (unsigned i = 0; i < origin.links; i++)
 		free(origin.link[i]);
+	loop_free(&origin.loop);
 }
 
 /* A link that is up, and the one for a redirect. */
@@ -412,7 +412,7 @@ static struct link *begin(const struct proto_offer *offer)
 	}));
 	bell_free(&origin.bell);
 	l = origin.link[0];
-	l->fd = 0;
+	l->source.fd = 0;
 	l->state = LINK_UP;
 	l->client.offer = *offer;
 	return l;

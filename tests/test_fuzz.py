@@ -32,7 +32,7 @@ SECONDS = int(os.environ.get("XNBD_FUZZ_SECONDS") or 5)
 TARGETS = {
     "server": (["proto.c", "proto_client.c", "util.c"], 4096),
     "origin": (["proto.c", "proto_client.c", "util.c"], 4096),
-    "link": (["proto.c", "proto_client.c", "log.c", "util.c"], 1024),
+    "link": (["proto.c", "proto_client.c", "loop.c", "log.c", "util.c"], 1024),
     "ctl": (["log.c", "util.c"], 1024),
     "bitmap": (["log.c", "util.c"], 1024),
 }
