@@ -961,17 +961,16 @@ mutant("an origin that closed at the start is waited for", "origin closes at eve
        "\tif (n == 0)\n\t\treturn l->client.state",
        tests="test_origin.py::test_origin_that_closes_at_every_byte_of_the_handshake_is_refused")
 mutant("an origin that says nothing is waited for", "origin never answers",
-       "origin.c", "if (wrong)\n\t\tlink_fail(l, wrong);\n}\n\n/* The thread */",
-       "if (wrong && l->state != LINK_NEGOTIATE)\n\t\tlink_fail(l, wrong);\n}\n",
+       "origin.c", "if (l->state != LINK_UP)\n\t\treturn \"no answer\";",
+       "if (l->state != LINK_UP)\n\t\treturn NULL;",
        tests="test_origin.py::test_silent_origin_is_refused_at_start")
 mutant("an origin's handshake may go on for ever", "origin never ends its answer",
-       "origin.c", "if (wrong)\n\t\tlink_fail(l, wrong);\n}\n\n/* The thread */",
-       "if (wrong && l->state != LINK_NEGOTIATE)\n\t\tlink_fail(l, wrong);\n}\n",
+       "origin.c", "if (l->state != LINK_UP)\n\t\treturn \"no answer\";",
+       "if (l->state != LINK_UP)\n\t\treturn NULL;",
        tests="test_origin.py::test_handshake_that_never_ends_is_given_up")
 mutant("a lock is held while the origin is waited for", "origin black-holed",
-       "origin.c", "bell_poll(&o->bell, o->pfd, o->links + 1, ms_until(deadline));",
-       "pthread_mutex_lock(&o->lock);\n"
-       "\tbell_poll(&o->bell, o->pfd, o->links + 1, ms_until(deadline));\n"
+       "origin.c", "loop_poll(&o->loop, UINT64_MAX);",
+       "pthread_mutex_lock(&o->lock);\n\tloop_poll(&o->loop, UINT64_MAX);\n"
        "\tpthread_mutex_unlock(&o->lock);",
        tests="test_control.py::test_commands_work_while_the_origin_is_frozen")
 mutant("a silent origin is waited for", "noticed by a deadline",
