@@ -38,8 +38,7 @@ enum {
 enum step { NO_SWITCH, ZEROING, COMPLETING, SWITCHED };
 
 struct cache {
-	struct backend backend;
-	struct layer layer;
+	struct layer layer;		/* the first */
 	struct origin *origin;
 	struct fetcher fetcher;
 	struct copy *copy;
@@ -214,24 +213,14 @@ static int op_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_
 {
 	struct cache *c = to_cache(b);
 
-	return lacks_edges(c, len, off) ? ABSENT : layer_write(&c->layer, buf, len, off, how);
+	return lacks_edges(c, len, off) ? ABSENT : layer_write(b, buf, len, off, how);
 }
 
 static int op_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
 	struct cache *c = to_cache(b);
 
-	return lacks_edges(c, len, off) ? ABSENT : layer_zero(&c->layer, len, off, flags);
-}
-
-static int op_trim(struct backend *b, uint64_t len, uint64_t off)
-{
-	return layer_trim(&to_cache(b)->layer, len, off);
-}
-
-static int op_flush(struct backend *b, struct request *r)
-{
-	return layer_flush(&to_cache(b)->layer, r);
+	return lacks_edges(c, len, off) ? ABSENT : layer_zero(b, len, off, flags);
 }
 
 static int op_cache(struct backend *b, uint64_t *len, uint64_t off)
@@ -258,7 +247,7 @@ static unsigned op_extents(struct backend *b, struct extent *extent, unsigned ma
 	uint64_t n = layer_run(&c->layer, len, off, &held);
 
 	if (held)
-		return disk_extents(c->layer.disk, extent, max, n, off);
+		return layer_extents(b, extent, max, n, off, ret);
 	*ret = ABSENT;
 	return 0;
 }
@@ -288,8 +277,8 @@ static const struct backend_ops cache_ops = {
 	.read = op_read,
 	.write = op_write,
 	.zero = op_zero,
-	.trim = op_trim,
-	.flush = op_flush,
+	.trim = layer_trim,
+	.flush = layer_flush,
 	.cache = op_cache,
 	.extents = op_extents,
 	.holds = op_holds,
@@ -362,7 +351,7 @@ static bool prepare_image(const char *path, uint64_t size, uint64_t held)
 
 static bool open_layer(struct cache *c, const struct cache_options *o)
 {
-	const struct bitmap_identity id = { BITMAP_CACHE, c->backend.size, 0, o->image };
+	const struct bitmap_identity id = { BITMAP_CACHE, c->layer.size, 0, o->image };
 	struct layer *l = &c->layer;
 
 	if (!can_open(o->image) || are_one_file(o->image, o->bitmap))
@@ -384,11 +373,8 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 		origin_close(origin);
 		return NULL;
 	}
-	c->backend.ops = &cache_ops;
-	c->backend.size = origin_limits(origin)->size;
-	c->backend.readonly = o->readonly;
 	c->origin = origin;
-	layer_init(&c->layer, &c->backend, c->backend.size, "the cache");
+	layer_init(&c->layer, &cache_ops, origin_limits(origin)->size, o->readonly, "the cache");
 	c->layer.durable = true;
 	fetcher_init(&c->fetcher, &c->layer, origin);
 	c->wake = o->wake;
@@ -397,7 +383,7 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 		log_failure("cannot open cache image %s: %s", o->image, strerror(ENOMEM));
 	} else if (open_layer(c, o)) {
 		layer_begin(&c->layer);
-		return &c->backend;
+		return &c->layer.backend;
 	}
 	free_cache(c);
 	return NULL;
@@ -453,7 +439,7 @@ static void begin_completing(struct cache *c)
 {
 	c->step = COMPLETING;
 	c->commit = (struct request){
-		.backend = &c->backend,
+		.backend = &c->layer.backend,
 		.done = completed,
 		.h.cmd = NBD_CMD_FLUSH,
 	};

@@ -6,7 +6,6 @@
  */
 #define _GNU_SOURCE
 #include "buffer.h"
-#include "commit.h"
 #include "confine.h"
 #include "control.h"
 #include "ctl.h"
@@ -785,7 +784,7 @@ int main(int argc, char **argv)
 		worker_stop();		/* a commit may be due */
 		loops_free();
 	}
-	if (!exports_close() || commit_has_lost())
+	if (!exports_close())
 		status = EXIT_FAILURE;
 	clean_up(&s);
 	return status;
