@@ -188,13 +188,6 @@ static void set_bits(struct bitmap *b, uint64_t blk, uint64_t end)
 		set_byte(b, at, bits_of(at, blk, end));
 }
 
-static bool are_set(const struct bitmap *b, uint64_t blk, uint64_t end)
-{
-	bool set;
-
-	return bitmap_run(b, blk, end - blk, &set) == end - blk && set;
-}
-
 /* Write to the file.  An error that time will not mend is remembered: something is lost. */
 static int write_map(struct bitmap *b, const uint8_t *p, uint64_t len, uint64_t off)
 {
@@ -256,10 +249,11 @@ static bool take_lock(struct bitmap *b, bool wait)
 static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, bool wait)
 {
 	int err = 0;
+	bool set;
 
 	if (!take_lock(b, wait))
 		return -EAGAIN;
-	if (!are_set(b, blk, end)) {
+	if (bitmap_run(b, blk, end - blk, &set) < end - blk || !set) {
 		err = record(b, blk, end);
 		if (!err) {
 			set_bits(b, blk, end);
@@ -547,16 +541,28 @@ static void add_page(struct bitmap *b, uint64_t page, const uint8_t *p, enum pag
 	}
 }
 
-/* Read the map at offset map of the file; mostly it is zeros. */
+/*
+ * Read the map at offset map of the file.  What was never written need not be looked at: a large
+ * disk's maps are mostly that.
+ */
 static int load_map(struct bitmap *b, uint64_t map, enum page_state state)
 {
 	static const uint8_t zeros[MAP_PAGE];
+	uint64_t end = map + b->map_bytes;
 	int err = 0;
 
-	for (uint64_t page = 0; page < b->map_bytes / MAP_PAGE && !err; page++) {
-		err = read_at(b->fd, b->pages, MAP_PAGE, map + page * MAP_PAGE);
+	for (uint64_t off = map; off < end && !err; off += MAP_PAGE) {
+#if defined(SEEK_DATA) && !defined(XNBD_PORTABLE)
+		off_t to = lseek(b->fd, (off_t)off, SEEK_DATA);
+
+		if (to >= 0)
+			off = (uint64_t)to / MAP_PAGE * MAP_PAGE;
+		if (off >= end || (to < 0 && errno == ENXIO))	/* no data up to the end */
+			break;
+#endif
+		err = read_at(b->fd, b->pages, MAP_PAGE, off);
 		if (!err && memcmp(b->pages, zeros, MAP_PAGE) != 0)
-			add_page(b, page, b->pages, state);
+			add_page(b, (off - map) / MAP_PAGE, b->pages, state);
 	}
 	return err;
 }

@@ -63,7 +63,7 @@ uint64_t bitmap_count(const struct bitmap *b);
 
 /* What the header tells.  The numbers are part of the format. */
 enum bitmap_flag {
-	BITMAP_FAILED = 1,	/* stable storage has: a later start is to believe the committed map alone */
+	BITMAP_FAILED = 1,	/* stable storage has: only the committed map is to be believed */
 	BITMAP_WHOLE = 2,	/* all blocks are held, whatever the bits say */
 	BITMAP_WRITTEN = 4,	/* a client changes the disk */
 };

@@ -50,7 +50,7 @@ static int read_try(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off)
 
 	n = syscall(SYS_preadv2, d->fd, &iov, 1, (long)off, (long)(off >> 32), NOWAIT);
 #endif
-	return n == (ssize_t)len ? 0 : -EAGAIN;	/* a worker finds out what is wrong, if anything is */
+	return n == (ssize_t)len ? 0 : -EAGAIN;	/* a worker finds out what is wrong, if it is */
 }
 
 int disk_read(struct disk *d, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
@@ -133,7 +133,8 @@ int disk_check(struct disk *d)
 
 /* Zeros and holes */
 
-enum { KEEP_SIZE = 1, PUNCH_HOLE = 2, ZERO_RANGE = 16 };	/* <linux/falloc.h>; musl has not all */
+/* Of <linux/falloc.h>, of which musl has not all. */
+enum { KEEP_SIZE = 1, PUNCH_HOLE = 2, ZERO_RANGE = 16 };
 
 /* fallocate() where there is one; -EOPNOTSUPP where it cannot. */
 static int allocate(const struct disk *d, int how, uint64_t len, uint64_t off)
@@ -151,8 +152,8 @@ static int allocate(const struct disk *d, int how, uint64_t len, uint64_t off)
 	if (ret == 0)
 		return 0;
 	/*
-	 * Old kernels, FUSE and filters of system calls say that it is missing in ways of their own;
-	 * EINVAL: the disk ends within a block of its device.
+	 * Old kernels, FUSE and filters of system calls have ways of their own to say that it is
+	 * missing.  EINVAL: the disk ends within a block of its device.
 	 */
 	if (errno == ENOSYS || errno == ENODEV || errno == EPERM || errno == EINVAL)
 		return -EOPNOTSUPP;
@@ -375,9 +376,6 @@ struct disk *disk_adopt(int fd)
 {
 	struct disk *d = calloc(1, sizeof(*d));
 	off_t size = lseek(fd, 0, SEEK_END);
-#if defined(__linux__) && !defined(XNBD_PORTABLE)
-	struct statfs fs;
-#endif
 	struct stat st;
 	int err = !d ? ENOMEM : size < 0 || fstat(fd, &st) < 0 ? errno : 0;
 
@@ -393,6 +391,8 @@ struct disk *disk_adopt(int fd)
 	d->dev = d->is_file ? st.st_dev : st.st_rdev;
 	d->ino = d->is_file ? st.st_ino : 0;
 #if defined(__linux__) && !defined(XNBD_PORTABLE)
+	struct statfs fs;
+
 	d->in_memory = fstatfs(fd, &fs) == 0 && fs.f_type == 0x01021994;	/* TMPFS_MAGIC */
 #endif
 	order_init(&d->order);

@@ -212,7 +212,6 @@ int layer_complete(struct layer *l, struct request *r)
 void layer_init(struct layer *l, const struct backend_ops *ops, uint64_t size, bool readonly,
 		const char *what)
 {
-	memset(l, 0, sizeof(*l));
 	l->backend.ops = ops;
 	l->backend.size = l->size = size;
 	l->backend.readonly = readonly;

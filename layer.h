@@ -10,9 +10,6 @@
 #define XNBD_LAYER_H
 
 #include <pthread.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <stdint.h>
 
 #include "backend.h"
 #include "bitmap.h"
@@ -27,7 +24,7 @@ struct layer {
 	struct disk *base;		/* has the other blocks; NULL: whoever writes brings them */
 	bool durable;			/* the map is a file, and bits have to be committed */
 	atomic_size_t brought;		/* blocks that are held, but not by a client of this run */
-	atomic_bool spoilt;		/* since layer_zero_missing() blocks without a bit were stored */
+	atomic_bool spoilt;		/* blocks without a bit were, since layer_zero_missing() */
 
 	/* Commits, one at a time, on workers. */
 	atomic_bool lost;		/* something never will be durable */
@@ -42,7 +39,7 @@ struct layer {
 	struct job timer;
 };
 
-/* disk, map, base and durable are the caller's to set when they are open; before layer_begin(). */
+/* It is all zero before.  disk, map, base and durable are to be set before layer_begin(). */
 void layer_init(struct layer *l, const struct backend_ops *ops, uint64_t size, bool readonly,
 		const char *what);
 

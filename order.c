@@ -218,7 +218,8 @@ bool order_hold(struct order *o, struct change *c, uint64_t len, uint64_t off, b
 {
 	bool alone;
 
-	*c = (struct change){ .order = o, .left = &c->one, .pending = true, .active = { off, len } };
+	*c = (struct change){ .order = o, .left = &c->one, .pending = true };
+	c->active = (struct span){ off, len };
 	pthread_mutex_lock(&o->lock);
 	insert_change(c);	/* new ones wait for this one: it is its turn some time */
 	while (!(alone = !must_wait(c, len, off)) && wait)

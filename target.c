@@ -1,10 +1,8 @@
 /*
  * target.c - backends of local images: see target.h.
  *
- * Of a plain target the image holds all blocks.  Of a copy-on-write target the overlay holds a
- * block, at the same offset, or the base does (layer.h).  A block that is trimmed or zeroed is a
- * hole in the overlay.  So a reader that finds 0 in the map reads the base, which does not change,
- * and one that finds 1 reads what was stored.
+ * Of a copy-on-write target a block that is trimmed or zeroed is a hole in the overlay.  So a reader
+ * that finds 0 in the map reads the base, which does not change, and else what was stored.
  *
  * A throw-away overlay has no name.  One that is kept has its bits in a bitmap file (bitmap.h).
  */
@@ -49,18 +47,11 @@ static const struct backend_ops target_ops = {
 
 /* Opening */
 
-static struct layer *target_new(uint64_t size, bool readonly, const char *what)
+struct backend *target_open(struct disk *d, bool readonly)
 {
 	struct layer *l = not_null(calloc(1, sizeof(*l)));
 
-	layer_init(l, &target_ops, size, readonly, what);
-	return l;
-}
-
-struct backend *target_open(struct disk *d, bool readonly)
-{
-	struct layer *l = target_new(d->size, readonly, "the image");
-
+	layer_init(l, &target_ops, d->size, readonly, "the image");
 	l->disk = d;
 	layer_begin(l);
 	return &l->backend;
@@ -177,7 +168,8 @@ struct backend *cow_open(const struct cow_options *o)
 	if (!base)
 		return NULL;
 	disk_look(base, o->base);
-	l = target_new(base->size, o->readonly, "the overlay");
+	l = not_null(calloc(1, sizeof(*l)));
+	layer_init(l, &target_ops, base->size, o->readonly, "the overlay");
 	l->base = base;
 	if (o->file ? open_kept(l, o->file) : open_throw_away(l, o)) {
 		layer_begin(l);
