@@ -226,15 +226,18 @@ static int apply(struct request *r, const struct span *s, enum how how)
 	return is_whole(b, s) ? b->ops->trim(b, s->len, s->off) : b->ops->zero(b, s->len, s->off, 0);
 }
 
-/* What is left of a change that is registered, step by step. */
+/* What is left of a change, step by step. */
 static int go_on_with_change(struct request *r, enum how how)
 {
 	struct span s;
 	int ret;
 
-	while ((ret = order_begin(&r->change, STEP_BYTES_MAX, how == WAIT, &s)) == 1) {
+	do {
 		bool hint;
 
+		ret = order_begin(&r->change, STEP_BYTES_MAX, how == WAIT, &s);
+		if (ret != 1)
+			break;
 		ret = request_is_abandoned(r) ? -ECANCELED : apply(r, &s, how);
 		hint = r->h.cmd == NBD_CMD_TRIM && ret == -EOPNOTSUPP;
 		order_end(&r->change, ret == 0 || hint, ret == 0);
@@ -242,9 +245,7 @@ static int go_on_with_change(struct request *r, enum how how)
 			r->h.flags &= (uint16_t)~NBD_CMD_FLAG_FAST_ZERO;
 		if (hint)
 			ret = 0;
-		if (ret != 0)
-			break;
-	}
+	} while (ret == 0 && r->change.order);
 	if (ret == ABSENT)
 		r->at = s;
 	else if (ret != -EAGAIN)

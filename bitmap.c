@@ -1,23 +1,7 @@
 /*
  * bitmap.c - block bitmaps, in memory and in a durable file: see bitmap.h.
  *
- * The file, all numbers little-endian:
- *
- *	offset  size
- *	     0     8  magic "xnbdbmap"
- *	     8     4  version, 2
- *	    12     4  kind: enum bitmap_kind
- *	    16     8  bytes per block, 4096
- *	    24     8  size of the disk in bytes
- *	    32     8  fingerprint of the base image
- *	    40    16  boot id of the machine that wrote it last; zeros: not known
- *	    56     4  1 if it was closed in order
- *	    60     4  enum flag
- *	    64     8  instance of the image's file system or device, 0: not known
- *	    72     8  instance of this file's file system, 0: not known
- *	    80     8  checksum (FNV-1a) of the 80 bytes before
- *	  4096     m  committed map: bit n % 8 of byte n / 8 is block n
- *	4096+m     m  live map, likewise; m is a multiple of 4096
+ * xnbd-bitmap(5) has the format of the file: a header, a committed map, a live map.
  *
  * Memory is what counts while the server runs.  The live map is its record for the time after
  * kill -9: changed bytes go there by pwrite(), and the page cache keeps them as it keeps the data.
@@ -53,6 +37,7 @@
 #define _GNU_SOURCE
 #include "bitmap.h"
 
+#include "disk.h"
 #include "log.h"
 #include "util.h"
 #include "xnbd.h"
@@ -72,25 +57,22 @@
 #include <unistd.h>
 #if defined(__linux__)
 #include <sys/sysmacros.h>
-#include <sys/vfs.h>
+#endif
+
+#if !defined(MAP_NORESERVE)
+#define MAP_NORESERVE 0
 #endif
 
 enum {
 	HEADER_SIZE = 4096,
 	MAP_PAGE = 4096,		/* bytes of a map that are committed together */
+	PAGE_BLOCKS = 8 * MAP_PAGE,
 	COMMIT_PAGES = 64,		/* at most, for one sync of the data */
 	VERSION = 2,
 	BOOT_ID_SIZE = 16,
 	LOCK_NS = 1000 * 1000,		/* that a loop waits at most */
 	CHECKED_SIZE = 80,		/* of the header */
 	CHECKED_SIZE_1 = 64,		/* of version 1 */
-};
-
-/* What the header tells.  The numbers are part of the format. */
-enum flag {
-	FAILED = 1,			/* stable storage has */
-	WHOLE = 2,			/* all blocks are held, whatever the maps say */
-	WRITTEN = 4,			/* a client has changed the disk */
 };
 
 /* What is known of a page of the map. */
@@ -104,7 +86,7 @@ static const char magic[8] = { 'x', 'n', 'b', 'd', 'b', 'm', 'a', 'p' };
 struct bitmap {
 	uint64_t blocks;
 	atomic_size_t set;		/* bits that are; 32 bits are enough for 16 TiB */
-	atomic_bool whole;
+	atomic_uint flags;		/* enum bitmap_flag */
 	atomic_uchar *live;		/* anonymous memory */
 	uint64_t map_bytes;		/* of one map, a multiple of MAP_PAGE */
 
@@ -112,14 +94,14 @@ struct bitmap {
 	int fd;
 	const char *path;		/* while it is opened, for the log */
 	atomic_uchar *page;		/* enum page_state, for each page of the map */
-	uint8_t *pages;			/* room for COMMIT_PAGES, for who commits */
+	uint8_t *pages;			/* room for COMMIT_PAGES, for the commit */
 	uint64_t page_number[COMMIT_PAGES];
 	pthread_mutex_t lock;		/* for records and the header; a leaf */
 	struct bitmap_identity id;
 	uint8_t boot_id[BOOT_ID_SIZE];	/* these are read at the start: later there may be no access */
 	uint64_t image_instance, own_instance;
-	atomic_uint flags;
-	bool written_is_stable;		/* the flag is; for who commits */
+	bool written_is_stable;		/* the flag BITMAP_WRITTEN is; for the commit */
+	atomic_bool failed;		/* it is not on stable storage, and never will be */
 };
 
 static void put_le(uint8_t *p, uint64_t v, int bytes)
@@ -142,29 +124,27 @@ uint64_t bitmap_blocks(uint64_t size)
 	return size / BLOCK_SIZE + (size % BLOCK_SIZE != 0);
 }
 
-static uint64_t map_bytes_of(uint64_t blocks)
-{
-	uint64_t bytes = blocks / 8 + (blocks % 8 != 0);
-
-	return (bytes + MAP_PAGE - 1) / MAP_PAGE * MAP_PAGE;
-}
-
 /* Bits */
 
-bool bitmap_test(const struct bitmap *b, uint64_t blk)
+static bool holds_all(const struct bitmap *b)
 {
-	return atomic_load_explicit(&b->whole, memory_order_acquire) ||
+	return atomic_load_explicit(&b->flags, memory_order_acquire) & BITMAP_WHOLE;
+}
+
+static bool is_set(const struct bitmap *b, uint64_t blk)
+{
+	return holds_all(b) ||
 	       atomic_load_explicit(&b->live[blk / 8], memory_order_acquire) >> blk % 8 & 1;
 }
 
 uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *set)
 {
-	bool first = bitmap_test(b, blk);
+	bool first = is_set(b, blk);
 	unsigned char all = first ? 0xff : 0;
 	uint64_t n = 1;
 
 	*set = first;
-	if (atomic_load_explicit(&b->whole, memory_order_acquire))
+	if (holds_all(b))
 		return first ? max : n;
 	while (n < max) {
 		uint64_t at = blk + n;
@@ -172,20 +152,11 @@ uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *se
 		if (at % 8 == 0 && max - n >= 8 &&
 		    atomic_load_explicit(&b->live[at / 8], memory_order_acquire) == all)
 			n += 8;
-		else if (bitmap_test(b, at) == first)
+		else if (is_set(b, at) == first)
 			n++;
 		else
 			break;
 	}
-	return n;
-}
-
-static unsigned count_bits(unsigned bits)
-{
-	unsigned n = 0;
-
-	for (; bits; bits &= bits - 1)
-		n++;
 	return n;
 }
 
@@ -198,24 +169,44 @@ static unsigned char bits_of(uint64_t at, uint64_t blk, uint64_t end)
 	return (unsigned char)(0xffU << first & 0xffU >> (8 - last));
 }
 
-static void set_bits(struct bitmap *b, uint64_t blk, uint64_t end)
+/* Set some bits of byte at; whether any of them was not set. */
+static bool set_byte(struct bitmap *b, uint64_t at, unsigned char bits)
 {
-	uint64_t fresh = 0;
+	unsigned fresh = bits & ~(unsigned)atomic_fetch_or_explicit(&b->live[at], bits,
+								     memory_order_acq_rel);
+	unsigned n = 0;
 
-	for (uint64_t at = blk / 8; at * 8 < end; at++) {
-		unsigned char bits = bits_of(at, blk, end), old;
-
-		old = atomic_fetch_or_explicit(&b->live[at], bits, memory_order_acq_rel);
-		fresh += count_bits(bits & ~(unsigned)old);
-	}
-	atomic_fetch_add_explicit(&b->set, fresh, memory_order_relaxed);
+	for (; fresh; fresh &= fresh - 1)
+		n++;
+	atomic_fetch_add_explicit(&b->set, n, memory_order_relaxed);
+	return n > 0;
 }
 
-static bool are_set(const struct bitmap *b, uint64_t blk, uint64_t end)
+static void set_bits(struct bitmap *b, uint64_t blk, uint64_t end)
 {
-	bool set;
+	for (uint64_t at = blk / 8; at * 8 < end; at++)
+		set_byte(b, at, bits_of(at, blk, end));
+}
 
-	return bitmap_run(b, blk, end - blk, &set) == end - blk && set;
+/* Write to the file.  An error that time will not mend is remembered: something is lost. */
+static int write_map(struct bitmap *b, const uint8_t *p, uint64_t len, uint64_t off)
+{
+	int err = write_at(b->fd, p, len, off);
+
+	if (err && !is_momentary(err))
+		atomic_store(&b->failed, true);
+	return err;
+}
+
+/* fdatasync() of the file; an error is remembered. */
+static int sync_file(struct bitmap *b)
+{
+	while (fdatasync(b->fd) < 0)
+		if (errno != EINTR) {
+			atomic_store(&b->failed, true);
+			return -errno;
+		}
+	return 0;
 }
 
 /*
@@ -229,7 +220,7 @@ static int record(struct bitmap *b, uint64_t blk, uint64_t end)
 	int err = 0;
 
 	if (!(atomic_load(&b->page[page]) & TAKEN)) {
-		err = write_at(b->fd, buf, MAP_PAGE, HEADER_SIZE + page * MAP_PAGE);
+		err = write_map(b, buf, MAP_PAGE, HEADER_SIZE + page * MAP_PAGE);
 		if (err)
 			return err;
 		atomic_fetch_or(&b->page[page], TAKEN);
@@ -237,7 +228,7 @@ static int record(struct bitmap *b, uint64_t blk, uint64_t end)
 	for (uint64_t i = 0; i < bytes; i++)
 		buf[i] = atomic_load_explicit(&b->live[first + i], memory_order_relaxed) |
 			 bits_of(first + i, blk, end);
-	return write_at(b->fd, buf, bytes, HEADER_SIZE + b->map_bytes + first);
+	return write_map(b, buf, bytes, HEADER_SIZE + b->map_bytes + first);
 }
 
 /* Whoever has the lock is in a pwrite(), mostly for less than a microsecond. */
@@ -245,8 +236,6 @@ static bool take_lock(struct bitmap *b, bool wait)
 {
 	struct timespec until;
 
-	if (pthread_mutex_trylock(&b->lock) == 0)
-		return true;
 	if (wait)
 		return pthread_mutex_lock(&b->lock) == 0;
 	clock_gettime(CLOCK_REALTIME, &until);
@@ -260,14 +249,15 @@ static bool take_lock(struct bitmap *b, bool wait)
 static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, bool wait)
 {
 	int err = 0;
+	bool set;
 
 	if (!take_lock(b, wait))
 		return -EAGAIN;
-	if (!are_set(b, blk, end)) {
+	if (bitmap_run(b, blk, end - blk, &set) < end - blk || !set) {
 		err = record(b, blk, end);
 		if (!err) {
 			set_bits(b, blk, end);
-			atomic_fetch_or(&b->page[blk / 8 / MAP_PAGE], DIRTY);
+			atomic_fetch_or(&b->page[blk / PAGE_BLOCKS], DIRTY);
 		}
 	}
 	pthread_mutex_unlock(&b->lock);
@@ -279,14 +269,14 @@ int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait)
 	uint64_t end = blk + n, to;
 	int err = 0;
 
-	if (n == 0 || atomic_load_explicit(&b->whole, memory_order_acquire))
+	if (holds_all(b))
 		return 0;
 	if (b->fd < 0) {
 		set_bits(b, blk, end);
 		return 0;
 	}
 	for (; blk < end && !err; blk = to) {
-		to = (blk / 8 / MAP_PAGE + 1) * MAP_PAGE * 8;
+		to = (blk / PAGE_BLOCKS + 1) * PAGE_BLOCKS;
 		if (to > end)
 			to = end;
 		err = set_recorded(b, blk, to, wait);
@@ -296,82 +286,81 @@ int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait)
 
 uint64_t bitmap_count(const struct bitmap *b)
 {
-	return atomic_load(&b->whole) ? b->blocks :
-					atomic_load_explicit(&b->set, memory_order_relaxed);
-}
-
-static bool make_map(struct bitmap *b, uint64_t blocks)
-{
-	int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-	void *map;
-
-#if defined(MAP_NORESERVE)
-	flags |= MAP_NORESERVE;
-#endif
-	b->blocks = blocks;
-	b->map_bytes = map_bytes_of(blocks ? blocks : 1);
-	map = mmap(NULL, b->map_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-	b->live = map == MAP_FAILED ? NULL : map;
-	return b->live != NULL;
+	return holds_all(b) ? b->blocks : atomic_load_explicit(&b->set, memory_order_relaxed);
 }
 
 struct bitmap *bitmap_new(uint64_t blocks)
 {
 	struct bitmap *b = calloc(1, sizeof(*b));
+	uint64_t pages;
+	void *map;
 
 	if (!b)
 		return NULL;
 	b->fd = -1;
 	pthread_mutex_init(&b->lock, NULL);
-	if (make_map(b, blocks))
+	b->blocks = blocks;
+	pages = blocks / PAGE_BLOCKS + (blocks % PAGE_BLOCKS != 0);
+	b->map_bytes = (pages ? pages : 1) * MAP_PAGE;
+	map = mmap(NULL, b->map_bytes, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (map != MAP_FAILED) {
+		b->live = map;
 		return b;
+	}
 	bitmap_close(b);
 	return NULL;
 }
 
 /* Which page cache it is */
 
+static const uint8_t unknown_boot[BOOT_ID_SIZE];
+
 /* The machine's boot id in its 16 bytes; zeros if there is none, which equals no other. */
-static bool read_boot_id(uint8_t *id)
+static void read_boot_id(uint8_t *id)
 {
+	static const char hex[] = "0123456789abcdef";
 	char text[64] = "";
 	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
 	unsigned digits = 0;
-	ssize_t n = 0;
 
 	memset(id, 0, BOOT_ID_SIZE);
-	if (fd >= 0) {
-		n = read(fd, text, sizeof(text) - 1);
-		close(fd);
-	}
-	for (const char *p = text; n > 0 && *p && digits < 2 * BOOT_ID_SIZE; p++) {
-		static const char hex[] = "0123456789abcdef";
-		const char *digit = strchr(hex, *p);
-
-		if (digit) {
+	if (fd < 0)
+		return;
+	if (read(fd, text, sizeof(text) - 1) < 0)
+		text[0] = '\0';
+	close(fd);
+	for (const char *p = text, *digit; *p && digits < 2 * BOOT_ID_SIZE; p++)
+		if ((digit = strchr(hex, *p))) {
 			id[digits / 2] = (uint8_t)(id[digits / 2] << 4 | (digit - hex));
 			digits++;
 		}
-	}
-	return digits > 0;
 }
 
 #if defined(__linux__) && !defined(XNBD_PORTABLE)
-/* The folder of a btrfs below /sys/fs, whose name is its UUID. */
-static bool name_btrfs(const char *path, char *name, size_t room)
+static uint64_t inode_of(const char *path)
+{
+	struct stat st;
+
+	return stat(path, &st) == 0 ? st.st_ino : 0;
+}
+
+/* A btrfs has a folder below /sys/fs whose name is its UUID. */
+static uint64_t btrfs_instance(const char *path)
 {
 	enum { FSID = 16, FSID_SIZE = 16 };		/* struct btrfs_ioctl_fs_info_args */
 	uint8_t info[1024] = { 0 };
+	char name[64];
 	int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC), n;
 	bool ok = fd >= 0 && ioctl(fd, _IOC(_IOC_READ, 0x94, 31, sizeof(info)), info) == 0;
 
 	if (fd >= 0)
 		close(fd);
-	n = snprintf(name, room, "/sys/fs/btrfs/");
+	n = snprintf(name, sizeof(name), "/sys/fs/btrfs/");
 	for (int i = 0; i < FSID_SIZE; i++)
-		n += snprintf(name + n, room - (size_t)n, "%s%02x",
+		n += snprintf(name + n, sizeof(name) - (size_t)n, "%s%02x",
 			      i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", info[FSID + i]);
-	return ok;
+	return ok ? inode_of(name) : 0;
 }
 
 /* The number of the folder that the kernel makes below /sys/fs for a mounted block device. */
@@ -379,22 +368,19 @@ static uint64_t mounted_instance(const char *path, const struct stat *st)
 {
 	static const char *const type[] = { "ext4", "xfs", "f2fs" };
 	char link[64], device[256], name[512];
-	struct stat folder;
+	uint64_t instance = 0;
 	ssize_t n;
 
 	snprintf(link, sizeof(link), "/sys/dev/block/%u:%u", major(st->st_dev), minor(st->st_dev));
 	n = readlink(link, device, sizeof(device) - 1);
 	if (n < 0)
-		return name_btrfs(path, name, sizeof(name)) && stat(name, &folder) == 0 ?
-			       folder.st_ino :
-			       0;
+		return btrfs_instance(path);
 	device[n] = '\0';
-	for (size_t i = 0; i < ARRAY_SIZE(type); i++) {
+	for (size_t i = 0; i < ARRAY_SIZE(type) && !instance; i++) {
 		snprintf(name, sizeof(name), "/sys/fs/%s/%s", type[i], base_name(device));
-		if (stat(name, &folder) == 0)
-			return folder.st_ino;
+		instance = inode_of(name);
 	}
-	return 0;
+	return instance;
 }
 
 static uint64_t device_instance(const char *path)
@@ -404,8 +390,7 @@ static uint64_t device_instance(const char *path)
 
 	if (fd < 0)
 		return 0;
-	if (ioctl(fd, _IOR(0x12, 128, uint64_t), &number) < 0)	/* BLKGETDISKSEQ */
-		number = 0;
+	ioctl(fd, _IOR(0x12, 128, uint64_t), &number);	/* BLKGETDISKSEQ; or it stays 0 */
 	close(fd);
 	return number;
 }
@@ -438,21 +423,11 @@ static uint64_t instance_of(const char *path)
 
 /* The file */
 
-static uint64_t checksum(const uint8_t *p, int size)
+uint64_t bitmap_checksum(uint64_t h, const uint8_t *p, uint64_t size)
 {
-	uint64_t h = UINT64_C(0xcbf29ce484222325);
-
-	for (int i = 0; i < size; i++)
+	for (uint64_t i = 0; i < size; i++)
 		h = (h ^ p[i]) * UINT64_C(0x100000001b3);
 	return h;
-}
-
-static int sync_file(const struct bitmap *b)
-{
-	while (fdatasync(b->fd) < 0)
-		if (errno != EINTR)
-			return -errno;
-	return 0;
 }
 
 /* Called with the lock, once the file is open to others. */
@@ -471,22 +446,25 @@ static int write_header(struct bitmap *b, bool clean, unsigned flags)
 	put_le(p + 60, flags, 4);
 	put_le(p + 64, b->image_instance, 8);
 	put_le(p + 72, b->own_instance, 8);
-	put_le(p + 80, checksum(p, CHECKED_SIZE), 8);
-	return write_at(b->fd, p, sizeof(p), 0);
+	put_le(p + 80, bitmap_checksum(BITMAP_CHECKSUM, p, CHECKED_SIZE), 8);
+	return write_map(b, p, sizeof(p), 0);
 }
 
-/* Set a flag in the file, which keeps it for a later process, and then in memory. */
-static int write_flag(struct bitmap *b, enum flag flag)
+int bitmap_tell(struct bitmap *b, enum bitmap_flag flag, bool durable)
 {
-	unsigned flags;
+	unsigned flags = atomic_load_explicit(&b->flags, memory_order_relaxed);
 	int err = 0;
 
+	if (b->fd < 0 || (flags & flag && !durable))
+		return 0;
 	pthread_mutex_lock(&b->lock);
-	flags = atomic_load(&b->flags);
-	if (!(flags & flag))
-		err = write_header(b, false, flags | flag);
+	flags = atomic_load(&b->flags) | flag;
+	if (flags != atomic_load(&b->flags))
+		err = write_header(b, false, flags);
+	if (!err && durable)
+		err = sync_file(b);
 	if (!err)
-		atomic_fetch_or(&b->flags, flag);
+		atomic_store(&b->flags, flags);
 	pthread_mutex_unlock(&b->lock);
 	return err;
 }
@@ -500,15 +478,13 @@ static uint64_t file_bytes(const struct bitmap *b)
 static bool may_clear(const struct bitmap *b)
 {
 	uint8_t found[16];
-	struct stat st;
 
-	return fstat(b->fd, &st) == 0 &&
-	       (st.st_size == 0 ||
-		(read_at(b->fd, found, sizeof(found), 0) == 0 &&
-		 memcmp(found, magic, sizeof(magic)) == 0 && get_le(found + 12, 4) == b->id.kind));
+	return lseek(b->fd, 0, SEEK_END) == 0 ||
+	       (read_at(b->fd, found, sizeof(found), 0) == 0 &&
+		memcmp(found, magic, sizeof(magic)) == 0 && get_le(found + 12, 4) == b->id.kind);
 }
 
-static bool refuse(const struct bitmap *b, const char *why)
+static bool refuse_file(const struct bitmap *b, const char *why)
 {
 	log_failure("bitmap file %s: %s%s", b->path, why,
 		    b->id.kind == BITMAP_CACHE && may_clear(b) ? " (--clear-bitmap begins afresh)" :
@@ -523,23 +499,23 @@ static bool refuse_number(const struct bitmap *b, const char *what, uint64_t fou
 
 	snprintf(why, sizeof(why), "%s is %llu, and %llu is expected", what,
 		 (unsigned long long)found, (unsigned long long)expected);
-	return refuse(b, why);
+	return refuse_file(b, why);
 }
 
 /* Whether the header p, and the size of the file, are what they should be. */
 static bool check_header(const struct bitmap *b, const uint8_t *p, uint64_t size)
 {
 	uint64_t version = get_le(p + 8, 4);
-	int checked = version == 1 ? CHECKED_SIZE_1 : CHECKED_SIZE;
+	unsigned checked = version == 1 ? CHECKED_SIZE_1 : CHECKED_SIZE;
 
 	if (memcmp(p, magic, sizeof(magic)) != 0)
-		return refuse(b, "it is no bitmap file of xnbd");
+		return refuse_file(b, "it is no bitmap file of xnbd");
 	if (version != 1 && version != VERSION)
 		return refuse_number(b, "version", version, VERSION);
-	if (get_le(p + checked, 8) != checksum(p, checked))
-		return refuse(b, "the header is damaged, its checksum is wrong");
+	if (get_le(p + checked, 8) != bitmap_checksum(BITMAP_CHECKSUM, p, checked))
+		return refuse_file(b, "the header is damaged, its checksum is wrong");
 	if (get_le(p + 12, 4) != b->id.kind)
-		return refuse(b, b->id.kind == BITMAP_CACHE ?
+		return refuse_file(b, b->id.kind == BITMAP_CACHE ?
 					 "it belongs to an overlay, and not to a proxy" :
 					 "it belongs to a proxy, and not to an overlay");
 	if (get_le(p + 16, 8) != BLOCK_SIZE)
@@ -547,69 +523,46 @@ static bool check_header(const struct bitmap *b, const uint8_t *p, uint64_t size
 	if (get_le(p + 24, 8) != b->id.disk_size)
 		return refuse_number(b, "size of the disk", get_le(p + 24, 8), b->id.disk_size);
 	if (get_le(p + 32, 8) != b->id.fingerprint)
-		return refuse(b, "the base image has changed since this overlay was made");
+		return refuse_file(b, "the base image has changed since this overlay was made");
 	/* Without the live map: see empty_live_map(). */
 	if (size != file_bytes(b) && size != file_bytes(b) - b->map_bytes)
 		return refuse_number(b, "size of the file", size, file_bytes(b));
 	return true;
 }
 
-/*
- * A part of a map, which begins at offset map of the file, that may have bits: bytes *at to *end - 1
- * of it, from *at on; whole pages.  What was never written need not be looked at: a large disk's
- * maps are mostly that.  False if there is none.
- */
-static bool next_part(const struct bitmap *b, uint64_t map, uint64_t *at, uint64_t *end)
-{
-	*end = b->map_bytes;
-#if defined(SEEK_DATA) && !defined(XNBD_PORTABLE)
-	off_t from = *at < *end ? lseek(b->fd, (off_t)(map + *at), SEEK_DATA) : -1, to;
-
-	if (from < 0 && errno == ENXIO)		/* none up to the end of the file */
-		return false;
-	if (from < 0)
-		return *at < *end;
-	if ((uint64_t)from >= map + *end)
-		return false;
-	*at = ((uint64_t)from - map) / MAP_PAGE * MAP_PAGE;
-	to = lseek(b->fd, from, SEEK_HOLE);
-	if (to > from && (uint64_t)to < map + *end)
-		*end = ((uint64_t)to - map + MAP_PAGE - 1) / MAP_PAGE * MAP_PAGE;
-#else
-	(void)map;
-#endif
-	return *at < *end;
-}
-
-/* Add a page of a map in the file; state is what its page has if it has bits that were not there. */
+/* Add a page of a map in the file; with bits that were not there its page has that state. */
 static void add_page(struct bitmap *b, uint64_t page, const uint8_t *p, enum page_state state)
 {
-	for (uint64_t i = 0; i < MAP_PAGE; i++) {
-		uint64_t at = page * MAP_PAGE + i;
-		unsigned bits = at * 8 < b->blocks ? p[i] & bits_of(at, at * 8, b->blocks) : 0;
+	for (uint64_t i = 0, at = page * MAP_PAGE; i < MAP_PAGE && at * 8 < b->blocks; i++, at++) {
+		unsigned char bits = p[i] & bits_of(at, at * 8, b->blocks);
 
-		bits &= ~(unsigned)b->live[at];
-		if (!bits)
-			continue;
-		atomic_fetch_add(&b->set, count_bits(bits));
-		b->live[at] |= (unsigned char)bits;
-		b->page[page] |= state;
+		if (bits && set_byte(b, at, bits))
+			b->page[page] |= state;
 	}
 }
 
-/* Read the map at offset map of the file. */
+/*
+ * Read the map at offset map of the file.  What was never written need not be looked at: a large
+ * disk's maps are mostly that.
+ */
 static int load_map(struct bitmap *b, uint64_t map, enum page_state state)
 {
-	static const uint8_t none[MAP_PAGE];
+	static const uint8_t zeros[MAP_PAGE];
+	uint64_t end = map + b->map_bytes;
 	int err = 0;
 
-	for (uint64_t at = 0, end; !err && next_part(b, map, &at, &end); at = end) {
-		if (end > at + COMMIT_PAGES * MAP_PAGE)
-			end = at + COMMIT_PAGES * MAP_PAGE;
-		err = read_at(b->fd, b->pages, end - at, map + at);
-		for (uint64_t i = 0; !err && i < end - at; i += MAP_PAGE)
-			if (memcmp(b->pages + i, none, MAP_PAGE) != 0)
-				add_page(b, (at + i) / MAP_PAGE, b->pages + i, state);
+	for (uint64_t off = map; off < end && !err; off += MAP_PAGE) {
+#if defined(SEEK_DATA) && !defined(XNBD_PORTABLE)
+		off_t to = lseek(b->fd, (off_t)off, SEEK_DATA);
+
+		if (to >= 0)
+			off = (uint64_t)to / MAP_PAGE * MAP_PAGE;
+		if (off >= end || (to < 0 && errno == ENXIO))	/* no data up to the end */
+			break;
+#endif
+		err = read_at(b->fd, b->pages, MAP_PAGE, off);
+		if (!err && memcmp(b->pages, zeros, MAP_PAGE) != 0)
+			add_page(b, (off - map) / MAP_PAGE, b->pages, state);
 	}
 	return err;
 }
@@ -633,16 +586,14 @@ static bool has_lost(const struct bitmap *b)
 /* Whether the live map was written to the page cache that is there now; the log says why not. */
 static bool believes_live_map(const struct bitmap *b, const uint8_t *header)
 {
-	static const uint8_t unknown[BOOT_ID_SIZE];
 	bool is_2 = get_le(header + 8, 4) == VERSION, clean = get_le(header + 56, 4);
-	bool lost = has_lost(b);
 	const char *why = NULL;
 
-	if (memcmp(b->boot_id, unknown, BOOT_ID_SIZE) == 0)
+	if (memcmp(b->boot_id, unknown_boot, BOOT_ID_SIZE) == 0)
 		return false;
 	if (memcmp(b->boot_id, header + 40, BOOT_ID_SIZE) != 0)
 		why = "the machine was started again";
-	else if (lost || (is_2 && get_le(header + 60, 4) & FAILED))
+	else if (has_lost(b) || (is_2 && get_le(header + 60, 4) & BITMAP_FAILED))
 		why = "stable storage had failed";
 	else if (is_2 && (!is_same_instance(b->image_instance, get_le(header + 64, 8)) ||
 			  !is_same_instance(b->own_instance, get_le(header + 72, 8))))
@@ -664,15 +615,14 @@ static int empty_live_map(const struct bitmap *b)
 }
 
 /* Take over what a file that was there says. */
-static int load(struct bitmap *b, const uint8_t *header, uint64_t size)
+static int load_maps(struct bitmap *b, const uint8_t *header, uint64_t size)
 {
 	uint64_t live = HEADER_SIZE + b->map_bytes;
 	unsigned flags = get_le(header + 8, 4) == VERSION ? (unsigned)get_le(header + 60, 4) : 0;
 	int err = load_map(b, HEADER_SIZE, TAKEN);
 
-	atomic_init(&b->flags, flags & (WHOLE | WRITTEN));
-	atomic_init(&b->whole, flags & WHOLE);
-	b->written_is_stable = flags & WRITTEN;
+	atomic_init(&b->flags, flags & (BITMAP_WHOLE | BITMAP_WRITTEN));
+	b->written_is_stable = flags & BITMAP_WRITTEN;
 	if (!err && size == file_bytes(b) && believes_live_map(b, header))
 		return load_map(b, live, DIRTY | TAKEN);
 	return err ? err : empty_live_map(b);
@@ -687,68 +637,55 @@ static int format(void *bitmap, int fd)
 	b->fd = fd;
 	if (!err)
 		err = write_header(b, false, 0);
-	b->fd = -1;
+	b->fd = -1;		/* it is closed again */
 	return err;
 }
 
 /* Open and lock a file that is there; -EWOULDBLOCK if somebody has it, or has just replaced it. */
-static int open_existing(struct bitmap *b, const char *path)
+static int open_existing(struct bitmap *b)
 {
 	struct stat st, named;
 
-	b->fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
+	b->fd = open(b->path, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
 	if (b->fd < 0 || flock(b->fd, LOCK_EX | LOCK_NB) < 0 || fstat(b->fd, &st) < 0 ||
-	    lstat(path, &named) < 0)
+	    lstat(b->path, &named) < 0)
 		return -errno;
 	if (!S_ISREG(st.st_mode))
 		return -EINVAL;
 	return st.st_dev == named.st_dev && st.st_ino == named.st_ino ? 0 : -EWOULDBLOCK;
 }
 
-static int open_file(struct bitmap *b, const char *path, bool clear, bool *created)
+/* Open and lock the file, which is made if there is none, or it is to be cleared. */
+static int open_map(struct bitmap *b, bool clear)
 {
-	int err = open_existing(b, path), old = b->fd;
+	int err = open_existing(b), old = b->fd;
 
-	*created = false;
 	if (err != -ENOENT && (err || !clear))
 		return err;
 	if (!err && !may_clear(b))
 		return -EINVAL;
-	err = create_file(path, clear && !err, format, b);
-	*created = err == 0;
+	b->fd = -1;
+	err = create_file(b->path, clear && !err, format, b);
 	if (old >= 0)
 		close(old);		/* and with it the lock on what was there */
-	return err == 0 || err == -EEXIST ? open_existing(b, path) : err;
+	return err == 0 || err == -EEXIST ? open_existing(b) : err;
 }
 
-/* The file is there and locked: check it and take over what it says.  False after logging. */
-static bool take_over(struct bitmap *b, int *err)
+/* Have the file, locked, and take over what it says.  False after logging why not. */
+static bool prepare_file(struct bitmap *b, bool clear)
 {
 	uint8_t header[CHECKED_SIZE + 8];
-	struct stat st;
+	int err = open_map(b, clear);
+	uint64_t size = err ? 0 : (uint64_t)lseek(b->fd, 0, SEEK_END);
 
-	if (fstat(b->fd, &st) < 0) {
-		*err = -errno;
-		return true;
-	}
-	if ((uint64_t)st.st_size < HEADER_SIZE)
-		return refuse_number(b, "size of the file", (uint64_t)st.st_size, file_bytes(b));
-	*err = read_at(b->fd, header, sizeof(header), 0);
-	if (*err)
-		return true;
-	if (!check_header(b, header, (uint64_t)st.st_size))
+	if (!err && size < HEADER_SIZE)
+		return refuse_number(b, "size of the file", size, file_bytes(b));
+	if (!err)
+		err = read_at(b->fd, header, sizeof(header), 0);
+	if (!err && !check_header(b, header, size))
 		return false;
-	*err = load(b, header, (uint64_t)st.st_size);
-	return true;
-}
-
-static bool prepare(struct bitmap *b, bool clear)
-{
-	bool created;
-	int err = open_file(b, b->path, clear, &created);
-
-	if (!err && !created && !take_over(b, &err))
-		return false;
+	if (!err)
+		err = load_maps(b, header, size);
 	if (!err)
 		err = write_header(b, false, atomic_load(&b->flags));
 	if (!err)
@@ -758,36 +695,30 @@ static bool prepare(struct bitmap *b, bool clear)
 			    err == -EWOULDBLOCK ? "another server uses it" :
 			    err == -EINVAL	? "it is no bitmap file of this kind, and is left alone" :
 						  strerror(-err));
+	else if (memcmp(b->boot_id, unknown_boot, BOOT_ID_SIZE) == 0)
+		log_line("bitmap file %s: /proc/sys/kernel/random/boot_id cannot be read: what is "
+			 "not flushed, or is younger than a second, will be lost if this process is "
+			 "killed", b->path);
 	return err == 0;
 }
 
 struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, bool clear)
 {
 	struct bitmap *b = bitmap_new(bitmap_blocks(id->disk_size));
-	bool knows_boot;
 
-	if (!b)
-		goto out_of_memory;
+	if (!b) {
+		log_failure("bitmap file %s: %s", path, strerror(ENOMEM));
+		return NULL;
+	}
 	b->id = *id;
 	b->path = path;
-	b->page = calloc(b->map_bytes / MAP_PAGE, sizeof(*b->page));
-	b->pages = malloc(COMMIT_PAGES * MAP_PAGE);
-	if (!b->page || !b->pages)
-		goto out_of_memory;
-	knows_boot = read_boot_id(b->boot_id);
+	b->page = not_null(calloc(b->map_bytes / MAP_PAGE, sizeof(*b->page)));
+	b->pages = not_null(malloc(COMMIT_PAGES * MAP_PAGE));
+	read_boot_id(b->boot_id);
 	b->image_instance = instance_of(id->image);
 	b->own_instance = instance_of(path);
-	if (prepare(b, clear)) {
-		if (!knows_boot)
-			log_line("bitmap file %s: /proc/sys/kernel/random/boot_id cannot be read: "
-				 "what is not flushed, or is younger than a second, will be lost if "
-				 "this process is killed", path);
+	if (prepare_file(b, clear))
 		return b;
-	}
-	bitmap_close(b);
-	return NULL;
-out_of_memory:
-	log_failure("bitmap file %s: %s", path, strerror(ENOMEM));
 	bitmap_close(b);
 	return NULL;
 }
@@ -806,11 +737,9 @@ void bitmap_close(struct bitmap *b)
 	free(b);
 }
 
-int bitmap_note_change(struct bitmap *b)
+bool bitmap_has_failed(const struct bitmap *b)
 {
-	if (b->fd < 0 || atomic_load_explicit(&b->flags, memory_order_relaxed) & WRITTEN)
-		return 0;
-	return write_flag(b, WRITTEN);
+	return atomic_load(&b->failed);
 }
 
 /* Committing */
@@ -833,104 +762,41 @@ static unsigned take_dirty(struct bitmap *b, uint64_t *page)
 	return n;
 }
 
-static int sync_lost(struct bitmap *b, bool *lost)
-{
-	int err = sync_file(b);
-
-	*lost |= err != 0;
-	return err;
-}
-
-/* That clients write is on stable storage before any bit of theirs. */
-static int sync_written(struct bitmap *b, bool *lost)
+static int write_committed(struct bitmap *b, unsigned n)
 {
 	int err = 0;
 
-	if (b->written_is_stable || !(atomic_load(&b->flags) & WRITTEN))
-		return 0;
-	err = sync_lost(b, lost);
-	b->written_is_stable = !err;
-	return err;
-}
-
-static int write_committed(struct bitmap *b, unsigned n, bool *lost)
-{
-	int err = sync_written(b, lost);
-
-	for (unsigned i = 0; i < n && !err; i++) {
-		err = write_at(b->fd, b->pages + i * MAP_PAGE, MAP_PAGE,
-			       HEADER_SIZE + b->page_number[i] * MAP_PAGE);
-		*lost |= err && !is_momentary(err);
+	/* That clients write is on stable storage before any bit of theirs. */
+	if (!b->written_is_stable && atomic_load(&b->flags) & BITMAP_WRITTEN) {
+		err = sync_file(b);
+		b->written_is_stable = !err;
 	}
-	return !err && n > 0 ? sync_lost(b, lost) : err;
+	for (unsigned i = 0; i < n && !err; i++)
+		err = write_map(b, b->pages + i * MAP_PAGE, MAP_PAGE,
+				 HEADER_SIZE + b->page_number[i] * MAP_PAGE);
+	return !err && n > 0 ? sync_file(b) : err;
 }
 
-static int sync_data(int (*sync)(void *), void *arg, bool *lost)
-{
-	int err = sync(arg);
-
-	*lost |= err != 0;
-	return err;
-}
-
-int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg, bool *lost)
+int bitmap_commit(struct bitmap *b, struct disk *image)
 {
 	uint64_t page = 0;
 	unsigned n;
 	int err;
 
-	*lost = false;
 	do {
 		n = take_dirty(b, &page);
-		err = sync_data(sync, arg, lost);
+		err = disk_sync(image);
 		if (!err)
-			err = write_committed(b, n, lost);
+			err = write_committed(b, n);
 		for (unsigned i = 0; err && i < n; i++)
 			atomic_fetch_or(&b->page[b->page_number[i]], DIRTY);
 	} while (!err && n == COMMIT_PAGES);
 	return err;
 }
 
-int bitmap_complete(struct bitmap *b, int (*sync)(void *), void *arg, bool *lost)
-{
-	int err;
-
-	*lost = false;
-	err = sync_data(sync, arg, lost);
-	if (!err)
-		err = sync_written(b, lost);
-	if (!err) {
-		err = write_flag(b, WHOLE);
-		*lost |= err && !is_momentary(err);
-	}
-	if (!err)
-		err = sync_lost(b, lost);
-	if (!err)
-		atomic_store(&b->whole, true);
-	else if (!atomic_load(&b->whole))	/* not by an earlier switch either */
-		atomic_fetch_and(&b->flags, ~(unsigned)WHOLE);
-	return err;
-}
-
-bool bitmap_is_dirty(const struct bitmap *b)
-{
-	for (uint64_t page = 0; page < b->map_bytes / MAP_PAGE; page++)
-		if (atomic_load_explicit(&b->page[page], memory_order_relaxed) & DIRTY)
-			return true;
-	return false;
-}
-
-void bitmap_mark_failed(struct bitmap *b)
-{
-	write_flag(b, FAILED);
-}
-
 int bitmap_mark_clean(struct bitmap *b)
 {
-	int err;
+	int err = write_header(b, true, atomic_load(&b->flags));
 
-	pthread_mutex_lock(&b->lock);
-	err = write_header(b, true, atomic_load(&b->flags));
-	pthread_mutex_unlock(&b->lock);
 	return err ? err : sync_file(b);
 }

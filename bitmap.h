@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 struct bitmap;
+struct disk;
 
 /* What a bitmap file belongs to.  The numbers are part of its format: xnbd-bitmap(5). */
 enum bitmap_kind {
@@ -28,6 +29,10 @@ struct bitmap_identity {
 /* The blocks of a disk of size bytes, the last of which may be a part of one. */
 uint64_t bitmap_blocks(uint64_t size);
 
+/* FNV-1a of more bytes, which begins with BITMAP_CHECKSUM. */
+#define BITMAP_CHECKSUM UINT64_C(0xcbf29ce484222325)
+uint64_t bitmap_checksum(uint64_t h, const uint8_t *p, uint64_t size);
+
 /* In memory, all 0, gone when it is closed.  NULL if out of memory. */
 struct bitmap *bitmap_new(uint64_t blocks);
 
@@ -40,42 +45,43 @@ struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, b
 /* NULL is allowed.  Does not commit. */
 void bitmap_close(struct bitmap *b);
 
-/* Whoever sees the bit also sees what was written before it was set. */
-bool bitmap_test(const struct bitmap *b, uint64_t blk);
-
-/* The number of blocks from blk on, at most max, that have the same bit; *set is that bit. */
+/*
+ * The number of blocks from blk on, at most max, that have the same bit; *set is that bit.
+ * A reader of a bit also sees what was written before it was set.
+ */
 uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *set);
 
 /*
  * Set n bits, whose blocks' data has been stored.  In a file they are recorded first, so that they
- * outlive the process.  0, or -errno and then some may not be set; -EAGAIN, without wait, if the file's disk holds up somebody else.
+ * outlive the process.  0, or -errno and then some may not be set; -EAGAIN, without wait, while the
+ * file's disk holds up another thread.
  */
 int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait);
 
 /* How many bits are set. */
 uint64_t bitmap_count(const struct bitmap *b);
 
-/* A client is about to change the disk, which the file tells from now on.  0 or -errno. */
-int bitmap_note_change(struct bitmap *b);
+/* What the header tells.  The numbers are part of the format. */
+enum bitmap_flag {
+	BITMAP_FAILED = 1,	/* stable storage has: only the committed map is to be believed */
+	BITMAP_WHOLE = 2,	/* all blocks are held, whatever the bits say */
+	BITMAP_WRITTEN = 4,	/* a client changes the disk */
+};
 
 /*
- * Make durable what was set before the call.  sync() makes durable the data that the bits speak
- * of, and is called before they are written.  One thread at a time.  0 or -errno; *lost is set if
- * the file is not on stable storage, and never will be: after other errors a later call may succeed.
+ * Set a flag in the file and then in memory; if durable, on stable storage in between.  In memory
+ * alone there are none.  0 or -errno.
  */
-int bitmap_commit(struct bitmap *b, int (*sync)(void *), void *arg, bool *lost);
+int bitmap_tell(struct bitmap *b, enum bitmap_flag flag, bool durable);
 
 /*
- * All blocks are held from now on, whatever the bits say: first on stable storage, at one instant,
- * then for all who ask.  As bitmap_commit(), and one of them at a time.
+ * Make durable what was set before the call, and first the image, which has the data that the bits
+ * speak of.  One thread at a time.  0 or -errno.
  */
-int bitmap_complete(struct bitmap *b, int (*sync)(void *), void *arg, bool *lost);
+int bitmap_commit(struct bitmap *b, struct disk *image);
 
-/* Whether something is to be committed, of a durable one. */
-bool bitmap_is_dirty(const struct bitmap *b);
-
-/* Stable storage has failed: a later start is to believe the committed map alone. */
-void bitmap_mark_failed(struct bitmap *b);
+/* Whether the file is not on stable storage, and never will be; other errors may pass. */
+bool bitmap_has_failed(const struct bitmap *b);
 
 /* After a commit, when no bit will be set any more: mark the file so.  0 or -errno. */
 int bitmap_mark_clean(struct bitmap *b);

@@ -29,8 +29,7 @@ enum {
 };
 
 struct cache {
-	struct backend backend;
-	struct layer layer;
+	struct layer layer;		/* the first */
 	struct origin *origin;
 	struct fetcher fetcher;
 	struct copy *copy;
@@ -157,24 +156,14 @@ static int cache_write(struct backend *b, const uint8_t *buf, uint64_t len, uint
 
 	if (lacking_edge(c, len, off).len > 0)
 		return ABSENT;
-	return layer_write(&c->layer, buf, len, off, how);
+	return layer_write(b, buf, len, off, how);
 }
 
 static int cache_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
 	struct cache *c = to_cache(b);
 
-	return lacking_edge(c, len, off).len > 0 ? ABSENT : layer_zero(&c->layer, len, off, flags);
-}
-
-static int cache_trim(struct backend *b, uint64_t len, uint64_t off)
-{
-	return layer_trim(&to_cache(b)->layer, len, off);
-}
-
-static int cache_flush(struct backend *b, struct request *r)
-{
-	return layer_flush(&to_cache(b)->layer, r);
+	return lacking_edge(c, len, off).len > 0 ? ABSENT : layer_zero(b, len, off, flags);
 }
 
 static int cache_prefetch(struct backend *b, uint64_t *len, uint64_t off)
@@ -199,7 +188,7 @@ static unsigned cache_extents(struct backend *b, struct extent *extent, unsigned
 
 	if (!held)
 		*ret = ABSENT;
-	return held ? disk_extents(c->layer.disk, extent, max, n, off) : 0;
+	return held ? layer_extents(b, extent, max, n, off, ret) : 0;
 }
 
 /* Opening and closing */
@@ -226,8 +215,8 @@ static const struct backend_ops cache_ops = {
 	.read = cache_read,
 	.write = cache_write,
 	.zero = cache_zero,
-	.trim = cache_trim,
-	.flush = cache_flush,
+	.trim = layer_trim,
+	.flush = layer_flush,
 	.cache = cache_prefetch,
 	.extents = cache_extents,
 	.holds = cache_holds,
@@ -278,7 +267,7 @@ static bool prepare_image(const char *path, uint64_t size, uint64_t held)
 
 static bool open_layer(struct cache *c, const struct cache_options *o)
 {
-	const struct bitmap_identity id = { BITMAP_CACHE, c->backend.size, 0, o->image };
+	const struct bitmap_identity id = { BITMAP_CACHE, c->layer.size, 0, o->image };
 	struct layer *l = &c->layer;
 
 	if (access(o->image, F_OK) == 0) {
@@ -299,11 +288,8 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 {
 	struct cache *c = not_null(calloc(1, sizeof(*c)));
 
-	c->backend.ops = &cache_ops;
-	c->backend.size = origin_limits(origin)->size;
-	c->backend.readonly = o->readonly;
 	c->origin = origin;
-	layer_init(&c->layer, &c->backend, c->backend.size, "the cache");
+	layer_init(&c->layer, &cache_ops, origin_limits(origin)->size, o->readonly, "the cache");
 	c->layer.durable = true;
 	fetcher_init(&c->fetcher, &c->layer, origin);
 	c->copy = copy_new(&c->fetcher);
@@ -312,7 +298,7 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 		return NULL;
 	}
 	layer_begin(&c->layer);
-	return &c->backend;
+	return &c->layer.backend;
 }
 
 /* Control */
@@ -377,7 +363,7 @@ static void run_switch(struct job *job)
 		return;
 	}
 	c->commit = (struct request){
-		.backend = &c->backend,
+		.backend = &c->layer.backend,
 		.done = completed,
 		.h.cmd = NBD_CMD_FLUSH,
 	};

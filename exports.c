@@ -12,11 +12,11 @@
 
 #include "cache.h"
 #include "clients.h"
-#include "cow.h"
 #include "disk.h"
 #include "log.h"
 #include "origin.h"
 #include "snapshot.h"
+#include "target.h"
 #include "util.h"
 
 #include <stdlib.h>
@@ -58,7 +58,7 @@ static struct backend *open_target(const struct options *o, struct exported *e, 
 		return NULL;
 	disk_look(e->disk, image);
 	if (o->readonly || is_alone(e->disk, image))
-		return disk_backend(e->disk);
+		return target_open(e->disk, o->readonly);
 	disk_close(e->disk);
 	return NULL;
 }
@@ -165,7 +165,7 @@ const char *exports_snapshots_beside(size_t i)
 	const struct exported *e = &exports.all[i];
 	const struct disk *d = !e->disk && exports.cache ? cache_disk(exports.cache) : e->disk;
 
-	return d && disk_is_file(d) ? e->path : NULL;
+	return d && d->is_file ? e->path : NULL;
 }
 
 bool exports_snapshot(void)
@@ -204,7 +204,7 @@ static void begin_snapshot(struct exported *e, exports_ended *ended)
 	const char *error;
 
 	e->wanted = e->taken = false;
-	e->snapshot = snapshot_new(e->disk, e->path, wake_main, &error);
+	e->snapshot = snapshot_new(e->disk, e->path, &error);
 	if (!e->snapshot)
 		ended(&e->export, NULL, error);
 }

@@ -1,7 +1,7 @@
 /*
- * layer.c - an image that holds some of the blocks of a disk: see layer.h.
+ * layer.c - an image that holds blocks of a disk: see layer.h.
  *
- * Whoever changes blocks is alone with them (order.h).  So a block without a bit can be merged, or
+ * A change of blocks is alone with them (order.h).  So a block without a bit can be merged, or
  * filled with what was fetched, without burying a write that came meanwhile.
  *
  * What a crash leaves between two calls, and why a reader gets the right bytes then; for the record
@@ -19,115 +19,244 @@
  *		before the header they have no bit, and the origin has them; after it they are zeros
  *	stable storage has failed: the map says so
  *		blocks that were committed are as they were then, or newer; the others are elsewhere
+ *
+ * A FLUSH has to wait for a commit that begins after it came.  Those that come while one runs gather
+ * for the next, so that any number of clients costs two at a time.  A loss is remembered: the
+ * kernel tells of lost pages once, and a second try would say that all is well.
  */
 #include "layer.h"
 
+#include "log.h"
 #include "util.h"
 
 #include <assert.h>
 #include <errno.h>
+#include <stddef.h>
+#include <stdio.h>
 #include <string.h>
 
-static int sync_image(void *disk)
+enum { COMMIT_MS = 1000 };
+
+static struct layer *layer_of(struct backend *b)
 {
-	return disk_sync(disk);
+	return (struct layer *)b;
 }
 
-/* Nothing of it can be trusted any more but what was committed, and only after a restart. */
+/* Commits */
+
+/* Have a commit begin after this call; r, if there is one, waits for it. */
+static void want_commit(struct layer *l, struct request *r, bool completing)
+{
+	bool start;
+
+	pthread_mutex_lock(&l->lock);
+	if (r) {
+		r->next = l->waiting;
+		l->waiting = r;
+	}
+	l->completing |= completing;
+	l->wanted = true;
+	start = !l->running;
+	l->running = true;
+	if (start && r)
+		l->job.lane = r->job.lane;	/* all who flush this are of one export */
+	pthread_mutex_unlock(&l->lock);
+	if (start)
+		worker_submit(&l->job);
+}
+
+/* Something has to be committed, within about a second.  Cheap. */
+static void commit_soon(struct layer *l)
+{
+	if (!atomic_load_explicit(&l->soon, memory_order_relaxed) &&
+	    !atomic_exchange(&l->soon, true))
+		worker_submit_later(&l->timer, COMMIT_MS);
+}
+
+static void tell_state(const struct layer *l, enum log_level level, const char *state,
+		       const char *more)
+{
+	const char *name = l->job.lane ? l->job.lane->name : "";
+
+	log_at(level, "%s%s%s is %s%s", name, *name ? ": " : "", l->what, state, more);
+}
+
+/*
+ * Stable storage has failed.  Under a map nothing can be trusted any more but what was committed,
+ * and only after a restart; a plain image is read as before.
+ */
 static void layer_fail(struct layer *l, int err)
 {
-	if (atomic_exchange(&l->backend->failed, true))
+	char more[512];
+
+	if (atomic_exchange(&l->lost, true))
 		return;
+	atomic_store(&l->backend.failed, l->map != NULL);
 	if (l->durable)
-		bitmap_mark_failed(l->map);
-	committer_lost(&l->committer, err);
+		bitmap_tell(l->map, BITMAP_FAILED, false);
+	snprintf(more, sizeof(more), ": %s; %s (xnbd-server(8), \"When the disk fails\")",
+		 strerror(-err),
+		 l->map ? "every request is answered with EIO until a restart, after which what had "
+			  "been committed before is believed" :
+			  "every flush fails until a restart; what was not flushed before may be "
+			  "lost");
+	tell_state(l, LOG_ERROR, "not on stable storage", more);
 }
 
 /*
  * Be alone with all blocks, so that those without a bit stay as they are, zeros, and that all that
  * was answered before is durable.
  */
-static int complete(struct layer *l, bool *lost)
+static int complete_map(struct layer *l)
 {
 	struct change hold;
 	uint64_t missing;
-	int err = disk_sync(l->disk);	/* most of it, before anybody has to wait */
+	int err = disk_sync(l->disk);	/* most of it, before any change has to wait */
 
-	*lost = err != 0;
 	if (err)
 		return err;
-	order_hold(disk_order(l->disk), &hold, l->size, 0, true);
+	order_hold(&l->disk->order, &hold, l->size, 0, true);
 	missing = layer_missing(l);
-	err = missing == 0 || atomic_load(&l->spoilt) == l->spoilt_before ?
-		      bitmap_complete(l->map, sync_image, l->disk, lost) :
-		      -EBUSY;
+	err = missing > 0 && atomic_load(&l->spoilt) ? -EBUSY : disk_sync(l->disk);
+	if (!err)
+		err = bitmap_tell(l->map, BITMAP_WHOLE, true);
 	if (!err)
 		atomic_fetch_add(&l->brought, missing);
 	order_remove(&hold);
 	return err;
 }
 
-static int commit(struct committer *committer, bool *lost)
+/* Make durable all that was done before. */
+static int make_durable(struct layer *l, bool completing)
 {
-	struct layer *l = (struct layer *)((char *)committer - offsetof(struct layer, committer));
-	int err;
-
-	if (atomic_load(&l->backend->failed)) {
-		*lost = true;
+	if (atomic_load(&l->backend.failed))
 		return -EIO;
-	}
-	if (!l->durable) {
-		err = disk_check(l->disk);
-		*lost = err != 0;
-	} else if (atomic_exchange(&l->completing, false)) {
-		err = complete(l, lost);
-	} else {
-		err = bitmap_commit(l->map, sync_image, l->disk, lost);
-	}
-	if (*lost)
+	if (!l->map)
+		return disk_sync(l->disk);
+	if (!l->durable)
+		return disk_check(l->disk);
+	return completing ? complete_map(l) : bitmap_commit(l->map, l->disk);
+}
+
+/* An error of the moment is told once, and again when there was none in between. */
+static int commit(struct layer *l, bool completing, bool last)
+{
+	int err = make_durable(l, completing);
+	char more[128];
+
+	if (err && (atomic_load(&l->disk->error) || (l->durable && bitmap_has_failed(l->map)))) {
 		layer_fail(l, err);
+		return err;
+	}
+	snprintf(more, sizeof(more), ": %s%s", strerror(-err), last ? "" : "; trying again");
+	if (err && (last || !l->told))
+		tell_state(l, LOG_ERROR, "not committed", more);
+	if (!err && l->told)
+		tell_state(l, LOG_EVENT, "committed again", "");
+	l->told = err != 0;
+	if (err && !last)
+		commit_soon(l);
 	return err;
 }
 
-void layer_init(struct layer *l, struct backend *backend, uint64_t size, const char *what)
+static void run_commits(struct job *job)
 {
-	memset(l, 0, sizeof(*l));
-	l->backend = backend;
-	l->size = size;
-	committer_init(&l->committer, commit, what,
-		       "every request is answered with EIO until a restart, after which what had been "
-		       "committed before is believed (xnbd-server(8), \"When the disk fails\")");
+	struct layer *l = (struct layer *)((char *)job - offsetof(struct layer, job));
+
+	for (;;) {
+		struct request *r, *next;
+		bool wanted, completing;
+		int error;
+
+		pthread_mutex_lock(&l->lock);
+		r = l->waiting;
+		completing = l->completing;
+		wanted = l->running = l->wanted;
+		l->waiting = NULL;
+		l->wanted = l->completing = false;
+		pthread_mutex_unlock(&l->lock);
+		if (!wanted)
+			return;
+		error = commit(l, completing, false);
+		for (; r; r = next) {
+			next = r->next;
+			request_done(r, error);
+		}
+	}
+}
+
+static void timer_due(struct job *timer)
+{
+	struct layer *l = (struct layer *)((char *)timer - offsetof(struct layer, timer));
+
+	atomic_store(&l->soon, false);
+	want_commit(l, NULL, false);
+}
+
+int layer_flush(struct backend *b, struct request *r)
+{
+	if (b->readonly && !layer_of(b)->durable)
+		return 0;
+	want_commit(layer_of(b), r, false);
+	return PENDING;
+}
+
+int layer_complete(struct layer *l, struct request *r)
+{
+	want_commit(l, r, true);
+	return PENDING;
+}
+
+/* Beginning and end */
+
+void layer_init(struct layer *l, const struct backend_ops *ops, uint64_t size, bool readonly,
+		const char *what)
+{
+	l->backend.ops = ops;
+	l->backend.size = l->size = size;
+	l->backend.readonly = readonly;
+	l->what = what;
+	l->job.run = run_commits;
+	l->timer.run = timer_due;
+	pthread_mutex_init(&l->lock, NULL);
 }
 
 void layer_begin(struct layer *l)
 {
-	l->backend->order = disk_order(l->disk);
-	atomic_init(&l->brought, bitmap_count(l->map));
-	if (l->durable && bitmap_is_dirty(l->map))
-		committer_soon(&l->committer);
+	l->backend.order = &l->disk->order;
+	if (l->map)
+		atomic_init(&l->brought, bitmap_count(l->map));
+	if (l->durable)
+		commit_soon(l);
 }
 
 void layer_destroy(struct layer *l)
 {
+	assert(!l->running && !l->waiting);
 	disk_close(l->base);
 	disk_close(l->disk);
 	bitmap_close(l->map);
-	committer_destroy(&l->committer);
+	pthread_mutex_destroy(&l->lock);
 }
 
 int layer_finish(struct layer *l)
 {
-	int err = committer_finish(&l->committer);
+	int err = l->durable ? commit(l, false, true) : 0;
 
-	if (!err)
+	if (l->durable && !err)
 		bitmap_mark_clean(l->map);	/* or the next start looks at more than it has to */
-	return err;
+	return atomic_load(&l->lost) ? -EIO : err;
 }
+
+/* Blocks */
 
 uint64_t layer_run(const struct layer *l, uint64_t len, uint64_t off, bool *held)
 {
 	uint64_t blk = off / BLOCK_SIZE, end = off + len, blocks, to;
 
+	*held = true;
+	if (!l->map)
+		return len;
 	blocks = bitmap_run(l->map, blk, bitmap_blocks(end) - blk, held);
 	to = (blk + blocks) * BLOCK_SIZE;
 	return (to < end ? to : end) - off;
@@ -150,13 +279,6 @@ uint64_t layer_written(const struct layer *l)
 	return bitmap_count(l->map) - atomic_load(&l->brought);
 }
 
-uint64_t layer_head(uint64_t len, uint64_t off)
-{
-	uint64_t head = (BLOCK_SIZE - off % BLOCK_SIZE) % BLOCK_SIZE;
-
-	return head < len ? head : len;
-}
-
 uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off)
 {
 	if (off % BLOCK_SIZE != 0)
@@ -164,47 +286,105 @@ uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off)
 	return off + len == l->size ? len : len - len % BLOCK_SIZE;
 }
 
+/* Where the run at off lies, of at most *len bytes, and its length. */
+static struct disk *run_at(const struct layer *l, uint64_t *len, uint64_t off)
+{
+	bool held;
+
+	*len = layer_run(l, *len, off, &held);
+	return held ? l->disk : l->base;
+}
+
+int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
+{
+	int ret = 0;
+
+	for (uint64_t n = len; len > 0 && ret == 0; n = len) {
+		struct disk *d = run_at(layer_of(b), &n, off);
+
+		ret = disk_read(d, buf, n, off, how);
+		buf += n;
+		off += n;
+		len -= n;
+	}
+	return ret;
+}
+
+int layer_cache(struct backend *b, uint64_t *len, uint64_t off)
+{
+	struct disk *d = run_at(layer_of(b), len, off);
+
+	disk_prefetch(d, *len, off);
+	return 0;
+}
+
+unsigned layer_extents(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
+		       uint64_t off, int *ret)
+{
+	uint64_t end = off + len;
+	unsigned n = 0;
+	struct extent e;
+
+	(void)ret;
+	for (; off < end; off += e.len) {
+		uint64_t run = end - off;
+		struct disk *d = run_at(layer_of(b), &run, off);
+
+		e = disk_extent(d, off, off + run);
+		if (n > 0 && extent[n - 1].flags == e.flags)
+			extent[n - 1].len += e.len;
+		else if (n < max)
+			extent[n++] = e;
+		else
+			break;
+	}
+	return n;
+}
+
+/* Changes */
+
+/* The outcome of a call of the map: an error may be a loss. */
+static int check_map(struct layer *l, int ret)
+{
+	if (ret != 0 && ret != -EAGAIN && bitmap_has_failed(l->map))
+		layer_fail(l, ret);
+	return ret;
+}
+
+/* A client changes something, which a map's file tells first. */
+static int note_change(struct layer *l)
+{
+	return l->map ? check_map(l, bitmap_tell(l->map, BITMAP_WRITTEN, false)) : 0;
+}
+
 /*
  * The blocks that a range touches, which may not be held, have been stored, if ret is 0: hold them.
  */
 static int set_held(struct layer *l, uint64_t len, uint64_t off, int ret, enum how how)
 {
-	uint64_t blk = off / BLOCK_SIZE;
+	uint64_t blk = off / BLOCK_SIZE, blocks = bitmap_blocks(off + len) - blk;
 
+	if (!l->map)
+		return ret;
 	if (ret == 0) {
-		ret = bitmap_set(l->map, blk, bitmap_blocks(off + len) - blk, how == WAIT);
-		if (ret != 0 && ret != -EAGAIN && !is_momentary(ret))
-			layer_fail(l, ret);
+		ret = check_map(l, bitmap_set(l->map, blk, blocks, how == WAIT));
 		if (l->durable)
-			committer_soon(&l->committer);
+			commit_soon(l);
 	}
 	if (ret != 0 && ret != -EAGAIN)
-		atomic_fetch_add(&l->spoilt, 1);
+		atomic_store(&l->spoilt, true);
 	return ret;
 }
 
-/* Bytes of the block that holds off; the last block may be a part of one. */
-static uint64_t block_bytes(const struct layer *l, uint64_t off)
+/* Store a part of one block that is not held, and what the base has of the rest. */
+static int merge_part(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	uint64_t left = l->size - (off - off % BLOCK_SIZE);
-
-	return left < BLOCK_SIZE ? left : BLOCK_SIZE;
-}
-
-/*
- * Store a part of one block.  The rest is added from the base, but never once the block is held.
- */
-static int write_part(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off,
-		      enum how how)
-{
-	uint64_t at = off % BLOCK_SIZE, start = off - at, bytes = block_bytes(l, off);
+	uint64_t at = off % BLOCK_SIZE, start = off - at, left = l->size - start;
+	uint64_t bytes = left < BLOCK_SIZE ? left : BLOCK_SIZE;
 	uint8_t block[BLOCK_SIZE];
 	int ret;
 
-	assert(at + len <= bytes);
-	if (layer_holds(l, len, off))
-		return disk_write(l->disk, buf, len, off, how);
-	assert(l->base);
+	assert(l->base && at + len <= bytes);
 	ret = disk_read(l->base, block, bytes, start, how);
 	if (ret)
 		return ret;
@@ -213,23 +393,26 @@ static int write_part(struct layer *l, const uint8_t *buf, uint64_t len, uint64_
 	return set_held(l, bytes, start, ret, how);
 }
 
-/* Store blocks that may not be held as yet. */
-static int write_first(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off,
+/* Store a range, run by run: what is held as it is, of the rest whole blocks, or a part of one. */
+static int write_range(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off,
 		       enum how how)
 {
 	int ret = 0;
 
 	while (len > 0 && ret == 0) {
-		uint64_t n = layer_whole(l, len, off);
+		bool held;
+		uint64_t n = layer_run(l, len, off, &held), whole = layer_whole(l, n, off);
+		uint64_t part = BLOCK_SIZE - off % BLOCK_SIZE;
 
-		if (n > 0) {
+		if (held) {
+			ret = disk_write(l->disk, buf, n, off, how);
+		} else if (whole > 0) {
+			n = whole;
 			ret = disk_write(l->disk, buf, n, off, how);
 			ret = set_held(l, n, off, ret, how);
 		} else {
-			n = BLOCK_SIZE - off % BLOCK_SIZE;
-			if (n > len)
-				n = len;
-			ret = write_part(l, buf, n, off, how);
+			n = part < n ? part : n;
+			ret = merge_part(l, buf, n, off, how);
 		}
 		buf += n;
 		off += n;
@@ -238,14 +421,11 @@ static int write_first(struct layer *l, const uint8_t *buf, uint64_t len, uint64
 	return ret;
 }
 
-int layer_write(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
+int layer_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	int err = bitmap_note_change(l->map);
+	int ret = note_change(layer_of(b));
 
-	if (err)
-		return err;
-	return layer_holds(l, len, off) ? disk_write(l->disk, buf, len, off, how) :
-					  write_first(l, buf, len, off, how);
+	return ret ? ret : write_range(layer_of(b), buf, len, off, how);
 }
 
 /* Zero whole blocks: they become holes of the image where it can have holes. */
@@ -260,33 +440,34 @@ static int zero_whole(struct layer *l, uint64_t len, uint64_t off, unsigned flag
 }
 
 /* Whole blocks first: for FAST_ZERO that is what may fail, and then nothing may have changed. */
-static int zero_range(struct layer *l, uint64_t len, uint64_t off, unsigned flags)
+int layer_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
+	struct layer *l = layer_of(b);
 	static uint8_t zeros[BLOCK_SIZE];	/* never written */
-	uint64_t head = layer_head(len, off), whole = layer_whole(l, len - head, off + head);
-	uint64_t tail = len - head - whole;
-	int ret = zero_whole(l, whole, off + head, flags);
+	uint64_t head = (BLOCK_SIZE - off % BLOCK_SIZE) % BLOCK_SIZE, whole, tail;
+	int ret = note_change(l);
 
+	if (head > len)
+		head = len;
+	whole = layer_whole(l, len - head, off + head);
+	tail = len - head - whole;
+	if (ret == 0)
+		ret = zero_whole(l, whole, off + head, flags);
 	if (ret == 0 && head > 0)
-		ret = write_part(l, zeros, head, off, WAIT);
+		ret = write_range(l, zeros, head, off, WAIT);
 	if (ret == 0 && tail > 0)
-		ret = write_part(l, zeros, tail, off + head + whole, WAIT);
+		ret = write_range(l, zeros, tail, off + head + whole, WAIT);
 	return ret;
 }
 
-int layer_zero(struct layer *l, uint64_t len, uint64_t off, unsigned flags)
+int layer_trim(struct backend *b, uint64_t len, uint64_t off)
 {
-	int err = bitmap_note_change(l->map);
+	int ret = note_change(layer_of(b));
 
-	return err ? err : zero_range(l, len, off, flags);
+	return ret ? ret : zero_whole(layer_of(b), len, off, NBD_CMD_FLAG_FAST_ZERO);
 }
 
-int layer_trim(struct layer *l, uint64_t len, uint64_t off)
-{
-	int err = bitmap_note_change(l->map);
-
-	return err ? err : zero_whole(l, len, off, NBD_CMD_FLAG_FAST_ZERO);
-}
+/* Filling */
 
 /* A run that is not held and stays so, since its range is. */
 static int fill_run(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
@@ -299,75 +480,43 @@ static int fill_run(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t 
 	return ret;
 }
 
-int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
+/* Fill what is not held of a range; or just store zeros there. */
+static int fill_range(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, bool hold,
+		      enum how how)
 {
-	struct change hold;
+	struct change alone;
 	int ret = 0;
 
-	if (!order_hold(disk_order(l->disk), &hold, len, off, how == WAIT))
+	if (!order_hold(&l->disk->order, &alone, len, off, how == WAIT))
 		return -EAGAIN;
 	while (len > 0 && ret == 0) {
 		bool held;
 		uint64_t n = layer_run(l, len, off, &held);
 
 		if (!held)
-			ret = fill_run(l, buf, n, off, how);
+			ret = hold ? fill_run(l, buf, n, off, how) : disk_zero(l->disk, n, off, 0);
 		if (buf)
 			buf += n;
 		off += n;
 		len -= n;
 	}
-	order_remove(&hold);
+	order_remove(&alone);
 	return ret;
 }
 
-/* Completing */
-
-/* Zeros where nothing is held in a range, which nobody else changes meanwhile. */
-static int zero_missing_in(struct layer *l, uint64_t len, uint64_t off)
+int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	struct change hold;
-	int ret = 0;
-
-	order_hold(disk_order(l->disk), &hold, len, off, true);
-	while (len > 0 && ret == 0) {
-		bool held;
-		uint64_t n = layer_run(l, len, off, &held);
-
-		if (!held)
-			ret = disk_zero(l->disk, n, off, 0);
-		off += n;
-		len -= n;
-	}
-	order_remove(&hold);
-	return ret;
+	return fill_range(l, buf, len, off, true, how);
 }
 
 int layer_zero_missing(struct layer *l, const atomic_bool *stop)
 {
 	int err = 0;
 
-	l->spoilt_before = atomic_load(&l->spoilt);
+	atomic_store(&l->spoilt, false);
 	for (uint64_t off = 0, n; off < l->size && !err; off += n) {
-		bool held;
-
 		n = l->size - off < STEP_BYTES_MAX ? l->size - off : STEP_BYTES_MAX;
-		n = layer_run(l, n, off, &held);
-		if (atomic_load(stop))
-			err = -ECANCELED;
-		else if (!held)
-			err = zero_missing_in(l, n, off);
+		err = atomic_load(stop) ? -ECANCELED : fill_range(l, NULL, n, off, false, WAIT);
 	}
 	return err;
-}
-
-int layer_complete(struct layer *l, struct request *r)
-{
-	atomic_store(&l->completing, true);
-	return committer_flush(&l->committer, r);
-}
-
-int layer_flush(struct layer *l, struct request *r)
-{
-	return committer_flush(&l->committer, r);
 }

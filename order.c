@@ -16,7 +16,6 @@ enum { SPANS_MAX = 4096 };	/* a change in more pieces is waited for, and not cut
 
 void order_init(struct order *o)
 {
-	memset(o, 0, sizeof(*o));
 	pthread_mutex_init(&o->lock, NULL);
 	pthread_cond_init(&o->ended, NULL);
 }
@@ -128,6 +127,13 @@ static void take_from_older(const struct change *c, uint64_t len, uint64_t off)
 	}
 }
 
+static void insert_change(struct change *c)
+{
+	c->next = c->order->first;
+	c->order->first = c;
+	c->listed = true;
+}
+
 static void remove_change(struct change *c)
 {
 	struct change **p = &c->order->first;
@@ -136,61 +142,45 @@ static void remove_change(struct change *c)
 		p = &(*p)->next;
 	*p = c->next;
 	c->order = NULL;
-}
-
-static void insert_change(struct order *o, struct change *c)
-{
-	c->left = &c->one;
-	c->order = o;
-	c->next = o->first;
-	o->first = c;
+	c->listed = false;
+	if (c->left != &c->one)
+		free(c->left);
 }
 
 /* Changes */
 
 void order_add(struct order *o, struct change *c, uint64_t len, uint64_t off)
 {
+	c->order = o;
 	c->one = (struct span){ off, len };
+	c->left = &c->one;
 	c->count = c->room = 1;
-	pthread_mutex_lock(&o->lock);
-	insert_change(o, c);
-	pthread_mutex_unlock(&o->lock);
-}
-
-/* A part of what is left with which it may begin now; false if there is none. */
-static bool choose_part(const struct change *c, uint64_t max, struct span *part)
-{
-	for (unsigned i = 0; i < c->count; i++) {
-		struct span s = c->left[i];
-
-		if (s.len > max)
-			s.len = max - (s.off + max) % BLOCK_SIZE;
-		if (!must_wait(c, s.len, s.off)) {
-			*part = s;
-			return true;
-		}
-	}
-	return false;
 }
 
 int order_begin(struct change *c, uint64_t max, bool wait, struct span *part)
 {
 	struct order *o = c->order;
-	int ret = -EAGAIN;
+	int ret = 0;
 
 	pthread_mutex_lock(&o->lock);
-	while (ret == -EAGAIN) {
-		if (c->count == 0)
-			ret = c->error;
-		else if (choose_part(c, max, part))
+	if (!c->listed)
+		insert_change(c);
+	while (ret == 0 && c->count > 0) {
+		struct span s = c->left[0];
+
+		if (s.len > max)
+			s.len = max - (s.off + max) % BLOCK_SIZE;
+		if (!must_wait(c, s.len, s.off)) {
+			*part = c->active = s;
 			ret = 1;
-		else if (wait)
+		} else if (wait) {
 			pthread_cond_wait(&o->ended, &o->lock);
-		else
-			break;
+		} else {
+			ret = -EAGAIN;
+		}
 	}
-	if (ret == 1)
-		c->active = *part;
+	if (ret == 0)
+		ret = c->error;
 	pthread_mutex_unlock(&o->lock);
 	return ret;
 }
@@ -206,6 +196,8 @@ void order_end(struct change *c, bool done, bool stored)
 		take(c, s.len, s.off);
 	if (stored)
 		take_from_older(c, s.len, s.off);
+	if (c->count == 0 && !c->error)
+		remove_change(c);
 	pthread_cond_broadcast(&o->ended);
 	pthread_mutex_unlock(&o->lock);
 }
@@ -220,19 +212,16 @@ void order_remove(struct change *c)
 	remove_change(c);
 	pthread_cond_broadcast(&o->ended);
 	pthread_mutex_unlock(&o->lock);
-	if (c->left != &c->one)
-		free(c->left);
 }
 
 bool order_hold(struct order *o, struct change *c, uint64_t len, uint64_t off, bool wait)
 {
 	bool alone;
 
-	memset(c, 0, sizeof(*c));
-	c->pending = true;
+	*c = (struct change){ .order = o, .left = &c->one, .pending = true };
 	c->active = (struct span){ off, len };
 	pthread_mutex_lock(&o->lock);
-	insert_change(o, c);	/* new ones wait for this one: it is its turn some time */
+	insert_change(c);	/* new ones wait for this one: it is its turn some time */
 	while (!(alone = !must_wait(c, len, off)) && wait)
 		pthread_cond_wait(&o->ended, &o->lock);
 	c->pending = false;

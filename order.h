@@ -26,17 +26,17 @@ struct span {
 struct order {
 	pthread_mutex_t lock;		/* guards what follows; emptied() is called with it */
 	pthread_cond_t ended;		/* some I/O has */
-	struct change *first;		/* those that are registered, the newest first */
+	struct change *first;		/* those that are under way, the newest first */
 	atomic_uint clients;		/* connections by which changes may come */
 };
 
-/* All zero is one that is not registered. */
+/* All zero is one that is not under way. */
 struct change {
-	struct order *order;		/* NULL: not registered */
+	struct order *order;		/* NULL: not under way */
 
 	/*
 	 * Called with the order's lock: nothing of it is left, so that it need not wait any more.
-	 * May be called at any time while it is registered.
+	 * May be called at any time while it is under way.
 	 */
 	void (*emptied)(struct change *);
 	atomic_bool is_empty;		/* set before that call */
@@ -46,34 +46,36 @@ struct change {
 	struct span one, *left;		/* what is not stored yet, by position; left may be &one */
 	unsigned count, room;
 	struct span active;		/* I/O is under way here; len is 0 if there is none */
+	bool listed;			/* it has its place in the order */
 	bool pending;			/* a hold that waits for older I/O to end */
 	int error;			/* it cannot go on, -errno */
 };
 
+/* It is all zero before. */
 void order_init(struct order *o);
 void order_destroy(struct order *o);
 
-/* A change has come: it takes its place in the order. */
+/* A change has come.  It takes its place in the order when it begins for the first time. */
 void order_add(struct order *o, struct change *c, uint64_t len, uint64_t off);
 
 /*
- * Begin with a part of what is left of a registered change, at most max bytes.  1, and the part; 0
- * if nothing is left; -EAGAIN if it would have to wait for I/O and wait is not set; or an error.
+ * Begin with a part of what is left of a change, at most max bytes.  1, and the part; 0 if nothing
+ * is left; -EAGAIN if it would have to wait for I/O and wait is not set; or an error.
  */
 int order_begin(struct change *c, uint64_t max, bool wait, struct span *part);
 
 /*
  * That I/O has ended.  done: it need not be done again; stored: its data is in the image.  (A TRIM
- * need not be.)
+ * need not be.)  A change of which nothing is left then is not under way any more.
  */
 void order_end(struct change *c, bool done, bool stored);
 
-/* The change, or hold, is over: its memory may go away.  What is not registered is left as it is. */
+/* The change, or hold, is over.  What is not under way is left as it is. */
 void order_remove(struct change *c);
 
 /*
  * Be alone with a range for a while, without changing what the order is about: to store fetched
- * blocks, to copy old ones; until order_remove().  False if it would have to wait, and wait is not set.
+ * blocks, to copy old ones; until order_remove().  False if it would have to wait and wait is unset.
  */
 bool order_hold(struct order *o, struct change *c, uint64_t len, uint64_t off, bool wait);
 

@@ -3,9 +3,9 @@
  *
  * Where the file system can share blocks (reflink), that is all.  Elsewhere a thread copies the
  * image from its beginning to its end, and a client's change to a block that is not copied yet
- * copies it first.  A block is copied when it lies before the position of the thread, or has
- * its bit set.  Whoever copies a block is alone with it (order.h), so that it does not change in
- * the middle.
+ * copies it first.  A bit tells that a block is copied.  A copy of a block is alone with it
+ * (order.h), so that it does not change in the middle.  The thread passes holes without setting
+ * bits: a client's change finds them as they are, or has set them.
  *
  * The file has no name, or a temporary one where that is not possible, until it is complete and
  * durable: fsync(), link(), fsync() of the directory.  A crash before the link leaves nothing, or a
@@ -32,7 +32,6 @@
 
 enum {
 	CHUNK = 512 * 1024,		/* held at a time by the thread: a client may wait for it */
-	PIECE = 64 * 1024,		/* read and written at a time by clients' workers */
 	PROGRESS_MS = 10 * 1000,
 	NAME_TRIES = 1000,
 	SNAPSHOT_STACK = 128 * 1024,
@@ -43,18 +42,15 @@ struct snapshot {
 	struct disk *disk;
 	uint64_t size;
 	int fd;
-	char *name;			/* without a suffix */
-	char *temporary;		/* NULL if the file has no name */
-	char *path;			/* its name, when it has one */
-	void (*ended)(void);
+	char name[DISK_NAME_MAX];	/* without a suffix */
+	char path[DISK_NAME_MAX + 16];	/* its name, when it has one */
+	char temporary[DISK_NAME_MAX];	/* "" if the file has no name */
 	uint64_t started;		/* now_ms() */
 
 	bool cloned;			/* nothing is to be copied */
-	bool attached;			/* the disk calls the hook */
 	pthread_t thread;
 	bool has_thread;
-	struct bitmap *copied;		/* by clients, ahead of the thread */
-	atomic_uint_least64_t position;	/* all before it is copied */
+	struct bitmap *copied;		/* a bit for each block */
 	atomic_uint_least64_t bytes;	/* that were copied, for the log */
 	atomic_int error;		/* -errno of the first failure: it has failed then */
 	atomic_bool over;
@@ -62,167 +58,99 @@ struct snapshot {
 
 /* Copying */
 
-/* Copy a range that is data, through buf of room bytes. */
-static int copy_data(struct snapshot *s, uint64_t len, uint64_t off, uint8_t *buf, uint64_t room)
-{
-	int err = 0;
-
-	atomic_fetch_add(&s->bytes, len);
-	while (len > 0 && !err) {
-		uint64_t n = len < room ? len : room;
-
-		err = disk_read(s->disk, buf, n, off, WAIT);
-		if (!err)
-			err = write_at(s->fd, buf, n, off);
-		off += n;
-		len -= n;
-	}
-	return err;
-}
-
-/* Copy a range without its holes. */
-static int copy_range(struct snapshot *s, uint64_t len, uint64_t off, uint8_t *buf, uint64_t room)
-{
-	uint64_t end = off + len;
-	int err = 0;
-
-	while (off < end && !err) {
-		struct extent e = disk_extent(s->disk, off, end);
-
-		if (!(e.flags & NBD_STATE_ZERO))
-			err = copy_data(s, e.len, off, buf, room);
-		off += e.len;
-	}
-	return err;
-}
-
-/* Copy those blocks of a range that are not copied; nobody else changes it. */
-static int copy_missing(struct snapshot *s, uint64_t len, uint64_t off, uint8_t *buf, uint64_t room)
-{
-	uint64_t end = off + len, n;
-	bool copied;
-	int err = 0;
-
-	for (; off < end && !err; off += n) {
-		uint64_t blk = off / BLOCK_SIZE;
-
-		n = bitmap_run(s->copied, blk, bitmap_blocks(end) - blk, &copied) * BLOCK_SIZE;
-		if (n > end - off)
-			n = end - off;
-		if (!copied)
-			err = copy_range(s, n, off, buf, room);
-	}
-	return err;
-}
-
-static void fail(struct snapshot *s, int err)
+static void snapshot_fail(struct snapshot *s, int err)
 {
 	int none = 0;
 
 	atomic_compare_exchange_strong(&s->error, &none, err);
 }
 
-/* Clients */
-
-/* Whether all of the blocks from off to end are copied. */
-static bool is_copied(const struct snapshot *s, uint64_t off, uint64_t end)
+/* Copy from off to end, or to the end of the disk, without holes, through buf of CHUNK bytes. */
+static int copy_range(struct snapshot *s, uint64_t off, uint64_t end, uint8_t *buf)
 {
-	uint64_t position = atomic_load(&s->position), blk, blocks;
-	bool copied;
+	struct extent e;
+	int err = 0;
 
-	if (off < position)
-		off = position;
-	if (off >= end)
-		return true;
-	blk = off / BLOCK_SIZE;
-	blocks = bitmap_blocks(end) - blk;
-	return bitmap_run(s->copied, blk, blocks, &copied) == blocks && copied;
+	if (end > s->size)
+		end = s->size;
+	for (; off < end && !err; off += e.len) {
+		e = disk_extent(s->disk, off, end);
+		if (e.flags & NBD_STATE_ZERO)
+			continue;
+		if (e.len > CHUNK)
+			e.len = CHUNK;
+		err = disk_read(s->disk, buf, e.len, off, WAIT);
+		if (!err)
+			err = write_at(s->fd, buf, e.len, off);
+		atomic_fetch_add(&s->bytes, e.len);
+	}
+	return err;
 }
 
-/*
- * Copy ahead of the thread.  What lies before the thread's position has no bit
- * but is copied, and may have changed since.
- */
-static void copy_first(struct snapshot *s, uint64_t off, uint64_t end)
+/* Copy those of some blocks that are not copied; nobody else changes them.  buf may be NULL. */
+static void copy_blocks(struct snapshot *s, uint64_t blk, uint64_t end, uint8_t *buf)
 {
-	uint64_t position = atomic_load(&s->position);
-	uint8_t *buf = malloc(PIECE);
-	int err;
+	int err = buf ? 0 : -ENOMEM;
+	bool copied;
 
-	if (off < position)
-		off = position;
-	err = buf ? copy_missing(s, end - off, off, buf, PIECE) : -ENOMEM;
+	for (uint64_t at = blk, n; at < end && !err; at += n) {
+		n = bitmap_run(s->copied, at, end - at, &copied);
+		if (!copied)
+			err = copy_range(s, at * BLOCK_SIZE, (at + n) * BLOCK_SIZE, buf);
+	}
 	if (err)
-		fail(s, err);
+		snapshot_fail(s, err);
 	else
-		bitmap_set(s->copied, off / BLOCK_SIZE, bitmap_blocks(end) - off / BLOCK_SIZE, true);
-	free(buf);
+		bitmap_set(s->copied, blk, end - blk, true);
 }
 
 /* A range of the disk is about to change.  That the copy fails harms the snapshot only. */
-static int before_change(struct disk_hook *hook, uint64_t len, uint64_t off, enum how how)
+static int copy_before_change(struct disk_hook *hook, uint64_t len, uint64_t off, enum how how)
 {
 	struct snapshot *s = (struct snapshot *)hook;
-	uint64_t end = bitmap_blocks(off + len) * BLOCK_SIZE;
+	uint64_t blk = off / BLOCK_SIZE, end = bitmap_blocks(off + len);
+	uint8_t *buf;
+	bool copied;
 
-	off -= off % BLOCK_SIZE;
-	if (end > s->size)
-		end = s->size;
-	if (atomic_load(&s->error) || is_copied(s, off, end))
+	if (atomic_load(&s->error) ||
+	    (bitmap_run(s->copied, blk, end - blk, &copied) == end - blk && copied))
 		return 0;
 	if (how == TRY)
 		return -EAGAIN;
-	copy_first(s, off, end);
+	buf = malloc(CHUNK);
+	copy_blocks(s, blk, end, buf);
+	free(buf);
 	return 0;
 }
 
 /* The thread */
 
-/* How much to hold and copy at position off: a hole as a whole, data in chunks; whole blocks. */
-static uint64_t next_length(const struct snapshot *s, uint64_t off)
+/* Copy the whole blocks that a chunk of data touches; returns where they end. */
+static uint64_t copy_chunk(struct snapshot *s, uint64_t len, uint64_t off, uint8_t *buf)
 {
-	struct extent e = disk_extent(s->disk, off, s->size);
-	uint64_t len = e.flags & NBD_STATE_ZERO || e.len < CHUNK ? e.len : CHUNK;
+	uint64_t blk = off / BLOCK_SIZE, end = bitmap_blocks(off + (len < CHUNK ? len : CHUNK));
+	struct change hold;
 
-	if (off + len < s->size)
-		len -= len % BLOCK_SIZE;
-	if (len == 0)
-		len = BLOCK_SIZE < s->size - off ? BLOCK_SIZE : s->size - off;
-	return len;
-}
-
-static void log_progress(const struct snapshot *s, uint64_t *next)
-{
-	uint64_t position = atomic_load(&s->position);
-
-	if (now_ms() < *next)
-		return;
-	*next += PROGRESS_MS;
-	log_line("snapshot %s: %llu of %llu MiB", s->name, (unsigned long long)position >> 20,
-		 (unsigned long long)s->size >> 20);
+	order_hold(&s->disk->order, &hold, (end - blk) * BLOCK_SIZE, blk * BLOCK_SIZE, true);
+	copy_blocks(s, blk, end, buf);
+	order_remove(&hold);
+	return end * BLOCK_SIZE;
 }
 
 static void copy_image(struct snapshot *s)
 {
 	uint8_t *buf = malloc(CHUNK);
-	uint64_t off = 0, log_at = s->started + PROGRESS_MS;
+	uint64_t off = 0, next = s->started + PROGRESS_MS;
 
-	if (!buf)
-		fail(s, -ENOMEM);
 	while (off < s->size && !atomic_load(&s->error)) {
-		uint64_t len = next_length(s, off);
-		struct change hold;
-		int err;
+		struct extent e = disk_extent(s->disk, off, s->size);
 
-		order_hold(disk_order(s->disk), &hold, len, off, true);
-		err = copy_missing(s, len, off, buf, CHUNK);
-		if (err)
-			fail(s, err);
-		else
-			atomic_store(&s->position, off + len);
-		order_remove(&hold);
-		off += len;
-		log_progress(s, &log_at);
+		off = e.flags & NBD_STATE_ZERO ? off + e.len : copy_chunk(s, e.len, off, buf);
+		if (now_ms() < next)
+			continue;
+		next += PROGRESS_MS;
+		log_line("snapshot %s: %llu of %llu MiB", s->name, (unsigned long long)off >> 20,
+			 (unsigned long long)s->size >> 20);
 	}
 	free(buf);
 }
@@ -232,7 +160,7 @@ static int link_as(const struct snapshot *s, const char *name)
 	char path[64];
 	int ret;
 
-	if (s->temporary) {
+	if (*s->temporary) {
 		ret = link(s->temporary, name);
 	} else {
 		snprintf(path, sizeof(path), "/proc/self/fd/%d", s->fd);
@@ -244,15 +172,11 @@ static int link_as(const struct snapshot *s, const char *name)
 /* Give the file its name, which the log is told. */
 static int publish(struct snapshot *s)
 {
-	size_t room = strlen(s->name) + 16;
 	int err = -EEXIST;
 	uint64_t tenths;
 
-	s->path = malloc(room);
-	if (!s->path)
-		return -ENOMEM;
 	for (int i = 0; err == -EEXIST && i < NAME_TRIES; i++) {
-		snprintf(s->path, room, i ? "%s.%d" : "%s", s->name, i);
+		snprintf(s->path, sizeof(s->path), i ? "%s.%d" : "%s", s->name, i);
 		err = link_as(s, s->path);
 	}
 	if (!err) {
@@ -277,7 +201,7 @@ static const char *explain(int err)
 }
 
 /* Durable first, then visible.  What the image itself has lost is in no copy of it. */
-static void complete(struct snapshot *s)
+static void finish_snapshot(struct snapshot *s)
 {
 	int err = atomic_load(&s->error);
 
@@ -289,10 +213,12 @@ static void complete(struct snapshot *s)
 		err = atomic_load(&s->error);	/* a client's copy may have failed at last */
 	if (!err)
 		err = publish(s);
-	if (!err)
-		return;
-	fail(s, err);
-	log_error("snapshot %s: failed: %s", s->name, explain(atomic_load(&s->error)));
+	if (err) {
+		snapshot_fail(s, err);
+		log_error("snapshot %s: failed: %s", s->name, explain(atomic_load(&s->error)));
+	}
+	atomic_store(&s->over, true);
+	wake_main();
 }
 
 static void *snapshot_main(void *arg)
@@ -301,62 +227,42 @@ static void *snapshot_main(void *arg)
 
 	if (!s->cloned)
 		copy_image(s);
-	complete(s);
-	atomic_store(&s->over, true);
-	s->ended();
+	finish_snapshot(s);
 	return NULL;
 }
 
 /* From the beginning to the end */
 
-/* A file without a name if that can be given one later, else one with a temporary name. */
-static int open_file(struct snapshot *s)
+/* Make the file, which has no name if it can be given one later. */
+static int make_file(struct snapshot *s)
 {
 	char *dir = directory_of(s->name);
-	size_t room = dir ? strlen(dir) + 32 : 0;
 
 	if (!dir)
 		return -ENOMEM;
-	s->fd = -1;
-#if defined(O_TMPFILE) && !defined(XNBD_PORTABLE)
-	if (access("/proc/self/fd", X_OK) == 0)
-		s->fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-#endif
-	if (s->fd < 0) {
-		s->temporary = malloc(room);
-		if (s->temporary) {
-			snprintf(s->temporary, room, "%s/.xnbd-snapshot-XXXXXX", dir);
-			s->fd = mkostemp(s->temporary, O_CLOEXEC);
-		}
-	}
+	s->fd = disk_make_file(dir, ".xnbd-snapshot-", s->temporary);
 	free(dir);
-	if (s->fd < 0)
-		return -errno;
-	return ftruncate(s->fd, (off_t)s->size) < 0 ? -errno : 0;
+	return s->fd < 0 || ftruncate(s->fd, (off_t)s->size) < 0 ? -errno : 0;
 }
 
-struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(void),
-			      const char **why)
+struct snapshot *snapshot_new(struct disk *d, const char *image, const char **why)
 {
 	struct snapshot *s = calloc(1, sizeof(*s));
-	size_t room = strlen(image) + 64;
 	int err = -ENOMEM;
 
 	if (!s)
 		goto fail;
 	s->fd = -1;
 	s->disk = d;
-	s->size = disk_size(d);
-	s->ended = ended;
+	s->size = d->size;
 	s->started = now_ms();
 	s->copied = bitmap_new(bitmap_blocks(s->size));
-	s->name = malloc(room);
-	if (!s->copied || !s->name)
+	if (!s->copied)
 		goto fail;
-	snprintf(s->name, room, "%s.snapshot.%lld", image, (long long)time(NULL));
-	err = disk_is_file(d) ? disk_error(d) : -ENODEV;
+	snprintf(s->name, sizeof(s->name), "%s.snapshot.%lld", image, (long long)time(NULL));
+	err = d->is_file ? atomic_load(&d->error) : -ENODEV;
 	if (!err)
-		err = open_file(s);
+		err = make_file(s);
 	if (!err)
 		return s;
 fail:
@@ -374,11 +280,10 @@ void snapshot_take(struct snapshot *s)
 	if (!err && ftruncate(s->fd, (off_t)s->size) < 0)	/* the image may be larger than the disk */
 		err = -errno;
 	if (s->cloned && err) {
-		fail(s, err);
+		snapshot_fail(s, err);
 	} else if (!s->cloned) {
-		s->hook.before_change = before_change;
-		disk_set_hook(s->disk, &s->hook);
-		s->attached = true;
+		s->hook.before_change = copy_before_change;
+		s->disk->hook = &s->hook;
 	}
 	log_line("snapshot %s: started", s->name);
 }
@@ -389,10 +294,8 @@ void snapshot_start(struct snapshot *s)
 
 	s->has_thread = err == 0;
 	if (err) {
-		log_error("snapshot %s: failed: %s", s->name, strerror(err));
-		fail(s, -err);
-		atomic_store(&s->over, true);
-		s->ended();
+		snapshot_fail(s, -err);
+		finish_snapshot(s);
 	}
 }
 
@@ -411,7 +314,7 @@ const char *snapshot_path(const struct snapshot *s, const char **why)
 
 void snapshot_abandon(struct snapshot *s)
 {
-	fail(s, -ECANCELED);
+	snapshot_fail(s, -ECANCELED);
 }
 
 void snapshot_free(struct snapshot *s)
@@ -420,16 +323,13 @@ void snapshot_free(struct snapshot *s)
 		return;
 	if (s->has_thread)
 		pthread_join(s->thread, NULL);
-	if (s->attached)
-		disk_set_hook(s->disk, NULL);
-	if (s->temporary && s->fd >= 0 && unlink(s->temporary) < 0)
+	if (s->disk->hook == &s->hook)
+		s->disk->hook = NULL;
+	if (*s->temporary && unlink(s->temporary) < 0)
 		log_error("snapshot %s: cannot remove %s: %s", s->name, s->temporary,
 			  strerror(errno));
 	if (s->fd >= 0)
 		close(s->fd);
 	bitmap_close(s->copied);
-	free(s->temporary);
-	free(s->path);
-	free(s->name);
 	free(s);
 }

@@ -16,11 +16,10 @@ struct snapshot;
 
 /*
  * Prepare a snapshot IMAGE.snapshot.<seconds> of the disk, whose image has that path from the
- * root.  ended is called by the snapshot's thread when it has ended.  NULL after logging why
- * not, which *why says as well.
+ * root.  When it has ended wake_main() is called.  NULL after logging why not, which *why says as
+ * well.
  */
-struct snapshot *snapshot_new(struct disk *d, const char *image, void (*ended)(void),
-			      const char **why);
+struct snapshot *snapshot_new(struct disk *d, const char *image, const char **why);
 
 /* The instant.  Nobody may be changing the disk: the gate is closed. */
 void snapshot_take(struct snapshot *s);

@@ -7,7 +7,6 @@
 #define _GNU_SOURCE
 #include "buffer.h"
 #include "clients.h"
-#include "commit.h"
 #include "confine.h"
 #include "control.h"
 #include "ctl.h"
@@ -750,7 +749,7 @@ int main(int argc, char **argv)
 	}
 	server_stop(&server);
 	alarm(0);		/* what is left is a last commit */
-	if (!exports_close() || commit_has_lost())
+	if (!exports_close())
 		status = EXIT_FAILURE;
 	remove_pidfile(&server);
 	return status;

@@ -29,7 +29,6 @@ static char reason[256];
 enum {
 	EVENTS_MAX = 12,
 	TAIL = 64,			/* bytes of an input that choose events */
-	PAGE_BLOCKS = 8 * 4096,		/* of a page of a map */
 	HEADER_BYTES = 88,		/* of the header that mean something */
 };
 
@@ -57,6 +56,12 @@ struct scene {
 };
 
 static char path[256];
+static struct disk image;		/* it is synced, and no more */
+
+int disk_sync(struct disk *d)
+{
+	return atomic_load(&d->error);
+}
 
 static void choose_path(void)
 {
@@ -121,7 +126,7 @@ static void mend_header(struct scene *s, unsigned bits)
 	if (bits & 4)
 		read_boot_id(s->file + AT_BOOT);
 	if (!s->raw) {
-		put_le(s->file + AT_FLAGS, s->file[AT_FLAGS] & WRITTEN, 4);
+		put_le(s->file + AT_FLAGS, s->file[AT_FLAGS] & BITMAP_WRITTEN, 4);
 		put_le(s->file + AT_IMAGE, instance_of(s->id.image), 8);
 		put_le(s->file + AT_OWN, instance_of(path), 8);
 	}
@@ -267,7 +272,7 @@ static bool live_counts(const struct scene *s)
 	if (s->len != 4096 + 2 * s->map_bytes || memcmp(p + AT_BOOT, id, 16) != 0)
 		return false;
 	return get_le(p + AT_VERSION, 4) == 1 ||
-	       (!(p[AT_FLAGS] & FAILED) && is_same_place(p + AT_IMAGE, instance_of(s->id.image)) &&
+	       (!(p[AT_FLAGS] & BITMAP_FAILED) && is_same_place(p + AT_IMAGE, instance_of(s->id.image)) &&
 		is_same_place(p + AT_OWN, instance_of(path)));
 }
 
@@ -293,8 +298,8 @@ static void read_truth(const struct scene *s, struct truth *t)
 		t->durable[i] = p[4096 + i];
 		t->now[i] = t->durable[i] | (live_counts(s) ? p[4096 + s->map_bytes + i] : 0);
 	}
-	t->written = get_le(p + AT_VERSION, 4) == 2 && p[AT_FLAGS] & WRITTEN;
-	if (get_le(p + AT_VERSION, 4) == 2 && p[AT_FLAGS] & WHOLE)
+	t->written = get_le(p + AT_VERSION, 4) == 2 && p[AT_FLAGS] & BITMAP_WRITTEN;
+	if (get_le(p + AT_VERSION, 4) == 2 && p[AT_FLAGS] & BITMAP_WHOLE)
 		hold_all(s, t);
 }
 
@@ -333,8 +338,17 @@ static void check_runs(const struct bitmap *b, const uint8_t *map, uint64_t bloc
 static void check_bits(const struct bitmap *b, const uint8_t *map, uint64_t blocks)
 {
 	for (uint64_t blk = 0; blk < blocks; blk++)
-		assert(bitmap_test(b, blk) == bit_of(map, blk));
+		assert(is_set(b, blk) == bit_of(map, blk));
 	check_runs(b, map, blocks);
+}
+
+/* Whether something is to be committed. */
+static bool is_dirty(const struct bitmap *b)
+{
+	for (uint64_t page = 0; page < b->map_bytes / MAP_PAGE; page++)
+		if (b->page[page] & DIRTY)
+			return true;
+	return false;
 }
 
 /* Set bits, in the bitmap and in the map that says what it must be. */
@@ -351,39 +365,18 @@ static void change(struct bitmap *b, const struct scene *s, struct truth *t, str
 		t->now[k / 8] |= (uint8_t)(1 << k % 8);
 	}
 	assert(bitmap_set(b, blk, n, true) == 0 && bitmap_count(b) == before + fresh);
-	assert(!fresh || bitmap_is_dirty(b));
+	assert(!fresh || is_dirty(b));
 }
 
-static int succeed(void *arg)
+/* Commit; or try to, when the data cannot be made durable. */
+static void make_durable(struct bitmap *b, const struct scene *s, struct truth *t, bool fails)
 {
-	++*(unsigned *)arg;
-	return 0;
-}
+	bool dirty = is_dirty(b);
 
-static int do_not_succeed(void *arg)
-{
-	++*(unsigned *)arg;
-	return -EIO;
-}
-
-/* Commit, or let all be held; or try to, when the data cannot be made durable. */
-static void make_durable(struct bitmap *b, const struct scene *s, struct truth *t, bool all,
-			 bool fails)
-{
-	int (*how)(struct bitmap *, int (*)(void *), void *, bool *) =
-		all ? bitmap_complete : bitmap_commit;
-	bool lost = true, dirty = bitmap_is_dirty(b);
-	unsigned synced = 0;
-
-	assert(how(b, fails ? do_not_succeed : succeed, &synced, &lost) == (fails ? -EIO : 0));
-	assert(synced > 0 && lost == fails);
-	if (fails || all)
-		assert(bitmap_is_dirty(b) == dirty);
-	else
-		assert(!bitmap_is_dirty(b));
-	if (!fails && all)
-		hold_all(s, t);
-	else if (!fails)
+	atomic_store(&image.error, fails ? -EIO : 0);
+	assert(bitmap_commit(b, &image) == (fails ? -EIO : 0));
+	assert(!bitmap_has_failed(b) && is_dirty(b) == (fails && dirty));
+	if (!fails)
 		memcpy(t->durable, t->now, s->map_bytes);
 }
 
@@ -409,7 +402,7 @@ static struct bitmap *reopen(struct bitmap *b, const struct scene *s, struct tru
 	unsigned instance = b->own_instance > 1 ? AT_OWN : b->image_instance > 1 ? AT_IMAGE : 0;
 
 	if (how == FAILURE)
-		bitmap_mark_failed(b);
+		bitmap_tell(b, BITMAP_FAILED, false);
 	bitmap_close(b);
 	if (how == POWER_CUT)
 		change_header(AT_BOOT);
@@ -430,7 +423,7 @@ static void check_file(const struct scene *s, const struct truth *t)
 
 	assert(len == 4096 + 2 * s->map_bytes && get_le(p + AT_VERSION, 4) == 2);
 	assert(is_sealed(p) && get_le(p + AT_CLEAN, 4) == 1);
-	assert(get_le(p + AT_FLAGS, 4) == (t->whole ? WHOLE : 0U) + (t->written ? WRITTEN : 0U));
+	assert(get_le(p + AT_FLAGS, 4) == (t->whole ? BITMAP_WHOLE : 0U) + (t->written ? BITMAP_WRITTEN : 0U));
 	for (uint64_t blk = 0; blk < s->blocks; blk++) {
 		assert(t->whole || bit_of(p + 4096, blk) == bit_of(t->now, blk));
 		assert(!bit_of(p + 4096 + s->map_bytes, blk) || bit_of(t->now, blk));
@@ -450,13 +443,14 @@ static struct bitmap *do_event(struct bitmap *b, const struct scene *s, struct t
 		change(b, s, t, in);
 		return b;
 	case 3:
-		make_durable(b, s, t, false, event & 8);
+		make_durable(b, s, t, event & 8);
 		return b;
 	case 4:
-		make_durable(b, s, t, true, event & 8);
+		assert(bitmap_tell(b, BITMAP_WHOLE, true) == 0);
+		hold_all(s, t);
 		return b;
 	case 5:
-		assert(bitmap_note_change(b) == 0);
+		assert(bitmap_tell(b, BITMAP_WRITTEN, false) == 0);
 		t->written = true;
 		return b;
 	default:
@@ -475,7 +469,7 @@ static void use(struct bitmap *b, const struct scene *s, struct input *in)
 		b = do_event(b, s, &t, in);
 		check_runs(b, t.now, s->blocks);
 	}
-	make_durable(b, s, &t, false, false);
+	make_durable(b, s, &t, false);
 	assert(bitmap_mark_clean(b) == 0);
 	bitmap_close(b);
 	check_file(s, &t);

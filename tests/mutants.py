@@ -141,7 +141,7 @@ mutant("a byte too many is counted", "more exports than LIST can tell: the last 
        "exports.c", "if (bytes <= PROTO_LIST_ROOM)", "if (bytes < PROTO_LIST_ROOM)",
        tests="test_exports.py::test_list_is_full_to_the_last_byte_or_refused")
 mutant("images are told apart by their paths", "two exports write to one image",
-       "disk.c", "return a->image == b->image;", "return a == b;",
+       "disk.c", "return a->dev == b->dev && a->ino == b->ino;", "return a == b;",
        tests="test_exports.py::test_image_that_is_exported_twice_is_refused")
 mutant("INFO ends the handshake", "INFO after INFO",
        "proto.c", "return o->opt == NBD_OPT_GO ?", "return o->opt ?",
@@ -249,14 +249,14 @@ mutant("more is sent at once than the system takes", "READ longer than IOV_MAX p
        tests="test_hazards.py::test_burst_of_large_reads")
 mutant("zeroing ends after 16 MiB",
        "WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part",
-       "disk.c", "return d->block_device ? zero_device(d, off, len, flags) :",
-       "if (len > 16 << 20)\n\t\tlen = 16 << 20;\n"
-       "\treturn d->block_device ? zero_device(d, off, len, flags) :",
+       "layer.c", "ret = zero_whole(l, whole, off + head, flags);",
+       "ret = zero_whole(l, whole < 16 << 20 ? whole : 16 << 20, off + head, flags);",
        tests="test_hazards.py::test_long_zeroing_clears_all_of_its_range")
 mutant("TRIM ends after 16 MiB",
        "WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part",
-       "disk.c", "return ret ? ret : punch(d, off, len);",
-       "return ret ? ret : punch(d, off, len > 16 << 20 ? 16 << 20 : len);",
+       "layer.c", "return ret ? ret : zero_whole(layer_of(b), len, off, NBD_CMD_FLAG_FAST_ZERO);",
+       "return ret ? ret : zero_whole(layer_of(b), len < 16 << 20 ? len : 16 << 20, off,\n"
+       "\t\t\t\t      NBD_CMD_FLAG_FAST_ZERO);",
        tests="test_hazards.py::test_long_zeroing_clears_all_of_its_range")
 mutant("TRIM of a part clears its whole first block",
        "TRIM or WRITE_ZEROES of a partial block clears the wrong end",
@@ -264,11 +264,11 @@ mutant("TRIM of a part clears its whole first block",
        "uint64_t from = r->h.off / BLOCK_SIZE * BLOCK_SIZE;",
        tests="test_protocol.py::test_trim_discards_whole_blocks_and_keeps_the_rest")
 mutant("FLUSH answers at once", "FLUSH as the first command",
-       "disk.c", "return b->readonly ? 0 : committer_flush(&to_disk(b)->committer, r);",
+       "layer.c", "want_commit(layer_of(b), r, false);\n\treturn PENDING;",
        "(void)b, (void)r;\n\treturn 0;",
        tests="test_protocol.py::test_flush_makes_writes_stable")
 mutant("FLUSH is never answered", "FLUSH as the first command",
-       "commit.c", "if (start)\n\t\tworker_submit(&c->job);", "(void)start;",
+       "layer.c", "if (start)\n\t\tworker_submit(&l->job);", "(void)start;",
        tests="test_hazards.py::test_flush_as_the_first_command")
 mutant("all exports share their workers", "a disk that hangs holds up another export",
        "conn.c", "r->job.lane = &c->export->lane;", "",
@@ -284,8 +284,8 @@ mutant("a stuck worker is awaited without end",
        "xnbd.c", "STOP_MS = 4500,", "STOP_MS = 45000,",
        tests="test_exports.py::test_server_ends_in_time_though_a_disk_hangs")
 mutant("FLUSH is done by the thread of its connection", "a disk that hangs",
-       "disk.c", "return b->readonly ? 0 : committer_flush(&to_disk(b)->committer, r);",
-       "(void)r;\n\treturn b->readonly ? 0 : disk_sync(to_disk(b));",
+       "layer.c", "want_commit(layer_of(b), r, false);\n\treturn PENDING;",
+       "(void)r;\n\treturn disk_sync(layer_of(b)->disk);",
        tests="test_faults.py::test_sync_that_hangs_holds_up_only_who_waits_for_it")
 mutant("FUA does not flush", "flags on every command",
        "backend.c", "if (ret == 0)\n\t\treturn request_commit(r);\n\treturn r->absent",
@@ -446,7 +446,7 @@ mutant("nothing is confined", "a server that was taken over reaches other files"
        "xnbd.c", "return confine(s);", "return true;",
        tests="test_confine.py::test_target_reaches_its_directory_only")
 mutant("the directory of a device is kept", "a server that was taken over reaches other files",
-       "exports.c", "return d && disk_is_file(d) ? e->path : NULL;", "return d ? e->path : NULL;",
+       "exports.c", "return d && d->is_file ? e->path : NULL;", "return d ? e->path : NULL;",
        tests="test_confine.py::test_device_does_not_open_the_directory_of_devices")
 mutant("programs may be executed", "a server that was taken over reaches other files",
        "confine.c", "set.files = c->rights;", "set.files = c->rights &= ~1u;",
@@ -525,8 +525,8 @@ mutant("nobody copies before a write", "a snapshot is not of one instant",
        "(void)d, (void)len, (void)off, (void)how;\n\treturn 0;",
        tests="test_snapshot.py::test_ten_snapshots_under_load_are_each_one_instant")
 mutant("nobody copies before a TRIM", "a snapshot is not of one instant",
-       "disk.c", "int ret = before_change(d, len, off, WAIT);\n\n\treturn ret ? ret : punch",
-       "int ret = 0;\n\n\treturn ret ? ret : punch",
+       "disk.c", "int ret = before_change(d, len, off, WAIT);\n\n\tif (ret)",
+       "int ret = fast ? 0 : before_change(d, len, off, WAIT);\n\n\tif (ret)",
        tests="test_snapshot.py::test_disk_cleared_as_a_whole_during_a_snapshot_is_in_it "
              "test_snapshot.py::test_zeroes_and_trims_during_a_snapshot_are_not_in_it")
 mutant("a snapshot does not wait for those inside", "a snapshot is not of one instant",
@@ -538,13 +538,14 @@ mutant("a closed gate lets in", "a snapshot is not of one instant",
        "return true;",
        tests="test_hazards.py::test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not")
 mutant("a block is copied a second time", "a snapshot is not of one instant",
-       "snapshot.c", "if (off < position)\n\t\toff = position;\n\terr = buf",
-       "(void)position;\n\terr = buf",
+       "snapshot.c", "if (!copied)\n\t\t\terr =", "if (true)\n\t\t\terr =",
        tests="test_hazards.py::test_block_is_copied_into_a_snapshot_once")
-mutant("a snapshot's position is ahead of its data", "a snapshot is not of one instant",
-       "snapshot.c", "order_hold(disk_order(s->disk), &hold, len, off, true);\n\t\terr =",
-       "atomic_store(&s->position, off + len);\n"
-       "\t\torder_hold(disk_order(s->disk), &hold, len, off, true);\n\t\terr =",
+mutant("a snapshot's bits are ahead of its data", "a snapshot is not of one instant",
+       "snapshot.c", "\tcopy_blocks(s, blk, end, buf);\n\torder_remove",
+       "\tbitmap_set(s->copied, blk, end - blk, true);\n"
+       "\tcopy_range(s, blk * BLOCK_SIZE, end * BLOCK_SIZE, buf);\n\torder_remove",
+       "snapshot.c", "order_hold(&s->disk->order, &hold, (end - blk) * BLOCK_SIZE, blk * BLOCK_SIZE, true);",
+       "memset(&hold, 0, sizeof(hold));",
        tests="test_snapshot.py::test_ten_snapshots_under_load_are_each_one_instant "
              "test_snapshot.py::test_zeroes_and_trims_during_a_snapshot_are_not_in_it")
 mutant("a snapshot has its name before it is durable", "a snapshot appears before it is complete",
@@ -552,12 +553,11 @@ mutant("a snapshot has its name before it is durable", "a snapshot appears befor
        tests="test_hazards.py::test_snapshot_has_no_name_before_it_is_durable")
 
 mutant("a snapshot's error is the client's", "a snapshot that failed is noticed by clients",
-       "snapshot.c", "copy_first(s, off, end);\n\treturn 0;",
-       "copy_first(s, off, end);\n\treturn atomic_load(&s->error);",
+       "snapshot.c", "free(buf);\n\treturn 0;", "free(buf);\n\treturn atomic_load(&s->error);",
        tests="test_snapshot.py::test_full_disk_fails_the_snapshot_and_nobody_else")
 
 mutant("a block that could not be copied counts as copied", "under a snapshot",
-       "snapshot.c", "if (err)\n\t\tfail(s, err);\n\telse\n\t\tbitmap_set(s->copied,",
+       "snapshot.c", "if (err)\n\t\tsnapshot_fail(s, err);\n\telse\n\t\tbitmap_set(s->copied,",
        "if (true)\n\t\tbitmap_set(s->copied,",
        tests=
        "test_faults.py::test_old_block_that_cannot_be_kept_fails_the_snapshot_and_not_the_write")
@@ -565,10 +565,9 @@ mutant("a block that could not be copied counts as copied", "under a snapshot",
 # Copy on write
 
 mutant("FLUSH marks every block", "FLUSH marks every block as written",
-       "cow.c", "return b->readonly ? 0 : layer_flush(layer_of(b), r);",
-       "uint64_t fresh = 0;\n\n"
-       "\tbitmap_set(layer_of(b)->map, 0, bitmap_blocks(b->size), &fresh);\n"
-       "\treturn b->readonly ? 0 : layer_flush(layer_of(b), r);",
+       "layer.c", "want_commit(layer_of(b), r, false);\n\treturn PENDING;",
+       "bitmap_set(layer_of(b)->map, 0, bitmap_blocks(b->size), true);\n"
+       "\twant_commit(layer_of(b), r, false);\n\treturn PENDING;",
        tests="test_cow.py::test_flush_changes_nothing")
 mutant("a block is marked before it is stored", "client dies after 4 of 64 KiB",
        "layer.c", "ret = disk_write(l->disk, buf, n, off, how);\n"
@@ -578,10 +577,10 @@ mutant("a block is marked before it is stored", "client dies after 4 of 64 KiB",
        tests="test_cow.py::test_reader_beside_a_first_write_finds_old_or_new "
              "test_cow.py::test_full_overlay_disk_is_enospc_for_that_write")
 mutant("all of a payload's blocks are marked at its first piece", "client dies after 4 of 64 KiB",
-       "layer.c", "return layer_holds(l, len, off) ? disk_write(l->disk, buf, len, off, how) :",
-       "if (off % BLOCK_SIZE == 0 && l->size - off >= 16 * BLOCK_SIZE)\n"
-       "\t\tbitmap_set(l->map, off / BLOCK_SIZE, 16, fresh);\n"
-       "\treturn layer_holds(l, len, off) ? disk_write(l->disk, buf, len, off, how) :",
+       "layer.c", "return ret ? ret : write_range(layer_of(b), buf, len, off, how);",
+       "if (off % BLOCK_SIZE == 0 && b->size - off >= 16 * BLOCK_SIZE)\n"
+       "\t\tbitmap_set(layer_of(b)->map, off / BLOCK_SIZE, 16, true);\n"
+       "\treturn ret ? ret : write_range(layer_of(b), buf, len, off, how);",
        tests="test_cow.py::test_client_that_dies_in_a_payload_leaves_each_block_old_or_new")
 mutant("pieces of a payload end anywhere", "client dies after 4 of 64 KiB",
        "conn.c", "return n > tail ? n - tail : 0;", "(void)tail;\n\treturn n;",
@@ -601,18 +600,17 @@ mutant("a range within another does not overlap it",
              "test_cow.py::test_clients_at_the_same_moment_all_win")
 mutant("a loop does not look at those that others store",
        "an aligned write during another's partial write",
-       "order.c", "else if (choose_part(c, max, part))",
-       "else if (choose_part(c, max, part) || (!wait && (*part = c->left[0], true)))",
+       "order.c", "if (!must_wait(c, s.len, s.off)) {", "if (!wait || !must_wait(c, s.len, s.off)) {",
        tests="test_cow.py::test_clients_at_the_same_moment_all_win")
 mutant("a block that is held is merged again", "an aligned write during another's partial write",
-       "layer.c",
-       "if (layer_holds(l, len, off))\n\t\treturn disk_write(l->disk, buf, len, off, how);\n"
-       "\tassert(l->base);", "",
+       "layer.c", "if (held) {\n\t\t\tret = disk_write(", "if (held && (n % BLOCK_SIZE == 0 || !l->base)) {\n"
+       "\t\t\tret = disk_write(",
        tests="test_cow.py::test_clients_at_the_same_moment_all_win")
 mutant("marking is not atomic", "a neighbour's bit vanishes",
-       "bitmap.c", "old = atomic_fetch_or_explicit(&b->live[at], bits, memory_order_acq_rel);",
-       "old = atomic_load(&b->live[at]);\n\t\tsched_yield();\n"
-       "\t\tatomic_store(&b->live[at], old | bits);",
+       "bitmap.c", "unsigned fresh = bits & ~(unsigned)atomic_fetch_or_explicit(&b->live[at], bits,\n"
+       "\t\t\t\t\t\t\t\t     memory_order_acq_rel);",
+       "unsigned old = atomic_load(&b->live[at]), fresh = bits & ~old;\n\n\tsched_yield();\n"
+       "\tatomic_store(&b->live[at], (unsigned char)(old | bits));",
        "bitmap.c", "#include <fcntl.h>", "#include <fcntl.h>\n#include <sched.h>",
        tests="test_cow.py::test_neighbours_marked_at_the_same_moment_all_stay "
              "test_cow.py::test_clients_at_the_same_moment_all_win")
@@ -624,12 +622,12 @@ mutant("TRIM and WRITE_ZEROES take a part for a whole block",
              "test_cow.py::test_trim_clears_the_whole_blocks_of_its_range")
 mutant("WRITE_ZEROES clears the wrong end",
        "TRIM or WRITE_ZEROES of a partial block clears the wrong end",
-       "layer.c", "ret = write_part(l, zeros, tail, off + head + whole, WAIT);",
-       "ret = write_part(l, zeros, tail, off + head, WAIT);",
+       "layer.c", "ret = write_range(l, zeros, tail, off + head + whole, WAIT);",
+       "ret = write_range(l, zeros, tail, off + head, WAIT);",
        tests="test_cow.py::test_zeroing_clears_exactly_its_range")
 mutant("the overlay has a name", "overlay left behind after kill -9",
-       "cow.c", "#if defined(O_TMPFILE) && !defined(XNBD_PORTABLE)", "#if 0",
-       "cow.c", "if (fd >= 0)\n\t\tunlink(path);", "",
+       "disk.c", "#if defined(O_TMPFILE) && !defined(XNBD_PORTABLE)", "#if 0",
+       "disk.c", "else if (fd >= 0)\n\t\tunlink(path);", "",
        tests="test_cow.py::test_overlay_has_no_name_from_the_beginning")
 mutant("blocks are counted modulo 4 GiB", "overlay larger than 4 GiB wraps",
        "layer.c", "uint64_t blk = off / BLOCK_SIZE, end = off + len, blocks, to;",
@@ -638,9 +636,8 @@ mutant("blocks are counted modulo 4 GiB", "overlay larger than 4 GiB wraps",
        "blocks = bitmap_run(l->map, blk, bitmap_blocks(end) - off / BLOCK_SIZE, held);",
        "layer.c", "to = (blk + blocks) * BLOCK_SIZE;",
        "to = (off / BLOCK_SIZE + blocks) * BLOCK_SIZE;",
-       "layer.c", "bitmap_set(l->map, blk, bitmap_blocks(off + len) - blk, how == WAIT);",
-       "bitmap_set(l->map, (uint32_t)off / BLOCK_SIZE, bitmap_blocks(off + len) - blk, "
-       "how == WAIT);",
+       "layer.c", "bitmap_set(l->map, blk, blocks, how == WAIT)",
+       "bitmap_set(l->map, (uint32_t)off / BLOCK_SIZE, blocks, how == WAIT)",
        tests="test_cow.py::test_places_above_4_gib_are_their_own")
 mutant("a full disk is an I/O error", "overlay's disk full",
        "proto.c", "\tcase ENOSPC:\n\tcase EDQUOT:", "\tcase EDQUOT:",
@@ -652,45 +649,42 @@ mutant("an overlay is used with any base", "overlay truncated or of another base
        "bitmap.c", "if (get_le(p + 32, 8) != b->id.fingerprint)", "if (false)",
        tests="test_cow.py::test_spoilt_overlay_is_refused_and_not_touched")
 mutant("an overlay may be short", "overlay truncated or of another base",
-       "cow.c", "(uint64_t)st.st_size != c->backend.size) {", "false) {",
+       "target.c", "if (!l->disk || l->disk->size == l->size)", "if (true)",
        tests="test_cow.py::test_spoilt_overlay_is_refused_and_not_touched")
 
 # The bitmap file, and what is durable
 
 mutant("the bits are committed before the data is", "bitmap reaches the disk before the data",
        "bitmap.c",
-       "err = sync_data(sync, arg, lost);\n\t\tif (!err)\n\t\t\terr = write_committed(b, n, lost);",
-       "err = write_committed(b, n, lost);\n\t\tif (!err)\n\t\t\terr = sync_data(sync, arg, lost);",
+       "err = disk_sync(image);\n\t\tif (!err)\n\t\t\terr = write_committed(b, n);",
+       "err = write_committed(b, n);\n\t\tif (!err)\n\t\t\terr = disk_sync(image);",
        tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
 mutant("bits that were set during the sync are committed",
        "bitmap reaches the disk before the data",
-       "bitmap.c", "n = take_dirty(b, &page);\n\t\terr = sync_data(sync, arg, lost);",
-       "err = sync_data(sync, arg, lost);\n\t\tn = take_dirty(b, &page);",
+       "bitmap.c", "n = take_dirty(b, &page);\n\t\terr = disk_sync(image);",
+       "err = disk_sync(image);\n\t\tn = take_dirty(b, &page);",
        tests="test_powercut.py::test_random_operations_and_power_cuts "
              "test_powercut.py::test_commit_without_a_flush "
              "test_cow.py::test_flush_syncs_the_data_then_the_map_then_answers")
 mutant("the data is not synced before the bits", "bitmap reaches the disk before the data",
-       "bitmap.c", "int err = sync(arg);", "int err = 0;\n\n\t(void)sync, (void)arg;",
+       "bitmap.c", "\t\terr = disk_sync(image);\n", "\t\terr = 0;\n\t\t(void)image;\n",
        tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
 mutant("the bits are not synced", "bitmap reaches the disk before the data",
-       "bitmap.c", "return !err && n > 0 ? sync_lost(b, lost) : err;", "return err;",
+       "bitmap.c", "return !err && n > 0 ? sync_file(b) : err;", "return err;",
        tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
 mutant("that clients write is not synced before their bits",
        "bitmap reaches the disk before the data",
-       "bitmap.c", "int err = sync_written(b, lost);", "int err = 0;",
+       "bitmap.c", "if (!b->written_is_stable && atomic_load(&b->flags) & BITMAP_WRITTEN) {", "if (false) {",
        tests="test_cow.py::"
              "test_first_change_is_told_and_has_its_space_before_it_is_recorded")
 mutant("a change is told after it was made", "bitmap reaches the disk before the data",
-       "layer.c", "int err = bitmap_note_change(l->map);\n\n\tif (err)\n\t\treturn err;\n"
-       "\treturn layer_holds(l, len, off) ? disk_write(l->disk, buf, len, off, how) :\n"
-       "\t\t\t\t\t  write_first(l, buf, len, off, how);",
-       "int ret = layer_holds(l, len, off) ? disk_write(l->disk, buf, len, off, how) :\n"
-       "\t\t\t\t\t     write_first(l, buf, len, off, how);\n\n"
-       "\treturn ret ? ret : bitmap_note_change(l->map);",
+       "layer.c", "int ret = note_change(layer_of(b));\n\n\treturn ret ? ret : write_range(",
+       "int ret = write_range(layer_of(b), buf, len, off, how);\n\n"
+       "\treturn ret ? ret : note_change(layer_of(b));\n\treturn write_range(",
        tests="test_cow.py::"
              "test_first_change_is_told_and_has_its_space_before_it_is_recorded")
 mutant("a set bit does not mark its page", "bitmap reaches the disk before the data",
-       "bitmap.c", "atomic_fetch_or(&b->page[blk / 8 / MAP_PAGE], DIRTY);",
+       "bitmap.c", "atomic_fetch_or(&b->page[blk / PAGE_BLOCKS], DIRTY);",
        "atomic_fetch_or(&b->page[0], DIRTY);",
        tests="test_cow.py::test_power_cut_keeps_a_write_across_pages_of_the_map "
              "test_powercut.py::test_a_flush_commits_all_pages_of_a_large_map")
@@ -725,7 +719,7 @@ mutant("the live map is never believed", "kill -9 loses what was acknowledged",
        tests="test_proxy.py::test_kill_loses_nothing "
              "test_cow.py::test_kill_without_a_power_cut_believes_the_live_map")
 mutant("bits are not recorded", "kill -9 loses what was acknowledged",
-       "bitmap.c", "return write_at(b->fd, buf, bytes, HEADER_SIZE + b->map_bytes + first);",
+       "bitmap.c", "return write_map(b, buf, bytes, HEADER_SIZE + b->map_bytes + first);",
        "return 0;",
        tests="test_cow.py::test_kill_without_a_power_cut_believes_the_live_map "
              "test_proxy.py::test_kill_loses_nothing")
@@ -756,8 +750,7 @@ mutant("the committed map's space is taken again", "bitmap reaches the disk befo
              "test_record_after_a_restart_takes_nothing_from_the_committed_map "
              "test_powercut.py::test_all_pairs_with_a_kill_between_them")
 mutant("a full disk ends the export", "overlay's disk full",
-       "bitmap.c", "*lost |= err && !is_momentary(err);\n\t}\n\treturn !err && n > 0",
-       "*lost |= err != 0;\n\t}\n\treturn !err && n > 0",
+       "bitmap.c", "if (err && !is_momentary(err))", "if (err)",
        tests="test_cow.py::test_commit_that_finds_no_space_is_tried_again")
 mutant("what a killed server set is never committed", "kill -9 loses what was acknowledged",
        "bitmap.c", "return load_map(b, live, DIRTY | TAKEN);", "return load_map(b, live, TAKEN);",
@@ -767,44 +760,43 @@ mutant("a bitmap of version 1 is refused", "kill -9 loses what was acknowledged"
        "bitmap.c", "if (version != 1 && version != VERSION)", "if (version != VERSION)",
        tests="test_cow.py::test_overlay_of_version_1_goes_on")
 mutant("FLUSH is answered before its commit", "bitmap reaches the disk before the data",
-       "commit.c",
-       "\t\terror = run_commit(c, false);\n\t\tfor (; r; r = next) {\n\t\t\tnext = r->next;\n"
+       "layer.c",
+       "\t\terror = commit(l, completing, false);\n\t\tfor (; r; r = next) {\n\t\t\tnext = r->next;\n"
        "\t\t\trequest_done(r, error);\n\t\t}",
        "\t\tfor (error = 0; r; r = next) {\n\t\t\tnext = r->next;\n"
-       "\t\t\trequest_done(r, error);\n\t\t}\n\t\trun_commit(c, false);",
+       "\t\t\trequest_done(r, error);\n\t\t}\n\t\tcommit(l, completing, false);",
        tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
 mutant("FLUSH joins a commit that has begun", "bitmap reaches the disk before the data",
-       "commit.c", "\t\terror = run_commit(c, false);\n",
-       "\t\terror = run_commit(c, false);\n\t\tpthread_mutex_lock(&c->lock);\n"
+       "layer.c", "\t\terror = commit(l, completing, false);\n",
+       "\t\terror = commit(l, completing, false);\n\t\tpthread_mutex_lock(&l->lock);\n"
        "\t\tstruct request **end = &r;\n\t\twhile (*end)\n\t\t\tend = &(*end)->next;\n"
-       "\t\t*end = c->waiting;\n\t\tc->waiting = NULL;\n\t\tpthread_mutex_unlock(&c->lock);\n",
+       "\t\t*end = l->waiting;\n\t\tl->waiting = NULL;\n\t\tpthread_mutex_unlock(&l->lock);\n",
        tests="test_powercut.py::test_random_operations_and_power_cuts")
 mutant("a failed fdatasync() is tried again", "fdatasync fails, the next one succeeds",
-       "disk.c", "int err = disk_error(d), none = 0;\n\n\twhile (!err && fdatasync",
-       "int err = 0, none = 0;\n\n\twhile (!err && fdatasync",
-       "disk.c", "return err ? err : disk_error(d);", "return err;",
+       "disk.c", "int err = atomic_load(&d->error);\n\n\twhile (!err && fdatasync",
+       "int err = 0;\n\n\twhile (!err && fdatasync",
+       "disk.c", "return remember_error(d, err);\n}\n\nint disk_check", "return err;\n}\n\nint disk_check",
        tests="test_faults.py::test_failed_sync_is_told_once_in_the_log_and_with_every_flush")
 mutant("a cache or an overlay goes on after a failed fdatasync()",
        "fdatasync fails, the next one succeeds",
-       "layer.c", "if (atomic_exchange(&l->backend->failed, true))\n\t\treturn;",
-       "if (false)\n\t\treturn;",
+       "layer.c", "atomic_store(&l->backend.failed, l->map != NULL);", "",
        tests="test_cow.py::test_failed_sync_ends_the_export_and_its_data_is_never_committed")
 mutant("the file does not tell that stable storage has failed",
        "fdatasync fails, the next one succeeds",
-       "layer.c", "if (l->durable)\n\t\tbitmap_mark_failed(l->map);", "",
+       "layer.c", "if (l->durable)\n\t\tbitmap_tell(l->map, BITMAP_FAILED, false);", "",
        tests="test_cow.py::test_failed_sync_ends_the_export_and_its_data_is_never_committed "
              "test_proxy.py::test_restart_after_a_failed_sync_has_what_was_committed_before")
 mutant("the live map is believed though stable storage had failed",
        "fdatasync fails, the next one succeeds",
-       "bitmap.c", "(is_2 && get_le(header + 60, 4) & FAILED)", "false",
+       "bitmap.c", "(is_2 && get_le(header + 60, 4) & BITMAP_FAILED)", "false",
        tests="test_cow.py::test_live_map_is_not_believed_when_stable_storage_had_failed "
              "test_proxy.py::test_restart_after_a_failed_sync_has_what_was_committed_before")
 mutant("that stable storage has failed is told for ever", "fdatasync fails, the next one succeeds",
-       "bitmap.c", "atomic_init(&b->flags, flags & (WHOLE | WRITTEN));",
+       "bitmap.c", "atomic_init(&b->flags, flags & (BITMAP_WHOLE | BITMAP_WRITTEN));",
        "atomic_init(&b->flags, flags);",
        tests="test_cow.py::test_live_map_is_not_believed_when_stable_storage_had_failed")
 mutant("a record that fails is no loss", "fdatasync fails, the next one succeeds",
-       "layer.c", "if (ret != 0 && ret != -EAGAIN && !is_momentary(ret))", "if (false)",
+       "layer.c", "if (ret != 0 && ret != -EAGAIN && bitmap_has_failed(l->map))", "if (false)",
        tests="test_cow.py::test_record_that_fails_ends_the_export")
 mutant("a failed fdatasync() is no error", "fdatasync fails, the next one succeeds",
        "disk.c",
@@ -812,14 +804,14 @@ mutant("a failed fdatasync() is no error", "fdatasync fails, the next one succee
        "while (!err && fdatasync(d->fd) < 0)\n\t\tif (errno != EINTR)\n\t\t\tbreak;",
        tests="test_cow.py::test_failed_sync_ends_the_export_and_its_data_is_never_committed")
 mutant("nothing is committed but by FLUSH", "what was not flushed is never committed",
-       "layer.c", "if (l->durable)\n\t\t\tcommitter_soon(&l->committer);", "",
+       "layer.c", "if (l->durable)\n\t\t\tcommit_soon(l);", "",
        tests="test_proxy.py::test_commit_comes_by_itself_after_a_second "
              "test_powercut.py::test_commit_without_a_flush")
 mutant("jobs for later are forgotten", "what was not flushed is never committed",
        "worker.c", "(pool.stop || job->due <= now_ms())", "pool.stop",
        tests="test_proxy.py::test_commit_comes_by_itself_after_a_second")
 mutant("an orderly end commits nothing", "what was not flushed is never committed",
-       "layer.c", "int err = committer_finish(&l->committer);", "int err = 0;",
+       "layer.c", "int err = l->durable ? commit(l, false, true) : 0;", "int err = 0;",
        "worker.c", "(pool.stop || job->due <= now_ms())", "job->due <= now_ms()",
        tests="test_proxy.py::test_orderly_end_commits_what_is_cached "
              "test_cow.py::test_orderly_end_commits_what_was_not_flushed")
@@ -832,16 +824,14 @@ mutant("a bitmap may be short", "bitmap truncated or garbage",
        "if (false)",
        tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
 mutant("a bitmap's header may be garbage", "bitmap truncated or garbage",
-       "bitmap.c", "if (get_le(p + checked, 8) != checksum(p, checked))", "if (false)",
+       "bitmap.c", "if (get_le(p + checked, 8) != bitmap_checksum(BITMAP_CHECKSUM, p, checked))", "if (false)",
        tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared "
              "test_cow.py::test_spoilt_overlay_is_refused_and_not_touched")
 mutant("the checksum leaves out what version 2 has added", "bitmap truncated or garbage",
-       "bitmap.c", "int checked = version == 1 ? CHECKED_SIZE_1 : CHECKED_SIZE;",
-       "int checked = version == 1 ? CHECKED_SIZE_1 : CHECKED_SIZE, some = CHECKED_SIZE_1;",
-       "bitmap.c", "if (get_le(p + checked, 8) != checksum(p, checked))",
-       "if (get_le(p + checked, 8) != checksum(p, some))",
-       "bitmap.c", "put_le(p + 80, checksum(p, CHECKED_SIZE), 8);",
-       "put_le(p + 80, checksum(p, CHECKED_SIZE_1), 8);",
+       "bitmap.c", "if (get_le(p + checked, 8) != bitmap_checksum(BITMAP_CHECKSUM, p, checked))",
+       "if (get_le(p + checked, 8) != bitmap_checksum(BITMAP_CHECKSUM, p, CHECKED_SIZE_1))",
+       "bitmap.c", "put_le(p + 80, bitmap_checksum(BITMAP_CHECKSUM, p, CHECKED_SIZE), 8);",
+       "put_le(p + 80, bitmap_checksum(BITMAP_CHECKSUM, p, CHECKED_SIZE_1), 8);",
        tests="test_cow.py::test_spoilt_overlay_is_refused_and_not_touched")
 mutant("two servers have one bitmap", "another server uses the cache",
        "bitmap.c", "|| flock(b->fd, LOCK_EX | LOCK_NB) < 0 ", "",
@@ -862,7 +852,7 @@ mutant("a block counts as cached before its data arrived", "block marked before 
        tests="test_kill.py::test_kill_at_each_system_call "
              "test_origin.py::test_writes_to_a_block_that_is_being_fetched")
 mutant("late data of the origin wins", "lands after a newer write",
-       "layer.c", "if (!held)\n\t\t\tret = fill_run", "if (true)\n\t\t\tret = fill_run",
+       "layer.c", "if (!held)\n\t\t\tret = hold ?", "if (true)\n\t\t\tret = hold ?",
        tests="test_origin.py::test_late_data_does_not_overwrite_a_write "
              "test_proxy.py::test_late_data_of_the_origin_does_not_overwrite_what_is_newer")
 mutant("a change that is stored at once takes nothing from older ones",
@@ -897,8 +887,8 @@ mutant("who is gone has always left in order", "lands after a newer write",
 mutant("a fetch is stored beside writes",
        "partial write and full write of one absent block race with its fetch",
        "layer.c",
-       "if (!order_hold(disk_order(l->disk), &hold, len, off, how == WAIT))\n\t\treturn -EAGAIN;",
-       "memset(&hold, 0, sizeof(hold));",
+       "if (!order_hold(&l->disk->order, &alone, len, off, how == WAIT))\n\t\treturn -EAGAIN;",
+       "memset(&alone, 0, sizeof(alone));",
        tests="test_proxy.py::test_clients_at_the_same_moment_all_win "
              "test_proxy.py::test_model_agrees_whatever_the_origin_does "
              "test_proxy.py::test_random_operations_agree_with_a_model")
@@ -1024,10 +1014,9 @@ mutant("a full disk is an error of the READ", "disk full while caching a read",
        "else if (!error && takes_data(m->r))",
        tests="test_proxy.py::test_full_disk_is_enospc_for_writes_and_nothing_for_reads")
 mutant("a WRITE that found no room is marked", "disk full on a write",
-       "layer.c", "if (ret == 0) {\n\t\tret = bitmap_set(",
-       "if (ret != 0 && ret != -EAGAIN)\n"
-       "\t\tbitmap_set(l->map, blk, bitmap_blocks(off + len - 1) - blk + 1, fresh);\n"
-       "\tif (ret == 0) {\n\t\tret = bitmap_set(",
+       "layer.c", "if (ret == 0) {\n\t\tret = check_map(",
+       "if (ret != 0 && ret != -EAGAIN)\n\t\tbitmap_set(l->map, blk, blocks, true);\n"
+       "\tif (ret == 0) {\n\t\tret = check_map(",
        tests="test_proxy.py::test_full_disk_is_enospc_for_writes_and_nothing_for_reads")
 mutant("what waits for the origin is not bounded", "a bound on what waits for a dead origin",
        "conn.c", "IN_FLIGHT_MAX, &load.requests, load.requests_max)", "IN_FLIGHT_MAX, &load.requests, SIZE_MAX)",
@@ -1064,12 +1053,13 @@ mutant("99.95 % is 100 %", "100 percent while a block is missing",
        "(status->held * 1000 + status->blocks / 2) / status->blocks",
        tests="test_control.py::test_percent_is_100_only_when_all_is_here")
 mutant("what is missing keeps what the image had", "switch while a block is in flight",
-       "layer.c", "ret = disk_zero(l->disk, n, off, 0);", "ret = 0;",
+       "layer.c", "fill_run(l, buf, n, off, how) : disk_zero(l->disk, n, off, 0);",
+       "fill_run(l, buf, n, off, how) : 0;",
        tests=
        "test_proxy.py::test_forced_switch_zeroes_what_the_image_has_in_the_place_of_absent_blocks")
 mutant("what is missing is held as soon as it is zeros", "switch while a block is in flight",
-       "layer.c", "ret = disk_zero(l->disk, n, off, 0);",
-       "ret = fill_run(l, NULL, n, off, WAIT);",
+       "layer.c", "ret = hold ? fill_run(l, buf, n, off, how) : disk_zero(l->disk, n, off, 0);",
+       "(void)hold, ret = fill_run(l, buf, n, off, how);",
        tests="test_kill.py::test_forced_switch_that_is_killed_has_happened_or_not "
              "test_proxy.py::test_forced_switch_whose_sync_fails_leaves_the_origins_blocks")
 mutant("the switch leaves who waits for the origin", "a request in flight is never answered",
@@ -1097,31 +1087,32 @@ mutant("a client that does not read keeps the switch", "it may not stop the swit
        "\tbool ended = atomic_load(&backlogs) == 0 && atomic_exchange(&c->switch_done, false);",
        tests="test_proxy.py::test_deaf_client_does_not_delay_the_switch")
 mutant("the switch syncs nothing", "switch without fdatasync of the image",
-       "bitmap.c", "*lost = false;\n\terr = sync_data(sync, arg, lost);",
-       "*lost = false;\n\terr = 0;\n\t(void)sync, (void)arg;",
+       "layer.c", "? -EBUSY : disk_sync(l->disk);", "? -EBUSY : 0;",
+       "layer.c", "int err = disk_sync(l->disk);\t/* most of it", "int err = 0;\t/* most of it",
        tests="test_proxy.py::test_switch_syncs_the_image_before_it_says_so "
              "test_powercut.py::test_switch_leaves_an_image_that_is_complete_and_durable")
 mutant("the header says that all is held before the image is durable",
        "switch without fdatasync of the image",
-       "bitmap.c", "*lost = false;\n\terr = sync_data(sync, arg, lost);",
-       "*lost = false;\n\terr = write_flag(b, WHOLE);\n\tif (!err)\n"
-       "\t\terr = sync_data(sync, arg, lost);",
+       "layer.c", "int err = disk_sync(l->disk);\t/* most of it",
+       "int err = bitmap_tell(l->map, BITMAP_WHOLE, true);\t/* most of it",
        tests="test_proxy.py::test_switch_holds_all_blocks_once_the_image_is_durable "
              "test_powercut.py::test_switch_leaves_an_image_that_is_complete_and_durable")
 mutant("the header that says that all is held is not synced",
        "switch without fdatasync of the image",
-       "bitmap.c", "if (!err)\n\t\terr = sync_lost(b, lost);\n\tif (!err)\n\t\tatomic_store(",
-       "if (!err)\n\t\tatomic_store(",
+       "layer.c", "bitmap_tell(l->map, BITMAP_WHOLE, true);",
+       "bitmap_tell(l->map, BITMAP_WHOLE, false);",
        tests="test_proxy.py::test_switch_holds_all_blocks_once_the_image_is_durable")
 mutant("all is held in memory alone", "switch without fdatasync of the image",
-       "bitmap.c", "err = write_flag(b, WHOLE);", "err = 0;",
+       "bitmap.c", "if (flags != atomic_load(&b->flags))\n",
+       "if (flags != atomic_load(&b->flags) && flag != BITMAP_WHOLE)\n",
        tests="test_proxy.py::test_switched_cache_outlives_a_power_cut_without_any_bit")
 mutant("a start forgets that all is held", "switch without fdatasync of the image",
-       "bitmap.c", "atomic_init(&b->flags, flags & (WHOLE | WRITTEN));",
-       "atomic_init(&b->flags, flags & WRITTEN);",
+       "bitmap.c", "atomic_init(&b->flags, flags & (BITMAP_WHOLE | BITMAP_WRITTEN));",
+       "atomic_init(&b->flags, flags & BITMAP_WRITTEN);",
        tests="test_proxy.py::test_second_switch_that_fails_takes_nothing_from_the_first")
 mutant("a switch that fails undoes an earlier one", "fdatasync fails, the next one succeeds",
-       "bitmap.c", "else if (!atomic_load(&b->whole))", "else",
+       "bitmap.c", "if (!err)\n\t\tatomic_store(&b->flags, flags);",
+       "atomic_store(&b->flags, err ? flags & ~(unsigned)flag : flags);",
        tests="test_proxy.py::test_second_switch_that_fails_takes_nothing_from_the_first")
 mutant("the switch goes on though the image is not durable",
        "fdatasync fails, the next one succeeds",
@@ -1225,33 +1216,32 @@ MAPPED = """
 		munmap((void *)b->live, b->map_bytes);
 		b->live = (void *)mapped;
 """
-OPENED = "if (prepare(b, clear)) {"
+OPENED = "if (prepare_file(b, clear))\n\t\treturn b;"
 
 mutant("an export goes on after an error of stable storage",
        "an error of writeback is told once, and zeros are served and committed",
-       "layer.c", "if (*lost)\n\t\tlayer_fail(l, err);", "",
+       "layer.c", "layer_fail(l, err);\n\t\treturn err;", "return err;",
        tests="test_durability.py::test_error_of_stable_storage_ends_an_export_that_has_a_map")
 mutant("an error is told to who met it",
        "the old committer eats the error of writeback, and FLUSH after a switch says 0",
-       "layer.c", "if (*lost)\n\t\tlayer_fail(l, err);", "",
-       "disk.c", "return err ? err : disk_error(d);", "return err;",
-       "disk.c", "int err = disk_error(d), none = 0;\n\n\twhile (!err && fdatasync",
-       "int err = 0, none = 0;\n\n\twhile (!err && fdatasync",
+       "layer.c", "layer_fail(l, err);\n\t\treturn err;", "return err;",
+       "disk.c", "int err = atomic_load(&d->error);\n\n\twhile (!err && fdatasync",
+       "int err = 0;\n\n\twhile (!err && fdatasync",
+       "disk.c", "return remember_error(d, err);\n}\n\nint disk_check", "return err;\n}\n\nint disk_check",
        tests="test_durability.py::"
              "test_error_of_a_commit_that_was_due_before_a_switch_is_told_after_it")
 mutant("the sync of the map is not looked at",
        "a page of the map that cannot be written back is dropped, and its bits are lost",
-       "bitmap.c", "int err = sync_file(b);\n\n\t*lost |= err != 0;\n\treturn err;",
-       "sync_file(b);\n\t(void)lost;\n\treturn 0;",
+       "bitmap.c", "atomic_store(&b->failed, true);\n\t\t\treturn -errno;", "return 0;",
        tests="test_durability.py::test_writeback_that_fails_below_the_map")
 mutant("the live map is a mapping without room", "full disk under the bitmap file: SIGBUS",
-       "bitmap.c", OPENED, OPENED + MAPPED,
+       "bitmap.c", OPENED, "if (prepare_file(b, clear)) {" + MAPPED + "\t\treturn b;\n\t}",
        "bitmap.c", "int err = 0;\n\n\tif (!(atomic_load(&b->page[page]) & TAKEN)) {",
        "int err = 0;\n\n\tif (b->fd >= 0)\n\t\treturn 0;\n"
        "\tif (!(atomic_load(&b->page[page]) & TAKEN)) {",
        tests="test_durability.py::test_full_file_system_under_the_map_is_enospc_of_a_write")
 mutant("the live map is a mapping", "the file of a mapping is truncated: SIGBUS",
-       "bitmap.c", OPENED, OPENED + MAPPED,
+       "bitmap.c", OPENED, "if (prepare_file(b, clear)) {" + MAPPED + "\t\treturn b;\n\t}",
        tests="test_durability.py::test_map_that_others_truncate_harms_no_client")
 mutant("a commit that fails is due again at the end", "SIGTERM with a full disk",
        "worker.c", "if (!pool.stop) {", "if (true) {",
@@ -1289,7 +1279,7 @@ mutant("late requests get ESHUTDOWN",
        tests="test_restart.py::test_client_of_qemu_does_not_notice_restarts "
              "test_restart.py::test_client_that_goes_on_asking_loses_nothing")
 mutant("the status forgets stable storage", "exit status 0 though something is lost",
-       "xnbd.c", "|| commit_has_lost())", "|| (commit_has_lost() && false))",
+       "layer.c", "return atomic_load(&l->lost) ? -EIO : err;", "return err;",
        tests="test_restart.py::test_flush_that_failed_is_told_by_the_status")
 mutant("a disk that keeps a thread is no loss", "exit status 0 though something is lost",
        "xnbd.c", "remove_pidfile(s);\n\t\t\tend_at_once();",

@@ -1,12 +1,18 @@
 /*
- * cow.h - backend: a base image that never changes, and an overlay that takes the writes.
+ * target.h - backends: an image alone, or a base image that never changes with an overlay that
+ * takes the writes.
  */
-#ifndef XNBD_COW_H
-#define XNBD_COW_H
+#ifndef XNBD_TARGET_H
+#define XNBD_TARGET_H
 
 #include <stdbool.h>
 
 #include "backend.h"
+
+struct disk;
+
+/* The disk is taken over.  Both are for the start: without memory the program ends. */
+struct backend *target_open(struct disk *d, bool readonly);
 
 struct cow_options {
 	const char *base;	/* path of the base image */
