@@ -351,7 +351,7 @@ static void completed(struct request *r)
 }
 
 /* A worker. */
-static void run_switch(struct job *job)
+static void zero_and_complete(struct job *job)
 {
 	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, switch_job));
 	int err;
@@ -391,7 +391,7 @@ const char *cache_switch(struct backend *b, bool force)
 	c->switching = true;
 	c->news = (struct cache_news){ .switched = true };
 	copy_stop(c->copy);
-	c->switch_job.run = run_switch;
+	c->switch_job.run = zero_and_complete;
 	worker_submit(&c->switch_job);
 	return NULL;
 }

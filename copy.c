@@ -200,10 +200,7 @@ static const struct extent *extent_at(struct map *m, uint64_t off)
 
 /* The pass */
 
-/*
- * Copy the beginning of a run that is not held.  Returns where that ends; or the end of the disk, if
- * the copy is over.
- */
+/* Copy the beginning of a run that is not held.  Returns its end; the disk's if all is over. */
 static uint64_t copy_part(struct copy *c, uint64_t off, uint64_t end, bool by_units)
 {
 	const struct extent *e = NULL;	/* also if it told of less than a block */
