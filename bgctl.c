@@ -659,8 +659,8 @@ static _Noreturn void watch(struct server *s, unsigned long seconds)
 
 /* The other commands */
 
-/* The line to the server, as memory that is never freed. */
-static const char *command_line(const struct bgctl_options *o)
+/* The line to the server, in memory that the caller frees. */
+static char *command_line(const struct bgctl_options *o)
 {
 	char *line;
 	size_t len;
@@ -697,13 +697,14 @@ static void greet(struct server *s)
 
 static void run_command(const struct bgctl_options *o, struct server *s)
 {
-	const char *line = command_line(o);
+	char *line = command_line(o);
 
 	greet(s);
 	if (o->command == COMMAND_RECONNECT)
 		snprintf(s->aim, sizeof(s->aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
 			 o->host, o->port);
 	send_line(s, line);
+	free(line);
 	follow(s, o->progress);
 }
 

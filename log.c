@@ -233,9 +233,10 @@ void end_at_once(void)
 
 void *not_null(void *memory)
 {
-	if (!memory)
-		log_fatal("out of memory");
-	return memory;
+	if (memory)
+		return memory;
+	log_failure("out of memory");
+	exit(EXIT_FAILURE);
 }
 
 void flush_output(void)

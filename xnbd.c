@@ -726,6 +726,15 @@ static void server_stop(struct server *s)
 	clients_free();
 }
 
+/* exit() calls it, also where a start ends for lack of memory. */
+static void clean_up(void)
+{
+	listen_close(&server.listeners);
+	ctl_close();
+	remove_pidfile(&server);
+	log_flush();
+}
+
 int main(int argc, char **argv)
 {
 	int status = EXIT_FAILURE;
@@ -739,6 +748,7 @@ int main(int argc, char **argv)
 		return EXIT_FAILURE;
 	if (server.options.daemonize && !daemonize(&server))
 		return EXIT_FAILURE;
+	atexit(clean_up);
 	if (start(&server)) {
 		if (server.single_fd >= 0)
 			add_single_client(&server);
@@ -751,6 +761,5 @@ int main(int argc, char **argv)
 	alarm(0);		/* what is left is a last commit */
 	if (!exports_close())
 		status = EXIT_FAILURE;
-	remove_pidfile(&server);
 	return status;
 }

@@ -293,8 +293,8 @@ mutant("FUA does not flush", "flags on every command",
        tests="test_protocol.py::test_fua_write_is_stable")
 mutant("reads share a file offset", "two connections read at once through a shared file offset",
        "disk.c",
-       "ssize_t n = syscall(SYS_preadv2, fd, &iov, 1, (long)off, (long)(off >> 32), NOWAIT);",
-       "lseek(fd, (off_t)off, SEEK_SET);\n\tssize_t n = NOWAIT ? readv(fd, &iov, 1) : -1;",
+       "n = syscall(SYS_preadv2, d->fd, &iov, 1, (long)off, (long)(off >> 32), NOWAIT);",
+       "lseek(d->fd, (off_t)off, SEEK_SET);\n\tn = NOWAIT ? readv(d->fd, &iov, 1) : -1;",
        "util.c", "pread(fd, buf, len, (off_t)off);",
        "lseek(fd, (off_t)off, SEEK_SET) < 0 ? -1 : read(fd, buf, len);",
        tests="test_hazards.py::test_reads_do_not_move_the_file_offset "
@@ -1119,10 +1119,10 @@ mutant("the switch goes on though the image is not durable",
        "cache.c", "int error = r->error ? r->error :", "int error =",
        tests="test_proxy.py::test_switch_is_refused_when_the_data_cannot_be_made_durable")
 mutant("the switch gives the disk the size of the image", "switch changes the disk's size",
-       "disk.c", "d->backend.size = size;\n\treturn true;", "return true;",
+       "disk.c", "d->size = size;\n\treturn true;", "return true;",
        "exports.c", "exports.all[0].disk = cache_disk(exports.cache);",
        "exports.all[0].disk = cache_disk(exports.cache);\n"
-       "\texports.all[0].export.proto.size = disk_size(exports.all[0].disk);",
+       "\texports.all[0].export.proto.size = exports.all[0].disk->size;",
        tests="test_proxy.py::test_larger_cache_image_keeps_the_origins_size")
 mutant("a daemon forgets where it came from", "--daemonize: control acts on the wrong process",
        "listen.c", "absolute_path(sun->sun_path)", "strdup(sun->sun_path)",

@@ -136,6 +136,8 @@ class Volume:
     MAKE = {"ext2": ("e2fsprogs", ["-q", "-F", "-m", "0"]),
             "ext4": ("e2fsprogs", ["-q", "-F", "-m", "0"]),
             "thin": ("e2fsprogs", ["-q", "-F", "-m", "0", "-O", "^has_journal"]),
+            "journal": ("e2fsprogs", ["-q", "-F", "-m", "0", "-J", "size=1",
+                                        "-E", "lazy_journal_init=1"]),
             "btrfs": ("btrfs-progs", ["-q"]), "xfs": ("xfsprogs", ["-q"]),
             "vfat": ("dosfstools", [])}
     SHUTDOWN = 0x8004587d       # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN
@@ -151,7 +153,7 @@ class Volume:
 
     @property
     def type(self):
-        return "ext4" if self.kind == "thin" else self.kind
+        return "ext4" if self.kind in ("thin", "journal") else self.kind
 
     def make_file_system(self):
         package, options = self.MAKE[self.kind]
@@ -163,6 +165,8 @@ class Volume:
         options = {"tmpfs": [f"size={self.size}"], "ramfs": []}.get(self.kind, ["loop"])
         if self.kind == "thin":
             options = ["errors=continue"]
+        elif self.kind == "journal":
+            options = []
         done = subprocess.run([need("mount", "mount"), "-t", self.type,
                                *(["-o", ",".join(options)] if options else []),
                                self.device or "none", self.place],
@@ -178,6 +182,14 @@ class Volume:
 
     def mount_again(self):
         self.unmount()
+        self.mount()
+
+    def repair(self):
+        """As an operator would, after an error of the device."""
+        self.unmount()
+        done = subprocess.run([need("e2fsck", "e2fsprogs"), "-f", "-y", self.device],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode & ~3 == 0, done.stdout
         self.mount()
 
     def die(self):
@@ -223,13 +235,15 @@ def volume(tmp_path):
     yield make
     for one in reversed(made):
         one.unmount("-l")
-        if one.device and one.kind != "thin":
+        if one.device and one.kind not in ("thin", "journal"):
             one.device.unlink()
 
 
 class Thin:
     """A block device of some size for which there is less room.  What the kernel writes back to
     it fails when that is used up."""
+
+    file_system = None      # on it
 
     def __init__(self, volume, size, stack):
         self.volume, self.size = volume, size
@@ -238,6 +252,8 @@ class Thin:
 
     def make_room(self):
         self.volume.grow(4 * self.size)
+        if self.file_system:
+            self.file_system.repair()
 
 
 @pytest.fixture
@@ -563,8 +579,8 @@ def on_thin(kind, how, thin, volume, store, tmp_path):
             with open(device.path, "r+b") as f:
                 f.write(original(0, 2 * MIB))
         return store(kind, THIN, image=device.path, map=tmp_path / "device.map"), device
-    place = volume("thin", None, device=device.path).place
-    image = place / "image"
+    device.file_system = volume("journal", None, device=device.path)
+    image = device.file_system.place / "image"
     if kind == "target":
         make_disk(image, THIN, original(0, 2 * MIB))
     disk = store(kind, THIN, image=image, map=tmp_path / "file.map")
@@ -577,7 +593,12 @@ def lies_elsewhere(disk, path):
     """The map of an overlay is beside it by its name only: the disk below it is good."""
     end(disk.start())
     path.write_bytes(disk.map.read_bytes())
-    subprocess.run(["mount", "--bind", path, disk.map], check=True)
+    disk.map_elsewhere = path
+    bind_map(disk)
+
+
+def bind_map(disk):
+    subprocess.run(["mount", "--bind", disk.map_elsewhere, disk.map], check=True)
 
 
 def dirties(disk, client):
@@ -634,7 +655,11 @@ def origin_is_read_again(disk, device):
         assert not wrong_blocks(c, THIN, may_fail=True)
     end(s, None)
     drop(disk.image)
+    if disk.kind == "kept":
+        subprocess.run(["umount", disk.map], check=True)
     device.make_room()
+    if disk.kind == "kept":
+        bind_map(disk)
     for _ in range(2):
         s = disk.start()
         with s.client() as c:
