@@ -40,7 +40,6 @@
 #include "disk.h"
 #include "log.h"
 #include "util.h"
-#include "xnbd.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -5,7 +5,8 @@
  */
 #include "order.h"
 
-#include "xnbd.h"
+#include "util.h"
+
 
 #include <assert.h>
 #include <errno.h>

@@ -13,6 +13,8 @@
 #include <sys/socket.h>
 #include <sys/types.h>
 
+enum { BLOCK_SIZE = 4096 };		/* bytes: the unit of bitmaps, holes, and pieces of writes */
+
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
 #if defined(__GNUC__)

@@ -11,6 +11,7 @@
 #include "loop.h"
 #include "order.h"
 #include "proto.h"
+#include "util.h"
 #include "worker.h"
 
 #if defined(XNBD_PORTABLE)
@@ -18,10 +19,6 @@
 #else
 #define XNBD_VERSION "1.0.0"
 #endif
-
-enum {
-	BLOCK_SIZE = 4096,	/* the unit of bitmaps, of holes, and of write pieces */
-};
 
 /*
  * One command in flight, or a piece of one.  It is made by a connection, handed to the export's
