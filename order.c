@@ -7,7 +7,6 @@
 
 #include "util.h"
 
-
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
