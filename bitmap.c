@@ -546,7 +546,7 @@ static void add_page(struct bitmap *b, uint64_t page, const uint8_t *p, enum pag
  */
 static int load_map(struct bitmap *b, uint64_t map, enum page_state state)
 {
-	static const uint8_t zeros[MAP_PAGE];
+	static uint8_t zeros[MAP_PAGE];		/* never written; const would take room in the file */
 	uint64_t end = map + b->map_bytes;
 	int err = 0;
 

@@ -1441,7 +1441,8 @@ static bool has_unsent(const struct conn *c)
 {
 	int out = 0, in = 0;
 
-	return ioctl(c->source.fd, TIOCOUTQ, &out) < 0 || out > 0 || ioctl(c->source.fd, FIONREAD, &in) < 0 || in > 0;
+	return ioctl(c->source.fd, TIOCOUTQ, &out) < 0 || out > 0 ||
+	       ioctl(c->source.fd, FIONREAD, &in) < 0 || in > 0;
 }
 
 void conn_turn(struct conn *c, short revents)
