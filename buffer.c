@@ -14,7 +14,7 @@
 enum {
 	SMALLEST = 64 * 1024,		/* what is smaller comes from malloc() warm enough */
 	LARGEST = 1024 * 1024,		/* what is larger is not kept */
-	KEPT_MAX = 2 * 1024 * 1024,	/* bytes */
+	KEPT_MAX = 8 * 1024 * 1024,	/* bytes: what a proxy fetches ahead of a reader */
 };
 
 struct kept {
@@ -84,4 +84,19 @@ void buffer_put(void *buffer, size_t len)
 	}
 	pthread_mutex_unlock(&lock);
 	free(k);
+}
+
+void buffer_trim(void)
+{
+	struct kept *k, *next;
+
+	pthread_mutex_lock(&lock);
+	k = kept;
+	kept = NULL;
+	kept_bytes = 0;
+	pthread_mutex_unlock(&lock);
+	for (; k; k = next) {
+		next = k->next;
+		free(k);
+	}
 }

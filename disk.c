@@ -76,9 +76,12 @@ static bool needs_read(struct disk *d, uint64_t off)
  */
 static int write_try(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off)
 {
-	uint64_t start = now_us();
+	uint64_t start;
 	int ret;
 
+	if (d->in_memory)
+		return write_at(d->fd, buf, len, off);
+	start = now_us();
 	if (start < atomic_load_explicit(&d->slow_until, memory_order_relaxed))
 		return -EAGAIN;
 	if (needs_read(d, off) || needs_read(d, off + len))

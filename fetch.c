@@ -73,6 +73,7 @@ void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
 	f->layer = layer;
 	f->origin = origin;
 	f->lane.name = "";
+	f->lane.single = true;	/* more would take the processor from those who bring the data */
 	pthread_mutex_init(&f->lock, NULL);
 }
 

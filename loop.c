@@ -103,33 +103,36 @@ bool loop_deliver(struct loop *l)
 }
 
 /*
- * Backwards, since a turn may remove sources, in whose place the last one comes.  One that moves so
- * is looked at again, and then has neither an event nor is it due.
+ * In the order in which they were added.  A turn may remove sources: the last one comes in the place of
+ * one that is gone, and if that has passed it waits for the next round.
  */
 void loop_turn_due(struct loop *l)
 {
 	uint64_t now = now_ms();
 
-	for (size_t i = l->count; i-- > 0;) {
-		struct source *s = i < l->count ? l->source[i] : NULL;
+	for (size_t i = 0; i < l->count;) {
+		struct source *s = l->source[i];
 
-		if (!s || s->due > now)
-			continue;
-		s->due = UINT64_MAX;
-		s->ops->turn(s, 0);
+		if (s->due <= now) {
+			s->due = UINT64_MAX;
+			s->ops->turn(s, 0);
+		}
+		if (i < l->count && l->source[i] == s)
+			i++;
 	}
 }
 
 static void give_events(struct loop *l)
 {
-	for (size_t i = l->count; i-- > 0;) {
-		struct source *s = i < l->count ? l->source[i] : NULL;
-		short revents = s && s->entry ? l->pfd[s->entry].revents : 0;
+	for (size_t i = 0; i < l->count;) {
+		struct source *s = l->source[i];
+		short revents = s->entry ? l->pfd[s->entry].revents : 0;
 
-		if (!revents)
-			continue;
 		s->entry = 0;
-		s->ops->turn(s, revents);
+		if (revents)
+			s->ops->turn(s, revents);
+		if (i < l->count && l->source[i] == s)
+			i++;
 	}
 }
 

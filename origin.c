@@ -37,6 +37,7 @@
 enum {
 	ORIGIN_STACK = 128 * 1024,
 	UNSTORED_MAX = 4 * 1024 * 1024,	/* delivered, and not put away */
+	IDLE_MS = 1000,			/* then buffers are given back */
 	BACKOFF_MIN = 100,		/* ms */
 	BACKOFF_MAX = 5000,
 	LINKS_MAX = ORIGIN_CONNECTIONS_MAX + 1,
@@ -151,6 +152,7 @@ struct origin {
 	struct link *link[LINKS_MAX];	/* the last one is a redirect's */
 	unsigned links;
 	bool clogged;			/* nothing is read */
+	bool trimmed;			/* nothing was asked since buffers were given back */
 	uint64_t listening;		/* since when it was not; now_ms() */
 };
 
@@ -943,12 +945,28 @@ static void note_clog(struct origin *o)
 /* Sleep once, and all that is to be done before and after it. */
 static void origin_turn(struct origin *o)
 {
+	uint64_t idle = UINT64_MAX;
+
 	note_clog(o);
 	feed_links(o);
-	for (unsigned i = 0; i < o->links; i++)
-		o->link[i]->source.due = link_deadline(o->link[i]);
-	loop_poll(&o->loop, UINT64_MAX);
+	if (atomic_load(&o->waiting) > 0)
+		o->trimmed = false;
+	else if (!o->trimmed)
+		idle = now_ms() + IDLE_MS;
+	for (unsigned i = 0; i < o->links; i++) {
+		struct link *l = o->link[i];
+		const char *wrong = l->state == LINK_UP ? link_send(l) : NULL;
+
+		if (wrong)
+			link_fail(l, wrong);
+		l->source.due = link_deadline(l);
+	}
+	loop_poll(&o->loop, idle);
 	loop_deliver(&o->loop);
+	if (idle <= now_ms()) {
+		buffer_trim();
+		o->trimmed = true;
+	}
 }
 
 static void *origin_main(void *arg)

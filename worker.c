@@ -63,7 +63,7 @@ static void put_job(struct job *job)
 {
 	if (!job->lane)
 		job->lane = &pool.common;
-	if (job->lane->active < ACTIVE_MAX) {
+	if (job->lane->active < (job->lane->single ? 1 : ACTIVE_MAX)) {
 		job->lane->active++;
 		append_job(&pool.ready, job);
 	} else {

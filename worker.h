@@ -13,11 +13,12 @@ struct job_list {
 
 /*
  * Jobs that may wait for the same disk.  Only so many of a lane are run at a time, so that a disk
- * that does not answer leaves threads to the others.  All zero but for the name; the rest is the
+ * that does not answer leaves threads to the others.  All zero but for the first two; the rest is the
  * pool's.  It must last until worker_stop().
  */
 struct lane {
 	const char *name;		/* of the export, for the log */
+	bool single;			/* one job at a time */
 	unsigned active;		/* jobs that a thread runs, or takes next */
 	struct job_list waiting;	/* those that have to wait for these */
 };
