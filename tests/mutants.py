@@ -959,8 +959,8 @@ mutant("an origin's handshake may go on for ever", "origin never ends its answer
        "if (l->state != LINK_UP)\n\t\treturn NULL;",
        tests="test_origin.py::test_handshake_that_never_ends_is_given_up")
 mutant("a lock is held while the origin is waited for", "origin black-holed",
-       "origin.c", "loop_poll(&o->loop, UINT64_MAX);",
-       "pthread_mutex_lock(&o->lock);\n\tloop_poll(&o->loop, UINT64_MAX);\n"
+       "origin.c", "loop_poll(&o->loop, idle);",
+       "pthread_mutex_lock(&o->lock);\n\tloop_poll(&o->loop, idle);\n"
        "\tpthread_mutex_unlock(&o->lock);",
        tests="test_control.py::test_commands_work_while_the_origin_is_frozen")
 mutant("a silent origin is waited for", "noticed by a deadline",
