@@ -38,6 +38,7 @@ static void *fresh_buffer(size_t len);
 #define now_ms() fake_ms()
 #define buffer_get fresh_buffer
 #define buffer_put(p, len) free(p)
+#define buffer_trim() ((void)0)
 #include "../origin.c"
 #undef recvmsg
 #undef send
