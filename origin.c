@@ -84,6 +84,9 @@ struct lookup {
 
 static atomic_uint lookups;
 
+/* Cookies are far from each other: one that has a wrong bit is nobody's.  Odd, so that none comes twice. */
+#define COOKIE_STEP UINT64_C(0x9e3779b97f4a7c15)
+
 enum link_state { LINK_DOWN, LINK_RESOLVE, LINK_NEGOTIATE, LINK_UP };
 
 struct link {
@@ -102,7 +105,7 @@ struct link {
 	struct proto_client client;	/* its offer stays */
 
 	/* Transmission. */
-	uint64_t cookies;		/* given out */
+	uint64_t cookies;		/* the one given out last */
 	struct queue owed;		/* in the order of asking */
 	unsigned count;			/* of them */
 	uint64_t heard;			/* when an answer, or PROGRESS bytes of one, came last */
@@ -400,7 +403,7 @@ static void link_ask(struct link *l, struct origin_request *r)
 {
 	const struct proto_request h = {
 		.cmd = r->extent ? NBD_CMD_BLOCK_STATUS : NBD_CMD_READ,
-		.cookie = l->cookies++,
+		.cookie = l->cookies += COOKIE_STEP,
 		.off = r->off,
 		.len = r->len,
 	};
