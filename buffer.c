@@ -14,7 +14,6 @@
 enum {
 	SMALLEST = 64 * 1024,		/* what is smaller comes from malloc() warm enough */
 	LARGEST = 1024 * 1024,		/* what is larger is not kept */
-	KEPT_MAX = 8 * 1024 * 1024,	/* bytes: what a proxy fetches ahead of a reader */
 };
 
 struct kept {
@@ -24,7 +23,7 @@ struct kept {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;	/* guards what follows; a leaf */
 static struct kept *kept;
-static size_t kept_bytes;
+static size_t kept_bytes, kept_max = 2 * 1024 * 1024;
 
 void buffer_init(void)
 {
@@ -75,7 +74,7 @@ void buffer_put(void *buffer, size_t len)
 		return;
 	}
 	pthread_mutex_lock(&lock);
-	if (kept_bytes + size <= KEPT_MAX) {
+	if (kept_bytes + size <= kept_max) {
 		k->size = size;
 		k->next = kept;
 		kept = k;
@@ -84,6 +83,11 @@ void buffer_put(void *buffer, size_t len)
 	}
 	pthread_mutex_unlock(&lock);
 	free(k);
+}
+
+void buffer_keep(size_t bytes)
+{
+	kept_max = bytes;
 }
 
 void buffer_trim(void)

@@ -12,6 +12,8 @@
 #define _GNU_SOURCE
 #include "cache.h"
 
+#include "buffer.h"
+
 #include "fetch.h"
 #include "layer.h"
 #include "log.h"
@@ -25,6 +27,7 @@
 #include <unistd.h>
 
 enum {
+	BUFFERS_KEPT = 8 * 1024 * 1024,	/* what is fetched ahead of a reader */
 	PREFETCH_MAX = 4 * 1024 * 1024,	/* bytes of a CACHE that are asked for at once */
 };
 
@@ -288,6 +291,7 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 {
 	struct cache *c = not_null(calloc(1, sizeof(*c)));
 
+	buffer_keep(BUFFERS_KEPT);
 	c->origin = origin;
 	layer_init(&c->layer, &cache_ops, origin_limits(origin)->size, o->readonly, "the cache");
 	c->layer.durable = true;
