@@ -13,7 +13,6 @@
 #include "cache.h"
 
 #include "buffer.h"
-
 #include "fetch.h"
 #include "layer.h"
 #include "log.h"
