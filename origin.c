@@ -415,7 +415,7 @@ static void link_ask(struct link *l, struct origin_request *r)
 	if (l->count++ == 0)
 		note_progress(l);
 	r->cookie = h.cookie;
-	r->sent = now_ms();
+	r->sent = now_us();
 	r->filled = 0;
 	proto_answer_begin(&r->answer, &h);
 	queue_add(&l->owed, r);
@@ -470,7 +470,7 @@ static int error_of(const struct proto_answer *a)
 static const char *end_answer(struct link *l, struct origin_request *r)
 {
 	const char *wrong = proto_answer_end(&r->answer);
-	uint64_t sent = r->sent;
+	uint64_t sent = r->sent / 1000;
 	int error = error_of(&r->answer);
 
 	if (wrong)
@@ -486,7 +486,7 @@ static const char *end_answer(struct link *l, struct origin_request *r)
 	if (r->extent)
 		r->extents = r->filled;
 	request_finish(l->origin, r, error);
-	if (l->owed.first && sent >= link_patience(l, l->owed.first->sent))
+	if (l->owed.first && sent >= link_patience(l, l->owed.first->sent / 1000))
 		return "an answer is overdue";
 	return NULL;
 }

@@ -49,7 +49,7 @@ struct origin_request {
 
 	/* The origin's own. */
 	uint64_t cookie;
-	uint64_t sent;		/* now_ms() when it was sent last */
+	uint64_t sent;		/* now_us() when it was sent last; also for the asker */
 	unsigned filled;	/* extents that have come */
 	struct proto_answer answer;
 };

@@ -36,6 +36,7 @@ static void *fresh_buffer(size_t len);
 #include "../buffer.h"
 #include "../util.h"
 #define now_ms() fake_ms()
+#define now_us() (fake_ms() * 1000)
 #define buffer_get fresh_buffer
 #define buffer_put(p, len) free(p)
 #define buffer_trim() ((void)0)
@@ -44,6 +45,7 @@ static void *fresh_buffer(size_t len);
 #undef send
 #undef close
 #undef now_ms
+#undef now_us
 
 /* Something that was asked. */
 struct asked {
