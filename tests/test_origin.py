@@ -1368,6 +1368,25 @@ def test_random_reads_are_not_read_ahead(origin, proxy):
 
 
 @hazard("the copy starves clients")
+def test_copy_asks_a_slow_link_for_no_more(origin, proxy):
+    """Requests that are answered one by one, late, do not let the copy have more under way."""
+    size = 128 * MIB
+    o = origin(lambda offset, length: bytes(length), size=size, structured=False)
+    p = proxy(o)
+    with Control(p.control) as control:
+        o.hold()
+        control.send("cache-all")
+        for _ in range(150):
+            first = o.wait(lambda r: r.command == NBD_CMD_READ)[0]
+            o.release(lambda r: r is first)
+            time.sleep(0.005)
+        quiet(o)
+        assert 0 < sum(r.length for r in o.held) <= 24 * MIB
+        o.release()
+        assert control.answer()[-1] == "ok"
+
+
+@hazard("the copy starves clients")
 @forms
 def test_clients_go_before_the_copy(origin, proxy, structured):
     """On a single link with the copy under way: a miss is sent although the copy's requests
