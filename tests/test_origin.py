@@ -1377,7 +1377,8 @@ def test_copy_asks_a_slow_link_for_no_more(origin, proxy):
         o.hold()
         control.send("cache-all")
         for _ in range(150):
-            first = o.wait(lambda r: r.command == NBD_CMD_READ)[0]
+            until(lambda: len(o.held) > 8, what="requests of the copy")
+            first = o.held[0]
             o.release(lambda r: r is first)
             time.sleep(0.005)
         quiet(o)
