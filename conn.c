@@ -974,7 +974,7 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 		finish(c, "client left");
 		return n;
 	}
-	if (!make_room(c, reply_bytes(&h), 1) || (proto_cmd_writes(h.cmd) && !is_there(c))) {
+	if (!make_room(c, reply_bytes(&h), 1) || (proto_cmd_writes(h.cmd) && !h.payload && !is_there(c))) {
 		c->blocked = true;
 		return 0;
 	}

@@ -1,7 +1,10 @@
 /*
  * order.c - changes of an image that are under way: see order.h.
  *
- * All of them are in one list, also those that a loop stores at once.
+ * They are in one list.  A change that finds it empty may be stored without it, so that loops need
+ * no lock: a place has its blocks meanwhile.  It takes the place, and then looks at the others and
+ * at the list; a change that comes to the list then looks at the places.  So of two changes one
+ * sees the other.
  */
 #include "order.h"
 
@@ -12,7 +15,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SPANS_MAX = 4096 };	/* a change in more pieces is waited for, and not cut further */
+enum {
+	SPANS_MAX = 4096,	/* a change in more pieces is waited for, and not cut further */
+	COUNT_BITS = 12,	/* of a place: the number of blocks; above these, the first block */
+};
 
 void order_init(struct order *o)
 {
@@ -96,11 +102,27 @@ static void take(struct change *c, uint64_t len, uint64_t off)
 
 /* Conflicts.  All of these are called with the lock. */
 
+/* Whether a change without the list has I/O under way there; that with c's place does not count. */
+static bool place_is_taken(const struct change *c, uint64_t len, uint64_t off)
+{
+	for (unsigned i = 0; i < ORDER_PLACES; i++) {
+		uint64_t place = atomic_load(&c->order->place[i].blocks);
+		uint64_t blocks = place & ((1 << COUNT_BITS) - 1);
+
+		if (place && &c->order->place[i] != c->place &&
+		    shares_block((place >> COUNT_BITS) * BLOCK_SIZE, blocks * BLOCK_SIZE, off, len))
+			return true;
+	}
+	return false;
+}
+
 /* Whether a change has to wait before it begins with I/O there. */
 static bool must_wait(const struct change *c, uint64_t len, uint64_t off)
 {
 	bool older = false;	/* those behind c are */
 
+	if (place_is_taken(c, len, off))
+		return true;
 	for (const struct change *i = c->order->first; i; i = i->next) {
 		if (i == c)
 			older = true;
@@ -136,11 +158,15 @@ static void insert_change(struct change *c)
 
 static void remove_change(struct change *c)
 {
-	struct change **p = &c->order->first;
+	struct change *newer = c->order->first;
 
-	while (*p != c)
-		p = &(*p)->next;
-	*p = c->next;
+	if (newer == c) {
+		c->order->first = c->next;
+	} else {
+		while (newer->next != c)
+			newer = newer->next;
+		newer->next = c->next;
+	}
 	c->order = NULL;
 	c->listed = false;
 	if (c->left != &c->one)
@@ -157,11 +183,60 @@ void order_add(struct order *o, struct change *c, uint64_t len, uint64_t off)
 	c->count = c->room = 1;
 }
 
+/* A free place for all of a change; NULL if there is none, or it does not fit. */
+static struct order_place *take_place(struct order *o, const struct span *s)
+{
+	uint64_t block = s->off / BLOCK_SIZE, count = (s->off + s->len - 1) / BLOCK_SIZE - block + 1;
+
+	for (unsigned i = 0; i < ORDER_PLACES && count < 1 << COUNT_BITS; i++) {
+		uint64_t none = 0;
+
+		if (atomic_load(&o->place[i].blocks) == 0 &&
+		    atomic_compare_exchange_strong(&o->place[i].blocks, &none,
+						   block << COUNT_BITS | count))
+			return &o->place[i];
+	}
+	return NULL;
+}
+
+static void leave_place(struct change *c)
+{
+	struct order *o = c->order;
+
+	atomic_store(&c->place->blocks, 0);
+	c->place = NULL;
+	if (!atomic_load(&o->first))
+		return;
+	pthread_mutex_lock(&o->lock);
+	pthread_cond_broadcast(&o->ended);
+	pthread_mutex_unlock(&o->lock);
+}
+
+/* Begin with all of a change that has just come, without the list.  False if that cannot be. */
+static bool begin_at_once(struct change *c)
+{
+	struct order *o = c->order;
+
+	if (c->listed || atomic_load(&o->first))
+		return false;
+	c->place = take_place(o, &c->one);
+	if (!c->place)
+		return false;
+	if (!atomic_load(&o->first) && !place_is_taken(c, c->one.len, c->one.off))
+		return true;
+	leave_place(c);
+	return false;
+}
+
 int order_begin(struct change *c, uint64_t max, bool wait, struct span *part)
 {
 	struct order *o = c->order;
 	int ret = 0;
 
+	if (!wait && begin_at_once(c)) {
+		*part = c->active = c->one;
+		return 1;
+	}
 	pthread_mutex_lock(&o->lock);
 	if (!c->listed)
 		insert_change(c);
@@ -190,7 +265,17 @@ void order_end(struct change *c, bool done, bool stored)
 	struct order *o = c->order;
 	struct span s = c->active;
 
+	if (c->place && done) {
+		leave_place(c);
+		c->order = NULL;
+		return;
+	}
 	pthread_mutex_lock(&o->lock);
+	if (c->place) {		/* it is in the list before newer ones can begin */
+		insert_change(c);
+		atomic_store(&c->place->blocks, 0);
+		c->place = NULL;
+	}
 	c->active.len = 0;
 	if (done)
 		take(c, s.len, s.off);

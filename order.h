@@ -23,11 +23,20 @@ struct span {
 	uint64_t off, len;		/* bytes */
 };
 
+/* Each in a cache line of its own: several threads use them all the time. */
+struct order_place {
+	atomic_uint_least64_t blocks;	/* see order.c; 0: it is free */
+	char space[64 - sizeof(atomic_uint_least64_t)];
+};
+
+enum { ORDER_PLACES = 4 };
+
 struct order {
-	pthread_mutex_t lock;		/* guards what follows; emptied() is called with it */
+	pthread_mutex_t lock;		/* guards the list; emptied() is called with it */
 	pthread_cond_t ended;		/* some I/O has */
-	struct change *first;		/* those that are under way, the newest first */
+	_Atomic(struct change *) first;	/* those that are under way, the newest first */
 	atomic_uint clients;		/* connections by which changes may come */
+	struct order_place place[ORDER_PLACES];	/* of changes that are not in the list */
 };
 
 /* All zero is one that is not under way. */
@@ -47,6 +56,7 @@ struct change {
 	unsigned count, room;
 	struct span active;		/* I/O is under way here; len is 0 if there is none */
 	bool listed;			/* it has its place in the order */
+	struct order_place *place;	/* its I/O is under way without the list; or NULL */
 	bool pending;			/* a hold that waits for older I/O to end */
 	int error;			/* it cannot go on, -errno */
 };
