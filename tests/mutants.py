@@ -602,6 +602,15 @@ mutant("a loop does not look at those that others store",
        "an aligned write during another's partial write",
        "order.c", "if (!must_wait(c, s.len, s.off)) {", "if (!wait || !must_wait(c, s.len, s.off)) {",
        tests="test_cow.py::test_clients_at_the_same_moment_all_win")
+mutant("changes of the list do not look at those without it",
+       "a write of a client that is gone lands over a newer one",
+       "order.c", "\tif (place_is_taken(c, len, off))\n\t\treturn true;\n", "",
+       tests="test_order.py::test_write_that_was_repeated_elsewhere_does_not_come_back")
+mutant("a change that could not be stored at once comes to the list late",
+       "a write of a client that is gone lands over a newer one",
+       "order.c", "newer ones can begin */\n\t\tinsert_change(c);\n", "newer ones can begin */\n",
+       tests="test_order.py::test_no_block_shows_what_is_older_than_what_was_acknowledged "
+             "test_order.py::test_write_that_was_repeated_elsewhere_does_not_come_back")
 mutant("a block that is held is merged again", "an aligned write during another's partial write",
        "layer.c", "if (held) {\n\t\t\tret = disk_write(", "if (held && (n % BLOCK_SIZE == 0 || !l->base)) {\n"
        "\t\t\tret = disk_write(",
