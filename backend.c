@@ -25,6 +25,9 @@ enum { SPARSE_READ_MIN = 16 * 1024 };
 /* A READ is not answered in more pieces than this. */
 enum { SPARSE_READ_EXTENTS = 64 };
 
+/* To look for holes costs a hundredth of the time at most, where it costs more than SLOW_LOOK_US. */
+enum { SLOW_LOOK_US = 1000, LOOK_PAUSE = 100 };
+
 /* A range of the disk that one reply describes at most, in a time that nobody notices. */
 static const uint64_t DESCRIBED_MAX = UINT64_C(64) << 30;
 
@@ -121,13 +124,17 @@ static int describe_range(struct backend *b, struct request *r)
 	return ret;
 }
 
-/* Look for holes in a READ that goes to the disk anyway.  To find none is never an error. */
+/*
+ * Look for holes in a READ that goes to the disk anyway.  To find none is never an error.  A file
+ * system may go through all extents of a file for that.
+ */
 static void find_holes(struct backend *b, struct request *r)
 {
+	uint64_t begun = now_us(), took;
 	int ret = 0;
 
 	r->extents = 0;
-	if (r->h.len < SPARSE_READ_MIN)
+	if (r->h.len < SPARSE_READ_MIN || begun < atomic_load(&b->look_again))
 		return;
 	if (!r->extent)
 		r->extent = calloc(SPARSE_READ_EXTENTS, sizeof(*r->extent));
@@ -136,6 +143,9 @@ static void find_holes(struct backend *b, struct request *r)
 	r->extents = b->ops->extents(b, r->extent, SPARSE_READ_EXTENTS, r->h.len, r->h.off, &ret);
 	if (!has_holes(r))
 		r->extents = 0;
+	took = now_us() - begun;
+	if (took > SLOW_LOOK_US)
+		atomic_store(&b->look_again, begun + LOOK_PAUSE * took);
 }
 
 /* READ on a worker: the data between the holes, into memory that is taken now. */

@@ -83,6 +83,7 @@ struct backend {
 	bool readonly;
 	struct order *order;	/* of the image that changes go to */
 	atomic_bool failed;	/* stable storage has: every request is answered with EIO */
+	atomic_uint_least64_t look_again;	/* now_us(): READs are not searched for holes before */
 };
 
 /*

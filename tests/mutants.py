@@ -611,6 +611,10 @@ mutant("a change that could not be stored at once comes to the list late",
        "order.c", "newer ones can begin */\n\t\tinsert_change(c);\n", "newer ones can begin */\n",
        tests="test_order.py::test_no_block_shows_what_is_older_than_what_was_acknowledged "
              "test_order.py::test_write_that_was_repeated_elsewhere_does_not_come_back")
+mutant("READs are searched for holes again and again",
+       "the search for a hole passes all extents of the rest of the disk",
+       "backend.c", "if (took > SLOW_LOOK_US)", "if (took > SLOW_LOOK_US && false)",
+       tests="test_hazards.py::test_reads_are_not_searched_for_holes_where_that_takes_long")
 mutant("a block that is held is merged again", "an aligned write during another's partial write",
        "layer.c", "if (held) {\n\t\t\tret = disk_write(", "if (held && (n % BLOCK_SIZE == 0 || !l->base)) {\n"
        "\t\t\tret = disk_write(",

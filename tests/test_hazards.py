@@ -23,7 +23,8 @@ import pytest
 from conftest import (Server, arguments_of, make_disk, need_holes, need_punch,
                       raise_descriptor_limit)
 from nbd import *
-from test_faults import HOLD, Control as Calls, library
+from test_faults import EVER, HOLD, SLOW, Control as Calls, library
+from test_protocol import evict
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 4 * MIB + 77
@@ -1107,6 +1108,19 @@ def test_block_is_copied_into_a_snapshot_once(server, image, calls):
         calls.release()
         assert snapshot_of(s) == expected
         assert c.pread(8192, edge - 4096) == b"2" * 8192
+
+
+@hazard("the search for a hole passes all extents of the rest of the disk")
+def test_reads_are_not_searched_for_holes_where_that_takes_long(server, image, calls):
+    """Each begins before what is known to be data, and would have to find out anew."""
+    need_holes()
+    with server(image, env=calls.environment).client() as c:
+        evict(image)
+        calls.arm("lseek", SLOW, times=EVER)
+        before = calls.count("lseek")
+        for at in range(4 * MIB, 0, -64 * KIB):
+            assert c.pread(16 * KIB, at - 64 * KIB) == pattern(at - 64 * KIB, 16 * KIB)
+        assert calls.count("lseek") - before <= 4
 
 
 @hazard("a snapshot appears before it is complete")
