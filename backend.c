@@ -148,18 +148,23 @@ static void find_holes(struct backend *b, struct request *r)
 		atomic_store(&b->look_again, begun + LOOK_PAUSE * took);
 }
 
+uint8_t *request_buffer(struct request *r)
+{
+	if (!r->buf) {
+		r->buf = buffer_get(r->h.len);
+		r->buf_len = r->buf ? r->h.len : 0;
+		atomic_fetch_add(&load.bytes, r->buf_len);
+	}
+	return r->buf;
+}
+
 /* READ on a worker: the data between the holes, into memory that is taken now. */
 static int read_sparse(struct backend *b, struct request *r)
 {
 	uint64_t off = r->h.off;
-	uint8_t *buf;
+	uint8_t *buf = request_buffer(r);
 	int ret = 0;
 
-	if (!r->buf) {
-		r->buf = buffer_get(r->h.len);
-		r->buf_len = r->buf ? r->h.len : 0;
-	}
-	buf = r->buf;
 	if (!buf)
 		return -ENOMEM;
 	find_holes(b, r);

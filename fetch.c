@@ -173,23 +173,13 @@ static bool takes_data(const struct request *r)
 	return r->h.cmd == NBD_CMD_READ && r->h.len <= READ_PIECE;
 }
 
-/* Memory for the answer to a READ; or NULL. */
-static uint8_t *answer_of(struct request *r)
-{
-	if (!r->buf) {
-		r->buf = buffer_get(r->h.len);
-		r->buf_len = r->buf ? r->h.len : 0;
-	}
-	return r->buf;
-}
-
 /* Put what has arrived into the answer. */
 static int put_data(const struct fetch *fetch, const struct part *p)
 {
 	struct request *r = p->miss->r;
 	const uint8_t *from = fetch->ask.buf + (p->off - fetch->ask.off);
 
-	if (!answer_of(r))
+	if (!request_buffer(r))
 		return -ENOMEM;
 	memcpy(r->buf + (p->off - r->h.off), from, p->len);
 	return 0;
@@ -216,12 +206,20 @@ static int put_extents(struct origin_request *ask, struct request *r)
 	return ask->error == -ECANCELED ? -ECANCELED : 0;
 }
 
+/* Whether a READ can be answered from the image when there is memory for it again. */
+static bool may_wait_for_memory(const struct request *r, int error)
+{
+	return !error && takes_data(r) && !r->buf && atomic_load(&load.bytes) >= load.bytes_max;
+}
+
 /* The part has arrived, or failed with error.  Called with the lock. */
 static void part_end(struct fetch *fetch, const struct part *p, int error)
 {
 	struct miss *m = p->miss;
 
-	if (fetch->ask.extent)
+	if (may_wait_for_memory(m->r, error))
+		m->again = true;
+	else if (fetch->ask.extent)
 		error = put_extents(&fetch->ask, m->r);
 	else if (!fetch->ask.error && takes_data(m->r))
 		error = put_data(fetch, p);
@@ -429,7 +427,7 @@ static int read_held(struct fetcher *f, struct request *r, enum how how, uint64_
 		if (!held)
 			continue;
 		*bytes += n;
-		ret = answer_of(r) ? disk_read(f->layer->disk, r->buf + at, n, r->h.off + at, how) :
+		ret = request_buffer(r) ? disk_read(f->layer->disk, r->buf + at, n, r->h.off + at, how) :
 				     -ENOMEM;
 	}
 	return ret;

@@ -347,9 +347,9 @@ mutant("a connection is freed while its requests are in flight", "closes with 64
        tests="test_origin.py::test_clients_that_leave_while_they_wait_leave_nothing "
              "test_origin.py::test_client_may_leave_while_it_waits")
 mutant("the memory of a dead client's request stays", "closes with 64 reads in flight",
-       "conn.c", "\ttake_home(c, r);\n\tif (r->counted > 0) {",
+       "conn.c", "\ttake_home(c, r);\n\tc->buffered -= r->counted;",
        "\tif (c->state == CONN_DEAD) {\n" + TAKE.format("1 << 20") + "\n\t}\n\ttake_home(c, r);\n"
-       "\tif (r->counted > 0) {",
+       "\tc->buffered -= r->counted;",
        tests="test_order.py::test_clients_that_gave_up_give_back_all_at_once")
 mutant("a WRITE clears its range before its payload comes", "client dies within a payload",
        "conn.c", "c->current = r;\n\tc->current_left = r->h.len;",
@@ -615,6 +615,15 @@ mutant("READs are searched for holes again and again",
        "the search for a hole passes all extents of the rest of the disk",
        "backend.c", "if (took > SLOW_LOOK_US)", "if (took > SLOW_LOOK_US && false)",
        tests="test_hazards.py::test_reads_are_not_searched_for_holes_where_that_takes_long")
+mutant("what waits counts as if it held memory", "requests that wait shut out those that need not",
+       "conn.c", "return own > 0 && (own >= own_max || room == 0 || own / 2 > room);",
+       "return own > 0 ? own >= own_max || room == 0 || own / 2 > room : now / 8 >= max;",
+       "conn.c", "\tc->buffered += r->counted;",
+       "\tc->buffered += r->counted;\n\tatomic_fetch_add(&load.bytes, r->counted);",
+       "conn.c", "\tc->buffered -= r->counted;",
+       "\tc->buffered -= r->counted;\n\tatomic_fetch_sub(&load.bytes, r->counted);",
+       tests="test_control.py::test_reads_that_wait_for_the_origin_shut_nobody_out "
+             "test_control.py::test_clients_that_take_no_replies_shut_nobody_out")
 mutant("a block that is held is merged again", "an aligned write during another's partial write",
        "layer.c", "if (held) {\n\t\t\tret = disk_write(", "if (held && (n % BLOCK_SIZE == 0 || !l->base)) {\n"
        "\t\t\tret = disk_write(",
