@@ -616,8 +616,6 @@ mutant("READs are searched for holes again and again",
        "backend.c", "if (took > SLOW_LOOK_US)", "if (took > SLOW_LOOK_US && false)",
        tests="test_hazards.py::test_reads_are_not_searched_for_holes_where_that_takes_long")
 mutant("what waits counts as if it held memory", "requests that wait shut out those that need not",
-       "conn.c", "return own > 0 && (own >= own_max || room == 0 || own / 2 > room);",
-       "return own > 0 ? own >= own_max || room == 0 || own / 2 > room : now / 8 >= max;",
        "conn.c", "\tc->buffered += r->counted;",
        "\tc->buffered += r->counted;\n\tatomic_fetch_add(&load.bytes, r->counted);",
        "conn.c", "\tc->buffered -= r->counted;",

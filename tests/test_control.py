@@ -228,23 +228,6 @@ def test_reads_that_wait_for_the_origin_shut_nobody_out(run_proxy, length):
 
 
 @hazard("requests that wait shut out those that need not")
-def test_writes_that_wait_for_the_origin_shut_nobody_out(run_proxy):
-    """These do hold memory: more than may be, all together."""
-    with Origin(lambda at, length: pattern(at, length), size=256 << 20) as o:
-        s = run_proxy(o, "--origin-timeout", "600", "--max-buf-size", "64K")
-        s.client().pread(4096, 255 << 20)
-        o.freeze()
-        waiting = [s.client() for _ in range(40)]
-        for i, c in enumerate(waiting):
-            c.request(NBD_CMD_WRITE, (i << 20) + 1, 64 * 1024, payload=bytes(64 * 1024))
-        until(lambda: state(s.control)["pending-requests"] >= 40, what="all of them")
-        assert is_answered_beside(s, [255 << 20])
-        o.thaw()
-        for c in waiting:
-            assert not any(r.error for r in c.collect_all().values())
-
-
-@hazard("requests that wait shut out those that need not")
 @pytest.mark.parametrize("length", [1 << 18, 32 << 20])
 def test_clients_that_take_no_replies_shut_nobody_out(run_proxy, length):
     """Of what the origin has to bring; then of what is here, also after a switch."""
