@@ -184,7 +184,7 @@ void order_add(struct order *o, struct change *c, uint64_t len, uint64_t off)
 }
 
 /* A free place for all of a change; NULL if there is none, or it does not fit. */
-static struct order_place *take_place(struct order *o, const struct span *s)
+static struct order_place *claim_place(struct order *o, const struct span *s)
 {
 	uint64_t block = s->off / BLOCK_SIZE, count = (s->off + s->len - 1) / BLOCK_SIZE - block + 1;
 
@@ -219,7 +219,7 @@ static bool begin_at_once(struct change *c)
 
 	if (c->listed || atomic_load(&o->first))
 		return false;
-	c->place = take_place(o, &c->one);
+	c->place = claim_place(o, &c->one);
 	if (!c->place)
 		return false;
 	if (!atomic_load(&o->first) && !place_is_taken(c, c->one.len, c->one.off))
