@@ -1592,6 +1592,7 @@ def target_rig(server, recorder, place, is_cloned=False):
 def begin_snapshot(r):
     """With nothing in flight.  Where it is copied, the copy is held up: by one chunk."""
     snapshots = Snapshots(r.server)
+    r.do(NBD_CMD_WRITE, 0, BLOCK)   # a chunk begins where the first data is: not behind a hole
     r.hold.touch()
     r.cuts.catch_up()
     r.cuts.instant, r.cuts.held = list(r.now), False
