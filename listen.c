@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include "listen.h"
 
+#include "confine.h"
 #include "log.h"
 
 #include <errno.h>
@@ -46,7 +47,6 @@ static void name_listener(struct listener *one)
 
 	getsockname(one->source.fd, &address.sa, &len);
 	format_address(&address.sa, len, one->address);
-	one->local = address.sa.sa_family == AF_UNIX;
 }
 
 /* TCP */
@@ -250,6 +250,7 @@ static int start_unix(struct listener *one, const struct sockaddr_un *sun, mode_
 	if (!err && (lstat(one->unix_path, &one->file) < 0 || listen(one->source.fd, BACKLOG) < 0))
 		err = -errno;
 	name_listener(one);
+	confine_keep_place("remove unix:", one->unix_path, CONFINE_REMOVE_FILE);
 	if (lock >= 0)
 		close(lock);
 	return err;
@@ -258,6 +259,7 @@ static int start_unix(struct listener *one, const struct sockaddr_un *sun, mode_
 bool listen_unix(struct listeners *l, const char *path, mode_t mode)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	struct listener *one;
 	int err;
 
 	if (strlen(path) >= sizeof(sun.sun_path)) {
@@ -266,14 +268,15 @@ bool listen_unix(struct listeners *l, const char *path, mode_t mode)
 		return false;
 	}
 	strcpy(sun.sun_path, path);
-	err = start_unix(add_listener(l, -1), &sun, mode);
+	one = add_listener(l, -1);
+	err = start_unix(one, &sun, mode);
 	if (err)
 		log_failure("cannot listen on unix:%s: %s", path,
 			    err == -EADDRINUSE	? "another server is listening there" :
 			    err == -EEXIST	? "there is a file that is not a socket" :
 			    err == -EWOULDBLOCK ? "somebody else has its directory locked" :
 						  strerror(-err));
-	return err == 0;
+	return !err && confine_give_socket(one->unix_path);
 }
 
 /* Passed sockets */
@@ -335,13 +338,13 @@ static short listener_events(const struct source *s)
 {
 	const struct listener *l = listener_of(s);
 
-	return l->pauses || (l->is_full && l->is_full()) ? 0 : POLLIN;
+	return l->source.due != UINT64_MAX || (l->is_full && l->is_full()) ? 0 : POLLIN;
 }
 
 /* Accept one client.  False if there is none, or accepting has to pause. */
 static bool accept_one(struct listener *l)
 {
-	union address address;
+	union address address = { .sa.sa_family = AF_UNIX };	/* of which some have none */
 	socklen_t len = sizeof(address);
 	int fd = accept4(l->source.fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
@@ -352,7 +355,6 @@ static bool accept_one(struct listener *l)
 	if (is_out_of_resources(errno)) {
 		log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
 			 strerror(errno));
-		l->pauses = true;
 		l->source.due = now_ms() + ACCEPT_PAUSE_MS;
 	}
 	return errno == EINTR || errno == ECONNABORTED;
@@ -362,7 +364,6 @@ static void listener_turn(struct source *s, short revents)
 {
 	struct listener *l = listener_of(s);
 
-	l->pauses = false;
 	for (int n = 0; revents && n < ACCEPT_BATCH && listener_events(s) && accept_one(l); n++)
 		;
 }
@@ -381,6 +382,7 @@ bool listen_start(struct listeners *l, struct loop *loop,
 		l->all[i].is_full = is_full;
 		if (!loop_add(loop, &l->all[i].source))
 			return false;
+		l->all[i].loop = loop;
 	}
 	return true;
 }
@@ -388,7 +390,7 @@ bool listen_start(struct listeners *l, struct loop *loop,
 void listen_resume(struct listeners *l)
 {
 	for (size_t i = 0; i < l->count; i++)
-		l->all[i].pauses = false;
+		l->all[i].source.due = UINT64_MAX;
 }
 
 void listen_close(struct listeners *l)
@@ -400,6 +402,8 @@ void listen_close(struct listeners *l)
 		if (err)
 			log_line("cannot remove unix:%s: %s", one->unix_path, strerror(-err));
 		free(one->unix_path);
+		if (one->loop)
+			loop_remove(one->loop, &one->source);
 		if (one->source.fd >= 0)
 			close(one->source.fd);
 	}

@@ -12,10 +12,9 @@
 #include "util.h"
 
 struct listener {
-	struct source source;
-	bool pauses;		/* accepting, since the system has no more descriptors */
+	struct loop *loop;	/* that the source is on, or NULL */
+	struct source source;	/* due while the system has no more descriptors: accepting pauses */
 	char address[ADDRESS_MAX];
-	bool local;		/* a Unix socket, whose clients have no names */
 	char *unix_path;	/* of a socket that we made, from the root; else NULL */
 	struct stat file;	/* of such a socket, so that only our own is unlinked */
 	void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);

@@ -4,9 +4,7 @@
 #ifndef XNBD_UTIL_H
 #define XNBD_UTIL_H
 
-#include <poll.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -35,9 +33,6 @@ void mask_control_characters(char *s, size_t len);
 /* Milliseconds and microseconds of a clock that only goes forward. */
 uint64_t now_ms(void);
 uint64_t now_us(void);
-
-/* Milliseconds until now_ms() is that, for poll(): 0 if it is past, -1 if it is UINT64_MAX. */
-int ms_until(uint64_t when);
 
 /* A decimal number from min to max.  False if it is none. */
 bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned long *value);
@@ -100,38 +95,6 @@ int remove_own(const char *path, dev_t dev, ino_t ino);
 
 /* A descriptor that neither gives nor takes anything, also without /dev/null; -1 with errno. */
 int open_nothing(void);
-
-/* A pipe whose both ends do not block and are closed on exec.  0 or -errno. */
-int make_pipe(int fds[2]);
-
-/*
- * Wakes a thread that polls, by a byte in a pipe while it sleeps.  The thread says that it is about
- * to sleep and then looks whether the bell was rung; others ring and then look whether it sleeps.
- */
-struct bell {
-	atomic_bool rung, sleeping;
-	int pipe[2];
-};
-
-/* The main thread's, made by main(). */
-extern struct bell main_bell;
-void wake_main(void);
-
-/* 0 or -errno */
-int bell_init(struct bell *b);
-void bell_free(struct bell *b);
-
-/* Any thread; keeps errno: signal handlers call it. */
-void bell_ring(struct bell *b);
-
-/* Whether it was rung since the last call. */
-bool bell_answer(struct bell *b);
-
-/*
- * poll() of n descriptors, of which the first is the bell's; at once if it was rung.  How many are
- * ready: none after a signal or a moment's lack of memory, -errno if poll() fails for ever.
- */
-int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms);
 
 /* A thread that no signal disturbs.  0 or an errno. */
 int thread_start(pthread_t *thread, size_t stack, void *(*run)(void *), void *arg);
