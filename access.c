@@ -132,8 +132,7 @@ static struct {
 
 void access_enter(struct guest *g, const struct sockaddr *sa)
 {
-	if (sa)
-		address_of(sa, g->address);
+	address_of(sa, g->address);
 	pthread_mutex_lock(&guests.lock);
 	g->next = guests.first;
 	g->back = &guests.first;

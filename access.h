@@ -34,13 +34,13 @@ struct guest {
 	uint8_t address[16];
 };
 
-/* Count a client, whose address is NULL at a Unix socket, until access_leave().  Any thread. */
+/* Count a client until access_leave().  Any thread. */
 void access_enter(struct guest *g, const struct sockaddr *sa);
 
 /* Whether it was counted.  It may be called for any. */
 bool access_leave(struct guest *g);
 
-/* How many there are of that host; of all if it is NULL. */
+/* How many there are of that host, 0 for one without an address; of all if it is NULL. */
 size_t access_guests(const struct sockaddr *sa);
 
 #endif

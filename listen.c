@@ -397,7 +397,7 @@ void listen_close(struct listeners *l)
 {
 	for (size_t i = 0; i < l->count; i++) {
 		struct listener *one = &l->all[i];
-		int err = one->unix_path ? remove_own(one->unix_path, one->file.st_dev, one->file.st_ino) : 0;
+		int err = remove_own(one->unix_path, &one->file);
 
 		if (err)
 			log_line("cannot remove unix:%s: %s", one->unix_path, strerror(-err));

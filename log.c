@@ -107,9 +107,7 @@ static int put_prefix(char *p, size_t room, enum log_to to, enum log_level level
 
 	switch (to) {
 	case LOG_TO_FILE:
-		gmtime_r(&now, &tm);
-		return snprintf(p, room, "%04d-%02d-%02dT%02d:%02d:%02dZ: ", tm.tm_year + 1900,
-				tm.tm_mon + 1, tm.tm_mday, tm.tm_hour, tm.tm_min, tm.tm_sec);
+		return (int)strftime(p, room, "%Y-%m-%dT%H:%M:%SZ: ", gmtime_r(&now, &tm));
 	case LOG_TO_SYSLOG:	/* whose daemon adds the time */
 		return snprintf(p, room, "<%d>%s[%d]: ", DAEMON | severity[level], log_program,
 				(int)getpid());
@@ -120,14 +118,12 @@ static int put_prefix(char *p, size_t room, enum log_to to, enum log_level level
 }
 
 /* Make a line of at most LINE_BYTES; returns how long it is. */
-static size_t log_make_line(char *line, enum log_to to, enum log_level level, const char *fmt,
-			    va_list ap)
+static size_t log_make_line(char *line, enum log_to to, enum log_level level, const char *text)
 {
 	size_t room = LINE_BYTES - 1, len = (size_t)put_prefix(line, room, to, level);
-	int n = vsnprintf(line + len, room - len, fmt, ap);
 
-	if (n > 0)
-		len += (size_t)n < room - len ? (size_t)n : room - len - 1;
+	snprintf(line + len, room - len, "%s", text);
+	len += strlen(line + len);
 	mask_control_characters(line, len);
 	line[len++] = '\n';
 	return len;
@@ -163,35 +159,43 @@ static bool write_line(enum log_to to, const char *line, size_t len, int wait_ms
 }
 
 /* An error, past the lines that wait. */
-static bool write_now(enum log_to to, int wait_ms, const char *fmt, ...) PRINTF_LIKE(3, 4);
-
-static bool write_now(enum log_to to, int wait_ms, const char *fmt, ...)
+static bool write_now(enum log_to to, const char *text, int wait_ms)
 {
 	char line[LINE_BYTES];
-	va_list ap;
-	size_t len;
 
-	va_start(ap, fmt);
-	len = log_make_line(line, to, LOG_ERROR, fmt, ap);
-	va_end(ap);
-	return write_line(to, line, len, wait_ms);
+	return write_line(to, line, log_make_line(line, to, LOG_ERROR, text), wait_ms);
 }
 
-static void put_line(enum log_level level, const char *fmt, va_list ap)
+/* Whether there may be one more line about clients.  If not, it is counted. */
+static bool take_place(enum log_level level)
 {
-	char line[LINE_BYTES];
-	size_t len = log_make_line(line, log_to, level, fmt, ap);
+	uint64_t now = now_ms(), *used = &queue.used[level];
+	bool may;
 
+	pthread_mutex_lock(&queue.lock);
+	if (*used < now)
+		*used = now;
+	may = *used < now + PEER_BURST * PEER_MS;
+	if (may) {
+		*used += PEER_MS;
+	} else if (queue.left_out++ == 0) {
+		queue.due = now + LEFT_OUT_MS;
+		pthread_cond_broadcast(&queue.changed);
+	}
+	pthread_mutex_unlock(&queue.lock);
+	return may;
+}
+
+static void put_line(const char *line, size_t len)
+{
 	pthread_mutex_lock(&queue.lock);
 	if (!queue.started) {
 		queue.lost += !write_line(log_to, line, len, FLUSH_MS);
+	} else if (queue.len + len > ROOM) {
+		queue.lost++;
 	} else {
-		if (queue.len + len > ROOM) {
-			queue.lost++;
-		} else {
-			memcpy(buffer[queue.which] + queue.len, line, len);
-			queue.len += len;
-		}
+		memcpy(buffer[queue.which] + queue.len, line, len);
+		queue.len += len;
 		atomic_store(&queue.pending, true);
 		pthread_cond_broadcast(&queue.changed);
 	}
@@ -200,13 +204,16 @@ static void put_line(enum log_level level, const char *fmt, va_list ap)
 
 void log_at(enum log_level level, const char *fmt, ...)
 {
+	enum log_level kind = level & ~LOG_OF_PEER;
+	char text[LINE_BYTES], line[LINE_BYTES];
 	va_list ap;
 
-	if (!log_shows(level))
+	if (!log_shows(kind) || (level != kind && !take_place(kind)))
 		return;
 	va_start(ap, fmt);
-	put_line(level, fmt, ap);
+	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
+	put_line(line, log_make_line(line, log_to, kind, text));
 }
 
 void log_failure(const char *fmt, ...)
@@ -219,7 +226,7 @@ void log_failure(const char *fmt, ...)
 	va_end(ap);
 	log_error("%s", text);
 	if (log_to != LOG_TO_STDERR)
-		write_now(LOG_TO_STDERR, FLUSH_MS, "%s", text);
+		write_now(LOG_TO_STDERR, text, FLUSH_MS);
 }
 
 /* The end of the program */
@@ -250,39 +257,6 @@ void occupy_standard_descriptors(void)
 	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
 		if (fcntl(fd, F_GETFD) < 0 && open_nothing() < 0)
 			log_fatal("descriptor %d is closed, and nothing can be put there", fd);
-}
-
-/* Lines about clients */
-
-/* Whether there may be one more.  If not, it is counted. */
-static bool take_place(enum log_level level)
-{
-	uint64_t now = now_ms(), *used = &queue.used[level];
-	bool may;
-
-	pthread_mutex_lock(&queue.lock);
-	if (*used < now)
-		*used = now;
-	may = *used < now + PEER_BURST * PEER_MS;
-	if (may) {
-		*used += PEER_MS;
-	} else if (queue.left_out++ == 0) {
-		queue.due = now + LEFT_OUT_MS;
-		pthread_cond_broadcast(&queue.changed);
-	}
-	pthread_mutex_unlock(&queue.lock);
-	return may;
-}
-
-void log_peer(enum log_level level, const char *fmt, ...)
-{
-	va_list ap;
-
-	if (!log_shows(level) || !take_place(level))
-		return;
-	va_start(ap, fmt);
-	put_line(level, fmt, ap);
-	va_end(ap);
 }
 
 /* Files */
@@ -350,6 +324,7 @@ static void write_lines(void)
 	const char *p = buffer[queue.which], *end = p + queue.len;
 	unsigned long lost = queue.lost, left_out = 0;
 	bool reopen = queue.reopen;
+	char text[64];
 
 	if (queue.due <= now_ms()) {
 		left_out = queue.left_out;
@@ -364,7 +339,8 @@ static void write_lines(void)
 		next = (const char *)memchr(p, '\n', (size_t)(end - p)) + 1;
 		lost += !write_line(log_to, p, (size_t)(next - p), -1);
 	}
-	if (lost && write_now(log_to, -1, "%lu lines of the log were lost", lost))
+	snprintf(text, sizeof(text), "%lu lines of the log were lost", lost);
+	if (lost && write_now(log_to, text, -1))
 		lost = 0;
 	if (left_out)
 		log_error("%lu more lines about clients were left out", left_out);

@@ -14,6 +14,7 @@ enum log_level {
 	LOG_ASKED,	/* what somebody has asked for */
 	LOG_EVENT,	/* something happened */
 	LOG_DETAIL,
+	LOG_OF_PEER = 8,	/* added to one of these: a client causes the line */
 };
 
 /* The name before each line on stderr and in syslog: static storage. */
@@ -44,14 +45,15 @@ void log_reopen(void);
  */
 void log_flush(void);
 
-/* One line, whole.  Control characters in it become question marks. */
+/*
+ * One line, whole.  Control characters in it become question marks.  If there are too many of those
+ * that clients cause, some are counted instead.
+ */
 void log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
 
 #define log_line(...) log_at(LOG_EVENT, __VA_ARGS__)
 #define log_error(...) log_at(LOG_ERROR, __VA_ARGS__)
-
-/* A line that a client causes.  If there are too many of them, some are counted instead. */
-void log_peer(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
+#define log_peer(level, ...) log_at((level) | LOG_OF_PEER, __VA_ARGS__)
 
 /* One line about a failed start: to stderr, and to the log as well where that is another place. */
 void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);

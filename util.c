@@ -256,10 +256,11 @@ bool is_out_of_resources(int err)
 	return err == EMFILE || err == ENFILE || err == ENOBUFS || err == ENOMEM;
 }
 
-int remove_own(const char *path, dev_t dev, ino_t ino)
+int remove_own(const char *path, const struct stat *file)
 {
 	struct stat st;
-	bool own = lstat(path, &st) == 0 && st.st_dev == dev && st.st_ino == ino;
+	bool own = path && lstat(path, &st) == 0 && st.st_dev == file->st_dev &&
+		   st.st_ino == file->st_ino;
 
 	return own && unlink(path) < 0 ? -errno : 0;
 }

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/socket.h>
-#include <sys/types.h>
+#include <sys/stat.h>
 
 enum { BLOCK_SIZE = 4096 };		/* bytes: the unit of bitmaps, holes, and pieces of writes */
 
@@ -90,8 +90,8 @@ void strip_brackets(char *host);
 /* Whether that errno is a lack of descriptors or memory. */
 bool is_out_of_resources(int err);
 
-/* Remove a file if it is still that one.  0 or -errno. */
-int remove_own(const char *path, dev_t dev, ino_t ino);
+/* Remove a file, unless the path is NULL or leads to another one by now.  0 or -errno. */
+int remove_own(const char *path, const struct stat *file);
 
 /* A descriptor that neither gives nor takes anything, also without /dev/null; -1 with errno. */
 int open_nothing(void);

@@ -41,6 +41,7 @@ enum {
 	DESCRIPTORS_SEEN = 4096,	/* those from there on are not looked for */
 	EXPORT_FDS = 3,			/* for an image, and for a snapshot of it */
 	LOOP_FDS = 2,
+	OWN_FDS = 4,			/* for a client to refuse, the log, control connections */
 	PROXY_FDS = 6,			/* to look up a name, while it has a link already */
 	SPARE_FDS = 64,			/* for all that can wait until there are some, at most */
 	STOP_MS = 4500,
@@ -260,8 +261,7 @@ static bool share_descriptors(struct server *s, unsigned *loops)
 {
 	const struct options *o = &s->options;
 	size_t images = o->exports + (o->image != NULL), spare, there = free_descriptors();
-	/* One client more is accepted before it is refused; the log is opened again. */
-	size_t needed = 2 + LOOP_FDS + EXPORT_FDS * images + (o->control ? 2 : 0) +
+	size_t needed = OWN_FDS + LOOP_FDS + EXPORT_FDS * images +
 			(o->mode == MODE_PROXY ? PROXY_FDS : 0);
 
 	if (there <= needed) {
@@ -344,30 +344,33 @@ static bool holds_number(int fd)
 	return digits > 0 && n == (ssize_t)digits + 1 && text[digits] == '\n';
 }
 
-/* Open and lock a pidfile, of which *own is known if it is one.  NULL, or why not. */
-static const char *open_pidfile(const char *path, int *fd, struct stat *own)
+/* Lock and write a pidfile, which stays open and locked; *own is known if it is one.  NULL, or why not. */
+static const char *make_pidfile(const char *path, struct stat *own)
 {
 	struct stat st;
+	int fd;
 
-	*fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0644);
-	if (*fd < 0 || flock(*fd, LOCK_EX | LOCK_NB) < 0 || fstat(*fd, &st) < 0)
-		return errno == EWOULDBLOCK ? "the server of that pidfile runs already" :
-					      strerror(errno);
+	do {	/* until it is not one that another server has just removed */
+		fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0644);
+		if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB) < 0 || fstat(fd, &st) < 0)
+			return errno == EWOULDBLOCK ? "the server of that pidfile runs already" :
+						      strerror(errno);
+	} while (st.st_nlink == 0 && close(fd) == 0);
 	if (!S_ISREG(st.st_mode))
 		return "it is not a file";
 	if (st.st_nlink > 1)
 		return "the file has another name";
-	if (st.st_size > 0 && !holds_number(*fd))
+	if (st.st_size > 0 && !holds_number(fd))
 		return "the file holds something else than a process id";
 	*own = st;
+	if (ftruncate(fd, 0) < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0)
+		return strerror(errno);
 	return NULL;
 }
 
-/* The pidfile stays open, since it is locked while this process lives. */
 static bool write_pidfile(struct server *s)
 {
 	const char *path = s->options.pidfile, *wrong;
-	int fd = -1;
 
 	if (!path)
 		return true;
@@ -378,11 +381,7 @@ static bool write_pidfile(struct server *s)
 		return false;
 	}
 	s->pid_path = absolute_path(path);
-	do	/* until it is not one that another server has just removed */
-		wrong = s->pid_path ? open_pidfile(path, &fd, &s->pid_file) : strerror(errno);
-	while (!wrong && s->pid_file.st_nlink == 0 && close(fd) == 0);
-	if (!wrong && (ftruncate(fd, 0) < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0))
-		wrong = strerror(errno);
+	wrong = s->pid_path ? make_pidfile(path, &s->pid_file) : strerror(errno);
 	if (wrong)
 		log_failure("cannot write pidfile %s: %s", path, wrong);
 	else
@@ -392,8 +391,7 @@ static bool write_pidfile(struct server *s)
 
 static void remove_pidfile(const struct server *s)
 {
-	int err = s->pid_path ?
-			  remove_own(s->pid_path, s->pid_file.st_dev, s->pid_file.st_ino) : 0;
+	int err = remove_own(s->pid_path, &s->pid_file);
 
 	if (err)
 		log_line("cannot remove pidfile %s: %s", s->pid_path, strerror(-err));
@@ -529,18 +527,18 @@ static bool start(struct server *s)
 
 /* Connections */
 
-/* Whether a client may connect, whose address is NULL at a Unix socket; the log says why not. */
+/* Whether a client may connect; the log says why not. */
 static bool may_connect(struct server *s, const struct sockaddr *sa, const char *peer)
 {
 	const struct options *o = &s->options;
 	char reason[64] = "no --allow has its address";
 
-	if (sa && o->allows && !access_admits(o->allow, o->allows, sa))
+	if (sa->sa_family != AF_UNIX && o->allows && !access_admits(o->allow, o->allows, sa))
 		;
 	else if (access_guests(NULL) >= s->connections_max)
 		snprintf(reason, sizeof(reason), "there are %zu connections already",
 			 s->connections_max);
-	else if (sa && o->max_per_host && access_guests(sa) >= o->max_per_host)
+	else if (o->max_per_host && access_guests(sa) >= o->max_per_host)
 		snprintf(reason, sizeof(reason), "its host has %lu connections already",
 			 o->max_per_host);
 	else
@@ -549,24 +547,20 @@ static bool may_connect(struct server *s, const struct sockaddr *sa, const char 
 	return false;
 }
 
-static enum greeting greeting_of(const struct options *o)
-{
-	return o->connected_fd >= 0 ? GREET_CONNECTED :
-	       o->oldstyle	    ? GREET_OLDSTYLE :
-				      GREET_NEWSTYLE;
-}
-
-/* Serve a client, or close its connection; its address is NULL at a Unix socket. */
+/* Serve a client, or close its connection. */
 static void admit_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
 {
+	const struct options *o = &s->options;
+	enum greeting greeting = o->connected_fd >= 0 ? GREET_CONNECTED :
+				 o->oldstyle	      ? GREET_OLDSTYLE :
+							GREET_NEWSTYLE;
 	struct conn *c;
 
 	if (!may_connect(s, sa, peer)) {
 		close(fd);
 		return;
 	}
-	c = conn_new(fd, greeting_of(&s->options), &exports.proto, peer,
-		     (unsigned)s->options.keepalive);
+	c = conn_new(fd, greeting, &exports.proto, peer, (unsigned)o->keepalive);
 	if (!c) {
 		log_peer(LOG_ERROR, "%s: refused: out of memory", peer);
 		close(fd);
@@ -579,16 +573,15 @@ static void admit_client(struct server *s, int fd, const struct sockaddr *sa, co
 static void accept_client(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len)
 {
 	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
-	bool local = sa->sa_family == AF_UNIX;
 	char peer[ADDRESS_MAX];
 
 	(void)l;
 	serial++;
-	if (local)
+	if (sa->sa_family == AF_UNIX)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(sa, len, peer);
-	admit_client(&server, fd, local ? NULL : sa, peer);
+	admit_client(&server, fd, sa, peer);
 }
 
 /* Something ended, or a signal came. */

@@ -497,10 +497,10 @@ mutant("a socket that does not listen yet is stale", "two starts at once",
        "listen.c", "flock(fd, LOCK_EX | LOCK_NB) < 0", "false",
        tests="test_service.py::test_socket_of_a_server_that_starts_is_not_stolen")
 mutant("a pidfile is not locked", "two servers with one pidfile",
-       "xnbd.c", "flock(*fd, LOCK_EX | LOCK_NB) < 0 || ", "",
+       "xnbd.c", "flock(fd, LOCK_EX | LOCK_NB) < 0 || ", "",
        tests="test_service.py::test_pidfile_of_a_running_server_is_refused")
 mutant("whatever is there is overwritten", "a pidfile that is none",
-       "xnbd.c", "if (st.st_size > 0 && !holds_number(*fd))", "if (false)",
+       "xnbd.c", "if (st.st_size > 0 && !holds_number(fd))", "if (false)",
        tests="test_service.py::test_what_is_no_pidfile_is_left_alone")
 mutant("standard descriptors stay closed", "the log in the image",
        "xnbd.c", "occupy_standard_descriptors();\n\tlog_keep_off(", "log_keep_off(",
