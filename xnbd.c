@@ -54,7 +54,6 @@ enum {
 /* Everything that the server consists of.  The main thread's. */
 struct server {
 	struct options options;
-	struct listeners listeners;
 	int passed;			/* sockets that were opened for us */
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
@@ -72,7 +71,7 @@ static struct server server = { .single_fd = -1, .ready_fd = -1 };
 #define SIGRTMIN SIGINFO
 #endif
 
-static void accept_client(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
+static listen_accept accept_client;
 
 static volatile sig_atomic_t opening = 1;	/* nothing has been made that would have to be removed */
 static volatile sig_atomic_t stop_signals;
@@ -303,10 +302,9 @@ static bool take_client(struct server *s, int fd, const char *option)
 /* Whether there can be clients with addresses, where only some of these may connect. */
 static bool allow_is_of_use(const struct server *s)
 {
-	bool of_use = !s->options.allows || (s->single_fd >= 0 && !is_unix_socket(s->single_fd));
+	bool of_use = !s->options.allows || listen_has_tcp() ||
+		      (s->single_fd >= 0 && !is_unix_socket(s->single_fd));
 
-	for (size_t i = 0; i < s->listeners.count; i++)
-		of_use |= !is_unix_socket(s->listeners.all[i].source.fd);
 	if (!of_use)
 		log_failure("--allow is about TCP clients, and at a Unix socket there are none");
 	return of_use;
@@ -326,12 +324,12 @@ static bool open_sockets(struct server *s)
 		return false;
 	}
 	if (s->passed > 0)
-		return listen_passed(&s->listeners, s->passed);
+		return listen_passed(s->passed);
 	if ((!o->unix_path || o->lport_given || o->laddrs) &&
-	    !listen_tcp(&s->listeners, o->laddr, o->laddrs, (unsigned)o->lport))
+	    !listen_tcp(o->laddr, o->laddrs, (unsigned)o->lport))
 		return false;
 	opening = 0;
-	return !o->unix_path || listen_unix(&s->listeners, o->unix_path, (mode_t)o->unix_mode);
+	return !o->unix_path || listen_unix(o->unix_path, (mode_t)o->unix_mode, NULL, NULL);
 }
 
 /* Whether a file holds a number and a newline alone, as a pidfile does. */
@@ -492,16 +490,6 @@ static void notify_supervisor(const char *state)
 	close(fd);
 }
 
-static bool start_listening(struct server *s)
-{
-	bool ok = listen_start(&s->listeners, &main_loop, accept_client, NULL) &&
-		  (!s->options.control || ctl_start(&main_loop));
-
-	if (!ok)
-		log_failure("out of memory");
-	return ok;
-}
-
 static bool start(struct server *s)
 {
 	raise_limits();
@@ -513,14 +501,13 @@ static bool start(struct server *s)
 		return false;
 	opening = 0;
 	if (!allow_is_of_use(s) || !control_open(&s->options) || !write_pidfile(s) ||
-	    !give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start() ||
-	    !start_listening(s))
+	    !give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start())
 		return false;
 	log_line("%s", confine_is_in_force() ? "confined to the files that are needed" :
 		 s->options.no_sandbox	     ? "not confined: --no-sandbox" :
 					       "not confined: this system has no Landlock");
-	for (size_t i = 0; i < s->listeners.count; i++)
-		log_line("listening on %s", s->listeners.all[i].address);
+	if (!listen_start(accept_client))
+		return false;
 	notify_supervisor("READY=1");
 	return s->ready_fd < 0 || detach(s);
 }
@@ -570,12 +557,11 @@ static void admit_client(struct server *s, int fd, const struct sockaddr *sa, co
 	clients_add(c);
 }
 
-static void accept_client(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len)
+static void accept_client(int fd, const struct sockaddr *sa, socklen_t len)
 {
 	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
 	char peer[ADDRESS_MAX];
 
-	(void)l;
 	serial++;
 	if (sa->sa_family == AF_UNIX)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
@@ -585,9 +571,9 @@ static void accept_client(struct listener *l, int fd, const struct sockaddr *sa,
 }
 
 /* Something ended, or a signal came. */
-static void take_wakeups(struct server *s)
+static void take_wakeups(void)
 {
-	listen_resume(&s->listeners);
+	listen_resume();
 	if (take_signal(SIGHUP))
 		log_reopen();
 	if (take_signal(SIGUSR1) && !exports_snapshot())
@@ -607,7 +593,7 @@ static void serve(struct server *s)
 	while (!stop_signals && !(single && clients_count() == 0)) {
 		loop_poll(&main_loop, stats_due(clients_count() > 0));
 		if (loop_deliver(&main_loop))
-			take_wakeups(s);
+			take_wakeups();
 		while (stats_tend())
 			ctl_gathered();
 	}
@@ -633,7 +619,7 @@ static void server_stop(struct server *s)
 {
 	uint64_t begun = now_ms(), past;
 
-	listen_close(&s->listeners);
+	listen_close();
 	ctl_close();
 	exports_stop();
 	clients_stop();
@@ -659,7 +645,7 @@ static void server_stop(struct server *s)
 /* exit() calls it, also where a start ends for lack of memory. */
 static void clean_up(void)
 {
-	listen_close(&server.listeners);
+	listen_close();
 	ctl_close();
 	remove_pidfile(&server);
 	log_flush();

@@ -457,8 +457,8 @@ mutant("a worker is there before", "rights that one thread keeps",
        "worker.c", "pool.idle == 0 && pool.count > 0 && ", "pool.idle == 0 && ",
        tests="test_confine.py::test_files_of_a_killed_server_do_not_start_a_thread_too_early")
 mutant("the origin's thread is there before", "rights that one thread keeps",
-       "xnbd.c", "!give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start() ||",
-       "!log_start() || !start_threads(s) || !exports_start() || !give_up_rights(s) ||",
+       "xnbd.c", "!give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start())",
+       "!log_start() || !start_threads(s) || !exports_start() || !give_up_rights(s))",
        tests="test_confine.py::test_proxy_can_look_up_names_and_connect "
              "test_confine.py::test_all_threads_of_a_proxy_are_the_user")
 mutant("only the effective user changes", "root comes back",
@@ -1134,8 +1134,8 @@ mutant("a daemon leaves its pid file", "relative paths break after chdir",
 # The control socket
 
 mutant("anyone may control", "anyone may connect",
-       "ctl.c", "if (!listen_unix(&ctl.listeners, path, 0600))",
-       "if (!listen_unix(&ctl.listeners, path, 0))",
+       "ctl.c", "if (!listen_unix(path, 0600, accept_control, is_place_near))",
+       "if (!listen_unix(path, 0, accept_control, is_place_near))",
        tests="test_control.py::test_socket_is_for_the_owner_alone")
 mutant("a control connection may be idle for ever",
        "an idle, half-sent, oversized or garbage message blocks the server",
