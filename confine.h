@@ -18,14 +18,12 @@ bool confine_give_socket(const char *path);
 
 /* What may be done with files later on; the values are Landlock's. */
 enum {
-	CONFINE_EXECUTE = 1 << 0,
 	CONFINE_WRITE_FILE = 1 << 1,
 	CONFINE_READ_FILE = 1 << 2,
 	CONFINE_READ_DIR = 1 << 3,
 	CONFINE_REMOVE_FILE = 1 << 5,
 	CONFINE_MAKE_REG = 1 << 8,
 	CONFINE_TRUNCATE = 1 << 14,
-	CONFINE_IOCTL_DEV = 1 << 15,
 
 	CONFINE_READ = CONFINE_READ_FILE | CONFINE_READ_DIR,
 	CONFINE_APPEND = CONFINE_WRITE_FILE | CONFINE_MAKE_REG,

@@ -202,12 +202,8 @@ static void begin_snapshot(struct exported *e, exports_ended *ended)
 
 	e->wanted = false;
 	e->snapshot = snapshot_new(e->disk, e->path, &error);
-	if (!e->snapshot) {
+	if (!e->snapshot)
 		ended(&e->export, NULL, error);
-		return;
-	}
-	snapshot_take(e->snapshot);
-	snapshot_start(e->snapshot);
 }
 
 static void end_snapshot(struct exported *e, exports_ended *ended)
