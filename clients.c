@@ -46,7 +46,6 @@ enum { ASK_ADMIT = 1, ASK_STOP = 2 };
 struct client_thread {
 	pthread_t thread;
 	struct loop loop;
-	struct bell bell;
 	atomic_uint asked;
 	struct mail survey;		/* tells what its clients did; behind those that came before */
 	atomic_bool surveyed;		/* that is on its way */
@@ -74,8 +73,7 @@ static struct {
 	bool parks;			/* there is the parking thread; with that lock */
 	bool stopped;			/* clients_stop(); likewise */
 	atomic_uint spinners;
-	atomic_size_t total;		/* connections; */
-	atomic_size_t present;		/* those of clients that are not gone */
+	atomic_size_t total;		/* connections */
 } clients = { .moving = PTHREAD_MUTEX_INITIALIZER };
 
 static struct conn *conn_of(struct source *s)
@@ -106,12 +104,8 @@ void clients_admit(void)
 /* Its place is free for another client, also if a disk still has requests of it. */
 static void give_up_place(struct conn *c)
 {
-	if (c->uncounted)
-		return;
-	c->uncounted = true;
-	access_leave(&c->guest);
-	atomic_fetch_sub(&clients.present, 1);
-	wake_main();
+	if (access_leave(&c->guest))
+		wake_main();
 }
 
 static void end_client(struct client_thread *t, struct conn *c)
@@ -425,7 +419,6 @@ static void free_client_thread(struct client_thread *t)
 {
 	workspace_free(&t->workspace);
 	loop_free(&t->loop);
-	bell_free(&t->bell);
 }
 
 static int start_client_thread(struct client_thread *t)
@@ -435,10 +428,7 @@ static int start_client_thread(struct client_thread *t)
 	memset(t, 0, sizeof(*t));
 	t->sweep_due = UINT64_MAX;
 	t->survey.deliver = tell_survey;
-	err = bell_init(&t->bell);
-	if (err)
-		return err;
-	err = loop_init(&t->loop, &t->bell);
+	err = loop_init(&t->loop);
 	if (!workspace_init(&t->workspace, &t->loop) && !err)
 		err = -ENOMEM;
 	if (!err)
@@ -480,7 +470,6 @@ void clients_add(struct conn *c)
 	c->source.ops = &client_ops;
 	c->patience = PATIENCE_MS;
 	atomic_fetch_add(&clients.total, 1);
-	atomic_fetch_add(&clients.present, 1);
 	give_client(choose_thread(), c, take_new);
 }
 
@@ -493,11 +482,6 @@ static unsigned first_thread(void)
 size_t clients_count(void)
 {
 	return atomic_load(&clients.total);
-}
-
-size_t clients_present(void)
-{
-	return atomic_load(&clients.present);
 }
 
 void clients_survey(void)

@@ -91,8 +91,7 @@ struct conn {
 
 	/* Of clients.c. */
 	struct mail mail;		/* while it is on its way to a thread */
-	struct guest guest;		/* of its host, until its place is given up */
-	bool uncounted;			/* it was */
+	struct guest guest;		/* until its place is given up */
 	uint64_t active;		/* now_ms() of the last turn that had something to read */
 	uint64_t patience;		/* so long after that it is parked, in milliseconds */
 	char peer[ADDRESS_MAX];

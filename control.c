@@ -49,7 +49,8 @@ static void say_exports(struct ctl_reply *reply)
 	ctl_say(reply, "readonly", "%s", e->export.backend->readonly ? "yes" : "no");
 	for (; exports.count > 1 && e < exports.all + exports.count; e++)
 		ctl_say(reply, "export", "%s size %" PRIu64 " snapshot %s", e->export.proto.name,
-			e->export.proto.size, e->snapshot ? "running" : "idle");
+			e->export.proto.size,
+			e->snapshot || e->wanted ? "running" : "idle");
 }
 
 /* "address reads 1 writes 2 ..." */
@@ -100,7 +101,7 @@ static void say_snapshot(struct ctl_reply *reply)
 	bool running = false;
 
 	for (size_t i = 0; i < exports.count; i++)
-		running |= exports.all[i].snapshot != NULL;
+		running |= exports.all[i].snapshot || exports.all[i].wanted;
 	ctl_say(reply, "snapshot", running ? "running" : "idle");
 	if (*control.snapshot)
 		ctl_say(reply, control.snapshot_failed ? "snapshot-error" : "snapshot-last", "%s",
@@ -283,8 +284,6 @@ void control_tend(void)
 	cache_tend(exports.cache, &news);
 	if (news.copied)
 		ctl_copied();
-	if (news.switched && !*news.error)
-		exports_have_disk();
 	if (news.switched)
 		ctl_switched(*news.error ? news.error : NULL, news.zeroed);
 }

@@ -9,6 +9,7 @@
 #include "ctl.h"
 
 #include "listen.h"
+#include "loop.h"
 #include "util.h"
 
 #include <errno.h>
@@ -63,8 +64,6 @@ struct ctl_client {
 /* There is one control socket at most. */
 static struct {
 	const struct ctl_ops *ops;	/* NULL: there is none */
-	struct loop *loop;
-	struct listeners listeners;
 	uint64_t idle_count;
 	bool reconnecting;		/* even if who asked for it has left */
 	bool background;		/* somebody wanted a copy, and need not wait for it */
@@ -390,7 +389,7 @@ static void drop_client(struct ctl_client *cl)
 {
 	if (cl->state == STATE_COPYING)
 		ctl.ops->release_copy();
-	loop_remove(ctl.loop, &cl->source);
+	loop_remove(&main_loop, &cl->source);
 	close(cl->source.fd);
 	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
 		if (ctl.client[i] == cl)
@@ -471,17 +470,17 @@ static bool is_place_near(void)
 	return near;
 }
 
-static void accept_control(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len)
+static void accept_control(int fd, const struct sockaddr *sa, socklen_t len)
 {
 	static const char full[] = "error: too many connections\n";
 	struct ctl_client **place = find_place(), *cl = place ? calloc(1, sizeof(*cl)) : NULL;
 
-	(void)l, (void)sa, (void)len;
+	(void)sa, (void)len;
 	if (cl) {
 		cl->source = (struct source){ .ops = &ctl_source_ops, .fd = fd };
 		become_idle(cl);
 	}
-	if (!cl || !loop_add(ctl.loop, &cl->source)) {
+	if (!cl || !loop_add(&main_loop, &cl->source)) {
 		free(cl);
 		send(fd, full, sizeof(full) - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
 		close(fd);
@@ -494,16 +493,10 @@ static void accept_control(struct listener *l, int fd, const struct sockaddr *sa
 
 bool ctl_open(const char *path, const struct ctl_ops *ops)
 {
-	if (!listen_unix(&ctl.listeners, path, 0600))
+	if (!listen_unix(path, 0600, accept_control, is_place_near))
 		return false;
 	ctl.ops = ops;
 	return true;
-}
-
-bool ctl_start(struct loop *loop)
-{
-	ctl.loop = loop;
-	return listen_start(&ctl.listeners, loop, accept_control, is_place_near);
 }
 
 void ctl_close(void)
@@ -518,7 +511,6 @@ void ctl_close(void)
 		ctl_flush(cl);
 		drop_client(cl);
 	}
-	listen_close(&ctl.listeners);
 	memset(&ctl, 0, sizeof(ctl));
 }
 

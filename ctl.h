@@ -14,7 +14,6 @@ enum { CTL_LINE_MAX = 8192 };	/* bytes of a command */
 /* Lines of an answer that grows; freed by ctl.c. */
 struct ctl_reply;
 struct export;
-struct loop;
 
 /* Append "name: value". */
 void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
@@ -73,10 +72,7 @@ struct ctl_ops {
  */
 bool ctl_open(const char *path, const struct ctl_ops *ops);
 
-/* Serve it on the main thread's loop.  False if out of memory. */
-bool ctl_start(struct loop *loop);
-
-/* Close everything, and remove the socket's file if it is still ours. */
+/* Close its connections. */
 void ctl_close(void);
 
 /*

@@ -27,6 +27,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -143,7 +144,6 @@ struct origin {
 	void (*redirect_done)(const char *error);
 	atomic_bool redirecting, cancelled;
 
-	struct bell bell;
 	struct loop loop;		/* of the links */
 	atomic_uint up;			/* links */
 	atomic_uint_least64_t fetched;	/* bytes of data */
@@ -308,7 +308,7 @@ static int lookup_start(const struct target *t)
 	pthread_t thread;
 	int fds[2];
 
-	if (!k || make_pipe(fds) < 0) {
+	if (!k || pipe2(fds, O_CLOEXEC | O_NONBLOCK) < 0) {
 		free(k);
 		return -1;
 	}
@@ -996,9 +996,8 @@ static const char *origin_init(struct origin *o, const struct origin_options *op
 	assert(options->connections <= ORIGIN_CONNECTIONS_MAX);
 	pthread_mutex_init(&o->lock, NULL);
 	o->timeout_ms = options->timeout_ms;
-	o->bell.pipe[0] = o->bell.pipe[1] = -1;
-	if (loop_init(&o->loop, &o->bell) < 0)
-		return strerror(ENOMEM);
+	if (loop_init(&o->loop) < 0)
+		return strerror(errno);
 	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
 		queue_init(&o->queue[i]);
 	while (o->links <= options->connections) {
@@ -1014,8 +1013,6 @@ static const char *origin_init(struct origin *o, const struct origin_options *op
 		if (!loop_add(&o->loop, &l->source))
 			return strerror(ENOMEM);
 	}
-	if (bell_init(&o->bell) < 0)
-		return strerror(errno);
 	return target_set(&o->target, options->host, options->port, options->export_name);
 }
 
@@ -1142,7 +1139,6 @@ void origin_close(struct origin *o)
 	for (unsigned i = 0; i < o->links; i++)
 		free(o->link[i]);
 	loop_free(&o->loop);
-	bell_free(&o->bell);
 	pthread_mutex_destroy(&o->lock);
 	free(o);
 }

@@ -245,6 +245,34 @@ static int make_file(struct snapshot *s)
 	return s->fd < 0 || ftruncate(s->fd, (off_t)s->size) < 0 ? -errno : 0;
 }
 
+/* The instant: share the blocks, or see to it that each is copied before it changes. */
+static void take_instant(struct snapshot *s)
+{
+	int err = disk_clone(s->disk, s->fd);
+
+	s->cloned = err != -EOPNOTSUPP;
+	if (!err && ftruncate(s->fd, (off_t)s->size) < 0)	/* the image may be larger than the disk */
+		err = -errno;
+	if (s->cloned && err) {
+		snapshot_fail(s, err);
+	} else if (!s->cloned) {
+		s->hook.before_change = copy_before_change;
+		s->disk->hook = &s->hook;
+	}
+	log_line("snapshot %s: started", s->name);
+}
+
+static void start_thread(struct snapshot *s)
+{
+	int err = thread_start(&s->thread, SNAPSHOT_STACK, snapshot_main, s);
+
+	s->has_thread = err == 0;
+	if (err) {
+		snapshot_fail(s, -err);
+		finish_snapshot(s);
+	}
+}
+
 struct snapshot *snapshot_new(struct disk *d, const char *image, const char **why)
 {
 	struct snapshot *s = calloc(1, sizeof(*s));
@@ -263,40 +291,16 @@ struct snapshot *snapshot_new(struct disk *d, const char *image, const char **wh
 	err = d->is_file ? atomic_load(&d->error) : -ENODEV;
 	if (!err)
 		err = make_file(s);
-	if (!err)
-		return s;
+	if (err)
+		goto fail;
+	take_instant(s);
+	start_thread(s);
+	return s;
 fail:
 	*why = explain(err);
 	log_error("snapshot of %s: failed: %s", image, *why);
 	snapshot_free(s);
 	return NULL;
-}
-
-void snapshot_take(struct snapshot *s)
-{
-	int err = disk_clone(s->disk, s->fd);
-
-	s->cloned = err != -EOPNOTSUPP;
-	if (!err && ftruncate(s->fd, (off_t)s->size) < 0)	/* the image may be larger than the disk */
-		err = -errno;
-	if (s->cloned && err) {
-		snapshot_fail(s, err);
-	} else if (!s->cloned) {
-		s->hook.before_change = copy_before_change;
-		s->disk->hook = &s->hook;
-	}
-	log_line("snapshot %s: started", s->name);
-}
-
-void snapshot_start(struct snapshot *s)
-{
-	int err = thread_start(&s->thread, SNAPSHOT_STACK, snapshot_main, s);
-
-	s->has_thread = err == 0;
-	if (err) {
-		snapshot_fail(s, -err);
-		finish_snapshot(s);
-	}
 }
 
 bool snapshot_is_over(const struct snapshot *s)

@@ -33,15 +33,14 @@ static ssize_t fake_send(int fd, const void *buf, size_t len);
 static int fake_close(int fd);
 static uint64_t fake_now(void);
 static void *fake_realloc(void *p, size_t n);
-static bool fake_listen(struct listeners *l);
+static bool fake_listen(listen_accept *got, bool (*full)(void));
 
 #define recv(fd, buf, len, flags) fake_recv(fd, buf, len)
 #define send(fd, buf, len, flags) fake_send(fd, buf, len)
 #define close fake_close
 #define now_ms fake_now
 #define realloc fake_realloc
-#define listen_unix(l, path, mode) fake_listen(l)
-#define listen_close(l) free((l)->all)
+#define listen_unix(path, mode, got, full) fake_listen(got, full)
 #include "../ctl.c"
 #undef recv
 #undef send
@@ -71,7 +70,8 @@ static bool no_memory;
 /* The loop, and the listener on it. */
 static struct source *source[PEERS];
 static size_t sources;
-static void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
+struct loop main_loop;
+static listen_accept *accepted;
 static bool (*is_full)(void);
 
 /* The proxy. */
@@ -107,16 +107,6 @@ void loop_remove(struct loop *l, struct source *s)
 	(void)l;
 	source[s->place] = source[--sources];
 	source[s->place]->place = s->place;
-}
-
-bool listen_start(struct listeners *l, struct loop *loop,
-		  void (*got)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len),
-		  bool (*full)(void))
-{
-	(void)l, (void)loop;
-	accepted = got;
-	is_full = full;
-	return true;
 }
 
 static ssize_t fake_recv(int fd, void *buf, size_t len)
@@ -178,10 +168,10 @@ static void *fake_realloc(void *p, size_t n)
 	return realloc(p, n);
 }
 
-static bool fake_listen(struct listeners *l)
+static bool fake_listen(listen_accept *got, bool (*full)(void))
 {
-	l->all = calloc(1, sizeof(*l->all));
-	assert(l->all);
+	accepted = got;
+	is_full = full;
 	return true;
 }
 
@@ -410,7 +400,7 @@ static bool accept_peer(void)
 	if (arriving == peers || is_full())
 		return false;
 	peer[arriving].accepted = true;
-	accepted(ctl.listeners.all, FIRST_FD + (int)arriving++, NULL, 0);
+	accepted(FIRST_FD + (int)arriving++, NULL, 0);
 	return true;
 }
 
@@ -579,7 +569,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 
 	begin();
 	opened = ctl_open("", n % 8 == 7 ? &no_proxy : &ops);
-	assert(opened && ctl_start(NULL));
+	assert(opened);
 	while (in.left > 0) {
 		event(&in);
 		settle();

@@ -413,7 +413,6 @@ static struct link *begin(const struct proto_offer *offer)
 	assert(!origin_init(&origin, &(struct origin_options){
 		.host = "", .export_name = "", .connections = 1, .timeout_ms = 100,
 	}));
-	bell_free(&origin.bell);
 	l = origin.link[0];
 	l->source.fd = 0;
 	l->state = LINK_UP;
