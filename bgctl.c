@@ -36,13 +36,14 @@ enum {
 
 /* The connection */
 
-struct server {
+static struct {
 	const char *path;
 	char aim[300];			/* "host:port: ", the subject of its errors; or "" */
 	bool known;			/* it has answered before, over another connection */
 	int fd;
-	char line[ANSWER_LINE_MAX];	/* the last one */
-};
+	size_t len, taken;		/* of the input: bytes, and those of the last line */
+	char input[ANSWER_LINE_MAX];
+} server;
 
 /* Whether the cursor is at the end of the progress bar. */
 static bool bar_is_shown;
@@ -57,116 +58,125 @@ static void leave_bar(void)
 /* One line on stderr, and exit status 1. */
 #define fail(...) (leave_bar(), log_error(__VA_ARGS__), exit(EXIT_FAILURE))
 
-static _Noreturn void fail_garbage(const struct server *s, const char *text)
+static _Noreturn void fail_garbage(const char *text, size_t len)
 {
-	fail("%s is no control socket: '%.100s' is not an answer", s->path, text);
+	fail("%s is no control socket: '%.*s' is not an answer", server.path,
+	     (int)(len < 100 ? len : 100), text);
 }
 
 /* How long to wait for the server; 0: for as long as it takes. */
-static void limit_silence(int fd, unsigned seconds)
+static void limit_silence(unsigned seconds)
 {
 	struct timeval limit = { .tv_sec = seconds };
 
-	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
-	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+	setsockopt(server.fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+	setsockopt(server.fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
 }
 
-static void connect_to(struct server *s)
+static void connect_server(void)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
 
-	if (strlen(s->path) >= sizeof(sun.sun_path))
-		fail("cannot connect to %s: the path has %zu bytes, %zu is the most", s->path,
-		     strlen(s->path), sizeof(sun.sun_path) - 1);
-	strcpy(sun.sun_path, s->path);
-	s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (s->fd >= 0)
-		limit_silence(s->fd, SILENCE_SECONDS);
-	if (s->fd >= 0 && connect(s->fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
+	if (strlen(server.path) >= sizeof(sun.sun_path))
+		fail("cannot connect to %s: the path has %zu bytes, %zu is the most", server.path,
+		     strlen(server.path), sizeof(sun.sun_path) - 1);
+	strcpy(sun.sun_path, server.path);
+	server.len = server.taken = 0;
+	server.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (server.fd >= 0)
+		limit_silence(SILENCE_SECONDS);
+	if (server.fd >= 0 && connect(server.fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
 		return;
-	if (s->known && (errno == ECONNREFUSED || errno == ENOENT))
-		fail("%s: the server has ended", s->path);
-	fail("cannot connect to %s: %s", s->path,
+	if (server.known && (errno == ECONNREFUSED || errno == ENOENT))
+		fail("%s: the server has ended", server.path);
+	fail("cannot connect to %s: %s", server.path,
 	     errno == ECONNREFUSED ? "no server listens there" :
 	     errno == EAGAIN       ? "the server does not answer" :
 				     strerror(errno));
 }
 
 /* Send a line.  That it cannot be sent has a reason which the server tells, or is its end. */
-static void send_line(const struct server *s, const char *line)
+static void send_line(const char *line)
 {
-	send(s->fd, line, strlen(line), MSG_NOSIGNAL);
+	send(server.fd, line, strlen(line), MSG_NOSIGNAL);
 }
 
 /* What may begin a line of an answer: other servers may neither end their line nor close. */
 static const char name_characters[] = "abcdefghijklmnopqrstuvwxyz0123456789-";
 
-static _Noreturn void fail_receive(const struct server *s, ssize_t n)
+/* More of a line. */
+static void receive_more(void)
 {
-	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
-		fail("%s: the server did not answer in %d s", s->path, SILENCE_SECONDS);
-	if (n < 0 && errno != ECONNRESET)
-		fail("%s: %s", s->path, strerror(errno));
-	fail("%s: the server closed the connection", s->path);
+	ssize_t n = recv(server.fd, server.input + server.len, sizeof(server.input) - server.len, 0);
+
+	if (n > 0)
+		server.len += (size_t)n;
+	else if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+		fail("%s: the server did not answer in %d s", server.path, SILENCE_SECONDS);
+	else if (n == 0 || errno == ECONNRESET)
+		fail("%s: the server closed the connection", server.path);
+	else if (errno != EINTR)
+		fail("%s: %s", server.path, strerror(errno));
+	if (server.len > 0 && !memchr(name_characters, *server.input, sizeof(name_characters) - 1))
+		fail_garbage(server.input, server.len);
 }
 
-/* The next line, which is good until the next call.  What is behind it stays in the socket. */
-static char *next_line(struct server *s)
+/* The next line, which is good until the next call. */
+static char *next_line(void)
 {
-	char *at = s->line, *end = NULL;
+	char *end;
 
-	while (!end) {
-		size_t room = (size_t)(s->line + sizeof(s->line) - 1 - at);
-		ssize_t n = recv(s->fd, at, room, MSG_PEEK);
-
-		if (room == 0)
-			fail("%s: the server sends lines that are too long", s->path);
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			fail_receive(s, n);
-		at[n] = '\0';
-		if (!memchr(name_characters, *s->line, sizeof(name_characters) - 1))
-			fail_garbage(s, s->line);
-		end = memchr(at, '\n', (size_t)n);
-		n = end ? end + 1 - at : n;
-		while (recv(s->fd, at, (size_t)n, 0) < 0 && errno == EINTR)
-			;
-		at += n;
+	server.len -= server.taken;
+	memmove(server.input, server.input + server.taken, server.len);
+	while (!(end = memchr(server.input, '\n', server.len))) {
+		if (server.len == sizeof(server.input))
+			fail("%s: the server sends lines that are too long", server.path);
+		receive_more();
 	}
+	server.taken = (size_t)(end + 1 - server.input);
 	*end = '\0';
-	mask_control_characters(s->line, (size_t)(end - s->line));
-	return s->line;
+	mask_control_characters(server.input, (size_t)(end - server.input));
+	return server.input;
 }
 
 /* The next line of an answer: its name, and *value; NULL for "ok".  "error" ends the program. */
-static const char *next_value(struct server *s, const char **value)
+static const char *next_value(const char **value)
 {
-	char *line = next_line(s), *colon = strstr(line, ": ");
-	size_t len;
+	char *line = next_line();
+	size_t len = strspn(line, name_characters);
 
 	if (strcmp(line, "ok") == 0)
 		return NULL;
-	len = strspn(line, name_characters);
-	if (!colon || colon != line + len || len == 0)
-		fail_garbage(s, line);
-	*colon = '\0';
-	*value = colon + 2;
+	if (len == 0 || strncmp(line + len, ": ", 2) != 0)
+		fail_garbage(line, strlen(line));
+	line[len] = '\0';
+	*value = line + len + 2;
 	if (strcmp(line, "error") == 0)
-		fail("%s%s", s->aim, *value);
+		fail("%s%s", server.aim, *value);
 	return line;
 }
 
 /* The number at *at, in front of that character; *at goes behind it. */
-static uint64_t take_number(const struct server *s, const char **at, char behind)
+static uint64_t take_number(const char **at, char behind)
 {
 	char *end;
 	uint64_t n = strtoull(*at, &end, 10);
 
 	if (**at < '0' || **at > '9' || *end != behind)
-		fail_garbage(s, *at);
+		fail_garbage(*at, strlen(*at));
 	*at = end + 1;
 	return n;
+}
+
+/* In characters, within reason. */
+static struct winsize terminal_size(int fd)
+{
+	struct winsize w = { 0 };
+
+	ioctl(fd, TIOCGWINSZ, &w);
+	w.ws_col = w.ws_col == 0 ? 80 : w.ws_col < WIDTH_MAX ? w.ws_col : WIDTH_MAX;
+	w.ws_row = w.ws_row == 0 ? 24 : w.ws_row > 2 ? w.ws_row : 2;
+	return w;
 }
 
 /*
@@ -185,22 +195,22 @@ static const char *next_field(const char *field)
 }
 
 /* Over a connection of its own.  To be freed. */
-static char *ask_state(struct server *s)
+static char *ask_state(void)
 {
 	const char *name, *value;
 	char *state;
 	size_t len;
 	FILE *f = not_null(open_memstream(&state, &len));
 
-	connect_to(s);
-	send_line(s, "query\n");
-	while ((name = next_value(s, &value)))
+	connect_server();
+	send_line("query\n");
+	while ((name = next_value(&value)))
 		if (fprintf(f, "%s%c%s%c", name, '\0', value, '\0') < 0 || ftell(f) > STATE_MAX)
-			fail("%s: the server's answer is too long", s->path);
+			fail("%s: the server's answer is too long", server.path);
 	fputc('\0', f);
 	not_null(fclose(f) == 0 ? state : NULL);
-	close(s->fd);
-	s->known = true;
+	close(server.fd);
+	server.known = true;
 	return state;
 }
 
@@ -384,9 +394,9 @@ static void print_json(const char *state)
 	puts(*before == ',' ? "\n}" : "}");
 }
 
-static void show_query(struct server *s, bool json)
+static void show_query(bool json)
 {
-	char *state = ask_state(s);
+	char *state = ask_state();
 
 	if (json)
 		print_json(state);
@@ -396,20 +406,7 @@ static void show_query(struct server *s, bool json)
 	free(state);
 }
 
-/* In characters, within reason. */
-static struct winsize terminal_size(int fd)
-{
-	struct winsize w = { 0 };
-
-	ioctl(fd, TIOCGWINSZ, &w);
-	w.ws_col = w.ws_col == 0 ? 80 : w.ws_col < WIDTH_MAX ? w.ws_col : WIDTH_MAX;
-	w.ws_row = w.ws_row == 0 ? 24 : w.ws_row > 2 ? w.ws_row : 2;
-	return w;
-}
-
 /* --cache-all */
-
-enum { DESCRIPTION_MAX = 512 };
 
 struct progress {
 	uint64_t cached, blocks, rate;	/* as the server tells them; rate in bytes per second */
@@ -420,26 +417,24 @@ struct progress {
 /* Rounded down: only all is 1000. */
 static unsigned permille(const struct progress *p)
 {
-	unsigned share = p->cached < p->blocks ? (unsigned)(1000.0 * p->cached / p->blocks) : 1000;
-
-	return share == 1000 && p->cached < p->blocks ? 999 : share;
+	return p->cached < p->blocks ? (unsigned)(p->cached * 1000 / p->blocks) : 1000;
 }
 
 /* Such as "42.7%  103.4 MiB/s  0:01:23 left". */
 static void describe_progress(const struct progress *p, char *text, size_t size)
 {
-	uint64_t left = p->blocks > p->cached ? p->blocks - p->cached : 0;
-	uint64_t seconds = p->rate ? left / (p->rate / BLOCK_SIZE + 1) : 0;
-	size_t n = (size_t)snprintf(text, size, "%u.%u%%  ", permille(p) / 10, permille(p) % 10);
+	uint64_t left = p->cached < p->blocks ? p->blocks - p->cached : 0;
+	uint64_t seconds = left / (p->rate / BLOCK_SIZE + 1);
+	char time[32] = "-:--:--";
 
+	if (p->rate || !left)
+		snprintf(time, sizeof(time), "%" PRIu64 ":%02u:%02u", seconds / 3600,
+			 (unsigned)(seconds / 60 % 60), (unsigned)(seconds % 60));
 	if (*p->reason)
-		snprintf(text + n, size - n, "the origin is down: %s", p->reason);
-	else if (left && !p->rate)
-		snprintf(text + n, size - n, "0.0 MiB/s  -:--:-- left");
+		snprintf(text, size, "%.1f%%  the origin is down: %s", permille(p) / 10.0, p->reason);
 	else
-		snprintf(text + n, size - n, "%.1f MiB/s  %" PRIu64 ":%02u:%02u left",
-			 (double)p->rate / MIB, seconds / 3600, (unsigned)(seconds / 60 % 60),
-			 (unsigned)(seconds % 60));
+		snprintf(text, size, "%.1f%%  %.1f MiB/s  %s left", permille(p) / 10.0,
+			 (double)p->rate / MIB, time);
 }
 
 /* All columns but the last, which some terminals leave at once; without room for a bar, text. */
@@ -461,7 +456,7 @@ static void draw_bar(const struct progress *p, const char *text)
 static void show_progress(struct progress *p)
 {
 	bool complete = p->cached >= p->blocks;
-	char text[DESCRIPTION_MAX];
+	char text[512];
 
 	describe_progress(p, text, sizeof(text));
 	if (isatty(STDERR_FILENO)) {
@@ -472,44 +467,44 @@ static void show_progress(struct progress *p)
 	}
 }
 
-static void take_progress(const struct server *s, const char *value, bool show,
-			  struct progress *p)
+static void take_progress(struct progress *p, const char *value)
 {
-	p->cached = take_number(s, &value, ' ');
-	p->blocks = take_number(s, &value, ' ');
-	p->rate = take_number(s, &value, '\0');
-	if (show)
-		show_progress(p);
-	*p->reason = '\0';
+	p->cached = take_number(&value, ' ');
+	p->blocks = take_number(&value, ' ');
+	p->rate = take_number(&value, '\0');
 }
 
-static void show_failure(const struct server *s, const char *value)
+static void show_failure(const char *value)
 {
-	uint64_t off = take_number(s, &value, ' '), len = take_number(s, &value, '\0');
+	uint64_t off = take_number(&value, ' '), len = take_number(&value, '\0');
 
 	leave_bar();
 	log_error("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, len, off);
 }
 
 /* Until the command has been carried out. */
-static void follow(struct server *s, bool show)
+static void follow(bool show)
 {
 	struct progress progress = { 0 };
 	const char *name, *value;
 
-	while ((name = next_value(s, &value))) {
-		if (strcmp(name, "progress") == 0)
-			take_progress(s, value, show, &progress);
-		else if (strcmp(name, "origin-reason") == 0)
+	while ((name = next_value(&value))) {
+		if (strcmp(name, "progress") == 0) {
+			take_progress(&progress, value);
+			if (show)
+				show_progress(&progress);
+			*progress.reason = '\0';
+		} else if (strcmp(name, "origin-reason") == 0) {
 			snprintf(progress.reason, sizeof(progress.reason), "%s", value);
-		else if (strcmp(name, "failed") == 0)
-			show_failure(s, value);
-		else if (strcmp(name, "failed-more") == 0)
+		} else if (strcmp(name, "failed") == 0) {
+			show_failure(value);
+		} else if (strcmp(name, "failed-more") == 0) {
 			log_error("and more, in %s further places", value);
-		else if (strcmp(name, "zeroed") == 0)
+		} else if (strcmp(name, "zeroed") == 0) {
 			log_line("%s blocks were missing, and read as zeros now", value);
-		else if (strcmp(name, "snapshot") == 0)
+		} else if (strcmp(name, "snapshot") == 0) {
 			puts(value);
+		}
 	}
 	leave_bar();
 	flush_output();
@@ -638,17 +633,17 @@ static void end_watch(int sig)
 	_exit(EXIT_SUCCESS);
 }
 
-static _Noreturn void watch(struct server *s, unsigned long seconds)
+static _Noreturn void watch(unsigned long seconds)
 {
 	char *now, *before;
 	uint64_t last, ms;
 
 	signal(SIGINT, end_watch);	/* Ctrl-C */
-	before = ask_state(s);
+	before = ask_state();
 	last = now_ms();
 	for (unsigned wait = 1;; wait = (unsigned)seconds) {
 		sleep(wait);
-		now = ask_state(s);
+		now = ask_state();
 		ms = now_ms() - last;
 		last += ms;
 		show_look(now, before, (double)ms / 1000);
@@ -684,44 +679,43 @@ static char *command_line(const struct bgctl_options *o)
 }
 
 /* A command may take its time, but a server that will not carry it out is not waited for. */
-static void greet(struct server *s)
+static void greet(void)
 {
 	const char *value;
 
-	connect_to(s);
-	send_line(s, "help\n");
-	while (next_value(s, &value))
+	connect_server();
+	send_line("help\n");
+	while (next_value(&value))
 		;
-	limit_silence(s->fd, 0);
+	limit_silence(0);
 }
 
-static void run_command(const struct bgctl_options *o, struct server *s)
+static void run_command(const struct bgctl_options *o)
 {
 	char *line = command_line(o);
 
-	greet(s);
+	greet();
 	if (o->command == COMMAND_RECONNECT)
-		snprintf(s->aim, sizeof(s->aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
+		snprintf(server.aim, sizeof(server.aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
 			 o->host, o->port);
-	send_line(s, line);
+	send_line(line);
 	free(line);
-	follow(s, o->progress);
+	follow(o->progress);
 }
 
 int main(int argc, char **argv)
 {
 	static struct bgctl_options o;	/* what it refers to lasts as long as the program */
-	static struct server server;
 
 	log_name("xnbd-bgctl");
 	occupy_standard_descriptors();
 	options_parse_bgctl(&o, argc, argv);
 	server.path = o.socket;
 	if (o.command == COMMAND_QUERY)
-		show_query(&server, o.json);
+		show_query(o.json);
 	else if (o.command == COMMAND_WATCH)
-		watch(&server, o.seconds);
+		watch(o.seconds);
 	else
-		run_command(&o, &server);
+		run_command(&o);
 	return EXIT_SUCCESS;
 }
