@@ -667,7 +667,7 @@ static char *command_line(const struct bgctl_options *o)
 	if (o->force)
 		fputs(" force", f);
 	if (o->host)
-		fprintf(f, " %s %s", o->host, o->port);
+		fprintf(f, " %s %s", o->host, o->port ? o->port : "-");
 	if (o->export_name)
 		fprintf(f, " %s", o->export_name);
 	fputc('\n', f);
@@ -696,7 +696,7 @@ static void run_command(const struct bgctl_options *o)
 
 	greet();
 	if (o->command == COMMAND_RECONNECT)
-		snprintf(server.aim, sizeof(server.aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
+		snprintf(server.aim, sizeof(server.aim), o->port ? "%s:%s: " : "%s: ",
 			 o->host, o->port);
 	send_line(line);
 	free(line);

@@ -96,7 +96,7 @@ struct bgctl_options {
 	unsigned long seconds;		/* of --watch */
 	const char *export_name;	/* NULL for none; without line breaks */
 	const char *host;		/* --reconnect: one word; "unix:" and a path from the root */
-	const char *port;		/* one word; "-" for a Unix socket */
+	const char *port;		/* one word; NULL for a Unix socket */
 };
 
 enum { EXIT_USAGE = 2 };
