@@ -28,7 +28,6 @@ enum {
 	SILENCE_SECONDS = 10,		/* then a server will not answer any more */
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than a server says */
 	STATE_MAX = 64 << 20,		/* bytes of its lines; likewise */
-	PAIRS_MAX = ANSWER_LINE_MAX + 2,
 	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
 	WIDTH_MAX = 512,
 	MIB = 1 << 20,
@@ -179,22 +178,9 @@ static struct winsize terminal_size(int fd)
 	return w;
 }
 
-/*
- * A state: the fields that a query is answered with, each a name and a value with a NUL behind
- * them, and an empty name at the end.
- */
+/* --query */
 
-static const char *value_of(const char *field)
-{
-	return field + strlen(field) + 1;
-}
-
-static const char *next_field(const char *field)
-{
-	return value_of(value_of(field));
-}
-
-/* Over a connection of its own.  To be freed. */
+/* The whole state, over a connection of its own, in lines behind a line feed.  To be freed. */
 static char *ask_state(void)
 {
 	const char *name, *value;
@@ -204,82 +190,21 @@ static char *ask_state(void)
 
 	connect_server();
 	send_line("query\n");
+	fputc('\n', f);
 	while ((name = next_value(&value)))
-		if (fprintf(f, "%s%c%s%c", name, '\0', value, '\0') < 0 || ftell(f) > STATE_MAX)
+		if (fprintf(f, "%s: %s\n", name, value) < 0 || ftell(f) > STATE_MAX)
 			fail("%s: the server's answer is too long", server.path);
-	fputc('\0', f);
 	not_null(fclose(f) == 0 ? state : NULL);
 	close(server.fd);
 	server.known = true;
 	return state;
 }
 
-/* NULL if there is none. */
-static const char *find_value(const char *state, const char *name)
-{
-	for (; *state; state = next_field(state))
-		if (strcmp(state, name) == 0)
-			return value_of(state);
-	return NULL;
-}
-
-static uint64_t number_of(const char *state, const char *name)
-{
-	const char *value = find_value(state, name);
-
-	return value ? strtoull(value, NULL, 10) : 0;
-}
-
-/* Fields that there may be several of: an array in JSON.  Each value is a key, and pairs. */
-struct kind {
-	const char *name;
-	const char *key;
-	const char *first;		/* The pairs begin with the last one of this name. */
-	const char *with;		/* The array is there, maybe empty, with this field. */
-};
-static const struct kind clients = { "client", "address", " reads ", "clients" };
-static const struct kind named_exports = { "export", "name", " size ", "export" };
-
-/*
- * Take such a value apart: the length of the key, which may have blanks, and the pairs in the form
- * of a state, in room of PAIRS_MAX bytes.
- */
-static size_t split_value(const struct kind *k, const char *value, char *pairs)
-{
-	const char *first = NULL;
-	size_t len;
-
-	for (const char *at = value; (at = strstr(at, k->first)); at++)
-		first = at;
-	strcpy(pairs, first ? first + 1 : "");
-	len = strlen(pairs);
-	pairs[len + 1] = pairs[len + 2] = '\0';		/* the last name may have no value */
-	for (char *blank = pairs; (blank = strchr(blank, ' ')); blank++)
-		*blank = '\0';
-	return first ? (size_t)(first - value) : strlen(value);
-}
-
-/* The next of delays such as "7:17 15:3": n requests took up to us.  False if there is none. */
-static bool next_delay(const char **at, uint64_t *us, uint64_t *n)
-{
-	char *end;
-
-	*us = strtoull(*at, &end, 10);
-	if (*end != ':')
-		return false;
-	*n = strtoull(end + 1, &end, 10);
-	*at = end;
-	return true;
-}
-
-/* --query */
-
 /* Values that are text whatever they look like. */
 static bool is_always_text(const char *name)
 {
 	static const char *const texts[] = { "image", "bitmap", "origin-export", "origin-reason",
-					     "copy-error", "snapshot-last", "snapshot-error",
-					     "address", "name" };
+					     "copy-error", "snapshot-last", "snapshot-error" };
 
 	for (size_t i = 0; i < ARRAY_SIZE(texts); i++)
 		if (strcmp(name, texts[i]) == 0)
@@ -302,13 +227,13 @@ static bool is_number(const char *s)
 }
 
 /* Paths are bytes, JSON is characters. */
-static void print_json_string(const char *s, size_t len)
+static void print_json_string(const char *s)
 {
 	size_t n;
 
 	putchar('"');
-	for (const char *end = s + len; s < end; s += n ? n : 1) {
-		n = utf8_length((const uint8_t *)s, (size_t)(end - s));
+	for (; *s; s += n ? n : 1) {
+		n = utf8_length((const uint8_t *)s, 4);
 		if (*s == '"' || *s == '\\')
 			putchar('\\');
 		if (n)
@@ -317,6 +242,19 @@ static void print_json_string(const char *s, size_t len)
 			fputs("\\ufffd", stdout);
 	}
 	putchar('"');
+}
+
+/* The next of delays such as "7:17 15:3": n requests took up to us.  False if there is none. */
+static bool next_delay(const char **at, uint64_t *us, uint64_t *n)
+{
+	char *end;
+
+	*us = strtoull(*at, &end, 10);
+	if (*end != ':')
+		return false;
+	*n = strtoull(end + 1, &end, 10);
+	*at = end;
+	return true;
 }
 
 /* Pairs of numbers. */
@@ -333,12 +271,11 @@ static void print_json_delays(const char *value)
 	putchar(']');
 }
 
-static void print_json_field(const char *before, const char *name, const char *value)
+static void print_json_field(const char *name, const char *value)
 {
 	bool text = is_always_text(name);
 
-	fputs(before, stdout);
-	print_json_string(name, strlen(name));
+	print_json_string(name);
 	fputs(": ", stdout);
 	if (strcmp(name, "delays-us") == 0)
 		print_json_delays(value);
@@ -347,51 +284,69 @@ static void print_json_field(const char *before, const char *name, const char *v
 	else if (!text && (strcmp(value, "yes") == 0 || strcmp(value, "no") == 0))
 		fputs(*value == 'y' ? "true" : "false", stdout);
 	else
-		print_json_string(value, strlen(value));
+		print_json_string(value);
 }
 
-/* Returns what to print before the next field. */
-static const char *print_json_array(const char *start, const char *state, const struct kind *k)
+/* End a text in front of that character.  What is behind it. */
+static char *split(char *text, const char *character)
 {
-	const char *before = "";
-	char pairs[PAIRS_MAX];
+	char *end = text + strcspn(text, character);
 
-	if (!find_value(state, k->name) && !find_value(state, k->with))
-		return start;
-	printf("%s\"%s\": [", start, k->name);
-	for (; *state; state = next_field(state)) {
-		if (strcmp(state, k->name) != 0)
-			continue;
-		printf("%s\n    { \"%s\": ", before, k->key);
-		print_json_string(value_of(state), split_value(k, value_of(state), pairs));
-		for (const char *p = pairs; *p; p = next_field(p))
-			print_json_field(", ", p, value_of(p));
-		fputs(" }", stdout);
-		before = ",";
+	if (*end)
+		*end++ = '\0';
+	return end;
+}
+
+/* A name that may have blanks, and pairs, which begin with the last one that is named first. */
+static void print_json_object(const char *key, char *value, const char *first)
+{
+	char *pair = NULL;
+
+	for (char *at = value; (at = strstr(at, first)); at++)
+		pair = at;
+	pair = pair ? split(pair, " ") : value + strlen(value);
+	printf("{ \"%s\": ", key);
+	print_json_string(value);
+	while (*pair) {
+		char *name = pair, *number = split(name, " ");
+
+		pair = split(number, " ");
+		fputs(", ", stdout);
+		print_json_field(name, number);
 	}
-	fputs(*before ? "\n  ]" : "]", stdout);
-	return ",\n  ";
+	fputs(" }", stdout);
 }
 
-static bool is_array(const char *field)
+/* What there may be several of is an array of objects; its lines stand together. */
+static void print_json(char *state)
 {
-	return strcmp(field, clients.name) == 0 || strcmp(field, named_exports.name) == 0;
-}
+	const char *before = "{\n  ", *array = "";
+	bool none = false;		/* there is no client, but a number of them */
 
-static void print_json(const char *state)
-{
-	const char *before = "\n  ";
+	for (char *name = state, *next, *value; *name; name = next) {
+		bool client = strncmp(name, "client: ", 8) == 0;
+		bool object = client || strncmp(name, "export: ", 8) == 0;
 
-	putchar('{');
-	for (const char *f = state; *f; f = next_field(f)) {
-		if (is_array(f))
-			continue;
-		print_json_field(before, f, value_of(f));
+		next = split(name, "\n");
+		value = split(name, ":") + 1;
+		none = (none || strcmp(name, "clients") == 0) && !client;
+		if (*array && strcmp(array, name) != 0)
+			fputs("\n  ]", stdout);
+		if (!object || strcmp(array, name) != 0)
+			fputs(before, stdout);
 		before = ",\n  ";
+		if (!object) {
+			print_json_field(name, value);
+			array = "";
+			continue;
+		}
+		printf(strcmp(array, name) == 0 ? ",\n    " : "\"%s\": [\n    ", name);
+		print_json_object(client ? "address" : "name", value, client ? " reads " : " size ");
+		array = name;
 	}
-	before = print_json_array(before, state, &clients);
-	before = print_json_array(before, state, &named_exports);
-	puts(*before == ',' ? "\n}" : "}");
+	fputs(*array ? "\n  ]" : "", stdout);
+	fputs(none ? ",\n  \"client\": []" : "", stdout);
+	puts(*before == '{' ? "{}" : "\n}");
 }
 
 static void show_query(bool json)
@@ -399,9 +354,9 @@ static void show_query(bool json)
 	char *state = ask_state();
 
 	if (json)
-		print_json(state);
-	for (const char *f = state; !json && *f; f = next_field(f))
-		printf("%s: %s\n", f, value_of(f));
+		print_json(state + 1);
+	else
+		fputs(state + 1, stdout);
 	flush_output();
 	free(state);
 }
@@ -515,6 +470,13 @@ static void follow(bool show)
  * of each busy client, and the state.  Elsewhere a line shows the rates of all clients.
  */
 
+/* Two looks at the numbers of all clients, or of one. */
+struct looks {
+	const char *now, *before;
+	char mark;			/* in front of each name: a line feed, or a blank */
+	double seconds;			/* between the two */
+};
+
 static unsigned rows;		/* that are left on the screen */
 
 static void end_row(void)
@@ -523,104 +485,123 @@ static void end_row(void)
 	fputs(isatty(STDOUT_FILENO) ? "\033[K\n" : "\n", stdout);
 }
 
-/* What a number has grown by; one that is smaller than before belongs to another server. */
-static double since(const char *now, const char *before, const char *name)
+/* What follows a mark; "" if it is not there. */
+static const char *behind(const char *text, const char *mark)
 {
-	uint64_t n = number_of(now, name), old = number_of(before, name);
+	const char *at = strstr(text, mark);
+
+	return at ? at + strlen(mark) : "";
+}
+
+/* The length of a value, at the end of which its line ends. */
+static int length_of(const char *value)
+{
+	return (int)strcspn(value, "\n");
+}
+
+/* A number of all clients is "reads: 1", one of a client "reads 1". */
+static uint64_t number_of(const char *text, char mark, const char *name)
+{
+	char marked[32];
+	const char *value;
+
+	snprintf(marked, sizeof(marked), "%c%s", mark, name);
+	value = behind(text, marked);
+	return strtoull(*value == ':' ? value + 1 : value, NULL, 10);
+}
+
+/* What a number has grown by; one that is smaller than before belongs to another server. */
+static double since(const struct looks *l, const char *name)
+{
+	uint64_t n = number_of(l->now, l->mark, name), old = number_of(l->before, l->mark, name);
 
 	return (double)(n >= old ? n - old : n);
 }
 
-static double requests_since(const char *now, const char *before)
+static double requests_since(const struct looks *l)
 {
-	return since(now, before, "reads") + since(now, before, "writes") +
-	       since(now, before, "flushes") + since(now, before, "others");
+	return since(l, "reads") + since(l, "writes") + since(l, "flushes") + since(l, "others");
 }
 
-static void print_rates(const char *now, const char *before, double seconds)
+static void print_rates(const struct looks *l)
 {
 	printf("%.0f requests/s, %.1f MiB/s read, %.1f MiB/s written, ",
-	       requests_since(now, before) / seconds,
-	       since(now, before, "read-bytes") / MIB / seconds,
-	       since(now, before, "written-bytes") / MIB / seconds);
+	       requests_since(l) / l->seconds, since(l, "read-bytes") / MIB / l->seconds,
+	       since(l, "written-bytes") / MIB / l->seconds);
 }
 
 /* Add the delays of a state so many times: UINT64_MAX, which is -1, takes them away. */
 static void add_delays(const char *state, uint64_t times, struct tally *sum)
 {
-	const char *delays = find_value(state, "delays-us");
+	const char *delays = behind(state, "\ndelays-us: ");
 	uint64_t us, n;
 
-	while (delays && next_delay(&delays, &us, &n))
+	while (next_delay(&delays, &us, &n))
 		sum->delay[delay_index(us)] += times * n;
 }
 
-static void show_total(const char *now, const char *before, double seconds)
+static void show_total(const struct looks *l)
 {
-	const char *cached = find_value(now, "cached-percent");
-	const char *link = find_value(now, "origin-link"), *reason = find_value(now, "origin-reason");
+	const char *cached = behind(l->now, "\ncached-percent: ");
+	const char *link = behind(l->now, "\norigin-link: ");
+	const char *reason = behind(l->now, "\norigin-reason: ");
 	struct tally since_before = { .longest = UINT64_MAX };
 
-	add_delays(now, 1, &since_before);
-	add_delays(before, UINT64_MAX, &since_before);
-	if (reason)
-		printf("origin down: %s; ", reason);
-	print_rates(now, before, seconds);
+	add_delays(l->now, 1, &since_before);
+	add_delays(l->before, UINT64_MAX, &since_before);
+	if (*reason)
+		printf("origin down: %.*s; ", length_of(reason), reason);
+	print_rates(l);
 	printf("p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64 " errors",
-	       tally_percentile(&since_before, 99), number_of(now, "clients"), number_of(now, "errors"));
-	if (cached && link)
-		printf(", %s %% cached, origin %s", cached, link);
+	       tally_percentile(&since_before, 99), number_of(l->now, '\n', "clients"),
+	       number_of(l->now, '\n', "errors"));
+	if (*cached)
+		printf(", %.*s %% cached, origin %.*s", length_of(cached), cached,
+		       length_of(link), link);
 	end_row();
 }
 
-/* The field of a client from f on, whose address has len bytes; the end if it is not there. */
-static const char *find_client(const char *f, const char *address, size_t len)
-{
-	while (*f && (strcmp(f, "client") != 0 || strncmp(value_of(f), address, len + 1) != 0))
-		f = next_field(f);
-	return f;
-}
-
 /* Those that did something.  Most are in the order in which they were before. */
-static void show_clients(const char *now, const char *before, double seconds)
+static void show_clients(const struct looks *all)
 {
-	const char *next = before, *old;
-	char pairs[PAIRS_MAX], old_pairs[PAIRS_MAX];
+	struct looks one = { .now = all->now, .mark = ' ', .seconds = all->seconds };
+	const char *next = all->before, *numbers;
+	char line[ADDRESS_MAX + 32];
 
-	for (; *now && rows > 0; now = next_field(now)) {
-		const char *address = value_of(now);
-		size_t len;
-
-		if (strcmp(now, "client") != 0)
+	while (rows > 0 && *(one.now = behind(one.now, "\nclient: "))) {
+		numbers = strstr(one.now, " reads ");
+		if (!numbers)
+			return;
+		snprintf(line, sizeof(line), "\nclient: %.*s ", (int)(numbers - one.now), one.now);
+		one.before = strstr(next, line);
+		if (!one.before)
+			one.before = strstr(all->before, line);
+		if (one.before)
+			next = one.before;
+		else
+			one.before = "";
+		if (!requests_since(&one) && !number_of(one.now, ' ', "in-flight"))
 			continue;
-		len = split_value(&clients, address, pairs);
-		old = find_client(next, address, len);
-		if (!*old)
-			old = find_client(before, address, len);
-		if (*old)
-			next = old;
-		split_value(&clients, *old ? value_of(old) : "", old_pairs);
-		if (!requests_since(pairs, old_pairs) && !number_of(pairs, "in-flight"))
-			continue;
-		print_rates(pairs, old_pairs, seconds);
-		printf("%.*s", (int)len, address);
+		print_rates(&one);
+		printf("%.*s", (int)(numbers - one.now), one.now);
 		end_row();
 	}
 }
 
 /* A screen is drawn over the one before; the terminal cuts what is too long. */
-static void show_look(const char *now, const char *before, double seconds)
+static void show_looks(const struct looks *l)
 {
 	bool terminal = isatty(STDOUT_FILENO);
+	const char *line = l->now + 1;
 
 	rows = terminal ? terminal_size(STDOUT_FILENO).ws_row - 1 : 1;
 	fputs(terminal ? "\033[H\033[?7l" : "", stdout);
-	show_total(now, before, seconds);
-	show_clients(now, before, seconds);
-	for (; *now && rows > 0; now = next_field(now)) {
-		if (strcmp(now, "client") == 0)
-			continue;
-		printf("%s: %s", now, value_of(now));
+	show_total(l);
+	show_clients(l);
+	for (; *line && rows > 0; line += length_of(line) + 1) {
+		if (strncmp(line, "client: ", strlen("client: ")) == 0)
+			break;
+		printf("%.*s", length_of(line), line);
 		end_row();
 	}
 	fputs(terminal ? "\033[J\033[?7h" : "", stdout);
@@ -646,7 +627,7 @@ static _Noreturn void watch(unsigned long seconds)
 		now = ask_state();
 		ms = now_ms() - last;
 		last += ms;
-		show_look(now, before, (double)ms / 1000);
+		show_looks(&(struct looks){ now, before, '\n', (double)ms / 1000 });
 		free(before);
 		before = now;
 	}
