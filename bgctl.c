@@ -660,8 +660,9 @@ static char *command_line(const struct bgctl_options *o)
 }
 
 /* A command may take its time, but a server that will not carry it out is not waited for. */
-static void greet(void)
+static void run_command(const struct bgctl_options *o)
 {
+	char *line = command_line(o);
 	const char *value;
 
 	connect_server();
@@ -669,16 +670,9 @@ static void greet(void)
 	while (next_value(&value))
 		;
 	limit_silence(0);
-}
-
-static void run_command(const struct bgctl_options *o)
-{
-	char *line = command_line(o);
-
-	greet();
-	if (o->command == COMMAND_RECONNECT)
-		snprintf(server.aim, sizeof(server.aim), o->port ? "%s:%s: " : "%s: ",
-			 o->host, o->port);
+	if (o->host)
+		snprintf(server.aim, sizeof(server.aim), o->port ? "%s:%s: " : "%s: ", o->host,
+			 o->port);
 	send_line(line);
 	free(line);
 	follow(o->progress);
