@@ -576,10 +576,9 @@ static void show_clients(const struct looks *all)
 		one.before = strstr(next, line);
 		if (!one.before)
 			one.before = strstr(all->before, line);
-		if (one.before)
-			next = one.before;
-		else
+		if (!one.before)
 			one.before = "";
+		next = one.before;
 		if (!requests_since(&one) && !number_of(one.now, ' ', "in-flight"))
 			continue;
 		print_rates(&one);
@@ -642,7 +641,7 @@ static char *command_line(const struct bgctl_options *o)
 	size_t len;
 	FILE *f = not_null(open_memstream(&line, &len));
 
-	fputs(o->name, f);
+	fputs(o->command, f);
 	if (o->blocks)
 		fprintf(f, " %lu", o->blocks);
 	if (o->force)
@@ -686,9 +685,9 @@ int main(int argc, char **argv)
 	occupy_standard_descriptors();
 	options_parse_bgctl(&o, argc, argv);
 	server.path = o.socket;
-	if (o.command == COMMAND_QUERY)
+	if (strcmp(o.command, "query") == 0)
 		show_query(o.json);
-	else if (o.command == COMMAND_WATCH)
+	else if (strcmp(o.command, "watch") == 0)
 		watch(o.seconds);
 	else
 		run_command(&o);

@@ -284,6 +284,18 @@ static const struct row server_rows[] = {
 #undef FIELD
 };
 
+/* The commands of xnbd-bgctl, for struct row. */
+enum {
+	COMMAND_QUERY = 1 << 0,
+	COMMAND_CACHE_ALL = 1 << 1,
+	COMMAND_CACHE_ALL2 = 1 << 2,
+	COMMAND_SWITCH = 1 << 3,
+	COMMAND_RECONNECT = 1 << 4,
+	COMMAND_SNAPSHOT = 1 << 5,
+	COMMAND_WATCH = 1 << 6,
+	COMMAND_ANY = (1 << 7) - 1,
+};
+
 static const struct row bgctl_rows[] = {
 #define FIELD(name) offsetof(struct bgctl_options, name)
 	{ 'q', "query", NULL, COMMAND_QUERY, OTHER(choose_mode), "show the state of the server" },
@@ -567,20 +579,19 @@ void options_parse_bgctl(struct bgctl_options *o, int argc, char **argv)
 {
 	*o = (struct bgctl_options){ 0 };
 	parse_options(&bgctl, o, argc, argv);
-	o->command = line.chosen->modes;
-	o->name = line.chosen->name;
+	o->command = line.chosen->name;
 	if (o->export_name && strpbrk(o->export_name, "\r\n"))
 		usage_error("option '--exportname': the name must have no line break");
 	if (has("shutdown")) {
 		log_line("--shutdown is deprecated, its name is --switch now");
-		o->name = "switch";
+		o->command = "switch";
 	}
-	if (o->command == COMMAND_WATCH && !o->seconds && argc - optind == 2)	/* --watch SECONDS */
-		set_number(line.chosen, &o->seconds, argv[optind++]);
+	if (line.chosen->modes == COMMAND_WATCH && !o->seconds && argc - optind == 2)
+		set_number(line.chosen, &o->seconds, argv[optind++]);	/* --watch SECONDS */
 	if (!o->seconds)
 		o->seconds = 1;
 	o->socket = take_argument("CONTROL_SOCKET");
-	if (o->command == COMMAND_RECONNECT)
+	if (line.chosen->modes == COMMAND_RECONNECT)
 		take_new_origin(o);
 	end_arguments(o->host ? "PORT" : "CONTROL_SOCKET");
 }
