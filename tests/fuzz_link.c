@@ -22,6 +22,7 @@ enum {
 	ALLOCATION_ID = 7,
 	WIRE_MAX = 1 << 20,
 	FRESH = 0xee,			/* in memory that was not written to */
+	HEAD_MAX = 32,			/* of a reply */
 };
 
 static ssize_t fake_recvmsg(const struct msghdr *msg);
@@ -275,7 +276,7 @@ static void say_reply(const struct proto_offer *offer, struct input *in)
 	unsigned bits = (unsigned)take(in, 1), kind = bits % 8;
 	struct asked *k = &asked[asks ? take(in, 1) % asks : 0];
 	uint64_t cookie = k->r.cookie, off;
-	uint8_t head[PROTO_REPLY_HEAD_MAX], *p = head;
+	uint8_t head[HEAD_MAX], *p = head;
 	bool last = bits & 8;
 	unsigned n = 1 + bits / 32 % 8;
 	uint32_t len;
