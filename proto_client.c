@@ -11,9 +11,6 @@
 #include <string.h>
 
 enum {
-	OPTION_REPLY_SIZE = 20,
-	EXPORT_SIZE = 10,
-	ZEROES_SIZE = 124,
 	CHUNK_SIZE = 20,
 
 	MIN_BLOCK_MAX = 64 * 1024,	/* "Size constraints" */
@@ -85,8 +82,8 @@ static enum proto_next send_option(struct proto_client *c, uint32_t opt)
 	c->opt = opt;
 	c->out_len = (size_t)(end - c->out);
 	if (opt == NBD_OPT_EXPORT_NAME)
-		return await(c, EXPORT_SIZE + (c->zeroes ? ZEROES_SIZE : 0));
-	return await(c, OPTION_REPLY_SIZE);
+		return await(c, PROTO_EXPORT_SIZE + (c->zeroes ? PROTO_ZEROES_SIZE : 0));
+	return await(c, PROTO_OPTION_REPLY_SIZE);
 }
 
 static enum proto_next transmit(struct proto_client *c)
@@ -229,17 +226,17 @@ static enum proto_next take_ack(struct proto_client *c)
 static enum proto_next take_option_reply(struct proto_client *c, const uint8_t *in)
 {
 	uint32_t reply = get_be32(in + 12), len = get_be32(in + 16);
-	const uint8_t *data = in + OPTION_REPLY_SIZE;
+	const uint8_t *data = in + PROTO_OPTION_REPLY_SIZE;
 	unsigned opt = c->opt;
 
 	if (get_be64(in) != NBD_OPTION_REPLY_MAGIC || get_be32(in + 8) != opt)
 		return handshake_fail(c, "its reply to option %u is malformed", opt);
 	if (len > PROTO_OPTION_MAX)
 		return handshake_fail(c, "its reply to option %u is too long", opt);
-	c->want = OPTION_REPLY_SIZE + len;
+	c->want = PROTO_OPTION_REPLY_SIZE + len;
 	if (c->have < c->want)
 		return PROTO_HAGGLE;
-	await(c, OPTION_REPLY_SIZE);
+	await(c, PROTO_OPTION_REPLY_SIZE);
 	if (reply & NBD_REP_ERR(0))
 		return take_refusal(c, reply, data, len);
 	if (reply == NBD_REP_ACK && len == 0)

@@ -16,7 +16,7 @@
 /* Sizes in bytes. */
 enum {
 	PROTO_CLIENT_ROOM = PROTO_STRING_MAX + 64,	/* room for what is sent at once */
-	PROTO_CLIENT_WANT_MAX = PROTO_OPTION_MAX + 20,	/* the longest message of a handshake */
+	PROTO_CLIENT_WANT_MAX = PROTO_OPTION_REPLY_SIZE + PROTO_OPTION_MAX,
 	PROTO_REASON_MAX = 256,
 	PROTO_REPLY_SIZE = 16,		/* the shortest reply, and the beginning of all */
 };

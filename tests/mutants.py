@@ -125,8 +125,8 @@ mutant("every name means the first export", "a client reaches an export that it 
        tests="test_exports.py::test_name_that_is_not_there_is_refused")
 mutant("all exports have the size of the first",
        "a client reaches an export that it did not name: its range",
-       "proto.c", "out_be(o->out, 8, e->size);\n\t\tout_be(o->out, 2,",
-       "out_be(o->out, 8, o->exports->entry[0]->size);\n\t\tout_be(o->out, 2,",
+       "proto.c", "put_export(o->s, e, numbers);",
+       "put_export(o->s, o->exports->entry[0], numbers);",
        tests="test_exports.py::test_ranges_are_those_of_the_export")
 mutant("EXPORT_NAME gets the first export",
        "a client reaches an export that it did not name: a thousand clients",
@@ -640,7 +640,7 @@ mutant("blocks are counted modulo 4 GiB", "overlay larger than 4 GiB wraps",
        "bitmap_set(l->map, (uint32_t)off / BLOCK_SIZE, blocks, how == WAIT)",
        tests="test_cow.py::test_places_above_4_gib_are_their_own")
 mutant("a full disk is an I/O error", "overlay's disk full",
-       "proto.c", "\tcase ENOSPC:\n\tcase EDQUOT:", "\tcase EDQUOT:",
+       "proto.c", "{ ENOSPC, NBD_ENOSPC }, ", "",
        tests="test_cow.py::test_full_overlay_disk_is_enospc_for_that_write")
 mutant("an error of the overlay is not told", "overlay's disk full",
        "conn.c", "if (ret != 0 && !whole->error)", "if (false)",
