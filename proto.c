@@ -404,17 +404,22 @@ enum proto_next proto_option(struct proto_session *s, const struct proto_exports
 
 /* Transmission */
 
-bool proto_is_request(const struct proto_session *s, const uint8_t *p)
-{
-	return get_be32(p) == (s->extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC);
-}
-
 /*
  * "Request message": with extended headers, what has a payload has PAYLOAD_LEN.  But for the
  * WRITEs of qemu: 8.2 to 10.0 at least do not set it, and send the payload all the same.
  */
-bool proto_get_request(const struct proto_session *s, const uint8_t *p, struct proto_request *r)
+const char *proto_get_request(const struct proto_session *s, const uint8_t *p, size_t n,
+			      struct proto_request *r, size_t *size)
 {
+	size_t whole = s->extended ? PROTO_EXTENDED_REQUEST_SIZE : PROTO_REQUEST_SIZE;
+
+	*size = n < whole ? 0 : whole;
+	if (n < PROTO_REQUEST_SIZE)
+		return NULL;
+	if (get_be32(p) != (s->extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC))
+		return "wrong magic of a request";
+	if (n < whole)
+		return NULL;
 	r->flags = get_be16(p + 4);
 	r->cmd = get_be16(p + 6);
 	r->cookie = get_be64(p + 8);
@@ -422,7 +427,9 @@ bool proto_get_request(const struct proto_session *s, const uint8_t *p, struct p
 	r->len = s->extended ? get_be64(p + 24) : get_be32(p + 24);
 	r->payload = r->cmd == NBD_CMD_WRITE ||
 		     (s->extended && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN);
-	return !(s->extended && r->payload && r->len > PROTO_MAX_PAYLOAD);
+	if (s->extended && r->payload && r->len > PROTO_MAX_PAYLOAD)
+		return "request with too much payload";
+	return NULL;
 }
 
 bool proto_cmd_writes(uint16_t cmd)

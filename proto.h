@@ -252,20 +252,12 @@ bool proto_get_option(const uint8_t *p, uint32_t *opt, uint32_t *len);
 enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,
 			     uint32_t opt, const uint8_t *data, size_t len, struct proto_out *out);
 
-/* The bytes of a request's header. */
-static inline size_t proto_request_size(const struct proto_session *s)
-{
-	return s->extended ? PROTO_EXTENDED_REQUEST_SIZE : PROTO_REQUEST_SIZE;
-}
-
 /*
- * Whether a request's header begins as it must; PROTO_REQUEST_SIZE bytes of it are enough.  If
- * not, drop the connection.
+ * Take a request's header, of which n bytes are here at p.  Sets *size to its bytes, or to 0 if
+ * more must come first.  NULL, or why to drop the connection.
  */
-bool proto_is_request(const struct proto_session *s, const uint8_t *p);
-
-/* Take a request's header.  False if it has more payload than may be: drop the connection. */
-bool proto_get_request(const struct proto_session *s, const uint8_t *p, struct proto_request *r);
+const char *proto_get_request(const struct proto_session *s, const uint8_t *p, size_t n,
+			      struct proto_request *r, size_t *size);
 
 /*
  * The one gate for requests: 0 if r may be carried out on the session's export, else the errno

@@ -111,8 +111,9 @@ static void check_request(void)
 {
 	static const struct proto_session compact;
 	struct proto_request r;
+	size_t size;
 
-	assert(proto_is_request(&compact, sent) && proto_get_request(&compact, sent, &r));
+	assert(!proto_get_request(&compact, sent, sizeof(sent), &r, &size) && size == sizeof(sent));
 	assert(r.flags == 0);
 	assert(r.cmd == NBD_CMD_READ || r.cmd == NBD_CMD_BLOCK_STATUS || r.cmd == NBD_CMD_DISC);
 	assert(r.len <= LEN_MAX && (r.len > 0 || r.cmd == NBD_CMD_DISC));

@@ -485,12 +485,14 @@ static void check_status(const struct proto_session *s, const struct proto_reque
 /* The next request of a client.  False where there is none. */
 static bool request(const struct proto_session *s, struct input *in)
 {
-	size_t size = proto_request_size(s), n = size;
+	size_t whole = s->extended ? PROTO_EXTENDED_REQUEST_SIZE : PROTO_REQUEST_SIZE;
+	size_t n = whole, size;
 	uint8_t *p = take_bytes(in, &n), again[PROTO_REQUEST_SIZE];
 	struct proto_request r;
-	bool good = n == size && proto_is_request(s, p) && proto_get_request(s, p, &r);
+	bool good = !proto_get_request(s, p, n, &r, &size) && size > 0;
 	int err;
 
+	assert(size == (n < whole ? 0 : whole));
 	if (good) {
 		proto_put_request(&r, again);
 		assert(memcmp(p + 4, again + 4, 20) == 0);

@@ -154,7 +154,7 @@ mutant("an option needs no magic number", "transmission bytes among options",
        "proto.c", "return get_be64(p) == NBD_IHAVEOPT;", "return true;",
        tests="test_hazards.py::test_request_among_options_closes")
 mutant("a request needs no magic number", "GO twice",
-       "conn.c", "if (!proto_is_request(&c->session, p)) {", "if (false) {",
+       "proto.c", "return \"wrong magic of a request\";", ";",
        tests="test_hazards.py::test_second_go_is_no_request")
 mutant("an oldstyle client is awaited to greet", "oldstyle",
        "conn.c", "tx_add(tx, PROTO_OLDSTYLE_SIZE);\n\t\tbind_default(c);",
@@ -229,8 +229,7 @@ mutant("a WRITE has a payload by its flag only", "qemu writes without PAYLOAD_LE
        "r->payload = (!s->extended && r->cmd == NBD_CMD_WRITE) ||",
        tests="test_extended.py::test_write_without_the_flag_has_a_payload_all_the_same")
 mutant("any payload is awaited", "payload of 2^64 - 1 bytes",
-       "proto.c", "return !(s->extended && r->payload && r->len > PROTO_MAX_PAYLOAD);",
-       "return true;",
+       "proto.c", "if (s->extended && r->payload && r->len > PROTO_MAX_PAYLOAD)", "if (false)",
        tests="test_extended.py::test_payload_above_the_maximum_closes")
 mutant("a long range is checked by addition", "length of 64 bits wraps",
        "proto.c", "if (r->len > size || r->off > size - r->len)",
@@ -1376,8 +1375,8 @@ mutant("a payload has all of its range while it comes",
        "conn.c", "n = piece_size(c, n);\n\tif (n == 0)\n\t\treturn 0;",
        "n = piece_size(c, n);\n\tif (n == 0)\n\t\treturn 0;\n\torder_own = &r->change;\n"
        "\tif (n == c->current_left)\n\t\torder_remove(&r->change);",
-       "conn.c", "if (n < PROTO_REQUEST_SIZE)\n\t\treturn 0;",
-       "order_own = NULL;\n\tif (n < PROTO_REQUEST_SIZE)\n\t\treturn 0;",
+       "conn.c", "if (size == 0)\n\t\treturn 0;",
+       "order_own = NULL;\n\tif (size == 0)\n\t\treturn 0;",
        tests="test_order.py::test_write_does_not_wait_for_the_payload_of_an_older_one")
 mutant("a change does not wait for one that is being stored",
        "a write that was repeated on another connection lands over a newer one",
