@@ -954,22 +954,17 @@ static bool is_there(struct conn *c)
 
 static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 {
-	size_t size = proto_request_size(&c->session);
 	struct proto_request h;
 	struct request *r;
+	size_t size;
+	const char *wrong = proto_get_request(&c->session, p, n, &h, &size);
 
-	if (n < PROTO_REQUEST_SIZE)
-		return 0;
-	if (!proto_is_request(&c->session, p)) {
-		conn_kill(c, "wrong magic of a request");
+	if (wrong) {
+		conn_kill(c, wrong);
 		return n;
 	}
-	if (n < size)
+	if (size == 0)
 		return 0;
-	if (!proto_get_request(&c->session, p, &h)) {
-		conn_kill(c, "request with too much payload");
-		return n;
-	}
 	if (h.cmd == NBD_CMD_DISC) {
 		finish(c, "client left");
 		return n;
@@ -1297,14 +1292,12 @@ static void go_on(struct conn *c)
 /* Whether what is kept has a DISC behind requests that are whole. */
 static bool has_disc(const struct conn *c)
 {
-	size_t size = proto_request_size(&c->session), pos = 0;
+	size_t size, pos = c->current ? c->current_left : 0;
 	struct proto_request h;
 
-	if (c->current)
-		pos = c->current_left;
-	while (pos < c->kept_len && c->kept_len - pos >= size) {
-		if (!proto_is_request(&c->session, c->kept + pos) ||
-		    !proto_get_request(&c->session, c->kept + pos, &h))
+	while (pos < c->kept_len) {
+		if (proto_get_request(&c->session, c->kept + pos, c->kept_len - pos, &h, &size) ||
+		    size == 0)
 			return false;
 		if (h.cmd == NBD_CMD_DISC)
 			return true;

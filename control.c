@@ -160,7 +160,7 @@ static void say_proxy(struct ctl_reply *reply)
 
 	origin_status(cache_origin(exports.cache), &s);
 	if (is_proxy())
-		link = s.up ? "up" : "down";
+		link = s.links ? "up" : "down";
 	ctl_say(reply, "bitmap", "%s", control.bitmap);
 	ctl_say(reply, "origin", "%s", s.address);
 	ctl_say(reply, "origin-export", "%s", s.export_name);
@@ -226,7 +226,7 @@ static const char *say_progress(struct ctl_reply *reply, bool *runs)
 		return NULL;
 	origin_status(cache_origin(exports.cache), &o);
 	cache_status(exports.cache, &c);
-	if (!o.up && is_proxy())
+	if (o.links == 0 && is_proxy())
 		ctl_say(reply, "origin-reason", "%s", o.reason);
 	ctl_say(reply, "progress", "%" PRIu64 " %" PRIu64 " %" PRIu64, c.held, c.blocks, s.rate);
 	if (*runs || c.held == c.blocks)
