@@ -138,18 +138,22 @@ static void find_holes(struct backend *b, struct request *r)
 		r->extents = 0;
 }
 
-/* READ on a worker: the data between the holes, into memory that is taken now. */
-static int read_sparse(struct backend *b, struct request *r)
+uint8_t *request_buffer(struct request *r)
 {
-	uint64_t off = r->h.off;
-	uint8_t *buf;
-	int ret = 0;
-
 	if (!r->buf) {
 		r->buf = buffer_get(r->h.len);
 		r->buf_len = r->buf ? r->h.len : 0;
 	}
-	buf = r->buf;
+	return r->buf;
+}
+
+/* READ on a worker: the data between the holes. */
+static int read_sparse(struct backend *b, struct request *r)
+{
+	uint64_t off = r->h.off;
+	uint8_t *buf = request_buffer(r);
+	int ret = 0;
+
 	if (!buf)
 		return -ENOMEM;
 	find_holes(b, r);
@@ -285,7 +289,7 @@ static int request_run(struct request *r, enum how how)
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
 		if (r->h.len > READ_PIECE)
-			return r->fetched || b->ops->holds(b, r->h.len, r->h.off) ? 0 : ABSENT;
+			return r->at.len == 0 || b->ops->holds(b, r->h.len, r->h.off) ? 0 : ABSENT;
 		return how == WAIT ? read_sparse(b, r) :
 				     b->ops->read(b, r->buf, r->h.len, r->h.off, TRY);
 	case NBD_CMD_FLUSH:

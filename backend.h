@@ -166,6 +166,9 @@ void request_done(struct request *r, int error);
 /* The same for one that is to be carried out again: it goes through the gate for that. */
 void request_again(struct request *r);
 
+/* The memory for the answer to a READ, of its own from then on; or NULL. */
+uint8_t *request_buffer(struct request *r);
+
 /* Whether its client is gone. */
 bool request_is_abandoned(const struct request *r);
 
