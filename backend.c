@@ -194,17 +194,20 @@ static int cache_range(struct backend *b, struct request *r)
 
 /* Changes */
 
-static struct request *request_of(struct change *c)
+/* Take back what waits for blocks from elsewhere. */
+static bool unfetch(struct request *r)
 {
-	return (struct request *)((char *)c - offsetof(struct request, change));
+	const struct backend_ops *ops = r->backend->ops;
+
+	return ops->take_back && ops->take_back(r->backend, r);
 }
 
 /* Newer changes have replaced all of it: it need not wait for its blocks any more. */
 static void emptied(struct change *c)
 {
-	struct request *r = request_of(c);
+	struct request *r = (struct request *)((char *)c - offsetof(struct request, change));
 
-	if (r->backend->ops->take_back(r->backend, r))
+	if (unfetch(r))
 		request_again(r);
 }
 
@@ -279,6 +282,12 @@ static int begin_change(struct request *r)
 	return go_on_with_change(r, TRY);
 }
 
+/* Whether a READ can be answered in pieces: its blocks are held, or have been brought once. */
+static bool is_here(struct backend *b, const struct request *r)
+{
+	return r->at.len == 0 || !b->ops->holds || b->ops->holds(b, r->h.len, r->h.off);
+}
+
 static int request_run(struct request *r, enum how how)
 {
 	struct backend *b = r->backend;
@@ -289,7 +298,7 @@ static int request_run(struct request *r, enum how how)
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
 		if (r->h.len > READ_PIECE)
-			return r->at.len == 0 || b->ops->holds(b, r->h.len, r->h.off) ? 0 : ABSENT;
+			return is_here(b, r) ? 0 : ABSENT;
 		return how == WAIT ? read_sparse(b, r) :
 				     b->ops->read(b, r->buf, r->h.len, r->h.off, TRY);
 	case NBD_CMD_FLUSH:
@@ -401,27 +410,9 @@ void request_queue(struct request *r)
 
 bool request_take_back(struct request *r)
 {
-	if (!worker_take_back(&r->job) && !r->backend->ops->take_back(r->backend, r))
+	if (!worker_take_back(&r->job) && !unfetch(r))
 		return false;
 	order_remove(&r->change);
 	r->error = ECANCELED;
 	return true;
-}
-
-bool backend_holds_all(struct backend *b, uint64_t len, uint64_t off)
-{
-	(void)b, (void)len, (void)off;
-	return true;
-}
-
-int backend_fetches_nothing(struct backend *b, struct request *r, enum how how)
-{
-	(void)b, (void)r, (void)how;
-	return 0;
-}
-
-bool backend_keeps_nothing(struct backend *b, struct request *r)
-{
-	(void)b, (void)r;
-	return false;
 }

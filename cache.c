@@ -42,7 +42,8 @@ struct cache {
 	bool switching, switched;	/* the main thread's */
 	struct job switch_job;
 	struct request commit;		/* the flush that makes all durable */
-	struct cache_news news;		/* of the switch: a worker's, until it is done */
+	const char *step;		/* the one that is under way, or has failed */
+	uint64_t zeroed;		/* blocks that were missing */
 	atomic_bool switch_done;
 	atomic_bool stopping;		/* zero no more */
 };
@@ -329,22 +330,15 @@ void cache_status(struct backend *b, struct cache_status *status)
 
 /* The switch */
 
-/* It is done, or that step has failed.  A worker. */
-static void switch_ended(struct cache *c, const char *step, int error)
-{
-	if (error)
-		snprintf(c->news.error, sizeof(c->news.error), "cannot %s: %s", step,
-			 strerror(error));
-	atomic_store(&c->switch_done, true);
-	wake_main();
-}
-
-static void completed(struct request *r)
+/* It is done, or a step has failed.  A worker. */
+static void switch_ended(struct request *r)
 {
 	struct cache *c = to_cache(r->backend);
-	int error = r->error ? r->error : layer_missing(&c->layer) > 0 ? EAGAIN : 0;
 
-	switch_ended(c, "make the image durable", error);
+	if (!r->error && layer_missing(&c->layer) > 0)
+		r->error = EAGAIN;
+	atomic_store(&c->switch_done, true);
+	wake_main();
 }
 
 /* A worker. */
@@ -353,17 +347,14 @@ static void zero_and_complete(struct job *job)
 	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, switch_job));
 	int err;
 
-	c->news.zeroed = layer_missing(&c->layer);
+	c->zeroed = layer_missing(&c->layer);
+	c->step = "store zeros";
 	err = layer_zero_missing(&c->layer, &c->stopping);
 	if (err) {
-		switch_ended(c, "store zeros", -err);
+		request_done(&c->commit, err);
 		return;
 	}
-	c->commit = (struct request){
-		.backend = &c->layer.backend,
-		.done = completed,
-		.h.cmd = NBD_CMD_FLUSH,
-	};
+	c->step = "make the image durable";
 	layer_complete(&c->layer, &c->commit);
 }
 
@@ -386,7 +377,11 @@ const char *cache_switch(struct backend *b, bool force)
 	}
 	log_line("switching to target mode");
 	c->switching = true;
-	c->news = (struct cache_news){ .switched = true };
+	c->commit = (struct request){
+		.backend = b,
+		.done = switch_ended,
+		.h.cmd = NBD_CMD_FLUSH,
+	};
 	copy_stop(c->copy);
 	c->switch_job.run = zero_and_complete;
 	worker_submit(&c->switch_job);
@@ -396,15 +391,18 @@ const char *cache_switch(struct backend *b, bool force)
 void cache_tend(struct backend *b, struct cache_news *news)
 {
 	struct cache *c = to_cache(b);
-	bool ended = atomic_exchange(&c->switch_done, false);
+	int err;
 
-	*news = ended ? c->news : (struct cache_news){ .switched = false };
-	news->copied = copy_has_ended(c->copy);
-	if (!ended)
+	*news = (struct cache_news){ .copied = copy_has_ended(c->copy) };
+	if (!atomic_exchange(&c->switch_done, false))
 		return;
+	err = c->commit.error;
 	c->switching = false;
-	c->switched = !*news->error;
-	if (!c->switched) {
+	c->switched = !err;
+	news->switched = true;
+	news->zeroed = c->zeroed;
+	if (err) {
+		snprintf(news->error, sizeof(news->error), "cannot %s: %s", c->step, strerror(err));
 		log_error("cannot switch to target mode: %s", news->error);
 		return;
 	}
