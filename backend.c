@@ -148,18 +148,22 @@ static void find_holes(struct backend *b, struct request *r)
 		atomic_store(&b->look_again, begun + LOOK_PAUSE * took);
 }
 
-/* READ on a worker: the data between the holes, into memory that is taken now. */
-static int read_sparse(struct backend *b, struct request *r)
+uint8_t *request_buffer(struct request *r)
 {
-	uint64_t off = r->h.off;
-	uint8_t *buf;
-	int ret = 0;
-
 	if (!r->buf) {
 		r->buf = buffer_get(r->h.len);
 		r->buf_len = r->buf ? r->h.len : 0;
 	}
-	buf = r->buf;
+	return r->buf;
+}
+
+/* READ on a worker: the data between the holes. */
+static int read_sparse(struct backend *b, struct request *r)
+{
+	uint64_t off = r->h.off;
+	uint8_t *buf = request_buffer(r);
+	int ret = 0;
+
 	if (!buf)
 		return -ENOMEM;
 	find_holes(b, r);
@@ -200,17 +204,20 @@ static int cache_range(struct backend *b, struct request *r)
 
 /* Changes */
 
-static struct request *request_of(struct change *c)
+/* Take back what waits for blocks from elsewhere. */
+static bool unfetch(struct request *r)
 {
-	return (struct request *)((char *)c - offsetof(struct request, change));
+	const struct backend_ops *ops = r->backend->ops;
+
+	return ops->take_back && ops->take_back(r->backend, r);
 }
 
 /* Newer changes have replaced all of it: it need not wait for its blocks any more. */
 static void emptied(struct change *c)
 {
-	struct request *r = request_of(c);
+	struct request *r = (struct request *)((char *)c - offsetof(struct request, change));
 
-	if (r->backend->ops->take_back(r->backend, r))
+	if (unfetch(r))
 		request_again(r);
 }
 
@@ -285,6 +292,12 @@ static int begin_change(struct request *r)
 	return go_on_with_change(r, TRY);
 }
 
+/* Whether a READ can be answered in pieces: its blocks are held, or have been brought once. */
+static bool is_here(struct backend *b, const struct request *r)
+{
+	return r->at.len == 0 || !b->ops->holds || b->ops->holds(b, r->h.len, r->h.off);
+}
+
 static int request_run(struct request *r, enum how how)
 {
 	struct backend *b = r->backend;
@@ -295,7 +308,7 @@ static int request_run(struct request *r, enum how how)
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
 		if (r->h.len > READ_PIECE)
-			return r->fetched || b->ops->holds(b, r->h.len, r->h.off) ? 0 : ABSENT;
+			return is_here(b, r) ? 0 : ABSENT;
 		return how == WAIT ? read_sparse(b, r) :
 				     b->ops->read(b, r->buf, r->h.len, r->h.off, TRY);
 	case NBD_CMD_FLUSH:
@@ -407,27 +420,9 @@ void request_queue(struct request *r)
 
 bool request_take_back(struct request *r)
 {
-	if (!worker_take_back(&r->job) && !r->backend->ops->take_back(r->backend, r))
+	if (!worker_take_back(&r->job) && !unfetch(r))
 		return false;
 	order_remove(&r->change);
 	r->error = ECANCELED;
 	return true;
-}
-
-bool backend_holds_all(struct backend *b, uint64_t len, uint64_t off)
-{
-	(void)b, (void)len, (void)off;
-	return true;
-}
-
-int backend_fetches_nothing(struct backend *b, struct request *r, enum how how)
-{
-	(void)b, (void)r, (void)how;
-	return 0;
-}
-
-bool backend_keeps_nothing(struct backend *b, struct request *r)
-{
-	(void)b, (void)r;
-	return false;
 }

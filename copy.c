@@ -141,10 +141,10 @@ static uint64_t copy_data(struct copy *c, uint64_t off, uint64_t end, bool by_un
 
 	if (bytes == 0)
 		return c->layer->size;
-	to = fetch_copy(c->fetcher, off, end, by_units ? 1 : bytes, data_copied, c);
+	to = fetch_copy(c->fetcher, end - off, off, by_units ? 1 : bytes);
 	if (to == 0)
 		request_ended(c, ENOMEM);
-	return to ? to : end;
+	return to ? off + to : end;
 }
 
 /* Maps */
@@ -300,6 +300,8 @@ struct copy *copy_new(struct fetcher *f)
 	struct copy *c = not_null(calloc(1, sizeof(*c)));
 
 	c->fetcher = f;
+	f->copied = data_copied;
+	f->copy = c;
 	c->layer = f->layer;
 	pthread_mutex_init(&c->lock, NULL);
 	pthread_cond_init(&c->changed, NULL);

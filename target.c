@@ -39,9 +39,6 @@ static const struct backend_ops target_ops = {
 	.flush = layer_flush,
 	.cache = layer_cache,
 	.extents = layer_extents,
-	.holds = backend_holds_all,
-	.fetch = backend_fetches_nothing,
-	.take_back = backend_keeps_nothing,
 	.close = target_close,
 };
 
