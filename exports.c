@@ -56,7 +56,6 @@ static struct backend *open_target(const struct options *o, struct exported *e, 
 	e->disk = disk_open(image, o->readonly, true);
 	if (!e->disk)
 		return NULL;
-	disk_look(e->disk, image);
 	if (o->readonly || is_alone(e->disk, image))
 		return target_open(e->disk, o->readonly);
 	disk_close(e->disk);
@@ -100,12 +99,43 @@ static bool open_export(const struct options *o, const char *name, const char *i
 
 	if (!backend)
 		return false;
+	e->image = image;
 	e->path = not_null(absolute_path(image));
 	if (e->disk && e->disk->is_file)
 		confine_keep_place("make snapshots of ", e->path, CONFINE_FILES);
 	export_init(&e->export, backend, name, describe_image(image), wake_main, clients_admit);
 	exports.entry[exports.count++] = &e->export.proto;
 	return true;
+}
+
+/*
+ * Log that the image is empty, or has a format of its own, which clients will see.  A worker does
+ * it: the start does not wait for a slow disk.
+ */
+static void look_at_image(struct job *job)
+{
+	static const struct {
+		const char *format, *magic;
+		unsigned off;
+	} known[] = {
+		{ "qcow2", "QFI\xfb", 0 },
+		{ "VMDK", "KDMV", 0 },
+		{ "VMDK", "COWD", 0 },
+		{ "VMDK", "# Disk DescriptorFile", 0 },
+		{ "VDI", "\x7f\x10\xda\xbe", 64 },
+	};
+	struct exported *e = (struct exported *)((char *)job - offsetof(struct exported, look));
+	struct backend *b = e->export.backend;
+	uint8_t head[68];
+
+	if (b->size == 0)
+		log_line("image %s is empty: a disk of 0 bytes is served", e->image);
+	if (b->size < sizeof(head) || b->ops->read(b, head, sizeof(head), 0, WAIT) != 0)
+		return;
+	for (size_t i = 0; i < ARRAY_SIZE(known); i++)
+		if (memcmp(head + known[i].off, known[i].magic, strlen(known[i].magic)) == 0)
+			log_line("image %s looks like %s: clients get the file as it is, as a raw "
+				 "image", e->image, known[i].format);
 }
 
 /* LIST tells of all exports or of none. */
@@ -148,6 +178,11 @@ bool exports_start(void)
 {
 	struct origin_status status;
 
+	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
+		e->look = (struct job){ .run = look_at_image, .lane = &e->export.lane };
+		if (!exports.cache)
+			worker_submit(&e->look);
+	}
 	if (!exports.cache)
 		return true;
 	origin_status(cache_origin(exports.cache), &status);

@@ -164,7 +164,6 @@ struct backend *cow_open(const struct cow_options *o)
 
 	if (!base)
 		return NULL;
-	disk_look(base, o->base);
 	l = not_null(calloc(1, sizeof(*l)));
 	layer_init(l, &target_ops, base->size, o->readonly, "the overlay");
 	l->base = base;

@@ -1110,6 +1110,28 @@ def test_block_is_copied_into_a_snapshot_once(server, image, calls):
         assert c.pread(8192, edge - 4096) == b"2" * 8192
 
 
+@hazard("a start waits for a disk that is slow")
+def test_start_does_not_wait_for_a_slow_disk(server, image, calls):
+    """A server looks at what it serves; of a disk that does not answer it tells later."""
+    calls.arm("pread", HOLD)
+    s = server(image, env=calls.environment)
+    wait_held(calls)
+    with s.client() as c:
+        assert c.size == SIZE
+        calls.release()
+        assert c.pread(4096) == pattern(0, 4096)
+
+
+@hazard("a start waits for a disk that is slow")
+def test_look_at_a_disk_that_does_not_answer_holds_up_no_end(server, image, calls):
+    calls.arm("pread", HOLD)
+    s = server(image, env=calls.environment)
+    wait_held(calls)
+    s.expected_status = 1
+    s.stop()
+    assert "wait for the disk" in s.log()
+
+
 @hazard("the search for a hole passes all extents of the rest of the disk")
 def test_reads_are_not_searched_for_holes_where_that_takes_long(server, image, calls):
     """Each begins before what is known to be data, and would have to find out anew."""
