@@ -217,7 +217,6 @@ static void take_snapshot(struct exported *e)
 	snapshot_take(e->snapshot);
 	e->taken = true;
 	gate_open(&e->export.gate);
-	snapshot_start(e->snapshot);
 }
 
 static void end_snapshot(struct exported *e, exports_ended *ended)

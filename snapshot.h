@@ -21,11 +21,11 @@ struct snapshot;
  */
 struct snapshot *snapshot_new(struct disk *d, const char *image, const char **why);
 
-/* The instant.  Nobody may be changing the disk: the gate is closed. */
+/*
+ * The instant: nobody may be changing the disk, the gate is closed.  A thread copies what is needed
+ * from then on.
+ */
 void snapshot_take(struct snapshot *s);
-
-/* Copy what is needed, in a thread.  The gate may be open. */
-void snapshot_start(struct snapshot *s);
 
 /* Whether it has ended, well or not: then it can be freed at once. */
 bool snapshot_is_over(const struct snapshot *s);
