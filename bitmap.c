@@ -24,7 +24,7 @@
  *	a commit:
  *	  data fdatasync, map pwrite    bit 1 by the live map       bit 0; the flush was not answered
  *	  map pwrite, map fdatasync     the same                    bit 0 or 1 for each page: data is stable
- *	bitmap_complete() (a switch):
+ *	a switch that is forced:
  *	  zeros, data fdatasync         bits 0 where zeros are      the same: the origin's bytes
  *	  data fdatasync, header        the same                    the same
  *	  header pwrite, fdatasync      all are held                none or all: it is one sector

@@ -5,7 +5,7 @@
  * filled with what was fetched, without burying a write that came meanwhile.
  *
  * What a crash leaves between two calls, and why a reader gets the right bytes then; for the record
- * of bits see bitmap.c:
+ * of bits and a forced switch see bitmap.c:
  *
  *	a part of a block that is not held: read of the base, merge, pwrite of all of it, bit
  *		until the bit is recorded the base has the block, as it was
@@ -15,8 +15,6 @@
  *		the same
  *	a part, or all, of a block that is held: pwrite
  *		the block as it was, or as it will be: one page of the page cache, one write to disk
- *	a forced switch: zeros in blocks without bits, fdatasync, all blocks held by one header
- *		before the header they have no bit, and the origin has them; after it they are zeros
  *	stable storage has failed: the map says so
  *		blocks that were committed are as they were then, or newer; the others are elsewhere
  *
