@@ -56,7 +56,7 @@ void export_init(struct export *e, struct backend *backend, const char *name,
 	atomic_init(&e->gate.closed, false);
 	e->gate.emptied = emptied;
 	e->gate.opened = opened;
-	e->lane.name = name;
+	backend->name = name;
 }
 
 /*
@@ -378,7 +378,7 @@ static void run_request_job(struct job *job);
 static void submit(struct request *r)
 {
 	r->job.run = run_request_job;
-	worker_submit(&r->job);
+	worker_submit(&r->job, r->job.lane);
 }
 
 /* Bring what it lacks; it waits outside the gate. */

@@ -80,6 +80,7 @@ struct backend_ops {
 
 struct backend {
 	const struct backend_ops *ops;
+	const char *name;	/* of its export, for the log; NULL before export_init() */
 	uint64_t size;		/* bytes; does not change */
 	bool readonly;
 	struct order *order;	/* of the image that changes go to */

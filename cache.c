@@ -384,7 +384,7 @@ const char *cache_switch(struct backend *b, bool force)
 	};
 	copy_stop(c->copy);
 	c->switch_job.run = zero_and_complete;
-	worker_submit(&c->switch_job);
+	worker_submit(&c->switch_job, NULL);
 	return NULL;
 }
 

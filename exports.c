@@ -179,9 +179,9 @@ bool exports_start(void)
 	struct origin_status status;
 
 	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
-		e->look = (struct job){ .run = look_at_image, .lane = &e->export.lane };
+		e->look.run = look_at_image;
 		if (!exports.cache)
-			worker_submit(&e->look);
+			worker_submit(&e->look, &e->export.lane);
 	}
 	if (!exports.cache)
 		return true;

@@ -47,7 +47,6 @@ void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
 	memset(f, 0, sizeof(*f));
 	f->layer = layer;
 	f->origin = origin;
-	f->lane.name = "";
 	f->lane.single = true;	/* more would take the processor from those who bring the data */
 	pthread_mutex_init(&f->lock, NULL);
 }
@@ -274,7 +273,7 @@ static void arrived(struct origin_request *ask)
 	if (error != -EAGAIN)
 		fetch_settle(fetch, error);
 	else
-		worker_submit(&fetch->job);
+		worker_submit(&fetch->job, &fetch->f->lane);
 }
 
 /* Beginning */
@@ -306,7 +305,6 @@ static struct fetch *fetch_new(struct fetcher *f, uint64_t len, uint64_t off, ui
 		return NULL;
 	fetch->f = f;
 	fetch->job.run = store_job;
-	fetch->job.lane = &f->lane;
 	fetch->ask.done = arrived;
 	fetch->ask.priority = priority;
 	fetch->ask.off = off - off % fetch_unit(f);

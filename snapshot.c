@@ -200,11 +200,9 @@ static const char *explain(int err)
 	return err == -ECANCELED ? "the server stops" : strerror(-err);
 }
 
-/* Durable first, then visible.  What the image itself has lost is in no copy of it. */
-static void finish_snapshot(struct snapshot *s)
+/* With err 0: durable first, then visible.  What the image itself has lost is in no copy of it. */
+static void finish_snapshot(struct snapshot *s, int err)
 {
-	int err = atomic_load(&s->error);
-
 	if (!err && fsync(s->fd) < 0)
 		err = -errno;
 	if (!err)
@@ -227,7 +225,7 @@ static void *snapshot_main(void *arg)
 
 	if (!s->cloned)
 		copy_image(s);
-	finish_snapshot(s);
+	finish_snapshot(s, atomic_load(&s->error));
 	return NULL;
 }
 
@@ -253,24 +251,17 @@ static void take_instant(struct snapshot *s)
 	s->cloned = err != -EOPNOTSUPP;
 	if (!err && ftruncate(s->fd, (off_t)s->size) < 0)	/* the image may be larger than the disk */
 		err = -errno;
-	if (s->cloned && err) {
-		snapshot_fail(s, err);
-	} else if (!s->cloned) {
+	if (!s->cloned) {
 		s->hook.before_change = copy_before_change;
 		s->disk->hook = &s->hook;
+		err = 0;
 	}
 	log_line("snapshot %s: started", s->name);
-}
-
-static void start_thread(struct snapshot *s)
-{
-	int err = thread_start(&s->thread, SNAPSHOT_STACK, snapshot_main, s);
-
+	if (!err)
+		err = -thread_start(&s->thread, SNAPSHOT_STACK, snapshot_main, s);
 	s->has_thread = err == 0;
-	if (err) {
-		snapshot_fail(s, -err);
-		finish_snapshot(s);
-	}
+	if (err)
+		finish_snapshot(s, err);
 }
 
 struct snapshot *snapshot_new(struct disk *d, const char *image, const char **why)
@@ -294,7 +285,6 @@ struct snapshot *snapshot_new(struct disk *d, const char *image, const char **wh
 	if (err)
 		goto fail;
 	take_instant(s);
-	start_thread(s);
 	return s;
 fail:
 	*why = explain(err);

@@ -45,6 +45,7 @@ struct request {
 	uint64_t lacks;			/* bytes of at, from its beginning, that this brings */
 	int error;			/* an errno, 0 for none */
 	bool refused;			/* error is the client's own */
+	uint64_t commits;		/* FLUSH: of its layer, that had begun when it came */
 	uint64_t begun;			/* stats_time() of the turn in which it came */
 
 	uint8_t *buf;			/* READ: where to put data; WRITE: the payload */

@@ -263,11 +263,11 @@ mutant("TRIM of a part clears its whole first block",
        "uint64_t from = r->h.off / BLOCK_SIZE * BLOCK_SIZE;",
        tests="test_protocol.py::test_trim_discards_whole_blocks_and_keeps_the_rest")
 mutant("FLUSH answers at once", "FLUSH as the first command",
-       "layer.c", "want_commit(layer_of(b), r, false);\n\treturn PENDING;",
-       "(void)b, (void)r;\n\treturn 0;",
+       "layer.c", "return b->readonly && !layer_of(b)->durable ? 0 : submit_request(layer_of(b), r, flush_job);",
+       "(void)b, (void)r, (void)flush_job;\n\treturn 0;",
        tests="test_protocol.py::test_flush_makes_writes_stable")
 mutant("FLUSH is never answered", "FLUSH as the first command",
-       "layer.c", "if (start)\n\t\tworker_submit(&l->job);", "(void)start;",
+       "layer.c", "worker_submit(&r->job, &l->commits);", "",
        tests="test_hazards.py::test_flush_as_the_first_command")
 mutant("all exports share their workers", "a disk that hangs holds up another export",
        "conn.c", "r->job.lane = &c->export->lane;", "",
@@ -283,8 +283,8 @@ mutant("a stuck worker is awaited without end",
        "xnbd.c", "STOP_MS = 4500,", "STOP_MS = 45000,",
        tests="test_exports.py::test_server_ends_in_time_though_a_disk_hangs")
 mutant("FLUSH is done by the thread of its connection", "a disk that hangs",
-       "layer.c", "want_commit(layer_of(b), r, false);\n\treturn PENDING;",
-       "(void)r;\n\treturn disk_sync(layer_of(b)->disk);",
+       "layer.c", "return b->readonly && !layer_of(b)->durable ? 0 : submit_request(layer_of(b), r, flush_job);",
+       "(void)r, (void)flush_job;\n\treturn disk_sync(layer_of(b)->disk);",
        tests="test_faults.py::test_sync_that_hangs_holds_up_only_who_waits_for_it")
 mutant("FUA does not flush", "flags on every command",
        "backend.c", "if (ret == 0)\n\t\treturn request_commit(r);\n\treturn r->absent",
@@ -562,9 +562,9 @@ mutant("a block that could not be copied counts as copied", "under a snapshot",
 # Copy on write
 
 mutant("FLUSH marks every block", "FLUSH marks every block as written",
-       "layer.c", "want_commit(layer_of(b), r, false);\n\treturn PENDING;",
+       "layer.c", "return b->readonly && !layer_of(b)->durable ? 0 : submit_request(layer_of(b), r, flush_job);",
        "bitmap_set(layer_of(b)->map, 0, bitmap_blocks(b->size), true);\n"
-       "\twant_commit(layer_of(b), r, false);\n\treturn PENDING;",
+       "\treturn submit_request(layer_of(b), r, flush_job);",
        tests="test_cow.py::test_flush_changes_nothing")
 mutant("a block is marked before it is stored", "client dies after 4 of 64 KiB",
        "layer.c", "ret = disk_write(l->disk, buf, n, off, how);\n"
@@ -771,16 +771,13 @@ mutant("a bitmap of version 1 is refused", "kill -9 loses what was acknowledged"
        tests="test_cow.py::test_overlay_of_version_1_goes_on")
 mutant("FLUSH is answered before its commit", "bitmap reaches the disk before the data",
        "layer.c",
-       "\t\terror = commit(l, completing, false);\n\t\tfor (; r; r = next) {\n\t\t\tnext = r->next;\n"
-       "\t\t\trequest_done(r, error);\n\t\t}",
-       "\t\tfor (error = 0; r; r = next) {\n\t\t\tnext = r->next;\n"
-       "\t\t\trequest_done(r, error);\n\t\t}\n\t\tcommit(l, completing, false);",
+       "\tif (atomic_load(&l->begun) == r->commits)\n\t\tcommit(l);\n\trequest_done(r, l->result);",
+       "\tuint64_t begun = r->commits;\n\n\trequest_done(r, l->result);\n"
+       "\tif (atomic_load(&l->begun) == begun)\n\t\tcommit(l);",
        tests="test_powercut.py::test_all_sequences_of_up_to_three_operations")
 mutant("FLUSH joins a commit that has begun", "bitmap reaches the disk before the data",
-       "layer.c", "\t\terror = commit(l, completing, false);\n",
-       "\t\terror = commit(l, completing, false);\n\t\tpthread_mutex_lock(&l->lock);\n"
-       "\t\tstruct request **end = &r;\n\t\twhile (*end)\n\t\t\tend = &(*end)->next;\n"
-       "\t\t*end = l->waiting;\n\t\tl->waiting = NULL;\n\t\tpthread_mutex_unlock(&l->lock);\n",
+       "layer.c", "\tatomic_fetch_add(&l->begun, 1);\n\tl->result = end_commit(l, make_durable(l), false);\n",
+       "\tl->result = end_commit(l, make_durable(l), false);\n\tatomic_fetch_add(&l->begun, 1);\n",
        tests="test_powercut.py::test_random_operations_and_power_cuts")
 mutant("a failed fdatasync() is tried again", "fdatasync fails, the next one succeeds",
        "disk.c", "int err = atomic_load(&d->error);\n\n\twhile (!err && fdatasync",
@@ -821,7 +818,7 @@ mutant("jobs for later are forgotten", "what was not flushed is never committed"
        "worker.c", "(pool.stop || job->due <= now_ms())", "pool.stop",
        tests="test_proxy.py::test_commit_comes_by_itself_after_a_second")
 mutant("an orderly end commits nothing", "what was not flushed is never committed",
-       "layer.c", "int err = l->durable ? commit(l, false, true) : 0;", "int err = 0;",
+       "layer.c", "int err = l->durable ? end_commit(l, make_durable(l), true) : 0;", "int err = 0;",
        "worker.c", "(pool.stop || job->due <= now_ms())", "job->due <= now_ms()",
        tests="test_proxy.py::test_orderly_end_commits_what_is_cached "
              "test_cow.py::test_orderly_end_commits_what_was_not_flushed")
