@@ -109,10 +109,9 @@ static bool has_holes(const struct request *r)
 	return hole && len >= r->h.len;
 }
 
-/* BLOCK_STATUS: "NBD_REPLY_TYPE_BLOCK_STATUS" */
-static int describe_range(struct backend *b, struct request *r)
+/* Describe the beginning of r's range in r->extent, which has room for max from then on. */
+static int get_extents(struct request *r, unsigned max)
 {
-	unsigned max = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
 	uint64_t len = r->h.len < DESCRIBED_MAX ? r->h.len : DESCRIBED_MAX;
 	int ret = 0;
 
@@ -120,7 +119,7 @@ static int describe_range(struct backend *b, struct request *r)
 		r->extent = calloc(max, sizeof(*r->extent));
 	if (!r->extent)
 		return -ENOMEM;
-	r->extents = b->ops->extents(b, r->extent, max, len, r->h.off, &ret);
+	r->extents = r->backend->ops->extents(r->backend, r->extent, max, len, r->h.off, &ret);
 	return ret;
 }
 
@@ -128,20 +127,15 @@ static int describe_range(struct backend *b, struct request *r)
  * Look for holes in a READ that goes to the disk anyway.  To find none is never an error.  A file
  * system may go through all extents of a file for that.
  */
-static void find_holes(struct backend *b, struct request *r)
+static void find_holes(struct request *r)
 {
+	struct backend *b = r->backend;
 	uint64_t begun = now_us(), took;
-	int ret = 0;
 
 	r->extents = 0;
 	if (r->h.len < SPARSE_READ_MIN || begun < atomic_load(&b->look_again))
 		return;
-	if (!r->extent)
-		r->extent = calloc(SPARSE_READ_EXTENTS, sizeof(*r->extent));
-	if (!r->extent)
-		return;
-	r->extents = b->ops->extents(b, r->extent, SPARSE_READ_EXTENTS, r->h.len, r->h.off, &ret);
-	if (!has_holes(r))
+	if (get_extents(r, SPARSE_READ_EXTENTS) != 0 || !has_holes(r))
 		r->extents = 0;
 	took = now_us() - begun;
 	if (took > SLOW_LOOK_US)
@@ -166,7 +160,7 @@ static int read_sparse(struct backend *b, struct request *r)
 
 	if (!buf)
 		return -ENOMEM;
-	find_holes(b, r);
+	find_holes(r);
 	if (r->extents == 0)
 		return b->ops->read(b, buf, r->h.len, off, WAIT);
 	for (unsigned i = 0; i < r->extents && ret == 0; i++) {
@@ -301,6 +295,7 @@ static bool is_here(struct backend *b, const struct request *r)
 static int request_run(struct request *r, enum how how)
 {
 	struct backend *b = r->backend;
+	bool one;
 
 	assert(r->h.len <= b->size && r->h.off <= b->size - r->h.len);
 	if (atomic_load_explicit(&b->failed, memory_order_relaxed))
@@ -316,7 +311,9 @@ static int request_run(struct request *r, enum how how)
 	case NBD_CMD_CACHE:
 		return how == TRY ? -EAGAIN : cache_range(b, r);
 	case NBD_CMD_BLOCK_STATUS:
-		return how == TRY ? -EAGAIN : describe_range(b, r);
+		/* "NBD_REPLY_TYPE_BLOCK_STATUS" */
+		one = r->h.flags & NBD_CMD_FLAG_REQ_ONE;
+		return how == TRY ? -EAGAIN : get_extents(r, one ? 1 : EXTENTS_MAX);
 	default:
 		assert(proto_cmd_writes(r->h.cmd));
 		if (r->h.cmd == NBD_CMD_TRIM && !trim_to_blocks(r))

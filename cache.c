@@ -78,38 +78,34 @@ static int fetch_status(struct cache *c, struct request *r, enum how how)
 	return PENDING;
 }
 
-/* The places in blocks that are not held, and of which a change keeps a part: how many. */
-static unsigned lacking_edges(const struct cache *c, uint64_t len, uint64_t off, uint64_t edge[2])
+/*
+ * A place in a block that is not held, and of which a change keeps a part; empty if there is none.
+ */
+static struct span lacking_edge(const struct cache *c, uint64_t len, uint64_t off)
 {
 	const struct layer *l = &c->layer;
 	uint64_t end = off + len;
-	unsigned n = 0;
 
 	if (off % BLOCK_SIZE != 0 && !layer_holds(l, 1, off))
-		edge[n++] = off;
+		return (struct span){ off, 1 };
 	if (end % BLOCK_SIZE != 0 && end != l->size && !layer_holds(l, 1, end - 1))
-		edge[n++] = end - 1;
-	return n;
+		return (struct span){ end - 1, 1 };
+	return (struct span){ off, 0 };
 }
 
-static bool lacks_edge(const struct cache *c, uint64_t len, uint64_t off)
-{
-	uint64_t edge[2];
-
-	return lacking_edges(c, len, off, edge) > 0;
-}
-
-/* Both are asked for at once; the change waits for one after the other. */
+/* Both edges are asked for at once; the change waits for one after the other. */
 static int fetch_edges(struct cache *c, struct request *r, enum how how)
 {
-	uint64_t edge[2];
-	unsigned n = lacking_edges(c, r->at.len, r->at.off, edge);
+	struct span first = lacking_edge(c, r->at.len, r->at.off), last;
+	uint64_t next = (first.off / BLOCK_SIZE + 1) * BLOCK_SIZE, end = r->at.off + r->at.len;
 
-	if (n == 0)
+	if (first.len == 0)
 		return 0;
-	if (n == 2)
-		fetch_begin(&c->fetcher, 1, edge[1]);
-	r->at = (struct span){ edge[0], 1 };
+	if (next < end) {
+		last = lacking_edge(c, end - next, next);
+		fetch_begin(&c->fetcher, last.len, last.off);
+	}
+	r->at = first;
 	return fetch_wait(&c->fetcher, r, how);
 }
 
@@ -151,7 +147,7 @@ static int cache_write(struct backend *b, const uint8_t *buf, uint64_t len, uint
 {
 	struct cache *c = to_cache(b);
 
-	if (lacks_edge(c, len, off))
+	if (lacking_edge(c, len, off).len > 0)
 		return ABSENT;
 	return layer_write(b, buf, len, off, how);
 }
@@ -160,7 +156,7 @@ static int cache_zero(struct backend *b, uint64_t len, uint64_t off, unsigned fl
 {
 	struct cache *c = to_cache(b);
 
-	return lacks_edge(c, len, off) ? ABSENT : layer_zero(b, len, off, flags);
+	return lacking_edge(c, len, off).len > 0 ? ABSENT : layer_zero(b, len, off, flags);
 }
 
 static int cache_prefetch(struct backend *b, uint64_t *len, uint64_t off)

@@ -453,10 +453,11 @@ static int pass_held(struct fetcher *f, struct request *r, enum how how)
 
 		if (!held)
 			break;
+		if (takes_data(r) && !request_buffer(r))
+			return -ENOMEM;
 		if (takes_data(r))
-			ret = request_buffer(r) ? disk_read(f->layer->disk,
-							    r->buf + (r->at.off - r->h.off), n,
-							    r->at.off, how) : -ENOMEM;
+			ret = disk_read(f->layer->disk, r->buf + (r->at.off - r->h.off), n,
+					r->at.off, how);
 		if (ret)
 			return ret;
 		pass(r, n);
