@@ -249,8 +249,8 @@ static const char *target_set(struct target *t, const char *host, const char *po
 					      "the name of the export is not UTF-8 or too long";
 }
 
-/* Returns what getaddrinfo() does. */
-static int find_addresses(const struct target *t, int flags, struct addresses *found)
+/* False if there is none, for the reason that found has then. */
+static bool find_addresses(const struct target *t, int flags, struct addresses *found)
 {
 	const struct addrinfo hints = {
 		.ai_flags = flags, .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM,
@@ -263,20 +263,20 @@ static int find_addresses(const struct target *t, int flags, struct addresses *f
 		found->count = 1;
 		found->address[0].len = sizeof(t->path);
 		memcpy(&found->address[0].sa, &t->path, sizeof(t->path));
-		return 0;
+		return true;
 	}
 	err = getaddrinfo(t->host, t->port, &hints, &list);
 	if (err) {
 		snprintf(found->error, sizeof(found->error), "%s",
 			 err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err));
-		return err;
+		return false;
 	}
 	for (struct addrinfo *i = list; i && found->count < ADDRESSES_MAX; i = i->ai_next) {
 		found->address[found->count].len = i->ai_addrlen;
 		memcpy(&found->address[found->count++].sa, i->ai_addr, i->ai_addrlen);
 	}
 	freeaddrinfo(list);
-	return 0;
+	return true;
 }
 
 static void lookup_free(struct lookup *k)
@@ -736,7 +736,7 @@ static const char *link_dial(struct link *l)
 	l->next = 0;
 	l->answered = false;
 	l->end = l->deadline = now_ms() + l->origin->timeout_ms;
-	if (find_addresses(t, AI_NUMERICHOST | AI_NUMERICSERV, &l->found) == 0)
+	if (find_addresses(t, AI_NUMERICHOST | AI_NUMERICSERV, &l->found))
 		return link_connect(l);
 	l->state = LINK_DIAL;
 	l->source.fd = lookup_start(t);
@@ -908,18 +908,12 @@ static const struct source_ops link_ops = { link_events, link_turn };
 
 /* The thread */
 
-/* Nothing is read while too much has not been put away: who is not listened to is not silent. */
-static void note_clog(struct origin *o)
+/* Sleep once, and all that is to be done before and after it. */
+static void origin_turn(struct origin *o)
 {
 	if (o->clogged)
 		o->listening = now_ms();
 	o->clogged = atomic_load(&o->unstored) > UNSTORED_MAX;
-}
-
-/* Sleep once, and all that is to be done before and after it. */
-static void origin_turn(struct origin *o)
-{
-	note_clog(o);
 	feed_links(o);
 	if (atomic_load(&o->waiting) > 0)
 		o->trim = now_ms() + IDLE_MS;
@@ -1052,16 +1046,13 @@ void origin_cancel(struct origin *o)
 void origin_redirect(struct origin *o, const char *host, const char *port,
 		     const char *export_name, void (*done)(const char *error))
 {
-	const char *wrong = NULL;
+	const char *wrong;
 
 	pthread_mutex_lock(&o->lock);
-	if (o->cancelled)
-		wrong = "the origin is not needed any more";
-	else if (o->redirecting)
-		wrong = "another one is under way";
-	else
-		wrong = target_set(&o->redirect, host, port,
-				   export_name ? export_name : o->target.export_name);
+	wrong = o->cancelled   ? "the origin is not needed any more" :
+		o->redirecting ? "another one is under way" :
+				 target_set(&o->redirect, host, port,
+					    export_name ? export_name : o->target.export_name);
 	if (!wrong) {
 		o->redirect_done = done;
 		atomic_store(&o->redirecting, true);

@@ -569,15 +569,15 @@ size_t proto_put_status(const struct proto_session *s, const struct proto_reques
 	uint8_t *start = p;
 
 	assert(s->allocation && n > 0);
-	if (s->extended)
+	if (s->extended) {
 		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, true,
 			      8 + n * PROTO_EXTENDED_EXTENT_SIZE, p);
-	else
-		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS, true, 4 + n * PROTO_EXTENT_SIZE,
-			      p);
-	p = put_be32(p, ALLOCATION_ID);
-	if (s->extended)
-		p = put_be32(p, n);
+		p = put_be32(put_be32(p, ALLOCATION_ID), n);
+	} else {
+		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS, true,
+			      4 + n * PROTO_EXTENT_SIZE, p);
+		p = put_be32(p, ALLOCATION_ID);
+	}
 	for (; n > 0; n--, extent++)
 		p = s->extended ? put_be64(put_be64(p, extent->len), extent->flags) :
 				  put_be32(put_be32(p, (uint32_t)extent->len), extent->flags);

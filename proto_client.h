@@ -51,9 +51,10 @@ struct proto_client {
 void proto_client_begin(struct proto_client *c, const char *name, uint8_t *out);
 
 /*
- * Take the message at in, of which c->have reached c->want.  PROTO_HAGGLE: send c->out, then
- * receive until c->have is c->want again, at most PROTO_CLIENT_WANT_MAX; what is to stay at in
- * c->have says.  PROTO_TRANSMIT: c->offer is complete.  PROTO_CLOSE: c->reason says why.
+ * Take the message at in; the caller has received, and c->have is c->want.  PROTO_HAGGLE: send
+ * c->out, then go on receiving behind the c->have bytes that stay at in, until c->want are there,
+ * at most PROTO_CLIENT_WANT_MAX.  PROTO_TRANSMIT: c->offer is complete.  PROTO_CLOSE: c->reason
+ * says why.
  */
 enum proto_next proto_client_take(struct proto_client *c, const uint8_t *in);
 
@@ -87,7 +88,7 @@ void proto_answer_begin(struct proto_answer *a, const struct proto_request *r,
  */
 struct proto_reply {
 	size_t head;			/* bytes */
-	uint16_t type;			/* NBD_REPLY_TYPE_*: all errors are one, and a simple reply has it, too */
+	uint16_t type;			/* NBD_REPLY_TYPE_*, of a simple reply too; all errors are one */
 	bool last;			/* the answer ends with it */
 	uint64_t off;			/* of data or a hole */
 	uint32_t len;			/* likewise; else 0 */
