@@ -51,7 +51,7 @@ static struct {
 	bool reopen;			/* it is to open the file again */
 	unsigned which;			/* the buffer that lines are added to, ... */
 	size_t len;			/* ... and what it holds */
-	unsigned long lost;		/* lines; the log is told behind the next one that is written */
+	unsigned long lost;		/* lines; told behind the next one that is written */
 	uint64_t used[LOG_DETAIL + 1];	/* by lines of a level about clients: until now_ms() is that */
 	unsigned long left_out;		/* of these lines; to be told when ... */
 	uint64_t due;			/* ... now_ms() is that; UINT64_MAX if there are none */
