@@ -1,5 +1,5 @@
 /*
- * access.h - which clients may connect: the rules of --allow; how many are there, of one host and of all.
+ * access.h - which clients may connect: the rules of --allow, and how many there are.
  */
 #ifndef XNBD_ACCESS_H
 #define XNBD_ACCESS_H

@@ -199,7 +199,7 @@ static long landlock(int call, long a, long b, long c, long d)
 }
 
 /*
- * Rules that allow nothing with files, no TCP ports, and signals to ourselves alone: their descriptor,
+ * Rules that allow nothing with files, no TCP ports, and signals to ourselves alone: a descriptor,
  * -ENOSYS if the kernel knows none, or -errno.  *rights are those on files that it knows.
  */
 static int begin_rules(bool connects, unsigned *rights)

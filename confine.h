@@ -8,8 +8,8 @@
 #include <stdbool.h>
 
 /*
- * Find NAME[:GROUP], each a name or a number, to be that user later; without GROUP it is that of NAME.
- * False after logging what is wrong, also if we are not root.
+ * Find NAME[:GROUP], each a name or a number, to be that user later; without GROUP it is that of
+ * NAME.  False after logging what is wrong, also if we are not root.
  */
 bool confine_find_user(const char *name);
 
@@ -36,13 +36,13 @@ void confine_keep(const char *path, unsigned rights);
 
 /*
  * Keep rights on the directory of a file.  Unless it is NULL the deed says what for, as in "remove
- * pidfile ", and the log tells if --user cannot do that; the path is then lent until confine_enter().
+ * pidfile ", and the log tells if --user cannot do that; path is then lent until confine_enter().
  */
 void confine_keep_place(const char *deed, const char *path, unsigned rights);
 
 /*
- * Become the user, without any other group and for ever.  In a sandbox nothing else can be done from now
- * on but what was kept, as far as the kernel knows such rules, and connects: whether TCP is connected by.
+ * Become the user, without any other group and for ever.  In a sandbox only what was kept can be done
+ * from now on, as far as the kernel knows such rules, and TCP connections be made only if connects.
  * False after logging why not.
  */
 bool confine_enter(bool sandbox, bool connects);

@@ -4,7 +4,7 @@
  * Each export has snapshots of its own, one at a time, each in these steps:
  *
  *	wanted		by a signal, for instance, which may come during the one before
- *	begun		when the gate is closed and nobody is inside: its instant; then a thread copies
+ *	begun		when the gate is closed and nobody is inside: its instant; a thread copies
  *	over		when the gate is closed once more it is taken off the disk
  */
 #include "exports.h"

@@ -14,8 +14,8 @@ typedef void listen_accept(int fd, const struct sockaddr *sa, socklen_t len);
 
 /*
  * Listen on TCP alone: on each address that the names stand for, or on all addresses of the machine
- * if there are no names.  Port 0 takes a port that is free on all of them.  To be called first, since it
- * may begin again.  False after logging why not.
+ * if there are no names.  Port 0 takes a port that is free on all of them.  To be called first, since
+ * it may begin again.  False after logging why not.
  */
 bool listen_tcp(const char *const *names, size_t count, unsigned port);
 
@@ -42,7 +42,7 @@ bool listen_passed(int count);
 /* Whether clients may come by TCP. */
 bool listen_has_tcp(void);
 
-/* Accept on the main thread's loop, and log where clients are accepted.  False after logging why not. */
+/* Accept on the main thread's loop, and log where.  False after logging why not. */
 bool listen_start(listen_accept *accepted);
 
 /* There may be descriptors again. */

@@ -51,7 +51,7 @@ static struct {
 	bool reopen;			/* it is to open the file again */
 	unsigned which;			/* the buffer that lines are added to, ... */
 	size_t len;			/* ... and what it holds */
-	unsigned long lost;		/* lines; the log is told behind the next one that is written */
+	unsigned long lost;		/* lines; told behind the next one that is written */
 	uint64_t used[LOG_DETAIL + 1];	/* by lines of a level about clients: until now_ms() is that */
 	unsigned long left_out;		/* of these lines; to be told when ... */
 	uint64_t due;			/* ... now_ms() is that; UINT64_MAX if there are none */
@@ -107,7 +107,9 @@ static int put_prefix(char *p, size_t room, enum log_to to, enum log_level level
 
 	switch (to) {
 	case LOG_TO_FILE:
-		return (int)strftime(p, room, "%Y-%m-%dT%H:%M:%SZ: ", gmtime_r(&now, &tm));
+		gmtime_r(&now, &tm);
+		return snprintf(p, room, "%04d-%02d-%02dT%02d:%02d:%02dZ: ", tm.tm_year + 1900,
+				tm.tm_mon + 1, tm.tm_mday, tm.tm_hour, tm.tm_min, tm.tm_sec);
 	case LOG_TO_SYSLOG:	/* whose daemon adds the time */
 		return snprintf(p, room, "<%d>%s[%d]: ", DAEMON | severity[level], log_program,
 				(int)getpid());

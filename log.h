@@ -28,8 +28,8 @@ void log_limit(enum log_level most);
 bool log_shows(enum log_level level);
 
 /*
- * Have the log go to that file instead of stderr, to syslog if it is NULL.  After the last fork(); the
- * path must outlive the log.  NULL, or why not, and then the log is where it was.
+ * Have the log go to that file instead of stderr, to syslog if it is NULL.  The path must outlive the
+ * log.  NULL, or why not, and then the log is where it was.
  */
 const char *log_open(const char *path);
 

@@ -42,8 +42,8 @@ struct mail {
 };
 
 /*
- * A loop is woken by a byte in its pipe while it sleeps.  It says that it is about to sleep and then
- * looks whether it was rung; others ring and then look whether it sleeps.
+ * A loop is woken by a byte in its pipe while it sleeps.  It says that it is about to sleep and
+ * then looks whether it was rung; others ring and then look whether it sleeps.
  */
 struct loop {
 	atomic_bool rung, sleeping;

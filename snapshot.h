@@ -15,8 +15,8 @@ struct disk;
 struct snapshot;
 
 /*
- * Begin a snapshot IMAGE.snapshot.<seconds> of the disk, whose image has that path from the root.  Its
- * instant is now, and nobody may be changing the disk: the gate is closed.  When it has ended
+ * Begin a snapshot IMAGE.snapshot.<seconds> of the disk, whose image has that path from the root.
+ * Its instant is now, and nobody may be changing the disk: the gate is closed.  When it has ended
  * wake_main() is called.  NULL after logging why not, which *why says as well.
  */
 struct snapshot *snapshot_new(struct disk *d, const char *image, const char **why);

@@ -342,14 +342,15 @@ static bool holds_number(int fd)
 	return digits > 0 && n == (ssize_t)digits + 1 && text[digits] == '\n';
 }
 
-/* Lock and write a pidfile, which stays open and locked; *own is known if it is one.  NULL, or why not. */
+/* Lock and write a pidfile, which stays open, and is *own if it is one.  NULL, or why not. */
 static const char *make_pidfile(const char *path, struct stat *own)
 {
+	const int flags = O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
 	struct stat st;
 	int fd;
 
 	do {	/* until it is not one that another server has just removed */
-		fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0644);
+		fd = open(path, flags, 0644);
 		if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB) < 0 || fstat(fd, &st) < 0)
 			return errno == EWOULDBLOCK ? "the server of that pidfile runs already" :
 						      strerror(errno);
@@ -601,11 +602,10 @@ static void serve(struct server *s)
 
 static void add_single_client(struct server *s)
 {
-	union address address;
+	union address address = { .sa.sa_family = AF_UNSPEC };	/* of a client that has left */
 	socklen_t len = sizeof(address);
 	char peer[ADDRESS_MAX] = "client";
 
-	address.sa.sa_family = AF_UNSPEC;	/* of a client that has left, who is not let in then */
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
 	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);

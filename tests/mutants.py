@@ -1127,6 +1127,7 @@ mutant("the switch gives the disk the size of the image", "switch changes the di
        "control.c", "if (news.switched)\n",
        "if (news.switched)\n"
        "\t\texports.all[0].export.proto.size = exports.all[0].disk->size;\n\tif (news.switched)\n",
+       "control.c", '#include "ctl.h"\n', '#include "ctl.h"\n#include "disk.h"\n',
        tests="test_proxy.py::test_larger_cache_image_keeps_the_origins_size")
 mutant("a daemon forgets where it came from", "--daemonize: control acts on the wrong process",
        "listen.c", "absolute_path(sun->sun_path)", "strdup(sun->sun_path)",
