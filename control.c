@@ -185,7 +185,7 @@ static void say_tally(struct report *r, const struct tally *t)
 }
 
 /* "7:17 15:3", or [[7, 17], [15, 3]]: 17 requests took up to 7 us, and 3 more up to 15. */
-static void say_delays(struct report *r, const uint64_t delay[STATS_DELAYS])
+static void say_delays(struct report *r, const _Atomic uint64_t delay[STATS_DELAYS])
 {
 	char text[STATS_DELAYS * 48] = "";
 	const char *pair = r->json ? "%s[%" PRIu64 ", %" PRIu64 "]" : "%s%" PRIu64 ":%" PRIu64;
@@ -193,9 +193,11 @@ static void say_delays(struct report *r, const uint64_t delay[STATS_DELAYS])
 	size_t n = 0;
 
 	for (unsigned i = 0; i < STATS_DELAYS; i++) {
-		if (!delay[i])
+		uint64_t many = delay[i];
+
+		if (!many)
 			continue;
-		n += (size_t)snprintf(text + n, sizeof(text) - n, pair, before, delay_top(i), delay[i]);
+		n += (size_t)snprintf(text + n, sizeof(text) - n, pair, before, delay_top(i), many);
 		before = r->json ? ", " : " ";
 	}
 	if (r->json)
@@ -205,17 +207,16 @@ static void say_delays(struct report *r, const uint64_t delay[STATS_DELAYS])
 
 static void say_clients(struct report *r)
 {
-	const struct survey *s = stats_take();
+	struct tally total;
+	const struct stats *s = stats_take(&total);
 
-	say_tally(r, &s->total);
-	say_delays(r, s->total.delay);
-	if (s->missing)
-		say_number(r, "threads-missing", s->missing);
+	say_tally(r, &total);
+	say_delays(r, total.delay);
 	begin_list(r, "client");
-	for (size_t i = 0; i < s->count; i++) {
-		begin_item(r, "client", "address", s->client[i].peer);
-		say_tally(r, &s->client[i].all);
-		say_number(r, "in-flight", s->client[i].in_flight);
+	for (; s; s = s->next) {
+		begin_item(r, "client", "address", s->peer);
+		say_tally(r, &s->all);
+		say_number(r, "in-flight", s->in_flight);
 		end_item(r);
 	}
 	end_list(r);
@@ -439,7 +440,6 @@ bool control_open(const struct options *o)
 {
 	static struct ctl_ops ops = {
 		.query = query,
-		.gather = stats_gather,
 		.snapshot = exports_snapshot_of,
 		.switch_over = switch_over,
 		.reconnect = reconnect,

@@ -24,7 +24,6 @@ enum {
 	CONNECTIONS_MAX = 16,		/* the one that was idle for longest makes room */
 	IDLE_MS = 60 * 1000,		/* without a command: then the connection is closed */
 	PROGRESS_MS = 1000,
-	GATHER_MS = 1000,		/* then a query is answered with what is there */
 	BLOCKS_PER_REQUEST_MAX = 8192,
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than there are to say */
 	VALUE_MAX = 16384 - 256,	/* with room for a name */
@@ -42,7 +41,6 @@ enum state {
 	STATE_COPYING,
 	STATE_SWITCHING,
 	STATE_RECONNECTING,
-	STATE_QUERYING,
 	STATE_SNAPSHOT,
 	STATE_CLOSING,			/* when the answer has been sent */
 };
@@ -53,9 +51,8 @@ struct ctl_client {
 	bool ended;			/* there is no more input to come */
 	bool broken;			/* nothing can be received or sent any more */
 	bool behind;			/* waits for the end after the next one */
-	bool json;			/* STATE_QUERYING */
 	const struct export *snapshot_of;	/* STATE_SNAPSHOT */
-	uint64_t due;			/* now_ms(): for progress, or an answer; else to be closed */
+	uint64_t due;			/* now_ms(): for progress; else to be closed */
 	uint64_t idle_since;		/* a count of those that became idle */
 	struct ctl_reply out;
 	size_t len;			/* of the input that was not carried out yet */
@@ -146,22 +143,14 @@ static void ctl_flush(struct ctl_client *cl)
 
 /* Commands.  Each gets what follows its name, NULL if that is nothing. */
 
-static void answer_query(struct ctl_client *cl)
-{
-	ctl.ops->query(&cl->out, cl->json);
-	answer(cl, NULL);
-}
-
 static void run_query(struct ctl_client *cl, char *arguments)
 {
 	if (arguments && strcmp(arguments, "json")) {
 		answer(cl, "query may be followed by 'json' only");
 		return;
 	}
-	cl->json = arguments != NULL;
-	cl->state = STATE_QUERYING;
-	cl->due = now_ms() + GATHER_MS;
-	cl->behind = ctl.ops->gather();
+	ctl.ops->query(&cl->out, arguments != NULL);
+	answer(cl, NULL);
 }
 
 static void run_snapshot(struct ctl_client *cl, char *arguments)
@@ -438,15 +427,12 @@ static void ctl_turn(struct source *s, short revents)
 		ctl_receive(cl);
 	if (cl->state == STATE_COPYING && now_ms() >= cl->due)
 		tell_progress(cl);
-	if (cl->state == STATE_QUERYING && now_ms() >= cl->due)
-		answer_query(cl);
 	ctl_flush(cl);
 	run_lines(cl);
 	if (ctl_has_left(cl, revents))
 		drop_client(cl);
 	else
-		s->due = !is_busy(cl) || cl->state == STATE_COPYING || cl->state == STATE_QUERYING ?
-				 cl->due : UINT64_MAX;
+		s->due = !is_busy(cl) || cl->state == STATE_COPYING ? cl->due : UINT64_MAX;
 }
 
 static const struct source_ops ctl_source_ops = { ctl_events, ctl_turn };
@@ -465,19 +451,6 @@ static struct ctl_client **find_place(void)
 	if (longest)
 		drop_client(*longest);
 	return longest;
-}
-
-/* Whether there is no place now, but soon: a query does not take long. */
-static bool is_place_near(void)
-{
-	bool near = false;
-
-	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
-		if (!ctl.client[i] || !is_busy(ctl.client[i]))
-			return false;
-		near |= ctl.client[i]->state == STATE_QUERYING;
-	}
-	return near;
 }
 
 static void accept_control(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len)
@@ -512,7 +485,7 @@ bool ctl_open(const char *path, const struct ctl_ops *ops)
 bool ctl_start(struct loop *loop)
 {
 	ctl.loop = loop;
-	return listen_start(&ctl.listeners, loop, accept_control, is_place_near);
+	return listen_start(&ctl.listeners, loop, accept_control);
 }
 
 void ctl_close(void)
@@ -557,30 +530,17 @@ void ctl_reconnected(const char *error)
 	answer_all(STATE_RECONNECTING, error, 0);
 }
 
-/* Whether cl is in that state and its turn has come, of which there is one for each end. */
-static bool is_due(struct ctl_client *cl, enum state state)
-{
-	bool due = cl && cl->state == state && !cl->behind;
-
-	if (cl && cl->state == state)
-		cl->behind = false;
-	return due;
-}
-
-void ctl_gathered(void)
-{
-	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
-		if (is_due(ctl.client[i], STATE_QUERYING))
-			answer_query(ctl.client[i]);
-}
-
 void ctl_snapshot_ended(const struct export *of, const char *path, const char *error)
 {
 	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
 		struct ctl_client *cl = ctl.client[i];
 
-		if (!cl || cl->snapshot_of != of || !is_due(cl, STATE_SNAPSHOT))
+		if (!cl || cl->state != STATE_SNAPSHOT || cl->snapshot_of != of)
 			continue;
+		if (cl->behind) {
+			cl->behind = false;
+			continue;
+		}
 		if (path)
 			ctl_say(&cl->out, "snapshot", "%s", path);
 		answer(cl, path ? NULL : error);

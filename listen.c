@@ -335,7 +335,7 @@ static short listener_events(const struct source *s)
 {
 	const struct listener *l = listener_of(s);
 
-	return l->pauses || (l->is_full && l->is_full()) ? 0 : POLLIN;
+	return l->pauses ? 0 : POLLIN;
 }
 
 /* Accept one client.  False if there is none, or accepting has to pause. */
@@ -369,8 +369,7 @@ static void listener_turn(struct source *s, short revents)
 
 bool listen_start(struct listeners *l, struct loop *loop,
 		  void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa,
-				   socklen_t len),
-		  bool (*is_full)(void))
+				   socklen_t len))
 {
 	static const struct source_ops ops = { listener_events, listener_turn };
 
@@ -378,7 +377,6 @@ bool listen_start(struct listeners *l, struct loop *loop,
 		l->all[i].source.ops = &ops;
 		l->all[i].source.due = UINT64_MAX;
 		l->all[i].accepted = accepted;
-		l->all[i].is_full = is_full;
 		if (!loop_add(loop, &l->all[i].source))
 			return false;
 	}

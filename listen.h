@@ -19,7 +19,6 @@ struct listener {
 	char *unix_path;	/* of a socket that we made, from the root; else NULL */
 	struct stat file;	/* of such a socket, so that only our own is unlinked */
 	void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
-	bool (*is_full)(void);
 };
 
 struct listeners {
@@ -59,8 +58,7 @@ bool listen_passed(struct listeners *l, int count);
  */
 bool listen_start(struct listeners *l, struct loop *loop,
 		  void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa,
-				   socklen_t len),
-		  bool (*is_full)(void));
+				   socklen_t len));
 
 /* There may be descriptors again. */
 void listen_resume(struct listeners *l);

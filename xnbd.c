@@ -558,7 +558,7 @@ static void notify_supervisor(const char *state)
 static bool start_listening(struct server *s)
 {
 	bool ok = loop_init(&s->loop, &main_bell) == 0 &&
-		  listen_start(&s->listeners, &s->loop, accept_client, NULL) &&
+		  listen_start(&s->listeners, &s->loop, accept_client) &&
 		  (!s->options.control || ctl_start(&s->loop));
 
 	if (!ok)
@@ -569,7 +569,7 @@ static bool start_listening(struct server *s)
 static bool start(struct server *s)
 {
 	raise_limits();
-	stats_init((unsigned)s->options.stats, clients_survey);
+	stats_init((unsigned)s->options.stats);
 	if (s->options.user && !confine_find_user(s->options.user, &s->user))
 		return false;
 	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) ||
@@ -678,8 +678,7 @@ static void serve(struct server *s)
 		loop_poll(&s->loop, stats_due(clients_count() > 0));
 		if (loop_deliver(&s->loop))
 			take_wakeups(s);
-		while (stats_tend())
-			ctl_gathered();
+		stats_tend();
 	}
 }
 

@@ -72,11 +72,10 @@ static bool no_memory;
 static struct source *source[PEERS];
 static size_t sources;
 static void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
-static bool (*is_full)(void);
 
 /* The proxy. */
 static unsigned copies;			/* started and not released */
-static bool copy_runs, copy_failed, switching, reconnecting, gathering, gather_again;
+static bool copy_runs, copy_failed, switching, reconnecting;
 static unsigned snapshots;		/* to be made; the first may be under way */
 static bool snapshot_runs;
 static const struct export *const this_export = (const void *)&snapshots;
@@ -110,12 +109,10 @@ void loop_remove(struct loop *l, struct source *s)
 }
 
 bool listen_start(struct listeners *l, struct loop *loop,
-		  void (*got)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len),
-		  bool (*full)(void))
+		  void (*got)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len))
 {
 	(void)l, (void)loop;
 	accepted = got;
-	is_full = full;
 	return true;
 }
 
@@ -208,14 +205,6 @@ static void query(struct ctl_reply *reply, bool json)
 		ctl_say(reply, "name", "%*u", (int)cached, i);
 }
 
-/* What was asked for meanwhile begins at the end of what is gathered. */
-static bool gather(void)
-{
-	gather_again = gathering;
-	gathering = true;
-	return gather_again;
-}
-
 /* One that was wanted begins at the end of the one before. */
 static const char *snapshot(const char *name, const struct export **of, bool *behind)
 {
@@ -272,9 +261,9 @@ static const char *tell(struct ctl_reply *reply, bool *runs)
 	return copy_failed ? "the origin\nis gone" : "the copy was stopped";
 }
 
-static const struct ctl_ops ops = { query, gather, snapshot, true, switch_over, reconnect,
+static const struct ctl_ops ops = { query, snapshot, true, switch_over, reconnect,
 				    start_copy, release_copy, tell };
-static const struct ctl_ops no_proxy = { .query = query, .gather = gather, .snapshot = snapshot };
+static const struct ctl_ops no_proxy = { .query = query, .snapshot = snapshot };
 
 /* Peers */
 
@@ -386,15 +375,6 @@ static void end_reconnect(unsigned how)
 	ctl_reconnected(how & 1 ? "another size" : NULL);
 }
 
-static void end_gather(void)
-{
-	if (!gathering)
-		return;
-	gathering = gather_again;
-	gather_again = false;
-	ctl_gathered();
-}
-
 static void tend_snapshot(unsigned how)
 {
 	if (snapshots > 0 && !snapshot_runs && (how & 1)) {
@@ -409,7 +389,7 @@ static void tend_snapshot(unsigned how)
 
 static bool accept_peer(void)
 {
-	if (arriving == peers || is_full())
+	if (arriving == peers)
 		return false;
 	peer[arriving].accepted = true;
 	accepted(ctl.listeners.all, FIRST_FD + (int)arriving++, NULL, 0);
@@ -496,9 +476,6 @@ static void event(struct input *in)
 	case 12:
 		send_line(p, (unsigned)take(in, 1));
 		break;
-	case 16:
-		end_gather();
-		break;
 	case 17:
 		tend_snapshot(which);
 		break;
@@ -518,10 +495,9 @@ static void finish(void)
 			end_copy(0);
 		end_switch(0);
 		end_reconnect(0);
-		end_gather();
 		tend_snapshot(0);
 		settle();
-		if (!copy_runs && !switching && !reconnecting && !gathering && !snapshots)
+		if (!copy_runs && !switching && !reconnecting && !snapshots)
 			return;
 	}
 	assert(!"it comes to an end");
@@ -551,7 +527,7 @@ static void begin(void)
 	now = 1000;
 	no_memory = false;
 	copies = 0;
-	copy_runs = copy_failed = switching = reconnecting = gathering = gather_again = snapshot_runs = false;
+	copy_runs = copy_failed = switching = reconnecting = snapshot_runs = false;
 	snapshots = 0;
 	cached = 0;
 	total = 100;

@@ -49,9 +49,8 @@ COUNTERS = ["reads", "writes", "flushes", "others", "read-bytes", "written-bytes
             "max-us", "p50-us", "p99-us"]
 STATE = ["mode", "image", "size", "readonly", "export", "uptime", "confined", "clients",
          "pending-requests", "pending-requests-limit", "buffer-bytes", "buffer-bytes-limit", *OF_A_PROXY, "snapshot",
-         "snapshot-last", "snapshot-error", *COUNTERS, "delays-us", "threads-missing", "client"]
-SOMETIMES = {"export", "origin-reason", "copy-error", "snapshot-last", "snapshot-error",
-             "threads-missing"}
+         "snapshot-last", "snapshot-error", *COUNTERS, "delays-us", "client"]
+SOMETIMES = {"export", "origin-reason", "copy-error", "snapshot-last", "snapshot-error"}
 TEXTS = {"mode", "image", "bitmap", "origin", "origin-export", "origin-link",
          "origin-reason", "copy", "copy-error", "snapshot", "snapshot-last", "snapshot-error"}
 
