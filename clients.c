@@ -47,15 +47,12 @@ struct client_thread {
 	pthread_t thread;
 	struct loop loop;
 	atomic_uint asked;
-	struct mail survey;		/* tells what its clients did; behind those that came before */
-	atomic_bool surveyed;		/* that is on its way */
 	atomic_size_t load;		/* connections, those on their way to it included */
 
 	/* Its own. */
 	struct workspace workspace;
 	bool stopping;
 	uint64_t sweep_due;		/* now_ms() at which it looks for silent clients */
-	struct stats gone;		/* of clients that have left */
 	struct conn *busy[SPIN_CONNS];	/* that had input in this round, and did not end */
 	unsigned busy_count;		/* how many had, also if that is more */
 	unsigned spin_misses, spin_skip;	/* see spin() */
@@ -111,8 +108,6 @@ static void give_up_place(struct conn *c)
 static void end_client(struct client_thread *t, struct conn *c)
 {
 	give_up_place(c);
-	if (c->stats)
-		stats_leave(&t->gone, c->stats);
 	for (unsigned i = 0; i < SPIN_CONNS; i++)
 		if (t->busy[i] == c)
 			t->busy[i] = NULL;
@@ -226,22 +221,6 @@ static void stop_clients(struct client_thread *t)
 	}
 }
 
-static void tell_survey(struct mail *m)
-{
-	struct client_thread *t =
-		(struct client_thread *)((char *)m - offsetof(struct client_thread, survey));
-
-	atomic_store(&t->surveyed, false);
-	for (size_t i = 0; i < t->loop.count; i++) {
-		struct conn *c = conn_of(t->loop.source[i]);
-
-		if (c->stats)
-			stats_tell(c->state == CONN_DEAD ? NULL : c->peer, c->stats, c->in_flight);
-	}
-	stats_tell(NULL, &t->gone, 0);
-	stats_told();
-}
-
 static void take_mail(struct client_thread *t)
 {
 	unsigned asked;
@@ -263,7 +242,7 @@ static bool move_client(struct client_thread *from, struct conn *c, struct clien
 	bool may;
 
 	pthread_mutex_lock(&clients.moving);
-	may = !clients.stopped && !atomic_load(&from->surveyed);
+	may = !clients.stopped;
 	if (may) {
 		loop_remove(&from->loop, &c->source);
 		give_client(to, c, take_moved);
@@ -427,7 +406,6 @@ static int start_client_thread(struct client_thread *t)
 
 	memset(t, 0, sizeof(*t));
 	t->sweep_due = UINT64_MAX;
-	t->survey.deliver = tell_survey;
 	err = loop_init(&t->loop);
 	if (!workspace_init(&t->workspace, &t->loop) && !err)
 		err = -ENOMEM;
@@ -482,17 +460,6 @@ static unsigned first_thread(void)
 size_t clients_count(void)
 {
 	return atomic_load(&clients.total);
-}
-
-void clients_survey(void)
-{
-	pthread_mutex_lock(&clients.moving);
-	for (unsigned i = first_thread(); i < clients.count; i++) {
-		stats_expect();
-		if (!atomic_exchange(&clients.thread[i].surveyed, true))
-			loop_post(&clients.thread[i].loop, &clients.thread[i].survey);
-	}
-	pthread_mutex_unlock(&clients.moving);
 }
 
 void clients_stop(void)

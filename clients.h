@@ -27,9 +27,6 @@ size_t clients_count(void);
 /* Let connections that a gate turned away, or that had no room, try again.  Any thread. */
 void clients_admit(void);
 
-/* Have each thread tell what its clients, and those that have left, did: see stats.h.  Main thread. */
-void clients_survey(void);
-
 /* Ask all connections to finish.  Does not wait. */
 void clients_stop(void);
 

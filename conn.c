@@ -198,7 +198,7 @@ static void take_home(struct conn *c, struct request *r)
 	if (!r->lent)
 		return;
 	r->lent = false;
-	c->in_flight--;
+	stats_in_flight(c->stats, --c->in_flight);
 	unload(&load.requests, 1, load.requests_max);
 }
 
@@ -275,7 +275,7 @@ static void tell_end(struct conn *c, const char *why)
 	char did[STATS_LINE] = "";
 
 	if (c->stats)
-		stats_end(c->stats, c->peer, did);
+		stats_end(c->stats, did);
 	log_peer(LOG_EVENT, "%s: disconnected: %s%s%s", c->peer, why, *did ? "; " : "", did);
 }
 
@@ -580,7 +580,7 @@ static void lend(struct conn *c, struct request *r)
 	if (r->lent)
 		return;
 	r->lent = true;
-	c->in_flight++;
+	stats_in_flight(c->stats, ++c->in_flight);
 	atomic_fetch_add(&load.requests, 1);
 }
 
@@ -719,6 +719,7 @@ static void conn_enter_transmission(struct conn *c)
 		conn_kill(c, "out of memory");
 		return;
 	}
+	stats_begin(c->stats, c->peer);
 	c->export = (struct export *)((char *)(uintptr_t)e - offsetof(struct export, proto));
 	atomic_fetch_add(&c->export->backend->order->clients, 1);
 	c->state = CONN_REQUEST;

@@ -38,7 +38,6 @@ struct listener {
 	char *unix_path;	/* of a socket that we made, from the root; else NULL */
 	struct stat file;	/* of such a socket, so that only our own is unlinked */
 	listen_accept *accepted;	/* NULL before listen_start() if it is for clients */
-	bool (*is_full)(void);
 };
 
 static struct {
@@ -273,7 +272,7 @@ static int start_unix(struct listener *l, const struct sockaddr_un *sun, mode_t 
 	return err;
 }
 
-bool listen_unix(const char *path, mode_t mode, listen_accept *accepted, bool (*is_full)(void))
+bool listen_unix(const char *path, mode_t mode, listen_accept *accepted)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
 	struct listener *l;
@@ -287,7 +286,6 @@ bool listen_unix(const char *path, mode_t mode, listen_accept *accepted, bool (*
 	strcpy(sun.sun_path, path);
 	l = add_listener(-1);
 	l->accepted = accepted;
-	l->is_full = is_full;
 	err = start_unix(l, &sun, mode);
 	if (err)
 		log_failure("cannot listen on unix:%s: %s", path,
@@ -357,7 +355,7 @@ static short listener_events(const struct source *s)
 {
 	const struct listener *l = listener_of(s);
 
-	return l->source.due != UINT64_MAX || (l->is_full && l->is_full()) ? 0 : POLLIN;
+	return l->source.due != UINT64_MAX ? 0 : POLLIN;
 }
 
 /* Accept one client.  False if there is none, or accepting has to pause. */

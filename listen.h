@@ -21,10 +21,10 @@ bool listen_tcp(const char *const *names, size_t count, unsigned port);
 
 /*
  * Listen on a Unix socket, in place of one that nobody serves; mode is that of its file, 0 for
- * what the umask says.  If it is not for clients accepted() is given, and nobody is accepted while
- * is_full(); else both are NULL.  False after logging why not.
+ * what the umask says.  accepted() is given if it is not for clients; else it is NULL.  False after
+ * logging why not.
  */
-bool listen_unix(const char *path, mode_t mode, listen_accept *accepted, bool (*is_full)(void));
+bool listen_unix(const char *path, mode_t mode, listen_accept *accepted);
 
 /*
  * How many sockets the process that started us passes on, by the protocol of sd_listen_fds(3):

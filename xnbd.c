@@ -329,7 +329,7 @@ static bool open_sockets(struct server *s)
 	    !listen_tcp(o->laddr, o->laddrs, (unsigned)o->lport))
 		return false;
 	opening = 0;
-	return !o->unix_path || listen_unix(o->unix_path, (mode_t)o->unix_mode, NULL, NULL);
+	return !o->unix_path || listen_unix(o->unix_path, (mode_t)o->unix_mode, NULL);
 }
 
 /* Whether a file holds a number and a newline alone, as a pidfile does. */
@@ -494,7 +494,7 @@ static void notify_supervisor(const char *state)
 static bool start(struct server *s)
 {
 	raise_limits();
-	stats_init((unsigned)s->options.stats, clients_survey);
+	stats_init((unsigned)s->options.stats);
 	if (s->options.user && !confine_find_user(s->options.user))
 		return false;
 	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) ||
@@ -595,8 +595,7 @@ static void serve(struct server *s)
 		loop_poll(&main_loop, stats_due(clients_count() > 0));
 		if (loop_deliver(&main_loop))
 			take_wakeups();
-		while (stats_tend())
-			ctl_gathered();
+		stats_tend();
 	}
 }
 

@@ -33,14 +33,14 @@ static ssize_t fake_send(int fd, const void *buf, size_t len);
 static int fake_close(int fd);
 static uint64_t fake_now(void);
 static void *fake_realloc(void *p, size_t n);
-static bool fake_listen(listen_accept *got, bool (*full)(void));
+static bool fake_listen(listen_accept *got);
 
 #define recv(fd, buf, len, flags) fake_recv(fd, buf, len)
 #define send(fd, buf, len, flags) fake_send(fd, buf, len)
 #define close fake_close
 #define now_ms fake_now
 #define realloc fake_realloc
-#define listen_unix(path, mode, got, full) fake_listen(got, full)
+#define listen_unix(path, mode, got) fake_listen(got)
 #include "../ctl.c"
 #undef recv
 #undef send
@@ -72,11 +72,10 @@ static struct source *source[PEERS];
 static size_t sources;
 struct loop main_loop;
 static listen_accept *accepted;
-static bool (*is_full)(void);
 
 /* The proxy. */
 static unsigned copies;			/* started and not released */
-static bool copy_runs, copy_failed, switching, reconnecting, gathering, gather_again;
+static bool copy_runs, copy_failed, switching, reconnecting;
 static unsigned snapshots;		/* to be made; the first may be under way */
 static bool snapshot_runs;
 static const struct export *const this_export = (const void *)&snapshots;
@@ -168,10 +167,9 @@ static void *fake_realloc(void *p, size_t n)
 	return realloc(p, n);
 }
 
-static bool fake_listen(listen_accept *got, bool (*full)(void))
+static bool fake_listen(listen_accept *got)
 {
 	accepted = got;
-	is_full = full;
 	return true;
 }
 
@@ -189,19 +187,13 @@ static short events_of(int fd)
 
 /* What the proxy does */
 
-static void query(struct ctl_reply *reply)
+static void query(struct ctl_reply *reply, bool json)
 {
+	if (json)
+		ctl_put(reply, "json: {\njson: }\n");
 	ctl_say(reply, "mode", "%s", "proxy\nok\r\x7f");	/* it must not look like two lines */
 	for (unsigned i = 0; i < cached % 64; i++)
 		ctl_say(reply, "name", "%*u", (int)cached, i);
-}
-
-/* What was asked for meanwhile begins at the end of what is gathered. */
-static bool gather(void)
-{
-	gather_again = gathering;
-	gathering = true;
-	return gather_again;
 }
 
 /* One that was wanted begins at the end of the one before. */
@@ -260,9 +252,9 @@ static const char *tell(struct ctl_reply *reply, bool *runs)
 	return copy_failed ? "the origin\nis gone" : "the copy was stopped";
 }
 
-static const struct ctl_ops ops = { query, gather, snapshot, true, switch_over, reconnect,
+static const struct ctl_ops ops = { query, snapshot, true, switch_over, reconnect,
 				    start_copy, release_copy, tell };
-static const struct ctl_ops no_proxy = { .query = query, .gather = gather, .snapshot = snapshot };
+static const struct ctl_ops no_proxy = { .query = query, .snapshot = snapshot };
 
 /* Peers */
 
@@ -374,15 +366,6 @@ static void end_reconnect(unsigned how)
 	ctl_reconnected(how & 1 ? "another size" : NULL);
 }
 
-static void end_gather(void)
-{
-	if (!gathering)
-		return;
-	gathering = gather_again;
-	gather_again = false;
-	ctl_gathered();
-}
-
 static void tend_snapshot(unsigned how)
 {
 	if (snapshots > 0 && !snapshot_runs && (how & 1)) {
@@ -397,7 +380,7 @@ static void tend_snapshot(unsigned how)
 
 static bool accept_peer(void)
 {
-	if (arriving == peers || is_full())
+	if (arriving == peers)
 		return false;
 	peer[arriving].accepted = true;
 	accepted(FIRST_FD + (int)arriving++, NULL, 0);
@@ -484,9 +467,6 @@ static void event(struct input *in)
 	case 12:
 		send_line(p, (unsigned)take(in, 1));
 		break;
-	case 16:
-		end_gather();
-		break;
 	case 17:
 		tend_snapshot(which);
 		break;
@@ -506,10 +486,9 @@ static void finish(void)
 			end_copy(0);
 		end_switch(0);
 		end_reconnect(0);
-		end_gather();
 		tend_snapshot(0);
 		settle();
-		if (!copy_runs && !switching && !reconnecting && !gathering && !snapshots)
+		if (!copy_runs && !switching && !reconnecting && !snapshots)
 			return;
 	}
 	assert(!"it comes to an end");
@@ -539,7 +518,7 @@ static void begin(void)
 	now = 1000;
 	no_memory = false;
 	copies = 0;
-	copy_runs = copy_failed = switching = reconnecting = gathering = gather_again = snapshot_runs = false;
+	copy_runs = copy_failed = switching = reconnecting = snapshot_runs = false;
 	snapshots = 0;
 	cached = 0;
 	total = 100;
