@@ -2,7 +2,7 @@
  * bgctl.c - main() of xnbd-bgctl: ask a server over its control socket.
  *
  * One command line is one line to the server, see xnbd-bgctl(1), CONTROL SOCKET.  The answer is
- * shown as it comes.  That of a query is a list of fields, and is shown when it is complete.
+ * shown as it comes, but that of a query when it is complete.
  */
 #define _GNU_SOURCE
 #include "ctl.h"
@@ -10,7 +10,6 @@
 #include "options.h"
 #include "stats.h"
 #include "util.h"
-#include "xnbd.h"
 
 #include <errno.h>
 #include <inttypes.h>
