@@ -27,6 +27,7 @@ enum {
 	GATHER_MS = 1000,		/* then a query is answered with what is there */
 	BLOCKS_PER_REQUEST_MAX = 8192,
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than there are to say */
+	VALUE_MAX = 16384 - 256,	/* with room for a name */
 	LINE_END = 2,			/* "\r\n" */
 };
 
@@ -52,6 +53,7 @@ struct ctl_client {
 	bool ended;			/* there is no more input to come */
 	bool broken;			/* nothing can be received or sent any more */
 	bool behind;			/* waits for the end after the next one */
+	bool json;			/* STATE_QUERYING */
 	const struct export *snapshot_of;	/* STATE_SNAPSHOT */
 	uint64_t due;			/* now_ms(): for progress, or an answer; else to be closed */
 	uint64_t idle_since;		/* a count of those that became idle */
@@ -73,31 +75,34 @@ static struct {
 
 /* Answers */
 
-static void reply_line(struct ctl_reply *r, const char *line)
+void ctl_put(struct ctl_reply *reply, const char *fmt, ...)
 {
-	size_t len = strlen(line);
-	char *text = r->failed ? NULL : realloc(r->text, r->len + len + 1);
+	char part[ANSWER_LINE_MAX];
+	char *text;
+	va_list ap;
 
-	r->failed = !text;
+	va_start(ap, fmt);
+	vsnprintf(part, sizeof(part), fmt, ap);
+	va_end(ap);
+	text = reply->failed ? NULL : realloc(reply->text, reply->len + strlen(part));
+	reply->failed = !text;
 	if (!text)
 		return;
-	memcpy(text + r->len, line, len);
-	text[r->len + len] = '\n';
-	r->text = text;
-	r->len += len + 1;
+	reply->text = text;
+	memcpy(text + reply->len, part, strlen(part));
+	reply->len += strlen(part);
 }
 
 void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
 {
-	char line[ANSWER_LINE_MAX];
-	int len = snprintf(line, sizeof(line), "%s: ", name);
+	char value[VALUE_MAX];
 	va_list ap;
 
 	va_start(ap, fmt);
-	vsnprintf(line + len, sizeof(line) - (size_t)len, fmt, ap);
+	vsnprintf(value, sizeof(value), fmt, ap);
 	va_end(ap);
-	mask_control_characters(line, strlen(line));	/* a value must not end the line */
-	reply_line(reply, line);
+	mask_control_characters(value, strlen(value));	/* a value must not end the line */
+	ctl_put(reply, "%s: %s\n", name, value);
 }
 
 void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n)
@@ -119,7 +124,7 @@ static void answer(struct ctl_client *cl, const char *error)
 	if (error)
 		ctl_say(&cl->out, "error", "%s", error);
 	else
-		reply_line(&cl->out, "ok");
+		ctl_put(&cl->out, "ok\n");
 	become_idle(cl);
 }
 
@@ -143,13 +148,17 @@ static void ctl_flush(struct ctl_client *cl)
 
 static void answer_query(struct ctl_client *cl)
 {
-	ctl.ops->query(&cl->out);
+	ctl.ops->query(&cl->out, cl->json);
 	answer(cl, NULL);
 }
 
 static void run_query(struct ctl_client *cl, char *arguments)
 {
-	(void)arguments;
+	if (arguments && strcmp(arguments, "json")) {
+		answer(cl, "query may be followed by 'json' only");
+		return;
+	}
+	cl->json = arguments != NULL;
 	cl->state = STATE_QUERYING;
 	cl->due = now_ms() + GATHER_MS;
 	cl->behind = ctl.ops->gather();
@@ -279,7 +288,7 @@ static const struct command {
 	void (*run)(struct ctl_client *, char *arguments);
 } commands[] = {
 	{ "help", "", false, run_help },
-	{ "query", "", false, run_query },
+	{ "query", " [json]", false, run_query },
 	{ "snapshot", " [EXPORT_NAME]", false, run_snapshot },
 	{ "cache-all", " [BLOCKS_PER_REQUEST]", true, run_cache_all },
 	{ "cache-all2", " [BLOCKS_PER_REQUEST]", true, run_cache_all2 },

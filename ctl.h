@@ -22,13 +22,16 @@ void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
 
 void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n);
 
+/* Append a part of lines, which ends with a line feed if it ends one. */
+void ctl_put(struct ctl_reply *reply, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+
 /*
  * What the server does when it is asked.  Those that return a text return NULL for success, or
  * one line that says why not.
  */
 struct ctl_ops {
 	/* Tell the state, with what has been gathered. */
-	void (*query)(struct ctl_reply *reply);
+	void (*query)(struct ctl_reply *reply, bool json);
 
 	/*
 	 * Gather what clients did; ctl_gathered() is called when that is complete.  True if it is the

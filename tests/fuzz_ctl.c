@@ -199,8 +199,10 @@ static short events_of(int fd)
 
 /* What the proxy does */
 
-static void query(struct ctl_reply *reply)
+static void query(struct ctl_reply *reply, bool json)
 {
+	if (json)
+		ctl_put(reply, "json: {\njson: }\n");
 	ctl_say(reply, "mode", "%s", "proxy\nok\r\x7f");	/* it must not look like two lines */
 	for (unsigned i = 0; i < cached % 64; i++)
 		ctl_say(reply, "name", "%*u", (int)cached, i);

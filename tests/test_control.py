@@ -149,6 +149,12 @@ class Control(Transport):
         assert end == "ok", end
         return dict(line.split(": ", 1) for line in lines)
 
+    def object(self):
+        """The JSON object that the server makes of its state."""
+        *lines, end = self.ask("query json")
+        assert end == "ok" and all(line.startswith("json: ") for line in lines), end
+        return json.loads("\n".join(line[len("json: "):] for line in lines))
+
     def is_closed(self):
         return self.line() is None
 
@@ -844,7 +850,9 @@ def test_query_lines_and_json_are_the_same(proxy, connect):
     until(lambda: state(proxy.control)["origin-links"] == 2, what="both links")
     lines = done(bgctl("--query", proxy.control), out=None).stdout
     shown = dict(line.split(": ", 1) for line in lines.splitlines())
-    asked, told = connect(proxy.control).values(), state(proxy.control)
+    c = connect(proxy.control)
+    asked, told = c.values(), state(proxy.control)
+    assert {**c.object(), "uptime": told["uptime"]} == told
     assert told.pop("client") == []
     assert told.pop("readonly") is False and told.pop("delays-us") == []
     told.pop("confined")
@@ -855,6 +863,15 @@ def test_query_lines_and_json_are_the_same(proxy, connect):
     for one in shown, asked, told:
         assert int(one.pop("uptime")) < 1000
     assert shown == asked == told
+
+
+def test_query_in_json_takes_no_other_word(proxy, connect):
+    assert connect(proxy.control).ask("query jso") == ["error: query may be followed by 'json' only"]
+
+
+def test_strings_in_json_are_quoted(run_proxy, origin, connect):
+    s = run_proxy(origin, image='a"b\\c\udcff\u00e9')
+    assert connect(s.control).object()["image"].endswith('a"b\\c\ufffd\u00e9')
 
 
 def test_query_follows_what_clients_do(proxy):
@@ -895,8 +912,9 @@ def test_query_tells_the_name_of_the_export(run_proxy, origin):
 def test_query_masks_what_would_break_its_lines(run_proxy, origin, connect):
     """The image's name cannot add a line."""
     s = run_proxy(origin, image="x\ncopy: \x1b\r\t\x7f")
-    values = connect(s.control).values()
-    assert values["image"].endswith("x?copy: ????")
+    c = connect(s.control)
+    assert c.values()["image"].endswith("x?copy: ????")
+    assert c.object()["image"].endswith("x?copy: ????")
     check_state(state(s.control))
 
 

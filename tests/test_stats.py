@@ -435,7 +435,7 @@ def test_commands_of_a_proxy_are_refused_elsewhere(controlled, mode):
     refused_in_one_line(bgctl("--reconnect", s.control, "host", "1"), 1, "for a proxy")
     c = Control(s.control)
     assert c.ask("stop-copy") == ["error: that command is for a proxy, and this server is none"]
-    assert c.ask("help") == ["command: help", "command: query", "command: snapshot [EXPORT_NAME]",
+    assert c.ask("help") == ["command: help", "command: query [json]", "command: snapshot [EXPORT_NAME]",
                              "ok"]
     c.close()
     assert s.is_served()
