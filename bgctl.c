@@ -2,7 +2,7 @@
  * bgctl.c - main() of xnbd-bgctl: ask a server over its control socket.
  *
  * One command line is one line to the server, see xnbd-bgctl(1), CONTROL SOCKET.  The answer is
- * shown as it comes.  That of a query is a list of fields, and is shown when it is complete.
+ * shown as it comes, but that of a query when it is complete.
  */
 #define _GNU_SOURCE
 #include "ctl.h"
@@ -10,7 +10,6 @@
 #include "options.h"
 #include "stats.h"
 #include "util.h"
-#include "xnbd.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -180,8 +179,8 @@ static struct winsize terminal_size(int fd)
 
 /* --query */
 
-/* The whole state, over a connection of its own, in lines behind a line feed.  To be freed. */
-static char *ask_state(void)
+/* The whole state, in lines behind a line feed, over a connection of its own.  To be freed. */
+static char *ask_state(bool json)
 {
 	const char *name, *value;
 	char *state;
@@ -189,10 +188,11 @@ static char *ask_state(void)
 	FILE *f = not_null(open_memstream(&state, &len));
 
 	connect_server();
-	send_line("query\n");
+	send_line(json ? "query json\n" : "query\n");
 	fputc('\n', f);
 	while ((name = next_value(&value)))
-		if (fprintf(f, "%s: %s\n", name, value) < 0 || ftell(f) > STATE_MAX)
+		if (fprintf(f, "%s%s%s\n", json ? "" : name, json ? "" : ": ", value) < 0 ||
+		    ftell(f) > STATE_MAX)
 			fail("%s: the server's answer is too long", server.path);
 	not_null(fclose(f) == 0 ? state : NULL);
 	close(server.fd);
@@ -200,163 +200,11 @@ static char *ask_state(void)
 	return state;
 }
 
-/* Values that are text whatever they look like. */
-static bool is_always_text(const char *name)
-{
-	static const char *const texts[] = { "image", "bitmap", "origin-export", "origin-reason",
-					     "copy-error", "snapshot-last", "snapshot-error" };
-
-	for (size_t i = 0; i < ARRAY_SIZE(texts); i++)
-		if (strcmp(name, texts[i]) == 0)
-			return true;
-	return false;
-}
-
-/* 0, 17 or 99.5, but not 017, which JSON does not have. */
-static bool is_number(const char *s)
-{
-	static const char digits[] = "0123456789";
-	size_t len = strspn(s, digits), more;
-
-	if (len == 0 || (len > 1 && s[0] == '0'))
-		return false;
-	if (s[len] != '.')
-		return s[len] == '\0';
-	more = strspn(s + len + 1, digits);
-	return more > 0 && s[len + 1 + more] == '\0';
-}
-
-/* Paths are bytes, JSON is characters. */
-static void print_json_string(const char *s)
-{
-	size_t n;
-
-	putchar('"');
-	for (; *s; s += n ? n : 1) {
-		n = utf8_length((const uint8_t *)s, 4);
-		if (*s == '"' || *s == '\\')
-			putchar('\\');
-		if (n)
-			fwrite(s, 1, n, stdout);
-		else
-			fputs("\\ufffd", stdout);
-	}
-	putchar('"');
-}
-
-/* The next of delays such as "7:17 15:3": n requests took up to us.  False if there is none. */
-static bool next_delay(const char **at, uint64_t *us, uint64_t *n)
-{
-	char *end;
-
-	*us = strtoull(*at, &end, 10);
-	if (*end != ':')
-		return false;
-	*n = strtoull(end + 1, &end, 10);
-	*at = end;
-	return true;
-}
-
-/* Pairs of numbers. */
-static void print_json_delays(const char *value)
-{
-	const char *before = "";
-	uint64_t us, n;
-
-	putchar('[');
-	while (next_delay(&value, &us, &n)) {
-		printf("%s[%" PRIu64 ", %" PRIu64 "]", before, us, n);
-		before = ", ";
-	}
-	putchar(']');
-}
-
-static void print_json_field(const char *name, const char *value)
-{
-	bool text = is_always_text(name);
-
-	print_json_string(name);
-	fputs(": ", stdout);
-	if (strcmp(name, "delays-us") == 0)
-		print_json_delays(value);
-	else if (!text && is_number(value))
-		fputs(value, stdout);
-	else if (!text && (strcmp(value, "yes") == 0 || strcmp(value, "no") == 0))
-		fputs(*value == 'y' ? "true" : "false", stdout);
-	else
-		print_json_string(value);
-}
-
-/* End a text in front of that character.  What is behind it. */
-static char *split(char *text, const char *character)
-{
-	char *end = text + strcspn(text, character);
-
-	if (*end)
-		*end++ = '\0';
-	return end;
-}
-
-/* A name that may have blanks, and pairs, which begin with the last one that is named first. */
-static void print_json_object(const char *key, char *value, const char *first)
-{
-	char *pair = NULL;
-
-	for (char *at = value; (at = strstr(at, first)); at++)
-		pair = at;
-	pair = pair ? split(pair, " ") : value + strlen(value);
-	printf("{ \"%s\": ", key);
-	print_json_string(value);
-	while (*pair) {
-		char *name = pair, *number = split(name, " ");
-
-		pair = split(number, " ");
-		fputs(", ", stdout);
-		print_json_field(name, number);
-	}
-	fputs(" }", stdout);
-}
-
-/* What there may be several of is an array of objects; its lines stand together. */
-static void print_json(char *state)
-{
-	const char *before = "{\n  ", *array = "";
-	bool none = false;		/* there is no client, but a number of them */
-
-	for (char *name = state, *next, *value; *name; name = next) {
-		bool client = strncmp(name, "client: ", 8) == 0;
-		bool object = client || strncmp(name, "export: ", 8) == 0;
-
-		next = split(name, "\n");
-		value = split(name, ":") + 1;
-		none = (none || strcmp(name, "clients") == 0) && !client;
-		if (*array && strcmp(array, name) != 0)
-			fputs("\n  ]", stdout);
-		if (!object || strcmp(array, name) != 0)
-			fputs(before, stdout);
-		before = ",\n  ";
-		if (!object) {
-			print_json_field(name, value);
-			array = "";
-			continue;
-		}
-		printf(strcmp(array, name) == 0 ? ",\n    " : "\"%s\": [\n    ", name);
-		print_json_object(client ? "address" : "name", value, client ? " reads " : " size ");
-		array = name;
-	}
-	fputs(*array ? "\n  ]" : "", stdout);
-	fputs(none ? ",\n  \"client\": []" : "", stdout);
-	puts(*before == '{' ? "{}" : "\n}");
-}
-
 static void show_query(bool json)
 {
-	char *state = ask_state();
+	char *state = ask_state(json);
 
-	if (json)
-		print_json(state + 1);
-	else
-		fputs(state + 1, stdout);
+	fputs(state + 1, stdout);
 	flush_output();
 	free(state);
 }
@@ -530,14 +378,14 @@ static void print_rates(const struct looks *l)
 	       since(l, "written-bytes") / MIB / l->seconds);
 }
 
-/* Add the delays of a state so many times: UINT64_MAX, which is -1, takes them away. */
+/* Add delays such as "7:17 15:3" so many times: UINT64_MAX, which is -1, takes them away. */
 static void add_delays(const char *state, uint64_t times, struct tally *sum)
 {
-	const char *delays = behind(state, "\ndelays-us: ");
-	uint64_t us, n;
+	const char *at = behind(state, "\ndelays-us: ");
+	char *end;
 
-	while (next_delay(&delays, &us, &n))
-		sum->delay[delay_index(us)] += times * n;
+	for (uint64_t us; us = strtoull(at, &end, 10), *end == ':'; at = end)
+		sum->delay[delay_index(us)] += times * strtoull(end + 1, &end, 10);
 }
 
 static void show_total(const struct looks *l)
@@ -619,11 +467,11 @@ static _Noreturn void watch(unsigned long seconds)
 	uint64_t last, ms;
 
 	signal(SIGINT, end_watch);	/* Ctrl-C */
-	before = ask_state();
+	before = ask_state(false);
 	last = now_ms();
 	for (unsigned wait = 1;; wait = (unsigned)seconds) {
 		sleep(wait);
-		now = ask_state();
+		now = ask_state(false);
 		ms = now_ms() - last;
 		last += ms;
 		show_looks(&(struct looks){ now, before, '\n', (double)ms / 1000 });
