@@ -322,19 +322,14 @@ static void set_deadline(struct conn *c, unsigned ms)
 
 void conn_expire(struct conn *c)
 {
-	switch (c->state) {
-	case CONN_CLIENT_FLAGS:
-	case CONN_OPTION:
-		conn_kill(c, c->stopping ? "server stops" : "handshake took too long");
-		break;
-	case CONN_LINGERING:
+	if (c->state == CONN_LINGERING)
 		conn_kill(c, c->end);
-		break;
-	default:
-		conn_kill(c, c->stopping  ? "server stops" :
-			     c->in_flight ? "its requests take too long" :
-					    "replies were not taken");
-	}
+	else if (c->stopping)
+		conn_kill(c, "server stops");
+	else if (c->state < CONN_REQUEST)
+		conn_kill(c, "handshake took too long");
+	else
+		conn_kill(c, c->in_flight ? "its requests take too long" : "replies were not taken");
 }
 
 /* Take no more requests; end when what is in flight is answered. */
@@ -488,13 +483,6 @@ static void put_read_data(struct conn *c, const struct request *whole, struct re
 	tx->held = r;
 }
 
-static void put_block_status(struct conn *c, const struct request *r)
-{
-	struct tx *tx = c->workspace->tx;
-
-	tx_add(tx, proto_put_status(&c->session, &r->h, r->extent, r->extents, tx_tail(tx)));
-}
-
 /*
  * Write the reply to a request that is done; tx has STEP_BYTES and ENCODE_IOVS of room.  The
  * request is freed, or held until its data is sent.
@@ -515,7 +503,7 @@ static void put_reply(struct conn *c, struct request *r)
 		tx_add(tx, proto_put_reply(&c->session, &r->h, r->error, tx_tail(tx)));
 		free_request(c, r);
 	} else if (r->h.cmd == NBD_CMD_BLOCK_STATUS) {
-		put_block_status(c, r);
+		tx_add(tx, proto_put_status(&c->session, &r->h, r->extent, r->extents, tx_tail(tx)));
 		free_request(c, r);
 	} else {
 		put_read_header(c, r);
@@ -1393,31 +1381,21 @@ void conn_stop(struct conn *c)
 		conn_kill(c, "server stops");
 }
 
-/* Oldstyle and connected clients get the default export without asking. */
-static void bind_default(struct conn *c)
-{
-	c->session.export = c->exports->entry[0];
-	conn_enter_transmission(c);
-}
-
 void conn_start(struct conn *c)
 {
 	struct tx *tx = c->workspace->tx;
 
-	switch (c->greeting) {
-	case GREET_NEWSTYLE:
+	if (c->greeting == GREET_NEWSTYLE) {
 		proto_put_greeting(tx_tail(tx));
 		tx_add(tx, PROTO_GREETING_SIZE);
 		set_deadline(c, HANDSHAKE_MS);
-		break;
-	case GREET_OLDSTYLE:
-		proto_put_oldstyle(tx_tail(tx), c->exports->entry[0]);
-		tx_add(tx, PROTO_OLDSTYLE_SIZE);
-		bind_default(c);
-		break;
-	case GREET_CONNECTED:
-		bind_default(c);
-		break;
+	} else {	/* it gets the default export without asking */
+		c->session.export = c->exports->entry[0];
+		if (c->greeting == GREET_OLDSTYLE) {
+			proto_put_oldstyle(tx_tail(tx), c->session.export);
+			tx_add(tx, PROTO_OLDSTYLE_SIZE);
+		}
+		conn_enter_transmission(c);
 	}
 	conn_flush(c);
 }

@@ -86,7 +86,6 @@ struct conn {
 	struct guest guest;		/* of its host, until its place is given up */
 	bool uncounted;			/* it was */
 	uint64_t active;		/* now_ms() of the last turn that had something to read */
-	uint64_t patience;		/* so long after that it is parked, in milliseconds */
 	char peer[ADDRESS_MAX];
 };
 

@@ -112,24 +112,13 @@ void loop_turn_due(struct loop *l)
 
 	for (size_t i = 0; i < l->count;) {
 		struct source *s = l->source[i];
-
-		if (s->due <= now) {
-			s->due = UINT64_MAX;
-			s->ops->turn(s, 0);
-		}
-		if (i < l->count && l->source[i] == s)
-			i++;
-	}
-}
-
-static void give_events(struct loop *l)
-{
-	for (size_t i = 0; i < l->count;) {
-		struct source *s = l->source[i];
 		short revents = s->entry ? l->pfd[s->entry].revents : 0;
+		bool due = !revents && s->due <= now;
 
 		s->entry = 0;
-		if (revents)
+		if (due)
+			s->due = UINT64_MAX;
+		if (due || revents)
 			s->ops->turn(s, revents);
 		if (i < l->count && l->source[i] == s)
 			i++;
@@ -165,6 +154,5 @@ void loop_poll(struct loop *l, uint64_t due)
 	if (ready < 0)
 		log_fatal("cannot wait for %u descriptors: %s", n, strerror(-ready));
 	l->polled = now_us();
-	if (ready > 0)
-		give_events(l);
+	loop_turn_due(l);
 }
