@@ -134,24 +134,13 @@ void loop_turn_due(struct loop *l)
 
 	for (size_t i = 0; i < l->count;) {
 		struct source *s = l->source[i];
-
-		if (s->due <= now) {
-			s->due = UINT64_MAX;
-			s->ops->turn(s, 0);
-		}
-		if (i < l->count && l->source[i] == s)
-			i++;
-	}
-}
-
-static void give_events(struct loop *l)
-{
-	for (size_t i = 0; i < l->count;) {
-		struct source *s = l->source[i];
 		short revents = s->entry ? l->pfd[s->entry].revents : 0;
+		bool due = !revents && s->due <= now;
 
 		s->entry = 0;
-		if (revents)
+		if (due)
+			s->due = UINT64_MAX;
+		if (due || revents)
 			s->ops->turn(s, revents);
 		if (i < l->count && l->source[i] == s)
 			i++;
@@ -202,10 +191,8 @@ void loop_poll(struct loop *l, uint64_t due)
 	if (err && err != EINTR && err != ENOMEM)
 		log_fatal("cannot wait for %u descriptors: %s", n, strerror(err));
 	l->polled = now_us();
-	if (ready <= 0)
-		return;
-	if (l->pfd[0].revents)
+	if (ready > 0 && l->pfd[0].revents)
 		while (read(l->pipe[0], buf, sizeof(buf)) == (ssize_t)sizeof(buf))
 			;
-	give_events(l);
+	loop_turn_due(l);
 }

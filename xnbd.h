@@ -64,9 +64,7 @@ struct request {
 	 * a request of its own.
 	 */
 	struct request *whole;		/* in a piece: what it belongs to */
-	unsigned pieces;		/* in the whole: those that are with others */
-	struct request *next_piece;	/* the one behind this piece of a READ, ... */
-	bool finished;			/* ... which has come back */
+	unsigned pieces;		/* in the whole: those under way, and one while there will be more */
 };
 
 #endif

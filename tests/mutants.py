@@ -106,7 +106,7 @@ mutant("an oversize option is awaited", "option length 0xffffffff",
        "conn.c", "if (len > OPTION_DATA_MAX) {", "if (false) {",
        tests="test_hazards.py::test_oversize_option_is_refused_at_once")
 mutant("memory is taken for announced option data", "option length: nothing allocated",
-       "conn.c", "c->skip_left = len;", "c->skip_left = len;\n" + TAKE.format("len"),
+       "conn.c", "c->skip = len;", "c->skip = len;\n" + TAKE.format("len"),
        tests="test_hazards.py::test_announced_option_data_costs_no_memory")
 mutant("a name may be longer than its option", "name length 0xffffffff or larger than its option",
        "proto.c", "if (n > in->left) {", "if (n > in->left + 4 && n < 4096) {",
@@ -157,8 +157,8 @@ mutant("a request needs no magic number", "GO twice",
        "proto.c", "return \"wrong magic of a request\";", ";",
        tests="test_hazards.py::test_second_go_is_no_request")
 mutant("an oldstyle client is awaited to greet", "oldstyle",
-       "conn.c", "tx_add(tx, PROTO_OLDSTYLE_SIZE);\n\t\tbind_default(c);",
-       "tx_add(tx, PROTO_OLDSTYLE_SIZE);",
+       "conn.c", "tx_add(tx, PROTO_OLDSTYLE_SIZE);\n\t\t}\n\t\tconn_enter_transmission(c);",
+       "tx_add(tx, PROTO_OLDSTYLE_SIZE);\n\t\t}",
        tests="test_hazards.py::test_oldstyle_session_cut_off_at_every_byte")
 mutant("junk ends the server", "handshake followed by junk",
        "conn.c", 'conn_kill(c, "wrong magic of an option");', "abort();",
@@ -191,8 +191,7 @@ mutant("a refused payload is not drained", "refused WRITE whose payload is not d
        "if (h.payload && !r->error)\n\t\tstart_payload(c, r);",
        tests="test_hazards.py::test_refused_payload_that_arrives_slowly_is_drained")
 mutant("a refused payload is stored", "refused WRITE whose payload is not drained",
-       "conn.c", "\tif (r->error)\n\t\treturn;\n\tpiece = new_request(c, &h);",
-       "\tpiece = new_request(c, &h);",
+       "conn.c", "if (!r->error) {\n\t\tstruct request *piece", "if (true) {\n\t\tstruct request *piece",
        tests="test_hazards.py::test_refused_payload_that_arrives_slowly_is_drained")
 mutant("a payload may have 33 MiB", "of 33 MiB",
        "proto.c", "if (r->cmd == NBD_CMD_WRITE && r->len > PROTO_MAX_PAYLOAD)",
@@ -305,9 +304,7 @@ mutant("large reads begin a byte late", "READ of exactly a buffer's size",
        "\treturn how == TRY ? read_try(d, buf, len, off) : read_at(d->fd, buf, len, off);",
        tests="test_hazards.py::test_reads_around_the_sizes_of_buffers")
 mutant("the last byte of a large payload is lost", "READ of exactly a buffer's size",
-       "conn.c", ".off = r->h.off + (r->h.len - c->current_left),\n\t\t.len = n,",
-       ".off = r->h.off + (r->h.len - c->current_left),\n"
-       "\t\t.len = n == c->current_left ? n - 1 : n,",
+       "conn.c", "*piece = new_piece(c, r, n);", "*piece = new_piece(c, r, n == r->at.len ? n - 1 : n);",
        tests="test_hazards.py::test_writes_around_the_sizes_of_buffers")
 
 # Clients that misbehave
@@ -336,8 +333,8 @@ mutant("pages that were read stay resident", "large reads leave the image reside
        "static uint64_t round_down(uint64_t off);\n\n/* Reading */",
        tests="test_hazards.py::test_pass_over_the_image_does_not_stay_resident")
 mutant("half a request is thrown away", "one byte at a time",
-       "conn.c", "set_kept(c, rx + taken, have + n - taken);",
-       "set_kept(c, rx + taken, c->state == CONN_REQUEST ? 0 : have + n - taken);",
+       "conn.c", "set_kept(c, p + taken, len - taken);",
+       "set_kept(c, p + taken, c->state == CONN_REQUEST && !c->current ? 0 : len - taken);",
        tests="test_hazards.py::test_session_one_byte_at_a_time")
 mutant("a connection is freed while its requests are in flight", "closes with 64 reads in flight",
        "conn.c", "return c->state == CONN_DEAD && c->in_flight == 0;",
@@ -351,9 +348,9 @@ mutant("the memory of a dead client's request stays", "closes with 64 reads in f
        "\tif (r->counted > 0) {",
        tests="test_order.py::test_clients_that_gave_up_give_back_all_at_once")
 mutant("a WRITE clears its range before its payload comes", "client dies within a payload",
-       "conn.c", "c->current = r;\n\tc->current_left = r->h.len;",
+       "conn.c", "r->pieces = 1;\n\tc->current = r;",
        "if (!r->error)\n\t\tr->backend->ops->zero(r->backend, r->h.len, r->h.off, 0);\n"
-       "\tc->current = r;\n\tc->current_left = r->h.len;",
+       "\tr->pieces = 1;\n\tc->current = r;",
        tests="test_hazards.py::test_death_within_a_payload_touches_nothing_else")
 mutant("a buffer is lent twice", "one client's data reach another",
        "buffer.c", "*p = k->next;\n\t\tkept_bytes -=", "kept_bytes -=",
@@ -653,7 +650,7 @@ mutant("a full disk is an I/O error", "overlay's disk full",
        "proto.c", "{ ENOSPC, NBD_ENOSPC }, ", "",
        tests="test_cow.py::test_full_overlay_disk_is_enospc_for_that_write")
 mutant("an error of the overlay is not told", "overlay's disk full",
-       "conn.c", "if (ret != 0 && !whole->error)", "if (false)",
+       "conn.c", "if (!whole->error)", "if (false)",
        tests="test_faults.py::test_calls_that_fail")
 mutant("an overlay is used with any base", "overlay truncated or of another base",
        "bitmap.c", "if (get_le(p + 32, 8) != b->id.fingerprint)", "if (false)",
@@ -1188,9 +1185,9 @@ mutant("there is always a terminal", "progress bar without a terminal",
 # Oracles: what a tester that looks away would not see
 
 mutant("every second block is wrong", "oracle that compares every second block",
-       "conn.c", "r->error = -request_try(r);\n",
-       "r->error = -request_try(r);\n\tif (r->error == 0 && r->h.off / BLOCK_SIZE % 2)\n"
-       "\t\tr->buf[r->h.len - 1] ^= 1;\n",
+       "conn.c", "ret = request_try(r);\n\tr->buf = own;",
+       "ret = request_try(r);\n\tif (ret == 0 && r->h.off / BLOCK_SIZE % 2)\n"
+       "\t\tr->buf[r->h.len - 1] ^= 1;\n\tr->buf = own;",
        tests="test_model.py::test_random_operations_agree_with_a_model")
 mutant("the image and the replies are wrong alike",
        "oracle that compares with the server's own files",
@@ -1276,7 +1273,7 @@ mutant("late requests get ESHUTDOWN",
        "!c->turned_away &&\n\t       !is_full(c) && (c->blocked || !c->stopping);",
        "return c->state < CONN_FINISHING && !c->backlog && !c->stream && "
        "!c->turned_away &&\n\t       !is_full(c);",
-       "conn.c", "if (c->gone || c->stopping) {", "if (c->gone) {",
+       "conn.c", "if (!c->gone && !c->stopping) {", "if (!c->gone) {",
        tests="test_restart.py::test_client_of_qemu_does_not_notice_restarts "
              "test_restart.py::test_client_that_goes_on_asking_loses_nothing")
 mutant("the status forgets stable storage", "exit status 0 though something is lost",
@@ -1294,8 +1291,10 @@ mutant("what waits for the origin is not given up", "SIGTERM waits for a silent 
 # Replies in pieces
 
 mutant("replies wait for the next event", "a reply stays behind a READ in pieces",
-       "conn.c", "go_on(c);\t/* a stream comes first, and may end */\n\t\tput_ready_replies(c);",
-       "put_ready_replies(c);\n\t\tgo_on(c);",
+       "conn.c", "for (;;) {\n\t\tstruct request *r;\n\n\t\tif (c->stream && go_inside(c))\n"
+       "\t\t\tgo_on_with_stream(c);\n",
+       "for (bool first = true;; first = false) {\n\t\tstruct request *r;\n\n\t\tif (c->stream) {\n"
+       "\t\t\tif (first && go_inside(c))\n\t\t\t\tgo_on_with_stream(c);\n\t\t\treturn;\n\t\t}\n",
        tests="test_protocol.py::test_small_read_beside_one_in_pieces_is_answered")
 
 # Those who say nothing
@@ -1310,7 +1309,7 @@ mutant("nobody is parked", "many who are silent slow down who works",
        "clients.c", "if (t->loop.count > PARK_FROM && (owes || !park(t, c)))", "if (false)",
        tests="test_silence.py::test_silent_clients_are_served_when_they_speak")
 mutant("who is parked does not come back", "a request is lost while its client is parked, or comes back",
-       "clients.c", "\tif (revents && t == &clients.thread[PARKED] && !t->stopping)\n\t\tunpark(t, c);",
+       "clients.c", "\tif (revents && t == &clients.thread[PARKED] && !t->stopping)\n\t\tmove_client(t, c, least_loaded());",
        "\tif (revents && t == &clients.thread[PARKED] && !t->stopping)\n\t\t;",
        tests="test_silence.py::test_silent_clients_are_served_when_they_speak")
 mutant("who was away for a moment is gone", "a host that is away for a moment loses its connections",
@@ -1330,8 +1329,8 @@ mutant("a signal waits for the end of the start", "a start that waits for a sile
        "xnbd.c", "if (opening) {", "if (false) {",
        tests="test_silence.py::test_signal_ends_a_start_that_waits")
 mutant("pieces are read for a client whatever others have", "16 MiB of memory, and clients that want more",
-       "conn.c", "c->stream_asked < c->stream->h.len && !has_data_enough(c)",
-       "c->stream_asked < c->stream->h.len && c->buffered + READ_PIECE <= BUFFERED_MAX",
+       "conn.c", "c->stream->at.len > 0 && !has_data_enough(c)",
+       "c->stream->at.len > 0 && c->buffered + READ_PIECE <= BUFFERED_MAX",
        tests="test_silence.py::test_16_mib_suffice")
 
 # Clients that vanish, changes that overlap
@@ -1365,12 +1364,12 @@ mutant("a payload has all of its range while it comes",
        "order.c", "void order_destroy(struct order *o)",
        "_Thread_local struct change *order_own;\n\nvoid order_destroy(struct order *o)",
        "order.c", "if (i == c)\n\t\t\tolder", "if (i == c || i == order_own)\n\t\t\tolder",
-       "conn.c", "c->state = CONN_PAYLOAD;\n",
-       "c->state = CONN_PAYLOAD;\n\tif (!r->error)\n"
+       "conn.c", "c->current = r;\n",
+       "c->current = r;\n\tif (!r->error)\n"
        "\t\torder_hold(r->backend->order, &r->change, r->h.len, r->h.off, false);\n",
        "conn.c", "n = piece_size(c, n);\n\tif (n == 0)\n\t\treturn 0;",
        "n = piece_size(c, n);\n\tif (n == 0)\n\t\treturn 0;\n\torder_own = &r->change;\n"
-       "\tif (n == c->current_left)\n\t\torder_remove(&r->change);",
+       "\tif (n == r->at.len)\n\t\torder_remove(&r->change);",
        "conn.c", "if (size == 0)\n\t\treturn 0;",
        "order_own = NULL;\n\tif (size == 0)\n\t\treturn 0;",
        tests="test_order.py::test_write_does_not_wait_for_the_payload_of_an_older_one")
