@@ -169,7 +169,7 @@ static bool write_now(enum log_to to, const char *text, int wait_ms)
 }
 
 /* Whether there may be one more line about clients.  If not, it is counted. */
-static bool take_place(enum log_level level)
+static bool admit_line(enum log_level level)
 {
 	uint64_t now = now_ms(), *used = &queue.used[level];
 	bool may;
@@ -210,7 +210,7 @@ void log_at(enum log_level level, const char *fmt, ...)
 	char text[LINE_BYTES], line[LINE_BYTES];
 	va_list ap;
 
-	if (!log_shows(kind) || (level != kind && !take_place(kind)))
+	if (!log_shows(kind) || (level != kind && !admit_line(kind)))
 		return;
 	va_start(ap, fmt);
 	vsnprintf(text, sizeof(text), fmt, ap);
