@@ -147,6 +147,7 @@ uint8_t *request_buffer(struct request *r)
 	if (!r->buf) {
 		r->buf = buffer_get(r->h.len);
 		r->buf_len = r->buf ? r->h.len : 0;
+		atomic_fetch_add(&load.bytes, r->buf_len);
 	}
 	return r->buf;
 }

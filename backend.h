@@ -101,11 +101,11 @@ struct gate {
 
 /*
  * What all clients have asked for and not got yet, and how much that may be.  A client that has
- * nothing may ask all the same, until it is eight times as much.
+ * nothing may ask all the same.
  */
 struct load {
 	atomic_size_t requests;
-	atomic_size_t bytes;		/* of data that requests need */
+	atomic_size_t bytes;		/* of data that requests hold */
 	size_t requests_max, bytes_max;
 	void (*room)(void);		/* there is room again; any thread */
 };
@@ -169,7 +169,7 @@ void request_done(struct request *r, int error);
 /* The same for one that is to be carried out again: it goes through the gate for that. */
 void request_again(struct request *r);
 
-/* The memory for the answer to a READ, of its own from then on; or NULL. */
+/* The memory for the data of a READ or WRITE, counted, of its own from then on; or NULL. */
 uint8_t *request_buffer(struct request *r);
 
 /* Whether its client is gone. */

@@ -61,7 +61,6 @@ enum {
 	TURN_BYTES = 4 * 1024 * 1024,	/* of replies and payloads; then it is another one's turn */
 	STEP_COST = 4096,		/* bytes that a request counts for besides */
 
-	CROWD = 8,			/* times the bound of all clients, where each has one request */
 	IN_FLIGHT_MAX = 512,
 	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more piece may pass it */
 
@@ -123,15 +122,13 @@ struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports
 
 /*
  * Whether a client has enough: all of its own, or more than twice of what is left to others.  One that
- * has nothing may go over the bound, unless too many have.
+ * has nothing may go over the bound: others may hold what they have for ever.
  */
 static bool is_enough(size_t own, size_t own_max, const atomic_size_t *total, size_t max)
 {
 	size_t now = atomic_load(total), room = now < max ? max - now : 0;
 
-	if (own == 0)
-		return now / CROWD >= max;
-	return own >= own_max || room == 0 || own / 2 > room;
+	return own > 0 && (own >= own_max || room == 0 || own / 2 > room);
 }
 
 /* Whether no more data may be on its way for that client. */
@@ -145,19 +142,17 @@ static void unload(atomic_size_t *total, size_t n, size_t max)
 {
 	size_t before = atomic_fetch_sub(total, n), after = before - n;
 
-	if ((before >= max / 2 && after < max / 2) || (before >= max && after < max) ||
-	    (before / CROWD >= max && after / CROWD < max))
+	if ((before >= max / 2 && after < max / 2) || (before >= max && after < max))
 		load.room();
 }
 
-/* Data that a request needs, or will: the connection has a bound for it, and maybe all have one. */
+/* Data that a request needs, or will: a connection has a bound for it, whoever waits for what. */
 static void charge(struct conn *c, struct request *r)
 {
 	if (r->counted > 0 || r->h.cmd > NBD_CMD_WRITE)
 		return;
 	r->counted = r->h.len < READ_PIECE ? r->h.len : READ_PIECE;	/* more is done in pieces */
 	c->buffered += r->counted;
-	atomic_fetch_add(&load.bytes, r->counted);
 }
 
 /* It is with others no more, nor will be: what it waits for now, if anything, is its client. */
@@ -173,12 +168,11 @@ static void take_home(struct conn *c, struct request *r)
 static void free_request(struct conn *c, struct request *r)
 {
 	take_home(c, r);
-	if (r->counted > 0) {
-		c->buffered -= r->counted;
-		unload(&load.bytes, r->counted, load.bytes_max);
-	}
-	if (r->buf_len > 0)
+	c->buffered -= r->counted;
+	if (r->buf_len > 0) {
 		buffer_put(r->buf, r->buf_len);
+		unload(&load.bytes, r->buf_len, load.bytes_max);
+	}
 	if (r->change.order)
 		order_remove(&r->change);
 	if (r->extent)
@@ -550,10 +544,8 @@ static void queue(struct conn *c, struct request *r)
 {
 	charge(c, r);
 	/* This thread will free it: so it takes it. */
-	if (r->h.cmd == NBD_CMD_READ && !r->absent && !r->buf) {
-		r->buf = buffer_get(r->counted);
-		r->buf_len = r->buf ? r->counted : 0;
-	}
+	if (r->h.cmd == NBD_CMD_READ && !r->absent)
+		request_buffer(r);
 	lend(c, r);
 	request_queue(r);
 }
@@ -913,9 +905,8 @@ static void store_payload(struct conn *c, struct request *r, const uint8_t *p)
 	r->buf = (uint8_t *)(uintptr_t)p;
 	ret = request_try(r);
 	if (ret == -EAGAIN) {
-		r->buf = buffer_get(r->h.len);
-		if (r->buf) {
-			r->buf_len = r->h.len;
+		r->buf = NULL;
+		if (request_buffer(r)) {
 			memcpy(r->buf, p, r->h.len);
 			queue(c, r);
 			return;

@@ -251,14 +251,17 @@ static char *take_word(char **rest)
 static void run_reconnect(struct ctl_client *cl, char *arguments)
 {
 	const char *host = take_word(&arguments), *port = take_word(&arguments), *error;
+	bool local = host && strncmp(host, "unix:", 5) == 0;
+	unsigned long number;
 
 	if (!host || !*host || !port || !*port)
 		error = "reconnect needs HOST PORT, or unix:PATH -";
+	else if (!local && !parse_number(port, 1, UINT16_MAX, &number))
+		error = "PORT has to be a number from 1 to 65535";
 	else if (ctl.reconnecting)
 		error = "a reconnect is under way already";
 	else
-		error = ctl.ops->reconnect(host, strncmp(host, "unix:", 5) == 0 ? NULL : port,
-					   arguments);
+		error = ctl.ops->reconnect(host, local ? NULL : port, arguments);
 	if (error) {
 		answer(cl, error);
 		return;

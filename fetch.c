@@ -196,11 +196,21 @@ static bool may_try_again(const struct fetch *fetch, uint64_t len, uint64_t off)
 	return (fetch->ask.error == -EIO && wider) || layer_holds(fetch->f->layer, len, off);
 }
 
+/* Whether a READ can be answered from the image when there is memory for it again. */
+static bool may_wait_for_memory(const struct request *r, int error)
+{
+	return !error && takes_data(r) && !r->buf && atomic_load(&load.bytes) >= load.bytes_max;
+}
+
 /* What a request waited for has arrived, or failed with error.  It is not in the table any more. */
 static void deliver(struct fetch *fetch, struct request *r, int error)
 {
 	struct span part = { r->at.off, r->lacks };
 
+	if (may_wait_for_memory(r, error)) {
+		request_again(r);
+		return;
+	}
 	if (r->h.cmd == NBD_CMD_BLOCK_STATUS)
 		error = put_extents(&fetch->ask, r);
 	else if (r->h.cmd == NBD_CMD_READ && !fetch->ask.error)	/* it may not have been stored */

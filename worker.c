@@ -213,6 +213,16 @@ void worker_submit_later(struct job *job, struct lane *lane)
 	pthread_mutex_unlock(&pool.lock);
 }
 
+bool worker_is_busy(void)
+{
+	bool busy;
+
+	pthread_mutex_lock(&pool.lock);
+	busy = pool.ready.first || pool.idle < pool.count;
+	pthread_mutex_unlock(&pool.lock);
+	return busy;
+}
+
 void worker_stop(void)
 {
 	pthread_mutex_lock(&pool.lock);

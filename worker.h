@@ -48,6 +48,9 @@ bool worker_take_back(struct job *job);
 /* Submit it when a second has passed, or when the pool stops; never after that. */
 void worker_submit_later(struct job *job, struct lane *lane);
 
+/* Whether a thread runs a job, or will at once. */
+bool worker_is_busy(void);
+
 /* Finish all jobs and end the threads.  No job may be submitted from outside any more. */
 void worker_stop(void);
 

@@ -622,12 +622,16 @@ static void server_stop(struct server *s)
 	ctl_close();
 	exports_stop();
 	clients_stop();
-	while (clients_count() > 0 || exports_are_busy()) {
+	while (clients_count() > 0 || exports_are_busy() || worker_is_busy()) {
 		past = now_ms() - begun;
 		if (past >= GIVE_UP_MS && exports.cache)
 			origin_cancel(cache_origin(exports.cache));
 		if (past >= STOP_MS) {
-			log_error("stopped, but %zu connections wait for the disk", clients_count());
+			if (clients_count() > 0)
+				log_error("stopped, but %zu connections wait for the disk",
+					  clients_count());
+			else
+				log_error("stopped, but a thread waits for the disk");
 			remove_pidfile(s);
 			end_at_once();
 		}

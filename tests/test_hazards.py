@@ -1129,7 +1129,7 @@ def test_look_at_a_disk_that_does_not_answer_holds_up_no_end(server, image, call
     wait_held(calls)
     s.expected_status = 1
     s.stop()
-    assert "wait for the disk" in s.log()
+    assert "a thread waits for the disk" in s.log()
 
 
 @hazard("the search for a hole passes all extents of the rest of the disk")
