@@ -343,9 +343,9 @@ mutant("a connection is freed while its requests are in flight", "closes with 64
        tests="test_origin.py::test_clients_that_leave_while_they_wait_leave_nothing "
              "test_origin.py::test_client_may_leave_while_it_waits")
 mutant("the memory of a dead client's request stays", "closes with 64 reads in flight",
-       "conn.c", "\ttake_home(c, r);\n\tif (r->counted > 0) {",
+       "conn.c", "\ttake_home(c, r);\n\tc->buffered -= r->counted;",
        "\tif (c->state == CONN_DEAD) {\n" + TAKE.format("1 << 20") + "\n\t}\n\ttake_home(c, r);\n"
-       "\tif (r->counted > 0) {",
+       "\tc->buffered -= r->counted;",
        tests="test_order.py::test_clients_that_gave_up_give_back_all_at_once")
 mutant("a WRITE clears its range before its payload comes", "client dies within a payload",
        "conn.c", "r->pieces = 1;\n\tc->current = r;",
@@ -609,6 +609,18 @@ mutant("READs are searched for holes again and again",
        "the search for a hole passes all extents of the rest of the disk",
        "backend.c", "if (took > SLOW_LOOK_US)", "if (took > SLOW_LOOK_US && false)",
        tests="test_hazards.py::test_reads_are_not_searched_for_holes_where_that_takes_long")
+mutant("what waits counts as if it held memory", "requests that wait shut out those that need not",
+       "conn.c", "return own > 0 && (own >= own_max || room == 0 || own / 2 > room);",
+       "return own > 0 ? own >= own_max || room == 0 || own / 2 > room : now / 8 >= max;",
+       "conn.c", "\tc->buffered += r->counted;",
+       "\tc->buffered += r->counted;\n\tatomic_fetch_add(&load.bytes, r->counted);",
+       "conn.c", "\tc->buffered -= r->counted;",
+       "\tc->buffered -= r->counted;\n\tatomic_fetch_sub(&load.bytes, r->counted);",
+       tests="test_control.py::test_reads_that_wait_for_the_origin_shut_nobody_out "
+             "test_control.py::test_clients_that_take_no_replies_shut_nobody_out")
+mutant("a start looks at its images itself", "a start waits for a disk that is slow",
+       "exports.c", "worker_submit(&e->look, &e->export.lane);", "look_at_image(&e->look);",
+       tests="test_hazards.py::test_start_does_not_wait_for_a_slow_disk")
 mutant("a block that is held is merged again", "an aligned write during another's partial write",
        "layer.c", "if (held) {\n\t\t\tret = disk_write(", "if (held && (n % BLOCK_SIZE == 0 || !l->base)) {\n"
        "\t\t\tret = disk_write(",
@@ -1138,8 +1150,8 @@ mutant("a daemon leaves its pid file", "relative paths break after chdir",
 # The control socket
 
 mutant("anyone may control", "anyone may connect",
-       "ctl.c", "if (!listen_unix(path, 0600, accept_control, is_place_near))",
-       "if (!listen_unix(path, 0, accept_control, is_place_near))",
+       "ctl.c", "if (!listen_unix(path, 0600, accept_control))",
+       "if (!listen_unix(path, 0, accept_control))",
        tests="test_control.py::test_socket_is_for_the_owner_alone")
 mutant("a control connection may be idle for ever",
        "an idle, half-sent, oversized or garbage message blocks the server",
@@ -1309,7 +1321,7 @@ mutant("nobody is parked", "many who are silent slow down who works",
        "clients.c", "if (t->loop.count > PARK_FROM && (owes || !park(t, c)))", "if (false)",
        tests="test_silence.py::test_silent_clients_are_served_when_they_speak")
 mutant("who is parked does not come back", "a request is lost while its client is parked, or comes back",
-       "clients.c", "\tif (revents && t == &clients.thread[PARKED] && !t->stopping)\n\t\tmove_client(t, c, least_loaded());",
+       "clients.c", "\tif (revents && t == &clients.thread[PARKED] && !t->stopping)\n\t\tunpark(t, c);",
        "\tif (revents && t == &clients.thread[PARKED] && !t->stopping)\n\t\t;",
        tests="test_silence.py::test_silent_clients_are_served_when_they_speak")
 mutant("who was away for a moment is gone", "a host that is away for a moment loses its connections",

@@ -204,6 +204,78 @@ def is_served(control):
     return True
 
 
+def is_answered_beside(s, blocks):
+    """Others wait, for whatever; this client reads what is cached, and writes whole blocks."""
+    with s.client(timeout=5) as c:
+        for at in blocks:
+            c.pread(4096, at)
+            c.pwrite(pattern(at, 4096), at)
+    return True
+
+
+@hazard("requests that wait shut out those that need not")
+@pytest.mark.parametrize("length", [64 * 1024, 1 << 20])
+def test_reads_that_wait_for_the_origin_shut_nobody_out(run_proxy, length):
+    """They hold no memory, however many there are."""
+    with Origin(lambda at, length: pattern(at, length), size=256 << 20) as o:
+        s = run_proxy(o, "--origin-timeout", "600")
+        s.client().pread(4096, 255 << 20)
+        o.freeze()
+        waiting = [s.client() for _ in range(150)]
+        for i, c in enumerate(waiting):
+            c.request(NBD_CMD_READ, i << 20, length)
+        until(lambda: state(s.control)["pending-requests"] == 150, what="all of them")
+        assert state(s.control)["buffer-bytes"] == 0
+        assert is_answered_beside(s, [255 << 20])
+        o.thaw()
+        for i, c in enumerate(waiting):
+            assert [r.data for r in c.collect_all().values()] == [pattern(i << 20, length)]
+
+
+@hazard("requests that wait shut out those that need not")
+def test_writes_that_wait_for_the_origin_shut_nobody_out(run_proxy):
+    """These do hold memory: more than may be, all together."""
+    with Origin(lambda at, length: pattern(at, length), size=256 << 20) as o:
+        s = run_proxy(o, "--origin-timeout", "600", "--max-buf-size", "64K")
+        s.client().pread(4096, 255 << 20)
+        o.freeze()
+        waiting = [s.client() for _ in range(40)]
+        for i, c in enumerate(waiting):
+            c.request(NBD_CMD_WRITE, (i << 20) + 1, 64 * 1024, payload=bytes(64 * 1024))
+        until(lambda: state(s.control)["pending-requests"] >= 40, what="all of them")
+        assert is_answered_beside(s, [255 << 20])
+        o.thaw()
+        for c in waiting:
+            assert not any(r.error for r in c.collect_all().values())
+
+
+@hazard("requests that wait shut out those that need not")
+@pytest.mark.parametrize("length", [1 << 18, 32 << 20])
+def test_clients_that_take_no_replies_shut_nobody_out(run_proxy, length):
+    """Of what the origin has to bring; then of what is here, also after a switch."""
+    with Origin(lambda at, length: pattern(at, length), size=64 << 20) as o:
+        s = run_proxy(o)
+        s.client().pread(4096, 63 << 20)
+        paused = [s.client() for _ in range(120)]
+        for c in paused:
+            for i in range(4):
+                c.request(NBD_CMD_READ, i * length % (32 << 20), length)
+        assert is_answered_beside(s, [63 << 20, 62 << 20])
+        s.settle()
+        assert is_answered_beside(s, [61 << 20])
+        done(bgctl("--cache-all", s.control), out=None)
+        done(bgctl("--switch", s.control), out=None)
+        assert is_answered_beside(s, [60 << 20])
+        assert state(s.control)["buffer-bytes"] <= 64 << 20
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "75845", "10809x", "http"])
+def test_reconnect_needs_a_port(run_proxy, origin, port):
+    s = run_proxy(origin)
+    refused(bgctl("--reconnect", s.control, "127.0.0.1", port), 1, "PORT")
+    assert s.client().pread(4096) == CONTENT[:4096]
+
+
 # A pretended server
 
 class Pretender:
