@@ -124,29 +124,40 @@ bool access_admits(const struct access_rule *rule, size_t count, const struct so
 	return false;
 }
 
-static pthread_mutex_t guests_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct guest *guests;
+static struct {
+	pthread_mutex_t lock;		/* a leaf */
+	struct guest *first;
+	size_t count;
+} guests = { .lock = PTHREAD_MUTEX_INITIALIZER };
 
 void access_enter(struct guest *g, const struct sockaddr *sa)
 {
-	if (!address_of(sa, g->address))
-		return;
-	pthread_mutex_lock(&guests_lock);
-	g->next = guests;
-	guests = g;
-	pthread_mutex_unlock(&guests_lock);
+	address_of(sa, g->address);
+	pthread_mutex_lock(&guests.lock);
+	g->next = guests.first;
+	g->back = &guests.first;
+	if (g->next)
+		g->next->back = &g->next;
+	guests.first = g;
+	guests.count++;
+	pthread_mutex_unlock(&guests.lock);
 }
 
-void access_leave(struct guest *g)
+bool access_leave(struct guest *g)
 {
-	struct guest **p = &guests;
+	bool found;
 
-	pthread_mutex_lock(&guests_lock);
-	while (*p && *p != g)
-		p = &(*p)->next;
-	if (*p)
-		*p = g->next;
-	pthread_mutex_unlock(&guests_lock);
+	pthread_mutex_lock(&guests.lock);
+	found = g->back;
+	if (found) {
+		*g->back = g->next;
+		if (g->next)
+			g->next->back = g->back;
+		g->back = NULL;
+		guests.count--;
+	}
+	pthread_mutex_unlock(&guests.lock);
+	return found;
 }
 
 size_t access_guests(const struct sockaddr *sa)
@@ -154,11 +165,13 @@ size_t access_guests(const struct sockaddr *sa)
 	uint8_t address[ADDRESS_BITS / 8];
 	size_t n = 0;
 
-	if (!address_of(sa, address))
+	if (sa && !address_of(sa, address))
 		return 0;
-	pthread_mutex_lock(&guests_lock);
-	for (const struct guest *g = guests; g; g = g->next)
+	pthread_mutex_lock(&guests.lock);
+	for (const struct guest *g = guests.first; sa && g; g = g->next)
 		n += memcmp(g->address, address, sizeof(address)) == 0;
-	pthread_mutex_unlock(&guests_lock);
+	if (!sa)
+		n = guests.count;
+	pthread_mutex_unlock(&guests.lock);
 	return n;
 }

@@ -1,5 +1,5 @@
 /*
- * access.h - which TCP clients may connect: the rules of --allow, and how many of one host.
+ * access.h - which clients may connect: the rules of --allow, and how many there are.
  */
 #ifndef XNBD_ACCESS_H
 #define XNBD_ACCESS_H
@@ -28,17 +28,19 @@ const char *access_parse(struct access_rule *rule, const char *text);
 /* Whether one of the rules matches a client's address. */
 bool access_admits(const struct access_rule *rule, size_t count, const struct sockaddr *sa);
 
-/* A TCP client among those of its host. */
+/* A client among all that are there. */
 struct guest {
-	struct guest *next;
+	struct guest *next, **back;	/* back is NULL if it is not among them */
 	uint8_t address[16];
 };
 
-/* Count it among them, until access_leave(), which may be called for any.  Any thread. */
+/* Count a client until access_leave().  Any thread. */
 void access_enter(struct guest *g, const struct sockaddr *sa);
-void access_leave(struct guest *g);
 
-/* How many there are of that host. */
+/* Whether it was counted.  It may be called for any. */
+bool access_leave(struct guest *g);
+
+/* How many there are of that host, 0 for one without an address; of all if it is NULL. */
 size_t access_guests(const struct sockaddr *sa);
 
 #endif

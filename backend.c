@@ -56,7 +56,7 @@ void export_init(struct export *e, struct backend *backend, const char *name,
 	atomic_init(&e->gate.closed, false);
 	e->gate.emptied = emptied;
 	e->gate.opened = opened;
-	e->lane.name = name;
+	backend->name = name;
 }
 
 /*
@@ -109,10 +109,9 @@ static bool has_holes(const struct request *r)
 	return hole && len >= r->h.len;
 }
 
-/* BLOCK_STATUS: "NBD_REPLY_TYPE_BLOCK_STATUS" */
-static int describe_range(struct backend *b, struct request *r)
+/* Describe the beginning of r's range in r->extent, which has room for max from then on. */
+static int get_extents(struct request *r, unsigned max)
 {
-	unsigned max = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
 	uint64_t len = r->h.len < DESCRIBED_MAX ? r->h.len : DESCRIBED_MAX;
 	int ret = 0;
 
@@ -120,7 +119,7 @@ static int describe_range(struct backend *b, struct request *r)
 		r->extent = calloc(max, sizeof(*r->extent));
 	if (!r->extent)
 		return -ENOMEM;
-	r->extents = b->ops->extents(b, r->extent, max, len, r->h.off, &ret);
+	r->extents = r->backend->ops->extents(r->backend, r->extent, max, len, r->h.off, &ret);
 	return ret;
 }
 
@@ -128,20 +127,15 @@ static int describe_range(struct backend *b, struct request *r)
  * Look for holes in a READ that goes to the disk anyway.  To find none is never an error.  A file
  * system may go through all extents of a file for that.
  */
-static void find_holes(struct backend *b, struct request *r)
+static void find_holes(struct request *r)
 {
+	struct backend *b = r->backend;
 	uint64_t begun = now_us(), took;
-	int ret = 0;
 
 	r->extents = 0;
 	if (r->h.len < SPARSE_READ_MIN || begun < atomic_load(&b->look_again))
 		return;
-	if (!r->extent)
-		r->extent = calloc(SPARSE_READ_EXTENTS, sizeof(*r->extent));
-	if (!r->extent)
-		return;
-	r->extents = b->ops->extents(b, r->extent, SPARSE_READ_EXTENTS, r->h.len, r->h.off, &ret);
-	if (!has_holes(r))
+	if (get_extents(r, SPARSE_READ_EXTENTS) != 0 || !has_holes(r))
 		r->extents = 0;
 	took = now_us() - begun;
 	if (took > SLOW_LOOK_US)
@@ -167,7 +161,7 @@ static int read_sparse(struct backend *b, struct request *r)
 
 	if (!buf)
 		return -ENOMEM;
-	find_holes(b, r);
+	find_holes(r);
 	if (r->extents == 0)
 		return b->ops->read(b, buf, r->h.len, off, WAIT);
 	for (unsigned i = 0; i < r->extents && ret == 0; i++) {
@@ -205,17 +199,20 @@ static int cache_range(struct backend *b, struct request *r)
 
 /* Changes */
 
-static struct request *request_of(struct change *c)
+/* Take back what waits for blocks from elsewhere. */
+static bool unfetch(struct request *r)
 {
-	return (struct request *)((char *)c - offsetof(struct request, change));
+	const struct backend_ops *ops = r->backend->ops;
+
+	return ops->take_back && ops->take_back(r->backend, r);
 }
 
 /* Newer changes have replaced all of it: it need not wait for its blocks any more. */
 static void emptied(struct change *c)
 {
-	struct request *r = request_of(c);
+	struct request *r = (struct request *)((char *)c - offsetof(struct request, change));
 
-	if (r->backend->ops->take_back(r->backend, r))
+	if (unfetch(r))
 		request_again(r);
 }
 
@@ -290,9 +287,16 @@ static int begin_change(struct request *r)
 	return go_on_with_change(r, TRY);
 }
 
+/* Whether a READ can be answered in pieces: its blocks are held, or have been brought once. */
+static bool is_here(struct backend *b, const struct request *r)
+{
+	return r->at.len == 0 || !b->ops->holds || b->ops->holds(b, r->h.len, r->h.off);
+}
+
 static int request_run(struct request *r, enum how how)
 {
 	struct backend *b = r->backend;
+	bool one;
 
 	assert(r->h.len <= b->size && r->h.off <= b->size - r->h.len);
 	if (atomic_load_explicit(&b->failed, memory_order_relaxed))
@@ -300,7 +304,7 @@ static int request_run(struct request *r, enum how how)
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
 		if (r->h.len > READ_PIECE)
-			return r->fetched || b->ops->holds(b, r->h.len, r->h.off) ? 0 : ABSENT;
+			return is_here(b, r) ? 0 : ABSENT;
 		return how == WAIT ? read_sparse(b, r) :
 				     b->ops->read(b, r->buf, r->h.len, r->h.off, TRY);
 	case NBD_CMD_FLUSH:
@@ -308,7 +312,9 @@ static int request_run(struct request *r, enum how how)
 	case NBD_CMD_CACHE:
 		return how == TRY ? -EAGAIN : cache_range(b, r);
 	case NBD_CMD_BLOCK_STATUS:
-		return how == TRY ? -EAGAIN : describe_range(b, r);
+		/* "NBD_REPLY_TYPE_BLOCK_STATUS" */
+		one = r->h.flags & NBD_CMD_FLAG_REQ_ONE;
+		return how == TRY ? -EAGAIN : get_extents(r, one ? 1 : EXTENTS_MAX);
 	default:
 		assert(proto_cmd_writes(r->h.cmd));
 		if (r->h.cmd == NBD_CMD_TRIM && !trim_to_blocks(r))
@@ -370,7 +376,7 @@ static void run_request_job(struct job *job);
 static void submit(struct request *r)
 {
 	r->job.run = run_request_job;
-	worker_submit(&r->job);
+	worker_submit(&r->job, r->job.lane);
 }
 
 /* Bring what it lacks; it waits outside the gate. */
@@ -412,27 +418,9 @@ void request_queue(struct request *r)
 
 bool request_take_back(struct request *r)
 {
-	if (!worker_take_back(&r->job) && !r->backend->ops->take_back(r->backend, r))
+	if (!worker_take_back(&r->job) && !unfetch(r))
 		return false;
 	order_remove(&r->change);
 	r->error = ECANCELED;
 	return true;
-}
-
-bool backend_holds_all(struct backend *b, uint64_t len, uint64_t off)
-{
-	(void)b, (void)len, (void)off;
-	return true;
-}
-
-int backend_fetches_nothing(struct backend *b, struct request *r, enum how how)
-{
-	(void)b, (void)r, (void)how;
-	return 0;
-}
-
-bool backend_keeps_nothing(struct backend *b, struct request *r)
-{
-	(void)b, (void)r;
-	return false;
 }

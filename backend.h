@@ -28,9 +28,10 @@ enum {
 };
 
 /*
- * The operations of a backend.  All entries are required.  Several threads call them at the same
- * time.  Ranges are inside the backend's size, and not empty.  Whoever changes a range has begun
- * with it in the backend's order (order.h).
+ * The operations of a backend.  All entries are required, but for holds, fetch and take_back, which
+ * are NULL where nothing is brought from elsewhere.  Several threads call them at the same time.
+ * Ranges are inside the backend's size, and not empty.  Whoever changes a range has begun with it
+ * in the backend's order (order.h).
  */
 struct backend_ops {
 	const char *name;
@@ -79,6 +80,7 @@ struct backend_ops {
 
 struct backend {
 	const struct backend_ops *ops;
+	const char *name;	/* of its export, for the log; NULL before export_init() */
 	uint64_t size;		/* bytes; does not change */
 	bool readonly;
 	struct order *order;	/* of the image that changes go to */
@@ -172,11 +174,6 @@ uint8_t *request_buffer(struct request *r);
 
 /* Whether its client is gone. */
 bool request_is_abandoned(const struct request *r);
-
-/* For backends that bring nothing from elsewhere. */
-bool backend_holds_all(struct backend *b, uint64_t len, uint64_t off);
-int backend_fetches_nothing(struct backend *b, struct request *r, enum how how);
-bool backend_keeps_nothing(struct backend *b, struct request *r);
 
 /* The most extents that one BLOCK_STATUS reply has; clients ask again for what follows. */
 enum { EXTENTS_MAX = 1024 };

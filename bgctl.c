@@ -2,7 +2,7 @@
  * bgctl.c - main() of xnbd-bgctl: ask a server over its control socket.
  *
  * One command line is one line to the server, see xnbd-bgctl(1), CONTROL SOCKET.  The answer is
- * shown as it comes.  That of a query is a list of fields, and is shown when it is complete.
+ * shown as it comes, but that of a query when it is complete.
  */
 #define _GNU_SOURCE
 #include "ctl.h"
@@ -10,7 +10,6 @@
 #include "options.h"
 #include "stats.h"
 #include "util.h"
-#include "xnbd.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -28,7 +27,6 @@ enum {
 	SILENCE_SECONDS = 10,		/* then a server will not answer any more */
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than a server says */
 	STATE_MAX = 64 << 20,		/* bytes of its lines; likewise */
-	PAIRS_MAX = ANSWER_LINE_MAX + 2,
 	PLAIN_PROGRESS_MS = 5000,	/* between lines where there is no terminal */
 	WIDTH_MAX = 512,
 	MIB = 1 << 20,
@@ -36,13 +34,14 @@ enum {
 
 /* The connection */
 
-struct server {
+static struct {
 	const char *path;
 	char aim[300];			/* "host:port: ", the subject of its errors; or "" */
 	bool known;			/* it has answered before, over another connection */
 	int fd;
-	char line[ANSWER_LINE_MAX];	/* the last one */
-};
+	size_t len, taken;		/* of the input: bytes, and those of the last line */
+	char input[ANSWER_LINE_MAX];
+} server;
 
 /* Whether the cursor is at the end of the progress bar. */
 static bool bar_is_shown;
@@ -57,343 +56,114 @@ static void leave_bar(void)
 /* One line on stderr, and exit status 1. */
 #define fail(...) (leave_bar(), log_error(__VA_ARGS__), exit(EXIT_FAILURE))
 
-static _Noreturn void fail_garbage(const struct server *s, const char *text)
+static _Noreturn void fail_garbage(const char *text, size_t len)
 {
-	fail("%s is no control socket: '%.100s' is not an answer", s->path, text);
+	fail("%s is no control socket: '%.*s' is not an answer", server.path,
+	     (int)(len < 100 ? len : 100), text);
 }
 
 /* How long to wait for the server; 0: for as long as it takes. */
-static void limit_silence(int fd, unsigned seconds)
+static void limit_silence(unsigned seconds)
 {
 	struct timeval limit = { .tv_sec = seconds };
 
-	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
-	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+	setsockopt(server.fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+	setsockopt(server.fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
 }
 
-static void connect_to(struct server *s)
+static void connect_server(void)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
 
-	if (strlen(s->path) >= sizeof(sun.sun_path))
-		fail("cannot connect to %s: the path has %zu bytes, %zu is the most", s->path,
-		     strlen(s->path), sizeof(sun.sun_path) - 1);
-	strcpy(sun.sun_path, s->path);
-	s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (s->fd >= 0)
-		limit_silence(s->fd, SILENCE_SECONDS);
-	if (s->fd >= 0 && connect(s->fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
+	if (strlen(server.path) >= sizeof(sun.sun_path))
+		fail("cannot connect to %s: the path has %zu bytes, %zu is the most", server.path,
+		     strlen(server.path), sizeof(sun.sun_path) - 1);
+	strcpy(sun.sun_path, server.path);
+	server.len = server.taken = 0;
+	server.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (server.fd >= 0)
+		limit_silence(SILENCE_SECONDS);
+	if (server.fd >= 0 && connect(server.fd, (struct sockaddr *)&sun, sizeof(sun)) == 0)
 		return;
-	if (s->known && (errno == ECONNREFUSED || errno == ENOENT))
-		fail("%s: the server has ended", s->path);
-	fail("cannot connect to %s: %s", s->path,
+	if (server.known && (errno == ECONNREFUSED || errno == ENOENT))
+		fail("%s: the server has ended", server.path);
+	fail("cannot connect to %s: %s", server.path,
 	     errno == ECONNREFUSED ? "no server listens there" :
 	     errno == EAGAIN       ? "the server does not answer" :
 				     strerror(errno));
 }
 
 /* Send a line.  That it cannot be sent has a reason which the server tells, or is its end. */
-static void send_line(const struct server *s, const char *line)
+static void send_line(const char *line)
 {
-	send(s->fd, line, strlen(line), MSG_NOSIGNAL);
+	send(server.fd, line, strlen(line), MSG_NOSIGNAL);
 }
 
 /* What may begin a line of an answer: other servers may neither end their line nor close. */
 static const char name_characters[] = "abcdefghijklmnopqrstuvwxyz0123456789-";
 
-static _Noreturn void fail_receive(const struct server *s, ssize_t n)
+/* More of a line. */
+static void receive_more(void)
 {
-	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
-		fail("%s: the server did not answer in %d s", s->path, SILENCE_SECONDS);
-	if (n < 0 && errno != ECONNRESET)
-		fail("%s: %s", s->path, strerror(errno));
-	fail("%s: the server closed the connection", s->path);
+	ssize_t n = recv(server.fd, server.input + server.len, sizeof(server.input) - server.len, 0);
+
+	if (n > 0)
+		server.len += (size_t)n;
+	else if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+		fail("%s: the server did not answer in %d s", server.path, SILENCE_SECONDS);
+	else if (n == 0 || errno == ECONNRESET)
+		fail("%s: the server closed the connection", server.path);
+	else if (errno != EINTR)
+		fail("%s: %s", server.path, strerror(errno));
+	if (server.len > 0 && !memchr(name_characters, *server.input, sizeof(name_characters) - 1))
+		fail_garbage(server.input, server.len);
 }
 
-/* The next line, which is good until the next call.  What is behind it stays in the socket. */
-static char *next_line(struct server *s)
+/* The next line, which is good until the next call. */
+static char *next_line(void)
 {
-	char *at = s->line, *end = NULL;
+	char *end;
 
-	while (!end) {
-		size_t room = (size_t)(s->line + sizeof(s->line) - 1 - at);
-		ssize_t n = recv(s->fd, at, room, MSG_PEEK);
-
-		if (room == 0)
-			fail("%s: the server sends lines that are too long", s->path);
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			fail_receive(s, n);
-		at[n] = '\0';
-		if (!memchr(name_characters, *s->line, sizeof(name_characters) - 1))
-			fail_garbage(s, s->line);
-		end = memchr(at, '\n', (size_t)n);
-		n = end ? end + 1 - at : n;
-		while (recv(s->fd, at, (size_t)n, 0) < 0 && errno == EINTR)
-			;
-		at += n;
+	server.len -= server.taken;
+	memmove(server.input, server.input + server.taken, server.len);
+	while (!(end = memchr(server.input, '\n', server.len))) {
+		if (server.len == sizeof(server.input))
+			fail("%s: the server sends lines that are too long", server.path);
+		receive_more();
 	}
+	server.taken = (size_t)(end + 1 - server.input);
 	*end = '\0';
-	mask_control_characters(s->line, (size_t)(end - s->line));
-	return s->line;
+	mask_control_characters(server.input, (size_t)(end - server.input));
+	return server.input;
 }
 
 /* The next line of an answer: its name, and *value; NULL for "ok".  "error" ends the program. */
-static const char *next_value(struct server *s, const char **value)
+static const char *next_value(const char **value)
 {
-	char *line = next_line(s), *colon = strstr(line, ": ");
-	size_t len;
+	char *line = next_line();
+	size_t len = strspn(line, name_characters);
 
 	if (strcmp(line, "ok") == 0)
 		return NULL;
-	len = strspn(line, name_characters);
-	if (!colon || colon != line + len || len == 0)
-		fail_garbage(s, line);
-	*colon = '\0';
-	*value = colon + 2;
+	if (len == 0 || strncmp(line + len, ": ", 2) != 0)
+		fail_garbage(line, strlen(line));
+	line[len] = '\0';
+	*value = line + len + 2;
 	if (strcmp(line, "error") == 0)
-		fail("%s%s", s->aim, *value);
+		fail("%s%s", server.aim, *value);
 	return line;
 }
 
 /* The number at *at, in front of that character; *at goes behind it. */
-static uint64_t take_number(const struct server *s, const char **at, char behind)
+static uint64_t take_number(const char **at, char behind)
 {
 	char *end;
 	uint64_t n = strtoull(*at, &end, 10);
 
 	if (**at < '0' || **at > '9' || *end != behind)
-		fail_garbage(s, *at);
+		fail_garbage(*at, strlen(*at));
 	*at = end + 1;
 	return n;
-}
-
-/*
- * A state: the fields that a query is answered with, each a name and a value with a NUL behind
- * them, and an empty name at the end.
- */
-
-static const char *value_of(const char *field)
-{
-	return field + strlen(field) + 1;
-}
-
-static const char *next_field(const char *field)
-{
-	return value_of(value_of(field));
-}
-
-/* Over a connection of its own.  To be freed. */
-static char *ask_state(struct server *s)
-{
-	const char *name, *value;
-	char *state;
-	size_t len;
-	FILE *f = not_null(open_memstream(&state, &len));
-
-	connect_to(s);
-	send_line(s, "query\n");
-	while ((name = next_value(s, &value)))
-		if (fprintf(f, "%s%c%s%c", name, '\0', value, '\0') < 0 || ftell(f) > STATE_MAX)
-			fail("%s: the server's answer is too long", s->path);
-	fputc('\0', f);
-	not_null(fclose(f) == 0 ? state : NULL);
-	close(s->fd);
-	s->known = true;
-	return state;
-}
-
-/* NULL if there is none. */
-static const char *find_value(const char *state, const char *name)
-{
-	for (; *state; state = next_field(state))
-		if (strcmp(state, name) == 0)
-			return value_of(state);
-	return NULL;
-}
-
-static uint64_t number_of(const char *state, const char *name)
-{
-	const char *value = find_value(state, name);
-
-	return value ? strtoull(value, NULL, 10) : 0;
-}
-
-/* Fields that there may be several of: an array in JSON.  Each value is a key, and pairs. */
-struct kind {
-	const char *name;
-	const char *key;
-	const char *first;		/* The pairs begin with the last one of this name. */
-	const char *with;		/* The array is there, maybe empty, with this field. */
-};
-static const struct kind clients = { "client", "address", " reads ", "clients" };
-static const struct kind named_exports = { "export", "name", " size ", "export" };
-
-/*
- * Take such a value apart: the length of the key, which may have blanks, and the pairs in the form
- * of a state, in room of PAIRS_MAX bytes.
- */
-static size_t split_value(const struct kind *k, const char *value, char *pairs)
-{
-	const char *first = NULL;
-	size_t len;
-
-	for (const char *at = value; (at = strstr(at, k->first)); at++)
-		first = at;
-	strcpy(pairs, first ? first + 1 : "");
-	len = strlen(pairs);
-	pairs[len + 1] = pairs[len + 2] = '\0';		/* the last name may have no value */
-	for (char *blank = pairs; (blank = strchr(blank, ' ')); blank++)
-		*blank = '\0';
-	return first ? (size_t)(first - value) : strlen(value);
-}
-
-/* The next of delays such as "7:17 15:3": n requests took up to us.  False if there is none. */
-static bool next_delay(const char **at, uint64_t *us, uint64_t *n)
-{
-	char *end;
-
-	*us = strtoull(*at, &end, 10);
-	if (*end != ':')
-		return false;
-	*n = strtoull(end + 1, &end, 10);
-	*at = end;
-	return true;
-}
-
-/* --query */
-
-/* Values that are text whatever they look like. */
-static bool is_always_text(const char *name)
-{
-	static const char *const texts[] = { "image", "bitmap", "origin-export", "origin-reason",
-					     "copy-error", "snapshot-last", "snapshot-error",
-					     "address", "name" };
-
-	for (size_t i = 0; i < ARRAY_SIZE(texts); i++)
-		if (strcmp(name, texts[i]) == 0)
-			return true;
-	return false;
-}
-
-/* 0, 17 or 99.5, but not 017, which JSON does not have. */
-static bool is_number(const char *s)
-{
-	static const char digits[] = "0123456789";
-	size_t len = strspn(s, digits), more;
-
-	if (len == 0 || (len > 1 && s[0] == '0'))
-		return false;
-	if (s[len] != '.')
-		return s[len] == '\0';
-	more = strspn(s + len + 1, digits);
-	return more > 0 && s[len + 1 + more] == '\0';
-}
-
-/* Paths are bytes, JSON is characters. */
-static void print_json_string(const char *s, size_t len)
-{
-	size_t n;
-
-	putchar('"');
-	for (const char *end = s + len; s < end; s += n ? n : 1) {
-		n = utf8_length((const uint8_t *)s, (size_t)(end - s));
-		if (*s == '"' || *s == '\\')
-			putchar('\\');
-		if (n)
-			fwrite(s, 1, n, stdout);
-		else
-			fputs("\\ufffd", stdout);
-	}
-	putchar('"');
-}
-
-/* Pairs of numbers. */
-static void print_json_delays(const char *value)
-{
-	const char *before = "";
-	uint64_t us, n;
-
-	putchar('[');
-	while (next_delay(&value, &us, &n)) {
-		printf("%s[%" PRIu64 ", %" PRIu64 "]", before, us, n);
-		before = ", ";
-	}
-	putchar(']');
-}
-
-static void print_json_field(const char *before, const char *name, const char *value)
-{
-	bool text = is_always_text(name);
-
-	fputs(before, stdout);
-	print_json_string(name, strlen(name));
-	fputs(": ", stdout);
-	if (strcmp(name, "delays-us") == 0)
-		print_json_delays(value);
-	else if (!text && is_number(value))
-		fputs(value, stdout);
-	else if (!text && (strcmp(value, "yes") == 0 || strcmp(value, "no") == 0))
-		fputs(*value == 'y' ? "true" : "false", stdout);
-	else
-		print_json_string(value, strlen(value));
-}
-
-/* Returns what to print before the next field. */
-static const char *print_json_array(const char *start, const char *state, const struct kind *k)
-{
-	const char *before = "";
-	char pairs[PAIRS_MAX];
-
-	if (!find_value(state, k->name) && !find_value(state, k->with))
-		return start;
-	printf("%s\"%s\": [", start, k->name);
-	for (; *state; state = next_field(state)) {
-		if (strcmp(state, k->name) != 0)
-			continue;
-		printf("%s\n    { \"%s\": ", before, k->key);
-		print_json_string(value_of(state), split_value(k, value_of(state), pairs));
-		for (const char *p = pairs; *p; p = next_field(p))
-			print_json_field(", ", p, value_of(p));
-		fputs(" }", stdout);
-		before = ",";
-	}
-	fputs(*before ? "\n  ]" : "]", stdout);
-	return ",\n  ";
-}
-
-static bool is_array(const char *field)
-{
-	return strcmp(field, clients.name) == 0 || strcmp(field, named_exports.name) == 0;
-}
-
-static void print_json(const char *state)
-{
-	const char *before = "\n  ";
-
-	putchar('{');
-	for (const char *f = state; *f; f = next_field(f)) {
-		if (is_array(f))
-			continue;
-		print_json_field(before, f, value_of(f));
-		before = ",\n  ";
-	}
-	before = print_json_array(before, state, &clients);
-	before = print_json_array(before, state, &named_exports);
-	puts(*before == ',' ? "\n}" : "}");
-}
-
-static void show_query(struct server *s, bool json)
-{
-	char *state = ask_state(s);
-
-	if (json)
-		print_json(state);
-	for (const char *f = state; !json && *f; f = next_field(f))
-		printf("%s: %s\n", f, value_of(f));
-	flush_output();
-	free(state);
 }
 
 /* In characters, within reason. */
@@ -407,9 +177,39 @@ static struct winsize terminal_size(int fd)
 	return w;
 }
 
-/* --cache-all */
+/* --query */
 
-enum { DESCRIPTION_MAX = 512 };
+/* The whole state, in lines behind a line feed, over a connection of its own.  To be freed. */
+static char *ask_state(bool json)
+{
+	const char *name, *value;
+	char *state;
+	size_t len;
+	FILE *f = not_null(open_memstream(&state, &len));
+
+	connect_server();
+	send_line(json ? "query json\n" : "query\n");
+	fputc('\n', f);
+	while ((name = next_value(&value)))
+		if (fprintf(f, "%s%s%s\n", json ? "" : name, json ? "" : ": ", value) < 0 ||
+		    ftell(f) > STATE_MAX)
+			fail("%s: the server's answer is too long", server.path);
+	not_null(fclose(f) == 0 ? state : NULL);
+	close(server.fd);
+	server.known = true;
+	return state;
+}
+
+static void show_query(bool json)
+{
+	char *state = ask_state(json);
+
+	fputs(state + 1, stdout);
+	flush_output();
+	free(state);
+}
+
+/* --cache-all */
 
 struct progress {
 	uint64_t cached, blocks, rate;	/* as the server tells them; rate in bytes per second */
@@ -420,26 +220,24 @@ struct progress {
 /* Rounded down: only all is 1000. */
 static unsigned permille(const struct progress *p)
 {
-	unsigned share = p->cached < p->blocks ? (unsigned)(1000.0 * p->cached / p->blocks) : 1000;
-
-	return share == 1000 && p->cached < p->blocks ? 999 : share;
+	return p->cached < p->blocks ? (unsigned)(p->cached * 1000 / p->blocks) : 1000;
 }
 
 /* Such as "42.7%  103.4 MiB/s  0:01:23 left". */
 static void describe_progress(const struct progress *p, char *text, size_t size)
 {
-	uint64_t left = p->blocks > p->cached ? p->blocks - p->cached : 0;
-	uint64_t seconds = p->rate ? left / (p->rate / BLOCK_SIZE + 1) : 0;
-	size_t n = (size_t)snprintf(text, size, "%u.%u%%  ", permille(p) / 10, permille(p) % 10);
+	uint64_t left = p->cached < p->blocks ? p->blocks - p->cached : 0;
+	uint64_t seconds = left / (p->rate / BLOCK_SIZE + 1);
+	char time[32] = "-:--:--";
 
+	if (p->rate || !left)
+		snprintf(time, sizeof(time), "%" PRIu64 ":%02u:%02u", seconds / 3600,
+			 (unsigned)(seconds / 60 % 60), (unsigned)(seconds % 60));
 	if (*p->reason)
-		snprintf(text + n, size - n, "the origin is down: %s", p->reason);
-	else if (left && !p->rate)
-		snprintf(text + n, size - n, "0.0 MiB/s  -:--:-- left");
+		snprintf(text, size, "%.1f%%  the origin is down: %s", permille(p) / 10.0, p->reason);
 	else
-		snprintf(text + n, size - n, "%.1f MiB/s  %" PRIu64 ":%02u:%02u left",
-			 (double)p->rate / MIB, seconds / 3600, (unsigned)(seconds / 60 % 60),
-			 (unsigned)(seconds % 60));
+		snprintf(text, size, "%.1f%%  %.1f MiB/s  %s left", permille(p) / 10.0,
+			 (double)p->rate / MIB, time);
 }
 
 /* All columns but the last, which some terminals leave at once; without room for a bar, text. */
@@ -461,7 +259,7 @@ static void draw_bar(const struct progress *p, const char *text)
 static void show_progress(struct progress *p)
 {
 	bool complete = p->cached >= p->blocks;
-	char text[DESCRIPTION_MAX];
+	char text[512];
 
 	describe_progress(p, text, sizeof(text));
 	if (isatty(STDERR_FILENO)) {
@@ -472,44 +270,44 @@ static void show_progress(struct progress *p)
 	}
 }
 
-static void take_progress(const struct server *s, const char *value, bool show,
-			  struct progress *p)
+static void take_progress(struct progress *p, const char *value)
 {
-	p->cached = take_number(s, &value, ' ');
-	p->blocks = take_number(s, &value, ' ');
-	p->rate = take_number(s, &value, '\0');
-	if (show)
-		show_progress(p);
-	*p->reason = '\0';
+	p->cached = take_number(&value, ' ');
+	p->blocks = take_number(&value, ' ');
+	p->rate = take_number(&value, '\0');
 }
 
-static void show_failure(const struct server *s, const char *value)
+static void show_failure(const char *value)
 {
-	uint64_t off = take_number(s, &value, ' '), len = take_number(s, &value, '\0');
+	uint64_t off = take_number(&value, ' '), len = take_number(&value, '\0');
 
 	leave_bar();
 	log_error("the origin cannot deliver %" PRIu64 " bytes at offset %" PRIu64, len, off);
 }
 
 /* Until the command has been carried out. */
-static void follow(struct server *s, bool show)
+static void follow(bool show)
 {
 	struct progress progress = { 0 };
 	const char *name, *value;
 
-	while ((name = next_value(s, &value))) {
-		if (strcmp(name, "progress") == 0)
-			take_progress(s, value, show, &progress);
-		else if (strcmp(name, "origin-reason") == 0)
+	while ((name = next_value(&value))) {
+		if (strcmp(name, "progress") == 0) {
+			take_progress(&progress, value);
+			if (show)
+				show_progress(&progress);
+			*progress.reason = '\0';
+		} else if (strcmp(name, "origin-reason") == 0) {
 			snprintf(progress.reason, sizeof(progress.reason), "%s", value);
-		else if (strcmp(name, "failed") == 0)
-			show_failure(s, value);
-		else if (strcmp(name, "failed-more") == 0)
+		} else if (strcmp(name, "failed") == 0) {
+			show_failure(value);
+		} else if (strcmp(name, "failed-more") == 0) {
 			log_error("and more, in %s further places", value);
-		else if (strcmp(name, "zeroed") == 0)
+		} else if (strcmp(name, "zeroed") == 0) {
 			log_line("%s blocks were missing, and read as zeros now", value);
-		else if (strcmp(name, "snapshot") == 0)
+		} else if (strcmp(name, "snapshot") == 0) {
 			puts(value);
+		}
 	}
 	leave_bar();
 	flush_output();
@@ -520,6 +318,13 @@ static void follow(struct server *s, bool show)
  * of each busy client, and the state.  Elsewhere a line shows the rates of all clients.
  */
 
+/* Two looks at the numbers of all clients, or of one. */
+struct looks {
+	const char *now, *before;
+	char mark;			/* in front of each name: a line feed, or a blank */
+	double seconds;			/* between the two */
+};
+
 static unsigned rows;		/* that are left on the screen */
 
 static void end_row(void)
@@ -528,104 +333,122 @@ static void end_row(void)
 	fputs(isatty(STDOUT_FILENO) ? "\033[K\n" : "\n", stdout);
 }
 
-/* What a number has grown by; one that is smaller than before belongs to another server. */
-static double since(const char *now, const char *before, const char *name)
+/* What follows a mark; "" if it is not there. */
+static const char *behind(const char *text, const char *mark)
 {
-	uint64_t n = number_of(now, name), old = number_of(before, name);
+	const char *at = strstr(text, mark);
+
+	return at ? at + strlen(mark) : "";
+}
+
+/* The length of a value, at the end of which its line ends. */
+static int length_of(const char *value)
+{
+	return (int)strcspn(value, "\n");
+}
+
+/* A number of all clients is "reads: 1", one of a client "reads 1". */
+static uint64_t number_of(const char *text, char mark, const char *name)
+{
+	char marked[32];
+	const char *value;
+
+	snprintf(marked, sizeof(marked), "%c%s", mark, name);
+	value = behind(text, marked);
+	return strtoull(*value == ':' ? value + 1 : value, NULL, 10);
+}
+
+/* What a number has grown by; one that is smaller than before belongs to another server. */
+static double since(const struct looks *l, const char *name)
+{
+	uint64_t n = number_of(l->now, l->mark, name), old = number_of(l->before, l->mark, name);
 
 	return (double)(n >= old ? n - old : n);
 }
 
-static double requests_since(const char *now, const char *before)
+static double requests_since(const struct looks *l)
 {
-	return since(now, before, "reads") + since(now, before, "writes") +
-	       since(now, before, "flushes") + since(now, before, "others");
+	return since(l, "reads") + since(l, "writes") + since(l, "flushes") + since(l, "others");
 }
 
-static void print_rates(const char *now, const char *before, double seconds)
+static void print_rates(const struct looks *l)
 {
 	printf("%.0f requests/s, %.1f MiB/s read, %.1f MiB/s written, ",
-	       requests_since(now, before) / seconds,
-	       since(now, before, "read-bytes") / MIB / seconds,
-	       since(now, before, "written-bytes") / MIB / seconds);
+	       requests_since(l) / l->seconds, since(l, "read-bytes") / MIB / l->seconds,
+	       since(l, "written-bytes") / MIB / l->seconds);
 }
 
-/* Add the delays of a state so many times: UINT64_MAX, which is -1, takes them away. */
+/* Add delays such as "7:17 15:3" so many times: UINT64_MAX, which is -1, takes them away. */
 static void add_delays(const char *state, uint64_t times, struct tally *sum)
 {
-	const char *delays = find_value(state, "delays-us");
-	uint64_t us, n;
+	const char *at = behind(state, "\ndelays-us: ");
+	char *end;
 
-	while (delays && next_delay(&delays, &us, &n))
-		sum->delay[delay_index(us)] += times * n;
+	for (uint64_t us; us = strtoull(at, &end, 10), *end == ':'; at = end)
+		sum->delay[delay_index(us)] += times * strtoull(end + 1, &end, 10);
 }
 
-static void show_total(const char *now, const char *before, double seconds)
+static void show_total(const struct looks *l)
 {
-	const char *cached = find_value(now, "cached-percent");
-	const char *link = find_value(now, "origin-link"), *reason = find_value(now, "origin-reason");
+	const char *cached = behind(l->now, "\ncached-percent: ");
+	const char *link = behind(l->now, "\norigin-link: ");
+	const char *reason = behind(l->now, "\norigin-reason: ");
 	struct tally since_before = { .longest = UINT64_MAX };
 
-	add_delays(now, 1, &since_before);
-	add_delays(before, UINT64_MAX, &since_before);
-	if (reason)
-		printf("origin down: %s; ", reason);
-	print_rates(now, before, seconds);
+	add_delays(l->now, 1, &since_before);
+	add_delays(l->before, UINT64_MAX, &since_before);
+	if (*reason)
+		printf("origin down: %.*s; ", length_of(reason), reason);
+	print_rates(l);
 	printf("p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64 " errors",
-	       tally_percentile(&since_before, 99), number_of(now, "clients"), number_of(now, "errors"));
-	if (cached && link)
-		printf(", %s %% cached, origin %s", cached, link);
+	       tally_percentile(&since_before, 99), number_of(l->now, '\n', "clients"),
+	       number_of(l->now, '\n', "errors"));
+	if (*cached)
+		printf(", %.*s %% cached, origin %.*s", length_of(cached), cached,
+		       length_of(link), link);
 	end_row();
 }
 
-/* The field of a client from f on, whose address has len bytes; the end if it is not there. */
-static const char *find_client(const char *f, const char *address, size_t len)
-{
-	while (*f && (strcmp(f, "client") != 0 || strncmp(value_of(f), address, len + 1) != 0))
-		f = next_field(f);
-	return f;
-}
-
 /* Those that did something.  Most are in the order in which they were before. */
-static void show_clients(const char *now, const char *before, double seconds)
+static void show_clients(const struct looks *all)
 {
-	const char *next = before, *old;
-	char pairs[PAIRS_MAX], old_pairs[PAIRS_MAX];
+	struct looks one = { .now = all->now, .mark = ' ', .seconds = all->seconds };
+	const char *next = all->before, *numbers;
+	char line[ADDRESS_MAX + 32];
 
-	for (; *now && rows > 0; now = next_field(now)) {
-		const char *address = value_of(now);
-		size_t len;
-
-		if (strcmp(now, "client") != 0)
+	while (rows > 0 && *(one.now = behind(one.now, "\nclient: "))) {
+		numbers = strstr(one.now, " reads ");
+		if (!numbers)
+			return;
+		snprintf(line, sizeof(line), "\nclient: %.*s ", (int)(numbers - one.now), one.now);
+		one.before = strstr(next, line);
+		if (!one.before)
+			one.before = strstr(all->before, line);
+		if (!one.before)
+			one.before = "";
+		next = one.before;
+		if (!requests_since(&one) && !number_of(one.now, ' ', "in-flight"))
 			continue;
-		len = split_value(&clients, address, pairs);
-		old = find_client(next, address, len);
-		if (!*old)
-			old = find_client(before, address, len);
-		if (*old)
-			next = old;
-		split_value(&clients, *old ? value_of(old) : "", old_pairs);
-		if (!requests_since(pairs, old_pairs) && !number_of(pairs, "in-flight"))
-			continue;
-		print_rates(pairs, old_pairs, seconds);
-		printf("%.*s", (int)len, address);
+		print_rates(&one);
+		printf("%.*s", (int)(numbers - one.now), one.now);
 		end_row();
 	}
 }
 
 /* A screen is drawn over the one before; the terminal cuts what is too long. */
-static void show_look(const char *now, const char *before, double seconds)
+static void show_looks(const struct looks *l)
 {
 	bool terminal = isatty(STDOUT_FILENO);
+	const char *line = l->now + 1;
 
 	rows = terminal ? terminal_size(STDOUT_FILENO).ws_row - 1 : 1;
 	fputs(terminal ? "\033[H\033[?7l" : "", stdout);
-	show_total(now, before, seconds);
-	show_clients(now, before, seconds);
-	for (; *now && rows > 0; now = next_field(now)) {
-		if (strcmp(now, "client") == 0)
-			continue;
-		printf("%s: %s", now, value_of(now));
+	show_total(l);
+	show_clients(l);
+	for (; *line && rows > 0; line += length_of(line) + 1) {
+		if (strncmp(line, "client: ", strlen("client: ")) == 0)
+			break;
+		printf("%.*s", length_of(line), line);
 		end_row();
 	}
 	fputs(terminal ? "\033[J\033[?7h" : "", stdout);
@@ -638,20 +461,20 @@ static void end_watch(int sig)
 	_exit(EXIT_SUCCESS);
 }
 
-static _Noreturn void watch(struct server *s, unsigned long seconds)
+static _Noreturn void watch(unsigned long seconds)
 {
 	char *now, *before;
 	uint64_t last, ms;
 
 	signal(SIGINT, end_watch);	/* Ctrl-C */
-	before = ask_state(s);
+	before = ask_state(false);
 	last = now_ms();
 	for (unsigned wait = 1;; wait = (unsigned)seconds) {
 		sleep(wait);
-		now = ask_state(s);
+		now = ask_state(false);
 		ms = now_ms() - last;
 		last += ms;
-		show_look(now, before, (double)ms / 1000);
+		show_looks(&(struct looks){ now, before, '\n', (double)ms / 1000 });
 		free(before);
 		before = now;
 	}
@@ -666,13 +489,13 @@ static char *command_line(const struct bgctl_options *o)
 	size_t len;
 	FILE *f = not_null(open_memstream(&line, &len));
 
-	fputs(o->name, f);
+	fputs(o->command, f);
 	if (o->blocks)
 		fprintf(f, " %lu", o->blocks);
 	if (o->force)
 		fputs(" force", f);
 	if (o->host)
-		fprintf(f, " %s %s", o->host, o->port);
+		fprintf(f, " %s %s", o->host, o->port ? o->port : "-");
 	if (o->export_name)
 		fprintf(f, " %s", o->export_name);
 	fputc('\n', f);
@@ -684,44 +507,37 @@ static char *command_line(const struct bgctl_options *o)
 }
 
 /* A command may take its time, but a server that will not carry it out is not waited for. */
-static void greet(struct server *s)
-{
-	const char *value;
-
-	connect_to(s);
-	send_line(s, "help\n");
-	while (next_value(s, &value))
-		;
-	limit_silence(s->fd, 0);
-}
-
-static void run_command(const struct bgctl_options *o, struct server *s)
+static void run_command(const struct bgctl_options *o)
 {
 	char *line = command_line(o);
+	const char *value;
 
-	greet(s);
-	if (o->command == COMMAND_RECONNECT)
-		snprintf(s->aim, sizeof(s->aim), strcmp(o->port, "-") ? "%s:%s: " : "%s: ",
-			 o->host, o->port);
-	send_line(s, line);
+	connect_server();
+	send_line("help\n");
+	while (next_value(&value))
+		;
+	limit_silence(0);
+	if (o->host)
+		snprintf(server.aim, sizeof(server.aim), o->port ? "%s:%s: " : "%s: ", o->host,
+			 o->port);
+	send_line(line);
 	free(line);
-	follow(s, o->progress);
+	follow(o->progress);
 }
 
 int main(int argc, char **argv)
 {
 	static struct bgctl_options o;	/* what it refers to lasts as long as the program */
-	static struct server server;
 
 	log_name("xnbd-bgctl");
 	occupy_standard_descriptors();
 	options_parse_bgctl(&o, argc, argv);
 	server.path = o.socket;
-	if (o.command == COMMAND_QUERY)
-		show_query(&server, o.json);
-	else if (o.command == COMMAND_WATCH)
-		watch(&server, o.seconds);
+	if (strcmp(o.command, "query") == 0)
+		show_query(o.json);
+	else if (strcmp(o.command, "watch") == 0)
+		watch(o.seconds);
 	else
-		run_command(&o, &server);
+		run_command(&o);
 	return EXIT_SUCCESS;
 }

@@ -24,7 +24,7 @@
  *	a commit:
  *	  data fdatasync, map pwrite    bit 1 by the live map       bit 0; the flush was not answered
  *	  map pwrite, map fdatasync     the same                    bit 0 or 1 for each page: data is stable
- *	bitmap_complete() (a switch):
+ *	a switch that is forced:
  *	  zeros, data fdatasync         bits 0 where zeros are      the same: the origin's bytes
  *	  data fdatasync, header        the same                    the same
  *	  header pwrite, fdatasync      all are held                none or all: it is one sector
@@ -52,7 +52,6 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <sys/sysmacros.h>
@@ -69,7 +68,6 @@ enum {
 	COMMIT_PAGES = 64,		/* at most, for one sync of the data */
 	VERSION = 2,
 	BOOT_ID_SIZE = 16,
-	LOCK_NS = 1000 * 1000,		/* that a loop waits at most */
 	CHECKED_SIZE = 80,		/* of the header */
 	CHECKED_SIZE_1 = 64,		/* of version 1 */
 };
@@ -230,28 +228,17 @@ static int record(struct bitmap *b, uint64_t blk, uint64_t end)
 	return write_map(b, buf, bytes, HEADER_SIZE + b->map_bytes + first);
 }
 
-/* Whoever has the lock is in a pwrite(), mostly for less than a microsecond. */
-static bool take_lock(struct bitmap *b, bool wait)
-{
-	struct timespec until;
-
-	if (wait)
-		return pthread_mutex_lock(&b->lock) == 0;
-	clock_gettime(CLOCK_REALTIME, &until);
-	until.tv_nsec += LOCK_NS;
-	until.tv_sec += until.tv_nsec / 1000000000;
-	until.tv_nsec %= 1000000000;
-	return pthread_mutex_timedlock(&b->lock, &until) == 0;
-}
-
 /* The page is marked after its bits: a commit that misses a bit finds the mark next time. */
 static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, bool wait)
 {
 	int err = 0;
 	bool set;
 
-	if (!take_lock(b, wait))
-		return -EAGAIN;
+	if (pthread_mutex_trylock(&b->lock) != 0) {
+		if (!wait)
+			return -EAGAIN;
+		pthread_mutex_lock(&b->lock);
+	}
 	if (bitmap_run(b, blk, end - blk, &set) < end - blk || !set) {
 		err = record(b, blk, end);
 		if (!err) {
@@ -318,22 +305,18 @@ static const uint8_t unknown_boot[BOOT_ID_SIZE];
 /* The machine's boot id in its 16 bytes; zeros if there is none, which equals no other. */
 static void read_boot_id(uint8_t *id)
 {
-	static const char hex[] = "0123456789abcdef";
-	char text[64] = "";
+	char text[64] = "", *p = text;
 	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
-	unsigned digits = 0;
 
-	memset(id, 0, BOOT_ID_SIZE);
-	if (fd < 0)
-		return;
-	if (read(fd, text, sizeof(text) - 1) < 0)
+	if (fd < 0 || read(fd, text, sizeof(text) - 1) < 0)
 		text[0] = '\0';
-	close(fd);
-	for (const char *p = text, *digit; *p && digits < 2 * BOOT_ID_SIZE; p++)
-		if ((digit = strchr(hex, *p))) {
-			id[digits / 2] = (uint8_t)(id[digits / 2] << 4 | (digit - hex));
-			digits++;
-		}
+	if (fd >= 0)
+		close(fd);
+	for (int i = 0; i < BOOT_ID_SIZE; i++, p += 2) {
+		p += *p == '-';
+		if (sscanf(p, "%2hhx", &id[i]) != 1)
+			id[i] = 0;
+	}
 }
 
 #if defined(__linux__) && !defined(XNBD_PORTABLE)
@@ -345,53 +328,40 @@ static uint64_t inode_of(const char *path)
 }
 
 /* A btrfs has a folder below /sys/fs whose name is its UUID. */
-static uint64_t btrfs_instance(const char *path)
+static uint64_t btrfs_instance(int fd)
 {
 	enum { FSID = 16, FSID_SIZE = 16 };		/* struct btrfs_ioctl_fs_info_args */
 	uint8_t info[1024] = { 0 };
-	char name[64];
-	int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC), n;
-	bool ok = fd >= 0 && ioctl(fd, _IOC(_IOC_READ, 0x94, 31, sizeof(info)), info) == 0;
+	char name[64] = "/sys/fs/btrfs/";
+	size_t n = strlen(name);
 
-	if (fd >= 0)
-		close(fd);
-	n = snprintf(name, sizeof(name), "/sys/fs/btrfs/");
+	if (ioctl(fd, _IOC(_IOC_READ, 0x94, 31, sizeof(info)), info) < 0)
+		return 0;
 	for (int i = 0; i < FSID_SIZE; i++)
-		n += snprintf(name + n, sizeof(name) - (size_t)n, "%s%02x",
-			      i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", info[FSID + i]);
-	return ok ? inode_of(name) : 0;
+		n += (size_t)snprintf(name + n, sizeof(name) - n, "%s%02x",
+				      i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "",
+				      info[FSID + i]);
+	return inode_of(name);
 }
 
-/* The number of the folder that the kernel makes below /sys/fs for a mounted block device. */
-static uint64_t mounted_instance(const char *path, const struct stat *st)
+/* The number of the folder that the kernel makes below /sys/fs for a mounted file system. */
+static uint64_t mounted_instance(int fd, dev_t dev)
 {
 	static const char *const type[] = { "ext4", "xfs", "f2fs" };
 	char link[64], device[256], name[512];
 	uint64_t instance = 0;
 	ssize_t n;
 
-	snprintf(link, sizeof(link), "/sys/dev/block/%u:%u", major(st->st_dev), minor(st->st_dev));
+	snprintf(link, sizeof(link), "/sys/dev/block/%u:%u", major(dev), minor(dev));
 	n = readlink(link, device, sizeof(device) - 1);
 	if (n < 0)
-		return btrfs_instance(path);
+		return btrfs_instance(fd);
 	device[n] = '\0';
 	for (size_t i = 0; i < ARRAY_SIZE(type) && !instance; i++) {
 		snprintf(name, sizeof(name), "/sys/fs/%s/%s", type[i], base_name(device));
 		instance = inode_of(name);
 	}
 	return instance;
-}
-
-static uint64_t device_instance(const char *path)
-{
-	int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-	uint64_t number = 0;
-
-	if (fd < 0)
-		return 0;
-	ioctl(fd, _IOR(0x12, 128, uint64_t), &number);	/* BLKGETDISKSEQ; or it stays 0 */
-	close(fd);
-	return number;
 }
 
 /*
@@ -402,14 +372,20 @@ static uint64_t device_instance(const char *path)
 static uint64_t instance_of(const char *path)
 {
 	char *dir = directory_of(path);
+	int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
 	uint64_t instance = 0;
-	struct stat st;
+	struct stat st = { 0 };
 
-	if (stat(path, &st) == 0)
-		instance = S_ISBLK(st.st_mode) ? device_instance(path) : mounted_instance(path, &st);
-	else if (dir && stat(dir, &st) == 0)
-		instance = mounted_instance(dir, &st);
+	if (fd < 0 && dir)
+		fd = open(dir, O_RDONLY | O_CLOEXEC);
 	free(dir);
+	if (fd < 0)
+		return 0;
+	if (fstat(fd, &st) == 0 && S_ISBLK(st.st_mode))
+		ioctl(fd, _IOR(0x12, 128, uint64_t), &instance);	/* BLKGETDISKSEQ */
+	else
+		instance = mounted_instance(fd, st.st_dev);
+	close(fd);
 	return instance;
 }
 #else

@@ -53,8 +53,8 @@ uint64_t bitmap_run(const struct bitmap *b, uint64_t blk, uint64_t max, bool *se
 
 /*
  * Set n bits, whose blocks' data has been stored.  In a file they are recorded first, so that they
- * outlive the process.  0, or -errno and then some may not be set; -EAGAIN, without wait, while the
- * file's disk holds up another thread.
+ * outlive the process.  0, or -errno and then some may not be set; -EAGAIN, without wait, while
+ * another thread is recording some.
  */
 int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait);
 

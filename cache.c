@@ -27,7 +27,6 @@
 
 enum {
 	BUFFERS_KEPT = 8 * 1024 * 1024,	/* what is fetched ahead of a reader */
-	PREFETCH_MAX = 4 * 1024 * 1024,	/* bytes of a CACHE that are asked for at once */
 };
 
 struct cache {
@@ -43,7 +42,8 @@ struct cache {
 	bool switching, switched;	/* the main thread's */
 	struct job switch_job;
 	struct request commit;		/* the flush that makes all durable */
-	struct cache_news news;		/* of the switch: a worker's, until it is done */
+	const char *step;		/* the one that is under way, or has failed */
+	uint64_t zeroed;		/* blocks that were missing */
 	atomic_bool switch_done;
 	atomic_bool stopping;		/* zero no more */
 };
@@ -55,45 +55,24 @@ static struct cache *to_cache(struct backend *b)
 
 /* Fetching */
 
-/* The part from what is not held on, so that the origin is not asked for all of it at once. */
-static struct span part_to_fetch(struct cache *c, struct request *r)
-{
-	struct span part;
-	bool held = true;
-
-	while (r->at.len > 0 && held) {
-		uint64_t n = layer_run(&c->layer, r->at.len, r->at.off, &held);
-
-		if (held)
-			r->at = (struct span){ r->at.off + n, r->at.len - n };
-	}
-	part = r->at;
-	if (part.len > PREFETCH_MAX)
-		part.len = PREFETCH_MAX;
-	r->at = (struct span){ part.off + part.len, r->at.len - part.len };
-	/* A READ is answered when all of it has been asked for, also if it cannot be stored. */
-	r->fetched = r->at.len == 0 && r->h.cmd == NBD_CMD_READ;
-	return part;
-}
-
 /* The origin tells of what begins and ends where its smallest blocks do; else all is data. */
 static int fetch_status(struct cache *c, struct request *r, enum how how)
 {
 	uint64_t unit = origin_limits(c->origin)->min_block;
-	struct span s = r->at;
+	struct span *s = &r->at;
 	bool held;
 
-	if (s.len > PROTO_STATUS_MAX / 2)
-		s.len = PROTO_STATUS_MAX / 2;
-	s.len = layer_run(&c->layer, s.len, s.off, &held);
+	if (s->len > PROTO_STATUS_MAX / 2)
+		s->len = PROTO_STATUS_MAX / 2;
+	s->len = layer_run(&c->layer, s->len, s->off, &held);
 	if (held)
 		return 0;
-	if (origin_tells_extents(c->origin) && s.off % unit == 0 &&
-	    (s.len % unit == 0 || s.off + s.len == c->layer.size)) {
+	if (origin_tells_extents(c->origin) && s->off % unit == 0 &&
+	    (s->len % unit == 0 || s->off + s->len == c->layer.size)) {
 		r->extents = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
-		return fetch_wait(&c->fetcher, r, &s, how);
+		return fetch_wait(&c->fetcher, r, how);
 	}
-	r->extent[0] = (struct extent){ s.len, 0 };
+	r->extent[0] = (struct extent){ s->len, 0 };
 	r->extents = 1;
 	request_done(r, 0);
 	return PENDING;
@@ -114,18 +93,30 @@ static struct span lacking_edge(const struct cache *c, uint64_t len, uint64_t of
 	return (struct span){ off, 0 };
 }
 
+/* Both edges are asked for at once; the change waits for one after the other. */
+static int fetch_edges(struct cache *c, struct request *r, enum how how)
+{
+	struct span first = lacking_edge(c, r->at.len, r->at.off), last;
+	uint64_t next = (first.off / BLOCK_SIZE + 1) * BLOCK_SIZE, end = r->at.off + r->at.len;
+
+	if (first.len == 0)
+		return 0;
+	if (next < end) {
+		last = lacking_edge(c, end - next, next);
+		fetch_begin(&c->fetcher, last.len, last.off);
+	}
+	r->at = first;
+	return fetch_wait(&c->fetcher, r, how);
+}
+
 static int cache_fetch(struct backend *b, struct request *r, enum how how)
 {
 	struct cache *c = to_cache(b);
-	struct span s = { r->h.off, r->h.len };
 
-	if (r->h.cmd == NBD_CMD_BLOCK_STATUS)
-		return fetch_status(c, r, how);
-	if (r->h.cmd == NBD_CMD_CACHE || (r->h.cmd == NBD_CMD_READ && r->h.len > READ_PIECE))
-		s = part_to_fetch(c, r);
-	else if (r->h.cmd != NBD_CMD_READ)
-		s = lacking_edge(c, r->at.len, r->at.off);
-	return s.len > 0 ? fetch_wait(&c->fetcher, r, &s, how) : 0;
+	if (proto_cmd_writes(r->h.cmd))
+		return fetch_edges(c, r, how);
+	return r->h.cmd == NBD_CMD_BLOCK_STATUS ? fetch_status(c, r, how) :
+						  fetch_wait(&c->fetcher, r, how);
 }
 
 static bool cache_take_back(struct backend *b, struct request *r)
@@ -335,22 +326,15 @@ void cache_status(struct backend *b, struct cache_status *status)
 
 /* The switch */
 
-/* It is done, or that step has failed.  A worker. */
-static void switch_ended(struct cache *c, const char *step, int error)
-{
-	if (error)
-		snprintf(c->news.error, sizeof(c->news.error), "cannot %s: %s", step,
-			 strerror(error));
-	atomic_store(&c->switch_done, true);
-	wake_main();
-}
-
-static void completed(struct request *r)
+/* It is done, or a step has failed.  A worker. */
+static void switch_ended(struct request *r)
 {
 	struct cache *c = to_cache(r->backend);
-	int error = r->error ? r->error : layer_missing(&c->layer) > 0 ? EAGAIN : 0;
 
-	switch_ended(c, "make the image durable", error);
+	if (!r->error && layer_missing(&c->layer) > 0)
+		r->error = EAGAIN;
+	atomic_store(&c->switch_done, true);
+	wake_main();
 }
 
 /* A worker. */
@@ -359,17 +343,14 @@ static void zero_and_complete(struct job *job)
 	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, switch_job));
 	int err;
 
-	c->news.zeroed = layer_missing(&c->layer);
+	c->zeroed = layer_missing(&c->layer);
+	c->step = "store zeros";
 	err = layer_zero_missing(&c->layer, &c->stopping);
 	if (err) {
-		switch_ended(c, "store zeros", -err);
+		request_done(&c->commit, err);
 		return;
 	}
-	c->commit = (struct request){
-		.backend = &c->layer.backend,
-		.done = completed,
-		.h.cmd = NBD_CMD_FLUSH,
-	};
+	c->step = "make the image durable";
 	layer_complete(&c->layer, &c->commit);
 }
 
@@ -392,25 +373,32 @@ const char *cache_switch(struct backend *b, bool force)
 	}
 	log_line("switching to target mode");
 	c->switching = true;
-	c->news = (struct cache_news){ .switched = true };
+	c->commit = (struct request){
+		.backend = b,
+		.done = switch_ended,
+		.h.cmd = NBD_CMD_FLUSH,
+	};
 	copy_stop(c->copy);
 	c->switch_job.run = zero_and_complete;
-	worker_submit(&c->switch_job);
+	worker_submit(&c->switch_job, NULL);
 	return NULL;
 }
 
 void cache_tend(struct backend *b, struct cache_news *news)
 {
 	struct cache *c = to_cache(b);
-	bool ended = atomic_exchange(&c->switch_done, false);
+	int err;
 
-	*news = ended ? c->news : (struct cache_news){ .switched = false };
-	news->copied = copy_has_ended(c->copy);
-	if (!ended)
+	*news = (struct cache_news){ .copied = copy_has_ended(c->copy) };
+	if (!atomic_exchange(&c->switch_done, false))
 		return;
+	err = c->commit.error;
 	c->switching = false;
-	c->switched = !*news->error;
-	if (!c->switched) {
+	c->switched = !err;
+	news->switched = true;
+	news->zeroed = c->zeroed;
+	if (err) {
+		snprintf(news->error, sizeof(news->error), "cannot %s: %s", c->step, strerror(err));
 		log_error("cannot switch to target mode: %s", news->error);
 		return;
 	}

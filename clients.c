@@ -21,9 +21,6 @@
 enum {
 	CLIENTS_STACK = 128 * 1024,
 
-	/* While the server stops, connections are looked after this often. */
-	STOPPING_TICK_MS = 10,
-
 	/*
 	 * Spinning: after a request, look for the next one for a while before sleeping, since to
 	 * sleep and be woken costs more than most requests.  Only while that pays.
@@ -31,35 +28,28 @@ enum {
 	SPIN_US = 50,
 	SPIN_ROUNDS = 16,	/* then poll(), for the sake of the others */
 	SPIN_CONNS = 4,		/* busy ones in a round; with more, poll() costs little each */
-	SPIN_SKIP_MAX = 64,	/* sleeps without spinning after it did not pay */
+	SPIN_SKIP = 8,		/* sleeps without spinning after it did not pay */
 
 	PARK_FROM = 16,		/* connections of a thread: to poll fewer costs nothing */
 	SWEEP_MS = 250,
-	PATIENCE_MS = 250,
+	PATIENCE_MS = 250,	/* of silence, then it is parked; twice as much if it came back soon */
 	PATIENCE_MAX_MS = 256 * PATIENCE_MS,
 	CHECK_MS = 100,		/* a tenth of the time that a host may be silent, for each second of it */
 };
 
-/* What a thread is asked to do. */
-enum { ASK_ADMIT = 1, ASK_STOP = 2 };
-
 struct client_thread {
 	pthread_t thread;
 	struct loop loop;
-	struct bell bell;
-	atomic_uint asked;
-	struct mail survey;		/* tells what its clients did; behind those that came before */
-	atomic_bool surveyed;		/* that is on its way */
+	atomic_bool admit;		/* it is asked to: see clients_admit() */
 	atomic_size_t load;		/* connections, those on their way to it included */
 
 	/* Its own. */
 	struct workspace workspace;
 	bool stopping;
 	uint64_t sweep_due;		/* now_ms() at which it looks for silent clients */
-	struct stats gone;		/* of clients that have left */
 	struct conn *busy[SPIN_CONNS];	/* that had input in this round, and did not end */
 	unsigned busy_count;		/* how many had, also if that is more */
-	unsigned spin_misses, spin_skip;	/* see spin() */
+	unsigned spin_skip;		/* see spin() */
 };
 
 /* The parking thread is the first; those that serve come behind it. */
@@ -72,10 +62,9 @@ static struct {
 	uint64_t keepalive;		/* seconds */
 	pthread_mutex_t moving;		/* a connection changes threads; all are asked something */
 	bool parks;			/* there is the parking thread; with that lock */
-	bool stopped;			/* clients_stop(); likewise */
+	atomic_bool stopped;		/* clients_stop(); set with that lock */
 	atomic_uint spinners;
-	atomic_size_t total;		/* connections; */
-	atomic_size_t present;		/* those of clients that are not gone */
+	atomic_size_t total;		/* connections */
 } clients = { .moving = PTHREAD_MUTEX_INITIALIZER };
 
 static struct conn *conn_of(struct source *s)
@@ -89,16 +78,12 @@ static struct client_thread *thread_of(const struct conn *c)
 					offsetof(struct client_thread, workspace));
 }
 
-static void ask_thread(struct client_thread *t, unsigned what)
-{
-	atomic_fetch_or(&t->asked, what);
-	loop_wake(&t->loop);
-}
-
 void clients_admit(void)
 {
-	for (unsigned i = SERVING; i < clients.count; i++)
-		ask_thread(&clients.thread[i], ASK_ADMIT);
+	for (unsigned i = SERVING; i < clients.count; i++) {
+		atomic_store(&clients.thread[i].admit, true);
+		loop_wake(&clients.thread[i].loop);
+	}
 }
 
 /* Connections */
@@ -106,19 +91,13 @@ void clients_admit(void)
 /* Its place is free for another client, also if a disk still has requests of it. */
 static void give_up_place(struct conn *c)
 {
-	if (c->uncounted)
-		return;
-	c->uncounted = true;
-	access_leave(&c->guest);
-	atomic_fetch_sub(&clients.present, 1);
-	wake_main();
+	if (access_leave(&c->guest))
+		wake_main();
 }
 
 static void end_client(struct client_thread *t, struct conn *c)
 {
 	give_up_place(c);
-	if (c->stats)
-		stats_leave(&t->gone, c->stats);
 	for (unsigned i = 0; i < SPIN_CONNS; i++)
 		if (t->busy[i] == c)
 			t->busy[i] = NULL;
@@ -131,14 +110,16 @@ static void end_client(struct client_thread *t, struct conn *c)
 /* Set when its next turn is due; or end it, if it is over.  Whether it is still there. */
 static bool settle_client(struct client_thread *t, struct conn *c)
 {
-	uint64_t due = c->deadline ? c->deadline : UINT64_MAX, tick, say = 0;
+	uint64_t due = c->deadline ? c->deadline : UINT64_MAX, say = 0;
 
 	if (c->state == CONN_DEAD)
 		give_up_place(c);
 	if (conn_is_over(c)) {
 		loop_remove(&t->loop, &c->source);
-		if (t->loop.count == 0)
+		if (t->loop.count == 0) {
 			t->sweep_due = UINT64_MAX;
+			loop_wake(&t->loop);	/* it may be about to sleep, and has to end if the server stops */
+		}
 		end_client(t, c);
 		return false;
 	}
@@ -146,8 +127,7 @@ static bool settle_client(struct client_thread *t, struct conn *c)
 		say = stats_catch_up(c->stats, c->peer, now_ms());
 	if (say && say < due)
 		due = say;
-	tick = c->tired ? 0 : t->stopping ? now_ms() + STOPPING_TICK_MS : UINT64_MAX;
-	c->source.due = tick < due ? tick : due;
+	c->source.due = c->tired ? 0 : due;
 	return true;
 }
 
@@ -232,31 +212,15 @@ static void stop_clients(struct client_thread *t)
 	}
 }
 
-static void tell_survey(struct mail *m)
-{
-	struct client_thread *t =
-		(struct client_thread *)((char *)m - offsetof(struct client_thread, survey));
-
-	atomic_store(&t->surveyed, false);
-	for (size_t i = 0; i < t->loop.count; i++) {
-		struct conn *c = conn_of(t->loop.source[i]);
-
-		if (c->stats)
-			stats_tell(c->state == CONN_DEAD ? NULL : c->peer, c->stats, c->in_flight);
-	}
-	stats_tell(NULL, &t->gone, 0);
-	stats_told();
-}
-
 static void take_mail(struct client_thread *t)
 {
-	unsigned asked;
+	bool admit, stop = atomic_load(&clients.stopped);	/* before what was posted before that */
 
 	loop_deliver(&t->loop);
-	asked = atomic_exchange(&t->asked, 0);
-	if (asked & ASK_STOP)
+	admit = atomic_exchange(&t->admit, false);
+	if (stop && !t->stopping)
 		stop_clients(t);
-	for (size_t i = 0; i < t->loop.count && asked & ASK_ADMIT; i++)
+	for (size_t i = 0; i < t->loop.count && admit; i++)
 		if (conn_admit(conn_of(t->loop.source[i])))
 			t->loop.source[i]->due = 0;
 }
@@ -269,7 +233,7 @@ static bool move_client(struct client_thread *from, struct conn *c, struct clien
 	bool may;
 
 	pthread_mutex_lock(&clients.moving);
-	may = !clients.stopped && !atomic_load(&from->surveyed);
+	may = !clients.stopped;
 	if (may) {
 		loop_remove(&from->loop, &c->source);
 		give_client(to, c, take_moved);
@@ -381,24 +345,15 @@ static bool spin_for(struct client_thread *t)
 	return paid;
 }
 
-/* Spin if that has paid lately, and if a processor is left for those we wait for. */
+/* Spin if that has not just been in vain, and if a processor is left for those we wait for. */
 static void spin(struct client_thread *t)
 {
 	if (t->spin_skip > 0) {
 		t->spin_skip--;
 		return;
 	}
-	if (atomic_fetch_add(&clients.spinners, 1) < clients.spinners_max) {
-		if (spin_for(t)) {
-			t->spin_misses = 0;
-		} else {
-			if (t->spin_misses < 16)
-				t->spin_misses++;
-			t->spin_skip = 1U << t->spin_misses;
-			if (t->spin_skip > SPIN_SKIP_MAX)
-				t->spin_skip = SPIN_SKIP_MAX;
-		}
-	}
+	if (atomic_fetch_add(&clients.spinners, 1) < clients.spinners_max && !spin_for(t))
+		t->spin_skip = SPIN_SKIP;
 	atomic_fetch_sub(&clients.spinners, 1);
 }
 
@@ -413,7 +368,7 @@ static void *client_main(void *arg)
 		if (t->stopping && t->loop.count == 0)
 			return NULL;
 		t->busy_count = 0;
-		loop_poll(&t->loop, t->stopping ? now_ms() + STOPPING_TICK_MS : t->sweep_due);
+		loop_poll(&t->loop, t->sweep_due);
 		if (t->busy_count > 0 && t->busy_count <= SPIN_CONNS)
 			spin(t);
 		if (t->loop.polled / 1000 >= t->sweep_due)
@@ -425,7 +380,6 @@ static void free_client_thread(struct client_thread *t)
 {
 	workspace_free(&t->workspace);
 	loop_free(&t->loop);
-	bell_free(&t->bell);
 }
 
 static int start_client_thread(struct client_thread *t)
@@ -434,11 +388,7 @@ static int start_client_thread(struct client_thread *t)
 
 	memset(t, 0, sizeof(*t));
 	t->sweep_due = UINT64_MAX;
-	t->survey.deliver = tell_survey;
-	err = bell_init(&t->bell);
-	if (err)
-		return err;
-	err = loop_init(&t->loop, &t->bell);
+	err = loop_init(&t->loop);
 	if (!workspace_init(&t->workspace, &t->loop) && !err)
 		err = -ENOMEM;
 	if (!err)
@@ -480,7 +430,6 @@ void clients_add(struct conn *c)
 	c->source.ops = &client_ops;
 	c->patience = PATIENCE_MS;
 	atomic_fetch_add(&clients.total, 1);
-	atomic_fetch_add(&clients.present, 1);
 	give_client(choose_thread(), c, take_new);
 }
 
@@ -495,28 +444,12 @@ size_t clients_count(void)
 	return atomic_load(&clients.total);
 }
 
-size_t clients_present(void)
-{
-	return atomic_load(&clients.present);
-}
-
-void clients_survey(void)
-{
-	pthread_mutex_lock(&clients.moving);
-	for (unsigned i = first_thread(); i < clients.count; i++) {
-		stats_expect();
-		if (!atomic_exchange(&clients.thread[i].surveyed, true))
-			loop_post(&clients.thread[i].loop, &clients.thread[i].survey);
-	}
-	pthread_mutex_unlock(&clients.moving);
-}
-
 void clients_stop(void)
 {
 	pthread_mutex_lock(&clients.moving);
-	clients.stopped = true;
+	atomic_store(&clients.stopped, true);
 	for (unsigned i = first_thread(); i < clients.count; i++)
-		ask_thread(&clients.thread[i], ASK_STOP);
+		loop_wake(&clients.thread[i].loop);
 	pthread_mutex_unlock(&clients.moving);
 }
 

@@ -21,15 +21,11 @@ int clients_begin(unsigned max, unsigned keepalive);
  */
 void clients_add(struct conn *c);
 
-/* How many connections there are; those of clients that are not gone.  Any thread. */
+/* How many connections there are, also of clients that are gone.  Any thread. */
 size_t clients_count(void);
-size_t clients_present(void);
 
 /* Let connections that a gate turned away, or that had no room, try again.  Any thread. */
 void clients_admit(void);
-
-/* Have each thread tell what its clients, and those that have left, did: see stats.h.  Main thread. */
-void clients_survey(void);
 
 /* Ask all connections to finish.  Does not wait. */
 void clients_stop(void);

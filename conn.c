@@ -6,9 +6,9 @@
  * request yet.  Requests that would block are in flight meanwhile and come back through
  * conn_complete().
  *
- *	CLIENT_FLAGS -> OPTION <-> SKIP_OPTION       newstyle
+ *	CLIENT_FLAGS -> OPTION     newstyle
  *	                  |
- *	               REQUEST <-> PAYLOAD            oldstyle and connected ones begin here
+ *	               REQUEST     oldstyle and connected ones begin here
  *	                  |
  *	              FINISHING -> LINGERING -> DEAD  and from everywhere to DEAD
  *
@@ -56,8 +56,6 @@ enum {
 	RX_CHUNK = 256 * 1024,
 	RX_BYTES = RX_CHUNK + PROTO_OPTION_MAX + PROTO_OPTION_SIZE,
 
-	FREE_REQUESTS = 64,	/* kept for use again */
-
 	OPTION_DATA_MAX = PROTO_MAX_PAYLOAD,	/* an option with more is an attack */
 
 	TURN_BYTES = 4 * 1024 * 1024,	/* of replies and payloads; then it is another one's turn */
@@ -100,37 +98,8 @@ bool workspace_init(struct workspace *w, struct loop *loop)
 
 void workspace_free(struct workspace *w)
 {
-	struct request *r;
-
-	while ((r = w->free)) {
-		w->free = r->next;
-		free(r);
-	}
 	free(w->rx);
 	tx_free(w->tx);
-}
-
-static struct request *take_request(struct workspace *w)
-{
-	struct request *r = w->free;
-
-	if (!r)
-		return calloc(1, sizeof(*r));
-	w->free = r->next;
-	w->free_count--;
-	memset(r, 0, sizeof(*r));
-	return r;
-}
-
-static void give_back_request(struct workspace *w, struct request *r)
-{
-	if (w->free_count >= FREE_REQUESTS) {
-		free(r);
-		return;
-	}
-	r->next = w->free;
-	w->free = r;
-	w->free_count++;
 }
 
 /* Life and death */
@@ -145,8 +114,7 @@ struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports
 	c->source.fd = fd;
 	c->greeting = greeting;
 	c->exports = exports;
-	c->ready_end = &c->ready;
-	c->again_end = &c->again;
+	c->back_end = &c->back;
 	c->piece_end = &c->piece;
 	strncpy(c->peer, peer, sizeof(c->peer) - 1);
 	tune_socket(fd, keepalive);
@@ -197,7 +165,7 @@ static void take_home(struct conn *c, struct request *r)
 	if (!r->lent)
 		return;
 	r->lent = false;
-	c->in_flight--;
+	stats_in_flight(c->stats, --c->in_flight);
 	unload(&load.requests, 1, load.requests_max);
 }
 
@@ -213,7 +181,7 @@ static void free_request(struct conn *c, struct request *r)
 		order_remove(&r->change);
 	if (r->extent)
 		free(r->extent);
-	give_back_request(c->workspace, r);
+	free(r);
 }
 
 static void free_requests(struct conn *c, struct request **list)
@@ -238,19 +206,29 @@ static void set_kept(struct conn *c, const uint8_t *p, size_t len)
 		}
 		memcpy(kept, p, len);
 	}
-	free(c->kept);
 	c->kept = kept;
 	c->kept_len = len;
 }
 
-/* What will not be finished, and then is NULL; pieces of it may still be under way. */
+/* One that uses the whole request less.  It is freed with the last of them, if its client is gone. */
+static bool release_whole(struct conn *c, struct request *whole)
+{
+	if (--whole->pieces > 0)
+		return false;
+	if (c->state != CONN_DEAD)
+		return true;
+	free_request(c, whole);
+	return false;
+}
+
+/* What will not be finished; pieces of it may still be under way, and come back by themselves. */
 static void abandon(struct conn *c, struct request **whole)
 {
 	struct request *r = *whole;
 
 	*whole = NULL;
-	if (r && r->pieces == 0)
-		free_request(c, r);
+	if (r)
+		release_whole(c, r);
 }
 
 /* Pieces of a stream that are with others come back by themselves. */
@@ -259,8 +237,8 @@ static void drop_pieces(struct conn *c)
 	struct request *next;
 
 	for (struct request *r = c->piece; r; r = next) {
-		next = r->next_piece;
-		if (r->finished)
+		next = r->next;
+		if (!r->lent)
 			free_request(c, r);
 	}
 	c->piece = NULL;
@@ -273,7 +251,7 @@ static void tell_end(struct conn *c, const char *why)
 	char did[STATS_LINE] = "";
 
 	if (c->stats)
-		stats_end(c->stats, c->peer, did);
+		stats_end(c->stats, did);
 	log_peer(LOG_EVENT, "%s: disconnected: %s%s%s", c->peer, why, *did ? "; " : "", did);
 }
 
@@ -306,8 +284,7 @@ void conn_kill(struct conn *c, const char *why)
 	drop_pieces(c);
 	abandon(c, &c->stream);
 	abandon(c, &c->current);
-	free_requests(c, &c->ready);
-	free_requests(c, &c->again);
+	free_requests(c, &c->back);
 	free(c->kept);
 	c->kept = NULL;
 	c->kept_len = 0;
@@ -343,20 +320,14 @@ static void set_deadline(struct conn *c, unsigned ms)
 
 void conn_expire(struct conn *c)
 {
-	switch (c->state) {
-	case CONN_CLIENT_FLAGS:
-	case CONN_OPTION:
-	case CONN_SKIP_OPTION:
-		conn_kill(c, c->stopping ? "server stops" : "handshake took too long");
-		break;
-	case CONN_LINGERING:
+	if (c->state == CONN_LINGERING)
 		conn_kill(c, c->end);
-		break;
-	default:
-		conn_kill(c, c->stopping  ? "server stops" :
-			     c->in_flight ? "its requests take too long" :
-					    "replies were not taken");
-	}
+	else if (c->stopping)
+		conn_kill(c, "server stops");
+	else if (c->state < CONN_REQUEST)
+		conn_kill(c, "handshake took too long");
+	else
+		conn_kill(c, c->in_flight ? "its requests take too long" : "replies were not taken");
 }
 
 /* Take no more requests; end when what is in flight is answered. */
@@ -370,10 +341,19 @@ static void finish(struct conn *c, const char *why)
 	set_deadline(c, FINISHING_MS);
 }
 
+/* Whether a close would throw away replies that are on their way, since there is input. */
+static bool has_unsent(const struct conn *c)
+{
+	int out = 0, in = 0;
+
+	return ioctl(c->source.fd, TIOCOUTQ, &out) < 0 || out > 0 ||
+	       ioctl(c->source.fd, FIONREAD, &in) < 0 || in > 0;
+}
+
 /* The last step of an orderly end: nothing is in flight, and everything is sent. */
 static void close_orderly(struct conn *c)
 {
-	if (!c->linger) {
+	if (c->export && (c->gone || !has_unsent(c))) {
 		conn_kill(c, c->end);
 		return;
 	}
@@ -386,15 +366,17 @@ static void close_orderly(struct conn *c)
 
 /* Sending */
 
-/* The client takes no replies any more.  What it has sent may still end in order. */
+/*
+ * The client takes no replies any more, and gets none, since a part of one is missing.  What it has
+ * sent may still end in order.
+ */
 static void lose(struct conn *c, const char *why)
 {
-	if (c->state == CONN_REQUEST || c->state == CONN_PAYLOAD) {
-		c->gone = c->mute = true;
+	shutdown(c->source.fd, SHUT_WR);
+	if (c->state == CONN_REQUEST) {
+		c->gone = true;
 		c->end = why;
-	} else if (c->state == CONN_FINISHING) {
-		c->mute = true;
-	} else {
+	} else if (c->state != CONN_FINISHING) {
 		conn_kill(c, why);
 	}
 }
@@ -403,8 +385,7 @@ static void lose(struct conn *c, const char *why)
 static void conn_flush(struct conn *c)
 {
 	struct tx *tx = c->workspace->tx;
-	enum tx_result result = c->state == CONN_DEAD || c->mute ? TX_SENT :
-								   tx_send(tx, c->source.fd);
+	enum tx_result result = c->state == CONN_DEAD ? TX_SENT : tx_send(tx, c->source.fd);
 
 	if (result == TX_MORE) {
 		c->backlog = tx_rest(tx);
@@ -426,7 +407,7 @@ static bool send_backlog(struct conn *c)
 
 	if (!c->backlog)
 		return true;
-	result = c->mute ? TX_SENT : tx_send(c->backlog, c->source.fd);
+	result = tx_send(c->backlog, c->source.fd);
 	if (result == TX_MORE)
 		return false;
 	free_requests(c, &c->backlog->held);
@@ -504,13 +485,6 @@ static void put_read_data(struct conn *c, const struct request *whole, struct re
 	tx->held = r;
 }
 
-static void put_block_status(struct conn *c, const struct request *r)
-{
-	struct tx *tx = c->workspace->tx;
-
-	tx_add(tx, proto_put_status(&c->session, &r->h, r->extent, r->extents, tx_tail(tx)));
-}
-
 /*
  * Write the reply to a request that is done; tx has STEP_BYTES and ENCODE_IOVS of room.  The
  * request is freed, or held until its data is sent.
@@ -531,7 +505,7 @@ static void put_reply(struct conn *c, struct request *r)
 		tx_add(tx, proto_put_reply(&c->session, &r->h, r->error, tx_tail(tx)));
 		free_request(c, r);
 	} else if (r->h.cmd == NBD_CMD_BLOCK_STATUS) {
-		put_block_status(c, r);
+		tx_add(tx, proto_put_status(&c->session, &r->h, r->extent, r->extents, tx_tail(tx)));
 		free_request(c, r);
 	} else {
 		put_read_header(c, r);
@@ -556,15 +530,6 @@ static struct request *take_first(struct request **list, struct request ***end)
 	return r;
 }
 
-/* Write replies that wait, as long as the client takes them. */
-static void put_ready_replies(struct conn *c)
-{
-	if (c->ready)
-		stats_time(c->stats);
-	while (c->ready && !c->stream && make_room(c, STEP_BYTES, ENCODE_IOVS))
-		put_reply(c, take_first(&c->ready, &c->ready_end));
-}
-
 /* Requests in flight */
 
 /* A request, or a piece of one, is with others until conn_complete(). */
@@ -578,7 +543,7 @@ static void lend(struct conn *c, struct request *r)
 	if (r->lent)
 		return;
 	r->lent = true;
-	c->in_flight++;
+	stats_in_flight(c->stats, ++c->in_flight);
 	atomic_fetch_add(&load.requests, 1);
 }
 
@@ -600,69 +565,30 @@ static int commit_write(struct request *r)
 }
 
 /*
- * A request, or a piece of a WRITE, is done with that outcome, or it is PENDING.  Returns the request
- * that can be answered now, or NULL.
+ * A request, or a piece of one, is done with that outcome, or it is PENDING.  A piece of a READ stays
+ * in the stream's list until its turn comes.
  */
-static struct request *take_outcome(struct conn *c, struct request *r, int ret)
+static void conn_settle(struct conn *c, struct request *r, int ret)
 {
 	struct request *whole = r->whole;
 
 	if (ret == PENDING) {
 		lend(c, r);
-		return NULL;
-	}
-	if (!whole) {
-		r->error = -ret;
-		return r;
-	}
-	if (ret != 0 && !whole->error)
-		whole->error = -ret;
-	free_request(c, r);
-	if (--whole->pieces > 0 || whole == c->current)
-		return NULL;
-	if (c->state == CONN_DEAD) {
-		free_request(c, whole);
-		return NULL;
-	}
-	return take_outcome(c, whole, commit_write(whole));
-}
-
-/* The same; there is room for a reply. */
-static void conn_settle(struct conn *c, struct request *r, int ret)
-{
-	struct request *done = take_outcome(c, r, ret);
-
-	if (done)
-		put_reply(c, done);
-}
-
-/* A piece of a READ has come back. */
-static void piece_of_read_is_back(struct conn *c, struct request *piece)
-{
-	struct request *r = piece->whole;
-
-	piece->finished = true;
-	r->pieces--;
-	if (c->state != CONN_DEAD)
 		return;
-	free_request(c, piece);
-	if (r->pieces == 0)
-		free_request(c, r);
-}
-
-/* What became of a request that was with others. */
-static void take_result(struct conn *c, struct request *r)
-{
-	struct request *done;
-
-	if (r->whole && r->h.cmd == NBD_CMD_READ) {
-		piece_of_read_is_back(c, r);
-	} else if (!r->whole && c->state == CONN_DEAD) {
+	}
+	r->error = -ret;
+	take_home(c, r);
+	if (whole) {
+		if (!whole->error)
+			whole->error = r->error;
+		if (r->h.cmd != NBD_CMD_READ || c->state == CONN_DEAD)
+			free_request(c, r);
+		if (release_whole(c, whole))
+			conn_settle(c, whole, commit_write(whole));
+	} else if (c->state == CONN_DEAD) {
 		free_request(c, r);
 	} else {
-		done = take_outcome(c, r, -r->error);
-		if (done)
-			append(&c->ready_end, done);
+		append(&c->back_end, r);
 	}
 }
 
@@ -674,15 +600,13 @@ static void conn_complete(struct conn *c, struct request *r)
 	if (r->sibling)
 		r->sibling->back = r->back;
 	r->inside = false;
-	if (r->again && c->state != CONN_DEAD) {
-		r->again = false;
-		if (r->whole && r->h.cmd == NBD_CMD_READ)
-			queue(c, r);	/* the stream waits for it */
-		else
-			append(&c->again_end, r);
+	if (!r->again || c->state == CONN_DEAD) {
+		conn_settle(c, r, -r->error);
+	} else if (r->whole && r->h.cmd == NBD_CMD_READ) {
+		r->again = false;	/* the stream waits for it */
+		queue(c, r);
 	} else {
-		take_home(c, r);
-		take_result(c, r);
+		append(&c->back_end, r);
 	}
 	if (gate)
 		gate_leave(gate);
@@ -715,6 +639,7 @@ static void conn_enter_transmission(struct conn *c)
 		conn_kill(c, "out of memory");
 		return;
 	}
+	stats_begin(c->stats, c->peer);
 	c->export = (struct export *)((char *)(uintptr_t)e - offsetof(struct export, proto));
 	atomic_fetch_add(&c->export->backend->order->clients, 1);
 	c->state = CONN_REQUEST;
@@ -754,24 +679,24 @@ static void option_answered(struct conn *c, enum proto_next next, const struct p
 		conn_enter_transmission(c);
 		break;
 	case PROTO_CLOSE:
-		c->linger = true;
 		finish(c, "handshake ended");
 		break;
 	}
 }
 
-static struct proto_out option_out(struct conn *c)
-{
-	struct proto_out out = { .p = tx_tail(c->workspace->tx), .cap = PROTO_OPTION_REPLY_ROOM };
-
-	return out;
-}
-
 static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 {
-	struct proto_out out = option_out(c);
+	struct proto_out out = { .p = tx_tail(c->workspace->tx), .cap = PROTO_OPTION_REPLY_ROOM };
 	uint32_t opt, len;
 
+	if (c->skip > 0) {
+		n = n < c->skip ? n : c->skip;
+		c->skip -= (uint32_t)n;
+		if (c->skip == 0)	/* the answer is the same for all that are too large */
+			option_answered(c, proto_option(&c->session, c->exports, c->skipped, NULL,
+							PROTO_OPTION_MAX + 1, &out), &out);
+		return n;
+	}
 	if (n < PROTO_OPTION_SIZE)
 		return 0;
 	if (!proto_get_option(p, &opt, &len)) {
@@ -783,9 +708,8 @@ static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 		return n;
 	}
 	if (len > PROTO_OPTION_MAX) {
-		c->state = CONN_SKIP_OPTION;
-		c->skip_opt = opt;
-		c->skip_left = len;
+		c->skipped = opt;
+		c->skip = len;
 		return PROTO_OPTION_SIZE;
 	}
 	if (n < PROTO_OPTION_SIZE + len)
@@ -795,27 +719,12 @@ static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 	return PROTO_OPTION_SIZE + len;
 }
 
-static size_t step_skip_option(struct conn *c, size_t n)
-{
-	struct proto_out out = option_out(c);
-	enum proto_next next;
-
-	if (n > c->skip_left)
-		n = c->skip_left;
-	c->skip_left -= (uint32_t)n;
-	if (c->skip_left == 0) {
-		next = proto_option(&c->session, c->exports, c->skip_opt, NULL,
-				    PROTO_OPTION_MAX + 1, &out);
-		option_answered(c, next, &out);
-	}
-	return n;
-}
-
 static struct request *new_request(struct conn *c, const struct proto_request *h)
 {
-	struct request *r = take_request(c->workspace);
+	struct request *r = malloc(sizeof(*r));	/* faster than calloc(), with more than one C library */
 
 	if (r) {
+		memset(r, 0, sizeof(*r));
 		r->conn = c;
 		r->job.lane = &c->export->lane;
 		r->backend = c->export->backend;
@@ -838,10 +747,10 @@ static void spend(struct conn *c, size_t bytes)
 }
 
 /*
- * READ, or a piece of it, straight into the reply, behind its header: true if that was possible
- * without blocking; else nothing has changed.  There is room.
+ * READ, or a piece of it, straight into the reply, behind its header, if that is possible without
+ * blocking: 0, -errno, or -EAGAIN, and then nothing has changed.  There is room.
  */
-static bool read_copied(struct conn *c, const struct request *whole, struct request *r)
+static int read_copied(struct conn *c, const struct request *whole, struct request *r)
 {
 	struct tx *tx = c->workspace->tx;
 	uint8_t *own = r->buf;
@@ -850,41 +759,36 @@ static bool read_copied(struct conn *c, const struct request *whole, struct requ
 	const struct extent run = { in_chunks(c, whole) ? r->h.len : whole->h.len, 0 };
 	size_t head = header ? proto_put_run(&c->session, &whole->h, r->h.off, &run,
 					     last || !in_chunks(c, whole), tx_tail(tx)) : 0;
+	int ret;
 
 	r->buf = tx_tail(tx) + head;
-	r->error = -request_try(r);
+	ret = request_try(r);
 	r->buf = own;
-	if (r->error != 0)
-		return false;
-	tx_add(tx, head + r->h.len);
-	spend(c, r->h.len);
-	return true;
+	if (ret == 0) {
+		tx_add(tx, head + r->h.len);
+		spend(c, r->h.len);
+	}
+	return ret;
 }
 
 /* A READ that waits for others has no memory for its data: that is got when the data is there. */
 static void start_read(struct conn *c, struct request *r)
 {
-	int ret;
+	bool is_long = r->h.len > READ_PIECE;
+	int ret = is_long ? request_try(r) : read_copied(c, r, r);
 
-	if (r->h.len > READ_PIECE) {
-		ret = request_try(r);
-		if (ret == 0) {
-			take_home(c, r);
-			c->stream = r;
-			c->stream_sent = c->stream_asked = 0;
-		} else if (ret == -EAGAIN) {
-			queue(c, r);
-		} else {
-			conn_settle(c, r, ret);
-		}
-	} else if (read_copied(c, r, r)) {
+	if (ret == -EAGAIN) {
+		queue(c, r);
+	} else if (ret != 0) {
+		conn_settle(c, r, ret);
+	} else if (is_long) {
+		take_home(c, r);
+		r->at = (struct span){ r->h.off, r->h.len };
+		r->pieces = 1;
+		c->stream = r;
+	} else {
 		stats_count(c->stats, r);
 		free_request(c, r);
-	} else if (r->error == EAGAIN) {
-		r->error = 0;
-		queue(c, r);
-	} else {
-		put_reply(c, r);
 	}
 }
 
@@ -896,9 +800,8 @@ static void start_payload(struct conn *c, struct request *r)
 		conn_settle(c, r, commit_write(r));
 		return;
 	}
+	r->pieces = 1;
 	c->current = r;
-	c->current_left = r->h.len;
-	c->state = CONN_PAYLOAD;
 }
 
 /* Carry out a request, also a piece of a WRITE, that has all that it needs; there is room. */
@@ -950,22 +853,17 @@ static bool is_there(struct conn *c)
 
 static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 {
-	size_t size = proto_request_size(&c->session);
 	struct proto_request h;
 	struct request *r;
+	size_t size;
+	const char *wrong = proto_get_request(&c->session, p, n, &h, &size);
 
-	if (n < PROTO_REQUEST_SIZE)
-		return 0;
-	if (!proto_is_request(&c->session, p)) {
-		conn_kill(c, "wrong magic of a request");
+	if (wrong) {
+		conn_kill(c, wrong);
 		return n;
 	}
-	if (n < size)
+	if (size == 0)
 		return 0;
-	if (!proto_get_request(&c->session, p, &h)) {
-		conn_kill(c, "request with too much payload");
-		return n;
-	}
 	if (h.cmd == NBD_CMD_DISC) {
 		finish(c, "client left");
 		return n;
@@ -984,10 +882,31 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 	if (h.payload)
 		start_payload(c, r);
 	else if (r->error)
-		put_reply(c, r);
+		conn_settle(c, r, -r->error);
 	else
 		start_request(c, r);
 	return size;
+}
+
+static void advance(struct span *s, uint64_t len)
+{
+	s->off += len;
+	s->len -= len;
+}
+
+/* A part of a request, the next len bytes.  Without memory for it that is the outcome of the request. */
+static struct request *new_piece(struct conn *c, struct request *whole, uint64_t len)
+{
+	const struct proto_request h = { .cmd = whole->h.cmd, .off = whole->at.off, .len = len };
+	struct request *piece = new_request(c, &h);
+
+	if (piece) {
+		piece->whole = whole;
+		whole->pieces++;
+	} else {
+		whole->error = ENOMEM;
+	}
+	return piece;
 }
 
 /* Store a piece, or all, of a payload.  What is not done at once is done from a copy. */
@@ -1009,42 +928,19 @@ static void store_payload(struct conn *c, struct request *r, const uint8_t *p)
 	conn_settle(c, r, ret);
 }
 
-/* n bytes of the payload, which are some whole blocks or its end. */
-static void store_piece(struct conn *c, struct request *r, const uint8_t *p, size_t n)
-{
-	const struct proto_request h = {
-		.cmd = NBD_CMD_WRITE,
-		.off = r->h.off + (r->h.len - c->current_left),
-		.len = n,
-	};
-	struct request *piece;
-
-	if (r->error)
-		return;
-	piece = new_request(c, &h);
-	if (!piece) {
-		r->error = ENOMEM;
-		return;
-	}
-	piece->whole = r;
-	r->pieces++;
-	store_payload(c, piece, p);
-}
-
 /*
  * How much of a payload of which n bytes are here to store now.  Pieces end at block boundaries,
  * so that no block is stored by halves when a client dies.
  */
 static size_t piece_size(const struct conn *c, size_t n)
 {
-	uint64_t pos = c->current->h.off + (c->current->h.len - c->current_left);
-	size_t tail;
+	const struct request *r = c->current;
+	size_t tail = (r->at.off + n) % BLOCK_SIZE;
 
-	if (n >= c->current_left)
-		return c->current_left;
-	if (c->current->error)
+	if (n >= r->at.len)
+		return r->at.len;
+	if (r->error)
 		return n;
-	tail = (pos + n) % BLOCK_SIZE;
 	return n > tail ? n - tail : 0;
 }
 
@@ -1061,63 +957,52 @@ static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 	}
 	if (n == r->h.len) {
 		c->current = NULL;
-		c->state = CONN_REQUEST;
 		if (r->error)
-			put_reply(c, r);
+			conn_settle(c, r, -r->error);
 		else
 			store_payload(c, r, p);
 		return n;
 	}
-	store_piece(c, r, p, n);
-	c->current_left -= n;
-	if (c->current_left > 0)
+	if (!r->error) {
+		struct request *piece = new_piece(c, r, n);
+
+		if (piece)
+			store_payload(c, piece, p);
+	}
+	advance(&r->at, n);
+	if (r->at.len > 0)
 		return n;
 	c->current = NULL;
-	c->state = CONN_REQUEST;
-	if (r->pieces == 0)
+	if (release_whole(c, r))
 		conn_settle(c, r, commit_write(r));
 	return n;
 }
 
 /* READs in pieces */
 
-static struct request *new_piece(struct conn *c)
+/* The next piece, at the end of the stream's list; NULL without memory. */
+static struct request *add_piece(struct conn *c)
 {
-	struct request *r = c->stream, *piece;
-	uint64_t left = r->h.len - c->stream_asked;
-	const struct proto_request h = {
-		.cmd = NBD_CMD_READ,
-		.off = r->h.off + c->stream_asked,
-		.len = left < READ_PIECE ? left : READ_PIECE,
-	};
+	struct request *r = c->stream;
+	uint64_t len = r->at.len < READ_PIECE ? r->at.len : READ_PIECE;
+	struct request *piece = new_piece(c, r, len);
 
-	piece = new_request(c, &h);
 	if (piece) {
-		piece->whole = r;
-		c->stream_asked += h.len;
-	} else {
-		r->error = ENOMEM;
+		advance(&r->at, len);
+		append(&c->piece_end, piece);
 	}
 	return piece;
-}
-
-static void lend_piece(struct conn *c, struct request *piece)
-{
-	*c->piece_end = piece;
-	c->piece_end = &piece->next_piece;
-	c->stream->pieces++;
-	queue(c, piece);
 }
 
 /* Let others read some pieces more, while the first of them is waited for. */
 static void read_ahead(struct conn *c)
 {
-	while (c->stream_asked < c->stream->h.len && !has_data_enough(c)) {
-		struct request *piece = new_piece(c);
+	while (c->stream->at.len > 0 && !has_data_enough(c)) {
+		struct request *piece = add_piece(c);
 
 		if (!piece)
 			return;
-		lend_piece(c, piece);
+		queue(c, piece);
 	}
 }
 
@@ -1125,14 +1010,15 @@ static void read_ahead(struct conn *c)
 static void end_stream(struct conn *c)
 {
 	struct request *r = c->stream;
+	uint64_t next = c->piece ? c->piece->h.off : r->at.off;
 
 	drop_pieces(c);
 	c->stream = NULL;
 	if (!r->error) {
 		stats_count(c->stats, r);
 		free_request(c, r);
-	} else if (c->stream_sent == 0 || in_chunks(c, r)) {
-		put_reply(c, r);
+	} else if (next == r->h.off || in_chunks(c, r)) {
+		append(&c->back_end, r);
 	} else {
 		if (r->error != ECANCELED)
 			stats_complain(c->stats, c->peer, r);
@@ -1145,42 +1031,30 @@ static void end_stream(struct conn *c)
 static bool put_piece(struct conn *c)
 {
 	struct request *piece = c->piece, *r = c->stream;
-	uint64_t len;
+	int ret;
 
-	if (piece && !piece->finished) {
+	if (piece && piece->lent) {
 		read_ahead(c);
 		return false;
 	}
 	if (piece) {
-		c->piece = piece->next_piece;
-		if (!c->piece)
-			c->piece_end = &c->piece;
-		len = piece->h.len;
-		r->error = piece->error;
-		if (r->error) {
-			free_request(c, piece);
-			return true;
-		}
-		if (c->stream_sent == 0)
+		take_first(&c->piece, &c->piece_end);
+		if (piece->h.off == r->h.off)
 			put_read_header(c, r);
 		put_read_data(c, r, piece);
-		c->stream_sent += len;
 		return true;
 	}
-	piece = new_piece(c);
+	piece = add_piece(c);
 	if (!piece)
 		return true;
-	len = piece->h.len;
-	if (read_copied(c, r, piece)) {
-		c->stream_sent += len;
-		free_request(c, piece);
-	} else if (piece->error == EAGAIN) {
-		piece->error = 0;
-		lend_piece(c, piece);
-	} else {
-		r->error = piece->error;
-		free_request(c, piece);
+	ret = read_copied(c, r, piece);
+	if (ret == -EAGAIN) {
+		queue(c, piece);
+		return true;
 	}
+	conn_settle(c, piece, ret);
+	if (ret == 0)
+		free_request(c, take_first(&c->piece, &c->piece_end));
 	return true;
 }
 
@@ -1188,8 +1062,8 @@ static bool put_piece(struct conn *c)
 static void go_on_with_stream(struct conn *c)
 {
 	while (c->stream && !c->tired) {
-		if (c->stream->error || c->stream_sent == c->stream->h.len) {
-			if (!make_room(c, STEP_BYTES, 1) || c->stream->pieces > 0)
+		if (c->stream->error || (c->stream->at.len == 0 && !c->piece)) {
+			if (c->stream->pieces > 1)
 				return;
 			end_stream(c);
 		} else if (!make_room(c, READ_BYTES + STREAM_IOVS * PROTO_REPLY_ROOM, ENCODE_IOVS) ||
@@ -1203,7 +1077,7 @@ static void go_on_with_stream(struct conn *c)
 
 static bool in_transmission(const struct conn *c)
 {
-	return c->state == CONN_REQUEST || c->state == CONN_PAYLOAD;
+	return c->state == CONN_REQUEST;
 }
 
 /* Whether no more may be in flight.  Who is gone has sent all that it ever will. */
@@ -1227,79 +1101,80 @@ static size_t conn_step(struct conn *c, const uint8_t *p, size_t n)
 		return step_client_flags(c, p, n);
 	case CONN_OPTION:
 		return step_option(c, p, n);
-	case CONN_SKIP_OPTION:
-		return step_skip_option(c, n);
 	case CONN_REQUEST:
-		return step_request(c, p, n);
-	case CONN_PAYLOAD:
-		return step_payload(c, p, n);
+		return c->current ? step_payload(c, p, n) : step_request(c, p, n);
 	default:
 		return n;	/* nothing is taken from it any more */
 	}
 }
 
-/* Go through the gate, unless that was done: *inside says so.  False if it is closed. */
-static bool go_inside(struct conn *c, bool *inside)
+/* Go through the gate, for the rest of this turn.  False if it is closed. */
+static bool go_inside(struct conn *c)
 {
-	if (!*inside)
-		*inside = gate_enter(&c->export->gate);
-	c->turned_away = !*inside;
-	return *inside;
+	if (!c->inside)
+		c->inside = gate_enter(&c->export->gate);
+	c->turned_away = !c->inside;
+	return c->inside;
+}
+
+/*
+ * What has come back goes on, as long as the client takes replies: the stream first, then requests that
+ * are answered, or carried out again.
+ */
+static void go_on(struct conn *c)
+{
+	if (c->back)
+		stats_time(c->stats);
+	for (;;) {
+		struct request *r;
+
+		if (c->stream && go_inside(c))
+			go_on_with_stream(c);
+		r = c->back;
+		if (!r || c->stream || !make_room(c, reply_bytes(&r->h), ENCODE_IOVS) ||
+		    (r->again && (c->tired || !go_inside(c))))
+			return;
+		take_first(&c->back, &c->back_end);
+		if (r->again) {
+			r->again = false;
+			start_request(c, r);
+		} else {
+			put_reply(c, r);
+		}
+	}
 }
 
 /* Take steps until there is not enough input, or no room.  Returns the bytes taken. */
 static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 {
-	bool inside = false;
 	size_t pos = 0, taken;
 
 	c->blocked = false;
 	while (pos < n) {
-		if ((in_transmission(c) && !go_inside(c, &inside)) || c->tired || !may_step(c)) {
+		if ((in_transmission(c) && !go_inside(c)) || c->tired || !may_step(c)) {
 			c->blocked = true;
 			break;
 		}
 		taken = conn_step(c, p + pos, n - pos);
 		spend(c, taken + STEP_COST);
-		if (c->stream)
-			go_on_with_stream(c);
+		if (c->stream || c->back)
+			go_on(c);
 		if (taken == 0)
 			break;
 		pos += taken;
 	}
-	if (inside)
-		gate_leave(&c->export->gate);
 	return pos;
-}
-
-/* What has come back goes on: the stream, then requests that are carried out again. */
-static void go_on(struct conn *c)
-{
-	bool inside = false;
-
-	if ((c->stream || c->again) && !go_inside(c, &inside))
-		return;
-	go_on_with_stream(c);
-	while (c->again && !c->stream && !c->tired &&
-	       make_room(c, reply_bytes(&c->again->h), ENCODE_IOVS)) {
-		start_request(c, take_first(&c->again, &c->again_end));
-		go_on_with_stream(c);
-	}
-	if (inside)
-		gate_leave(&c->export->gate);
 }
 
 /* Whether what is kept has a DISC behind requests that are whole. */
 static bool has_disc(const struct conn *c)
 {
-	size_t size = proto_request_size(&c->session), pos = 0;
+	size_t size, pos = c->current ? c->current->at.len : 0;
 	struct proto_request h;
 
-	if (c->current)
-		pos = c->current_left;
-	while (pos < c->kept_len && c->kept_len - pos >= size) {
-		if (!proto_is_request(&c->session, c->kept + pos) ||
-		    !proto_get_request(&c->session, c->kept + pos, &h))
+	while (pos < c->kept_len) {
+		if (proto_get_request(&c->session, c->kept + pos, c->kept_len - pos, &h, &size) ||
+		    size == 0)
 			return false;
 		if (h.cmd == NBD_CMD_DISC)
 			return true;
@@ -1312,27 +1187,45 @@ static bool has_disc(const struct conn *c)
 	return false;
 }
 
+/* Receive up to room bytes at p.  Returns how many; 0 if there are none, or the client is gone. */
+static size_t conn_receive(struct conn *c, uint8_t *p, size_t room)
+{
+	ssize_t n;
+
+	if (room == 0)		/* all is kept that can be */
+		return 0;
+	do
+		n = recv(c->source.fd, p, room, MSG_DONTWAIT);
+	while (n < 0 && errno == EINTR);
+	if (n > 0) {
+		c->lively = true;
+		return (size_t)n;
+	}
+	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+		return 0;
+	c->gone = true;
+	if (n < 0 && !c->end)
+		c->end = strerror(errno);
+	if (!in_transmission(c))
+		conn_kill(c, c->end ? c->end : "client left during the handshake");
+	return 0;
+}
+
 /* Receive all that there is of a client that is gone.  False if out of memory. */
 static bool receive_rest(struct conn *c)
 {
 	uint8_t *rx = c->workspace->rx, *kept;
-	ssize_t n;
+	size_t n;
 
-	for (;;) {
-		n = recv(c->source.fd, rx, RX_CHUNK, MSG_DONTWAIT);
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && !c->end)
-			c->end = strerror(errno);
-		if (n <= 0)
-			return true;
-		kept = realloc(c->kept, c->kept_len + (size_t)n);
+	while ((n = conn_receive(c, rx, RX_CHUNK)) > 0) {
+		kept = realloc(c->kept, c->kept_len + n);
 		if (!kept)
 			return false;
-		memcpy(kept + c->kept_len, rx, (size_t)n);
+		memcpy(kept + c->kept_len, rx, n);
 		c->kept = kept;
-		c->kept_len += (size_t)n;
+		c->kept_len += n;
 	}
+	return true;
 }
 
 /* The client is gone: in order, or nothing that has not begun will. */
@@ -1358,62 +1251,27 @@ static bool takes_input(const struct conn *c)
 	       !is_full(c) && (c->blocked || !c->stopping);
 }
 
-static void take_kept(struct conn *c)
-{
-	uint8_t *kept = c->kept;
-	size_t len = c->kept_len, taken;
-
-	c->kept = NULL;		/* so that it outlives the connection's end */
-	c->kept_len = 0;
-	taken = take_steps(c, kept, len);
-	if (c->state != CONN_DEAD)
-		set_kept(c, kept + taken, len - taken);
-	free(kept);
-}
-
-/* Receive up to room bytes at p.  Returns how many; 0 if there are none, or the client is gone. */
-static size_t conn_receive(struct conn *c, uint8_t *p, size_t room)
-{
-	ssize_t n;
-
-	if (room == 0)		/* all is kept that can be */
-		return 0;
-	do
-		n = recv(c->source.fd, p, room, MSG_DONTWAIT);
-	while (n < 0 && errno == EINTR);
-	if (n > 0) {
-		c->lively = true;
-		return (size_t)n;
-	}
-	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
-		return 0;
-	c->gone = true;
-	c->end = n < 0 ? strerror(errno) : NULL;
-	if (!in_transmission(c))
-		conn_kill(c, c->end ? c->end : "client left during the handshake");
-	return 0;
-}
-
-/* Receive behind what was kept, and take from it what can be taken. */
+/* Receive behind what was kept, unless no more is taken, and take from it what can be taken. */
 static void input(struct conn *c)
 {
-	uint8_t *rx = c->workspace->rx;
-	size_t have = c->kept_len, room = RX_BYTES - have, n, taken;
+	uint8_t *kept = c->kept, *p = kept;
+	size_t len = c->kept_len, room = RX_BYTES - len, n, taken;
 
-	if (c->gone || c->stopping) {
-		take_kept(c);
-		return;
+	if (!c->gone && !c->stopping) {
+		p = c->workspace->rx;
+		n = conn_receive(c, p + len, room < RX_CHUNK ? room : RX_CHUNK);
+		if (c->gone || (n == 0 && !c->blocked))
+			return;
+		if (len > 0)
+			memcpy(p, kept, len);
+		len += n;
 	}
-	if (room > RX_CHUNK)
-		room = RX_CHUNK;
-	n = conn_receive(c, rx + have, room);
-	if (c->gone || (n == 0 && !c->blocked))
-		return;
-	if (have > 0)
-		memcpy(rx, c->kept, have);
-	taken = take_steps(c, rx, have + n);
+	c->kept = NULL;		/* so that it outlives the connection's end */
+	c->kept_len = 0;
+	taken = take_steps(c, p, len);
 	if (c->state != CONN_DEAD)
-		set_kept(c, rx + taken, have + n - taken);
+		set_kept(c, p + taken, len - taken);
+	free(kept);
 }
 
 static void discard_input(struct conn *c)
@@ -1427,17 +1285,7 @@ static void discard_input(struct conn *c)
 /* Whether there is nothing that we owe the client. */
 static bool is_idle(const struct conn *c)
 {
-	return c->in_flight == 0 && !c->ready && !c->again && !c->stream && !c->blocked &&
-	       !c->backlog;
-}
-
-/* Whether a close would throw away replies that are on their way, since there is input. */
-static bool has_unsent(const struct conn *c)
-{
-	int out = 0, in = 0;
-
-	return ioctl(c->source.fd, TIOCOUTQ, &out) < 0 || out > 0 ||
-	       ioctl(c->source.fd, FIONREAD, &in) < 0 || in > 0;
+	return c->in_flight == 0 && !c->back && !c->stream && !c->blocked && !c->backlog;
 }
 
 void conn_turn(struct conn *c, short revents)
@@ -1458,10 +1306,12 @@ void conn_turn(struct conn *c, short revents)
 			see_how_it_left(c);
 		if (c->state == CONN_DEAD || !send_backlog(c))
 			return;
-		go_on(c);	/* a stream comes first, and may end */
-		put_ready_replies(c);
+		go_on(c);
 		if ((revents & POLLIN || c->blocked) && takes_input(c))
 			input(c);
+		if (c->inside)
+			gate_leave(&c->export->gate);
+		c->inside = false;
 		if (!c->backlog)
 			conn_flush(c);
 		revents = 0;
@@ -1469,10 +1319,8 @@ void conn_turn(struct conn *c, short revents)
 		 (c->blocked && !c->tired && takes_input(c)));
 	if (c->stats && c->stats->now)
 		stats_end_turn(c->stats);
-	if (c->stopping && c->state < CONN_FINISHING && is_idle(c)) {
-		c->linger |= has_unsent(c);
+	if (c->stopping && c->state < CONN_FINISHING && is_idle(c))
 		finish(c, "server stops");
-	}
 	if (c->state == CONN_FINISHING && is_idle(c))
 		close_orderly(c);
 }
@@ -1530,31 +1378,21 @@ void conn_stop(struct conn *c)
 		conn_kill(c, "server stops");
 }
 
-/* Oldstyle and connected clients get the default export without asking. */
-static void bind_default(struct conn *c)
-{
-	c->session.export = c->exports->entry[0];
-	conn_enter_transmission(c);
-}
-
 void conn_start(struct conn *c)
 {
 	struct tx *tx = c->workspace->tx;
 
-	switch (c->greeting) {
-	case GREET_NEWSTYLE:
+	if (c->greeting == GREET_NEWSTYLE) {
 		proto_put_greeting(tx_tail(tx));
 		tx_add(tx, PROTO_GREETING_SIZE);
 		set_deadline(c, HANDSHAKE_MS);
-		break;
-	case GREET_OLDSTYLE:
-		proto_put_oldstyle(tx_tail(tx), c->exports->entry[0]);
-		tx_add(tx, PROTO_OLDSTYLE_SIZE);
-		bind_default(c);
-		break;
-	case GREET_CONNECTED:
-		bind_default(c);
-		break;
+	} else {	/* it gets the default export without asking */
+		c->session.export = c->exports->entry[0];
+		if (c->greeting == GREET_OLDSTYLE) {
+			proto_put_oldstyle(tx_tail(tx), c->session.export);
+			tx_add(tx, PROTO_OLDSTYLE_SIZE);
+		}
+		conn_enter_transmission(c);
 	}
 	conn_flush(c);
 }

@@ -25,8 +25,6 @@ struct workspace {
 	struct loop *loop;
 	struct tx *tx;			/* empty between turns */
 	uint8_t *rx;
-	struct request *free;		/* to be used again */
-	unsigned free_count;
 };
 
 /* How a connection begins. */
@@ -39,9 +37,7 @@ enum greeting {
 enum conn_state {
 	CONN_CLIENT_FLAGS,
 	CONN_OPTION,
-	CONN_SKIP_OPTION,	/* throwing away the data of one that is too large */
 	CONN_REQUEST,
-	CONN_PAYLOAD,		/* of the WRITE in current */
 	CONN_FINISHING,		/* takes no more requests, and ends when all replies are sent */
 	CONN_LINGERING,		/* all is sent; waits for the client to close */
 	CONN_DEAD,		/* the socket is closed; ends when no request is in flight */
@@ -60,17 +56,14 @@ struct conn {
 
 	uint8_t *kept;			/* received and not taken yet */
 	size_t kept_len;
-	uint32_t skip_opt, skip_left;	/* CONN_SKIP_OPTION */
-	struct request *current;	/* CONN_PAYLOAD: the WRITE whose payload arrives */
-	uint64_t current_left;		/* bytes of it to come */
+	uint32_t skipped, skip;		/* CONN_OPTION: one that is too large, and bytes of it to come */
+	struct request *current;	/* CONN_REQUEST: the WRITE whose payload arrives; at: what is to come */
 	uint64_t heard;			/* now_us() when it was found to be there, but for the loop's polled */
 
 	struct request *stream;		/* the READ that is answered in pieces, before all others */
-	uint64_t stream_sent, stream_asked;	/* bytes: in replies; in those and in pieces */
-	struct request *piece, **piece_end;	/* of it, in order; some have come back */
+	struct request *piece, **piece_end;	/* before its at, in order; some are lent */
 
-	struct request *again, **again_end;	/* to be carried out again */
-	struct request *ready, **ready_end;	/* done, replies not yet written */
+	struct request *back, **back_end;	/* to be answered, or carried out again */
 	struct tx *backlog;		/* replies that the client does not take yet */
 	struct request *out;		/* what others have */
 	unsigned in_flight;		/* requests that are not done */
@@ -80,19 +73,17 @@ struct conn {
 	atomic_bool dead;		/* as the state is; for other threads */
 	bool stopping;			/* the server is */
 	const char *end;		/* CONN_FINISHING: why it ends, for the log */
-	bool linger;			/* let the client close first: it may be sending */
 	bool gone;			/* the client has closed its side, or all of it */
 	bool orderly;			/* gone, and all that it sent is kept, with a DISC in it */
-	bool mute;			/* gone, and takes no replies */
 	bool blocked;			/* kept may hold whole requests, taken when there is room */
+	bool inside;			/* the gate, in this turn */
 	bool turned_away;		/* by the gate: goes on when it opens */
 	bool lively;			/* had something to read in its last turn */
 	bool tired;			/* that has ended before all was done: another must follow */
 
 	/* Of clients.c. */
 	struct mail mail;		/* while it is on its way to a thread */
-	struct guest guest;		/* of its host, until its place is given up */
-	bool uncounted;			/* it was */
+	struct guest guest;		/* until its place is given up */
 	uint64_t active;		/* now_ms() of the last turn that had something to read */
 	uint64_t patience;		/* so long after that it is parked, in milliseconds */
 	char peer[ADDRESS_MAX];

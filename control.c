@@ -35,90 +35,220 @@ static bool is_proxy(void)
 	return exports.cache && !cache_is_target(exports.cache);
 }
 
+/* A query's fields */
+
+/* The answer to a query: lines "name: value", or those of one JSON object, "json: TEXT". */
+struct report {
+	struct ctl_reply *reply;
+	bool json;
+	bool item;			/* the fields are those of an item of a list */
+	const char *before;		/* JSON: what comes in front of the next field or item */
+};
+
+enum { JSON_STRING_MAX = 16000 };	/* bytes; what a line has room for */
+
+/* The value as a string in JSON; paths are bytes, JSON is characters. */
+static void json_string(const char *value, char text[JSON_STRING_MAX])
+{
+	const char *end = value + strlen(value);
+	size_t len = 0, n;
+
+	text[len++] = '"';
+	for (; value < end && len < JSON_STRING_MAX - 8; value += n ? n : 1) {
+		n = utf8_length((const uint8_t *)value, (size_t)(end - value));
+		if (*value == '"' || *value == '\\')
+			text[len++] = '\\';
+		memcpy(text + len, n ? value : "\\ufffd", n ? n : 6);
+		len += n ? n : 6;
+	}
+	strcpy(text + len, "\"");
+}
+
+/* The value is masked, and in JSON a number, true, false or an array. */
+static void put_field(struct report *r, const char *name, const char *value)
+{
+	if (r->json) {
+		ctl_put(r->reply, "%s\"%s\": %s", r->before, name, value);
+		r->before = r->item ? ", " : ",\njson:   ";
+	} else {
+		ctl_put(r->reply, r->item ? " %s %s" : "%s: %s\n", name, value);
+	}
+}
+
+/* A value must not end the line. */
+static const char *masked(const char *value, char text[JSON_STRING_MAX])
+{
+	snprintf(text, JSON_STRING_MAX, "%s", value);
+	mask_control_characters(text, strlen(text));
+	return text;
+}
+
+static void say_text(struct report *r, const char *name, const char *value)
+{
+	char text[JSON_STRING_MAX], quoted[JSON_STRING_MAX];
+
+	masked(value, text);
+	if (r->json)
+		json_string(text, quoted);
+	put_field(r, name, r->json ? quoted : text);
+}
+
+static void say_number(struct report *r, const char *name, uint64_t n)
+{
+	char text[24];
+
+	snprintf(text, sizeof(text), "%" PRIu64, n);
+	put_field(r, name, text);
+}
+
+static void say_flag(struct report *r, const char *name, bool set)
+{
+	if (r->json)
+		put_field(r, name, set ? "true" : "false");
+	else
+		put_field(r, name, set ? "yes" : "no");
+}
+
+/* Items of a list: "list: key name value name value", or an array of objects. */
+
+static void begin_list(struct report *r, const char *list)
+{
+	if (r->json)
+		ctl_put(r->reply, "%s\"%s\": [", r->before, list);
+	r->before = "\njson:     ";
+}
+
+static void begin_item(struct report *r, const char *list, const char *key, const char *value)
+{
+	char text[JSON_STRING_MAX];
+
+	r->item = true;
+	if (r->json) {
+		ctl_put(r->reply, "%s{ ", r->before);
+		r->before = "";
+		say_text(r, key, value);
+	} else {
+		ctl_put(r->reply, "%s: %s", list, masked(value, text));
+	}
+}
+
+static void end_item(struct report *r)
+{
+	ctl_put(r->reply, r->json ? " }" : "\n");
+	r->before = ",\njson:     ";
+	r->item = false;
+}
+
+static void end_list(struct report *r)
+{
+	if (r->json)
+		ctl_put(r->reply, *r->before == ',' ? "\njson:   ]" : "]");
+	r->before = ",\njson:   ";
+}
+
 /* Query */
 
-/* The only image has lines of its own; of several each has one: "name size 1048576 snapshot idle". */
-static void say_exports(struct ctl_reply *reply)
+/* The only image has fields of its own. */
+static void say_image(struct report *r)
 {
 	const struct exported *e = exports.all;
 
 	if (exports.count == 1) {
-		ctl_say(reply, "image", "%s", e->path);
-		ctl_say_number(reply, "size", e->export.proto.size);
+		say_text(r, "image", e->path);
+		say_number(r, "size", e->export.proto.size);
 	}
-	ctl_say(reply, "readonly", "%s", e->export.backend->readonly ? "yes" : "no");
-	for (; exports.count > 1 && e < exports.all + exports.count; e++)
-		ctl_say(reply, "export", "%s size %" PRIu64 " snapshot %s", e->export.proto.name,
-			e->export.proto.size, e->snapshot ? "running" : "idle");
+	say_flag(r, "readonly", e->export.backend->readonly);
 }
 
-/* "address reads 1 writes 2 ..." */
-static void say_client(struct ctl_reply *reply, const struct survey_client *c)
+/* Of several images. */
+static void say_exports(struct report *r)
+{
+	if (exports.count == 1)
+		return;
+	begin_list(r, "export");
+	for (const struct exported *e = exports.all; e < exports.all + exports.count; e++) {
+		begin_item(r, "export", "name", e->export.proto.name);
+		say_number(r, "size", e->export.proto.size);
+		say_text(r, "snapshot", e->snapshot || e->wanted ? "running" : "idle");
+		end_item(r);
+	}
+	end_list(r);
+}
+
+static void say_tally(struct report *r, const struct tally *t)
 {
 	struct tally_field field[TALLY_FIELDS];
-	char text[512];
-	int n = snprintf(text, sizeof(text), "%s", c->peer);
 
-	tally_fields(&c->all, field);
+	tally_fields(t, field);
 	for (unsigned i = 0; i < TALLY_FIELDS; i++)
-		n += snprintf(text + n, sizeof(text) - (size_t)n, " %s %" PRIu64, field[i].name,
-			      field[i].value);
-	ctl_say(reply, "client", "%s in-flight %u", text, c->in_flight);
+		say_number(r, field[i].name, field[i].value);
 }
 
-/* "7:17 15:3": 17 requests took up to 7 us, and 3 more up to 15. */
-static void say_delays(struct ctl_reply *reply, const uint64_t delay[STATS_DELAYS])
+/* "7:17 15:3", or [[7, 17], [15, 3]]: 17 requests took up to 7 us, and 3 more up to 15. */
+static void say_delays(struct report *r, const _Atomic uint64_t delay[STATS_DELAYS])
 {
-	char text[STATS_DELAYS * 36] = "";
+	char text[STATS_DELAYS * 48] = "";
+	const char *pair = r->json ? "%s[%" PRIu64 ", %" PRIu64 "]" : "%s%" PRIu64 ":%" PRIu64;
+	const char *before = r->json ? "[" : "";
 	size_t n = 0;
 
-	for (unsigned i = 0; i < STATS_DELAYS; i++)
-		if (delay[i])
-			n += (size_t)snprintf(text + n, sizeof(text) - n, "%s%" PRIu64 ":%" PRIu64,
-					      n ? " " : "", delay_top(i), delay[i]);
-	ctl_say(reply, "delays-us", "%s", text);
+	for (unsigned i = 0; i < STATS_DELAYS; i++) {
+		uint64_t many = delay[i];
+
+		if (!many)
+			continue;
+		n += (size_t)snprintf(text + n, sizeof(text) - n, pair, before, delay_top(i), many);
+		before = r->json ? ", " : " ";
+	}
+	if (r->json)
+		strcpy(text + n, n ? "]" : "[]");
+	put_field(r, "delays-us", text);
 }
 
-static void say_clients(struct ctl_reply *reply)
+static void say_clients(struct report *r)
 {
-	const struct survey *s = stats_take();
-	struct tally_field field[TALLY_FIELDS];
+	struct tally total;
+	const struct stats *s = stats_take(&total);
 
-	tally_fields(&s->total, field);
-	for (unsigned i = 0; i < TALLY_FIELDS; i++)
-		ctl_say_number(reply, field[i].name, field[i].value);
-	say_delays(reply, s->total.delay);
-	if (s->missing)
-		ctl_say_number(reply, "threads-missing", s->missing);
-	for (size_t i = 0; i < s->count; i++)
-		say_client(reply, &s->client[i]);
+	say_tally(r, &total);
+	say_delays(r, total.delay);
+	begin_list(r, "client");
+	for (; s; s = s->next) {
+		begin_item(r, "client", "address", s->peer);
+		say_tally(r, &s->all);
+		say_number(r, "in-flight", s->in_flight);
+		end_item(r);
+	}
+	end_list(r);
 	stats_release();
 }
 
-static void say_snapshot(struct ctl_reply *reply)
+static void say_snapshot(struct report *r)
 {
 	bool running = false;
 
 	for (size_t i = 0; i < exports.count; i++)
-		running |= exports.all[i].snapshot != NULL;
-	ctl_say(reply, "snapshot", running ? "running" : "idle");
+		running |= exports.all[i].snapshot || exports.all[i].wanted;
+	say_text(r, "snapshot", running ? "running" : "idle");
 	if (*control.snapshot)
-		ctl_say(reply, control.snapshot_failed ? "snapshot-error" : "snapshot-last", "%s",
-			control.snapshot);
+		say_text(r, control.snapshot_failed ? "snapshot-error" : "snapshot-last",
+			 control.snapshot);
 }
 
-static void say_blocks(struct ctl_reply *reply)
+static void say_blocks(struct report *r)
 {
 	struct cache_status s;
 	unsigned share;
+	char percent[24];
 
 	cache_status(exports.cache, &s);
 	share = s.per_mille;
-	ctl_say_number(reply, "block-size", BLOCK_SIZE);
-	ctl_say_number(reply, "blocks", s.blocks);
-	ctl_say_number(reply, "cached-blocks", s.held);
-	ctl_say(reply, "cached-percent", "%u.%u", share / 10, share % 10);
-	ctl_say_number(reply, "written-blocks", s.written);
+	say_number(r, "block-size", BLOCK_SIZE);
+	say_number(r, "blocks", s.blocks);
+	say_number(r, "cached-blocks", s.held);
+	snprintf(percent, sizeof(percent), "%u.%u", share / 10, share % 10);
+	put_field(r, "cached-percent", percent);
+	say_number(r, "written-blocks", s.written);
 }
 
 /* Why a copy ended early; NULL if it did not. */
@@ -138,58 +268,73 @@ static const char *copy_error(const struct copy_status *s)
 	return text;
 }
 
-static void say_copy(struct ctl_reply *reply)
+static void say_copy(struct report *r)
 {
 	static const char *const name[] = { [COPY_IDLE] = "idle", [COPY_RUNNING] = "running",
 					    [COPY_DONE] = "done", [COPY_FAILED] = "failed" };
 	static struct copy_status s;
 
 	copy_status(cache_copy(exports.cache), &s);
-	ctl_say(reply, "copy", "%s", name[s.state]);
-	ctl_say_number(reply, "copy-rate", s.rate);
-	ctl_say_number(reply, "copy-failed-blocks", s.failed_blocks);
+	say_text(r, "copy", name[s.state]);
+	say_number(r, "copy-rate", s.rate);
+	say_number(r, "copy-failed-blocks", s.failed_blocks);
 	if (s.state == COPY_FAILED)
-		ctl_say(reply, "copy-error", "%s", copy_error(&s));
+		say_text(r, "copy-error", copy_error(&s));
 }
 
-static void say_proxy(struct ctl_reply *reply)
+static void say_proxy(struct report *r)
 {
 	struct origin_status s;
 	const char *link = "closed";
 
 	origin_status(cache_origin(exports.cache), &s);
 	if (is_proxy())
-		link = s.up ? "up" : "down";
-	ctl_say(reply, "bitmap", "%s", control.bitmap);
-	ctl_say(reply, "origin", "%s", s.address);
-	ctl_say(reply, "origin-export", "%s", s.export_name);
-	ctl_say(reply, "origin-link", "%s", link);
+		link = s.links ? "up" : "down";
+	say_text(r, "bitmap", control.bitmap);
+	say_text(r, "origin", s.address);
+	say_text(r, "origin-export", s.export_name);
+	say_text(r, "origin-link", link);
 	if (strcmp(link, "down") == 0)
-		ctl_say(reply, "origin-reason", "%s", s.reason);
-	ctl_say_number(reply, "origin-links", s.links);
-	say_blocks(reply);
-	ctl_say_number(reply, "fetched-bytes", s.fetched);
-	ctl_say_number(reply, "origin-requests", s.waiting);
-	say_copy(reply);
+		say_text(r, "origin-reason", s.reason);
+	say_number(r, "origin-links", s.links);
+	say_blocks(r);
+	say_number(r, "fetched-bytes", s.fetched);
+	say_number(r, "origin-requests", s.waiting);
+	say_copy(r);
 }
 
-static void query(struct ctl_reply *reply)
+static void say_state(struct report *r)
 {
 	bool is_cow = control.options->mode == MODE_COW_TARGET;
 
-	ctl_say(reply, "mode", is_proxy() ? "proxy" : is_cow ? "cow-target" : "target");
-	say_exports(reply);
-	ctl_say_number(reply, "uptime", (now_ms() - control.started) / 1000);
-	ctl_say(reply, "confined", confine_is_in_force() ? "yes" : "no");
-	ctl_say_number(reply, "clients", clients_count());
-	ctl_say_number(reply, "pending-requests", atomic_load(&load.requests));
-	ctl_say_number(reply, "pending-requests-limit", load.requests_max);
-	ctl_say_number(reply, "buffer-bytes", atomic_load(&load.bytes));
-	ctl_say_number(reply, "buffer-bytes-limit", load.bytes_max);
+	say_text(r, "mode", is_proxy() ? "proxy" : is_cow ? "cow-target" : "target");
+	say_image(r);
+	if (!r->json)
+		say_exports(r);
+	say_number(r, "uptime", (now_ms() - control.started) / 1000);
+	say_flag(r, "confined", confine_is_in_force());
+	say_number(r, "clients", clients_count());
+	say_number(r, "pending-requests", atomic_load(&load.requests));
+	say_number(r, "pending-requests-limit", load.requests_max);
+	say_number(r, "buffer-bytes", atomic_load(&load.bytes));
+	say_number(r, "buffer-bytes-limit", load.bytes_max);
 	if (exports.cache)
-		say_proxy(reply);
-	say_snapshot(reply);
-	say_clients(reply);
+		say_proxy(r);
+	say_snapshot(r);
+	say_clients(r);
+	if (r->json)
+		say_exports(r);
+}
+
+static void query(struct ctl_reply *reply, bool json)
+{
+	struct report r = { .reply = reply, .json = json, .before = "json:   " };
+
+	if (json)
+		ctl_put(reply, "json: {\n");
+	say_state(&r);
+	if (json)
+		ctl_put(reply, "\njson: }\n");
 }
 
 /* Snapshots */
@@ -225,7 +370,7 @@ static const char *say_progress(struct ctl_reply *reply, bool *runs)
 		return NULL;
 	origin_status(cache_origin(exports.cache), &o);
 	cache_status(exports.cache, &c);
-	if (!o.up && is_proxy())
+	if (o.links == 0 && is_proxy())
 		ctl_say(reply, "origin-reason", "%s", o.reason);
 	ctl_say(reply, "progress", "%" PRIu64 " %" PRIu64 " %" PRIu64, c.held, c.blocks, s.rate);
 	if (*runs || c.held == c.blocks)
@@ -283,8 +428,6 @@ void control_tend(void)
 	cache_tend(exports.cache, &news);
 	if (news.copied)
 		ctl_copied();
-	if (news.switched && !*news.error)
-		exports_have_disk();
 	if (news.switched)
 		ctl_switched(*news.error ? news.error : NULL, news.zeroed);
 }
@@ -295,7 +438,6 @@ bool control_open(const struct options *o)
 {
 	static struct ctl_ops ops = {
 		.query = query,
-		.gather = stats_gather,
 		.snapshot = exports_snapshot_of,
 		.switch_over = switch_over,
 		.reconnect = reconnect,

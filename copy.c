@@ -32,7 +32,6 @@ enum {
 	WINDOW_START = 64 * 3,
 	WINDOW_MAX = 1024 * 3,
 	QUEUE_US = 2000,		/* of delay that is allowed besides twice the least one */
-	SHARE = 16,			/* parts of the window, of which one is asked for at once */
 
 	RATE_MS = 500,			/* the rate is that of so much time, at least */
 };
@@ -60,10 +59,11 @@ struct copy {
 	uint64_t least_delay;		/* microseconds; 0: not known */
 	uint64_t copied, rate_copied, rate_since;	/* bytes, and now_ms() */
 
-	/* The thread's own, and the answer's while it is asking. */
+	bool asking;			/* about the map, which is the answer's meanwhile */
+
+	/* The thread's own. */
 	struct map map;
 	struct origin_request question;
-	atomic_bool asking;
 };
 
 /* Called with the lock. */
@@ -88,18 +88,14 @@ static void adapt_window(struct copy *c, uint64_t delay)
 		c->window += c->window < WINDOW_MAX ? 3 : 0;
 }
 
-/*
- * A request has ended; an error, an errno, ends the copy.  Where many are under way, which come one
- * by one from far away, room for more than one is worth the wake-up of two threads.
- */
+/* A request has ended; an error, an errno, ends the copy. */
 static void request_ended(struct copy *c, int error)
 {
 	pthread_mutex_lock(&c->lock);
 	if (!c->status.error)
 		c->status.error = error;
 	c->under_way--;
-	if (c->under_way + c->window / 3 / SHARE <= c->window / 3)
-		pthread_cond_signal(&c->changed);
+	pthread_cond_signal(&c->changed);
 	pthread_mutex_unlock(&c->lock);
 }
 
@@ -141,10 +137,10 @@ static uint64_t copy_data(struct copy *c, uint64_t off, uint64_t end, bool by_un
 
 	if (bytes == 0)
 		return c->layer->size;
-	to = fetch_copy(c->fetcher, off, end, by_units ? 1 : bytes, data_copied, c);
+	to = fetch_copy(c->fetcher, end - off, off, by_units ? 1 : bytes);
 	if (to == 0)
 		request_ended(c, ENOMEM);
-	return to ? to : end;
+	return to ? off + to : end;
 }
 
 /* Maps */
@@ -152,24 +148,23 @@ static uint64_t copy_data(struct copy *c, uint64_t off, uint64_t end, bool by_un
 static void map_answered(struct origin_request *q)
 {
 	struct copy *c = (struct copy *)((char *)q - offsetof(struct copy, question));
-	int error = q->error == -ECANCELED ? ESHUTDOWN : 0;
 
 	c->map.extents = q->extents;
 	if (q->error) {		/* without an answer all of it is data */
 		c->map.extents = 1;
 		c->map.extent[0] = (struct extent){ q->len, 0 };
 	}
-	atomic_store(&c->asking, false);	/* and the next one may be asked */
-	request_ended(c, error);
+	pthread_mutex_lock(&c->lock);
+	c->asking = false;
+	pthread_cond_signal(&c->changed);
+	pthread_mutex_unlock(&c->lock);
 }
 
-/* Ask the origin about what follows.  False if the copy is over. */
-static bool ask_map(struct copy *c, uint64_t off)
+/* Ask the origin about what follows, and wait for that. */
+static void ask_map(struct copy *c, uint64_t off)
 {
 	uint64_t left;
 
-	if (wait_for_room(c) == 0)
-		return false;
 	c->map.next = 0;
 	c->map.off = off - off % origin_limits(c->fetcher->origin)->min_block;
 	left = c->layer->size - c->map.off;
@@ -181,13 +176,12 @@ static bool ask_map(struct copy *c, uint64_t off)
 		.extents = MAP_EXTENTS,
 		.done = map_answered,
 	};
-	atomic_store(&c->asking, true);
+	c->asking = true;
 	origin_submit(c->fetcher->origin, &c->question);
 	pthread_mutex_lock(&c->lock);
-	while (atomic_load(&c->asking))
+	while (c->asking)
 		pthread_cond_wait(&c->changed, &c->lock);
 	pthread_mutex_unlock(&c->lock);
-	return true;
 }
 
 /* The known extent that off lies in; or NULL. */
@@ -207,8 +201,8 @@ static uint64_t copy_part(struct copy *c, uint64_t off, uint64_t end, bool by_un
 	uint64_t len;
 
 	if (origin_tells_extents(c->fetcher->origin)) {
-		if (!extent_at(&c->map, off) && !ask_map(c, off))
-			return c->layer->size;
+		if (!extent_at(&c->map, off))
+			ask_map(c, off);
 		e = extent_at(&c->map, off);
 	}
 	if (e && end > c->map.off + e->len)
@@ -265,12 +259,6 @@ static void find_failures(struct copy *c)
 	}
 }
 
-static void copy_ended(struct copy *c)
-{
-	atomic_store(&c->ended, true);
-	wake_main();
-}
-
 static void *copy_main(void *copy)
 {
 	struct copy *c = copy;
@@ -289,7 +277,8 @@ static void *copy_main(void *copy)
 			c->status.state = c->status.error || complete ? COPY_FAILED : COPY_IDLE;
 		pthread_mutex_unlock(&c->lock);
 	} while (again);
-	copy_ended(c);
+	atomic_store(&c->ended, true);
+	wake_main();
 	return NULL;
 }
 
@@ -300,6 +289,8 @@ struct copy *copy_new(struct fetcher *f)
 	struct copy *c = not_null(calloc(1, sizeof(*c)));
 
 	c->fetcher = f;
+	f->copied = data_copied;
+	f->copy = c;
 	c->layer = f->layer;
 	pthread_mutex_init(&c->lock, NULL);
 	pthread_cond_init(&c->changed, NULL);
@@ -334,7 +325,8 @@ static void copy_begin(struct copy *c)
 	if (err) {
 		c->status.state = COPY_FAILED;
 		c->status.error = err;
-		copy_ended(c);
+		atomic_store(&c->ended, true);
+		wake_main();
 	}
 }
 

@@ -9,6 +9,7 @@
 #include "ctl.h"
 
 #include "listen.h"
+#include "loop.h"
 #include "util.h"
 
 #include <errno.h>
@@ -24,9 +25,9 @@ enum {
 	CONNECTIONS_MAX = 16,		/* the one that was idle for longest makes room */
 	IDLE_MS = 60 * 1000,		/* without a command: then the connection is closed */
 	PROGRESS_MS = 1000,
-	GATHER_MS = 1000,		/* then a query is answered with what is there */
 	BLOCKS_PER_REQUEST_MAX = 8192,
 	ANSWER_LINE_MAX = 16384,	/* bytes; more than there are to say */
+	VALUE_MAX = 16384 - 256,	/* with room for a name */
 	LINE_END = 2,			/* "\r\n" */
 };
 
@@ -41,7 +42,6 @@ enum state {
 	STATE_COPYING,
 	STATE_SWITCHING,
 	STATE_RECONNECTING,
-	STATE_QUERYING,
 	STATE_SNAPSHOT,
 	STATE_CLOSING,			/* when the answer has been sent */
 };
@@ -53,7 +53,7 @@ struct ctl_client {
 	bool broken;			/* nothing can be received or sent any more */
 	bool behind;			/* waits for the end after the next one */
 	const struct export *snapshot_of;	/* STATE_SNAPSHOT */
-	uint64_t due;			/* now_ms(): for progress, or an answer; else to be closed */
+	uint64_t due;			/* now_ms(): for progress; else to be closed */
 	uint64_t idle_since;		/* a count of those that became idle */
 	struct ctl_reply out;
 	size_t len;			/* of the input that was not carried out yet */
@@ -63,8 +63,6 @@ struct ctl_client {
 /* There is one control socket at most. */
 static struct {
 	const struct ctl_ops *ops;	/* NULL: there is none */
-	struct loop *loop;
-	struct listeners listeners;
 	uint64_t idle_count;
 	bool reconnecting;		/* even if who asked for it has left */
 	bool background;		/* somebody wanted a copy, and need not wait for it */
@@ -73,31 +71,34 @@ static struct {
 
 /* Answers */
 
-static void reply_line(struct ctl_reply *r, const char *line)
+void ctl_put(struct ctl_reply *reply, const char *fmt, ...)
 {
-	size_t len = strlen(line);
-	char *text = r->failed ? NULL : realloc(r->text, r->len + len + 1);
+	char part[ANSWER_LINE_MAX];
+	char *text;
+	va_list ap;
 
-	r->failed = !text;
+	va_start(ap, fmt);
+	vsnprintf(part, sizeof(part), fmt, ap);
+	va_end(ap);
+	text = reply->failed ? NULL : realloc(reply->text, reply->len + strlen(part));
+	reply->failed = !text;
 	if (!text)
 		return;
-	memcpy(text + r->len, line, len);
-	text[r->len + len] = '\n';
-	r->text = text;
-	r->len += len + 1;
+	reply->text = text;
+	memcpy(text + reply->len, part, strlen(part));
+	reply->len += strlen(part);
 }
 
 void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
 {
-	char line[ANSWER_LINE_MAX];
-	int len = snprintf(line, sizeof(line), "%s: ", name);
+	char value[VALUE_MAX];
 	va_list ap;
 
 	va_start(ap, fmt);
-	vsnprintf(line + len, sizeof(line) - (size_t)len, fmt, ap);
+	vsnprintf(value, sizeof(value), fmt, ap);
 	va_end(ap);
-	mask_control_characters(line, strlen(line));	/* a value must not end the line */
-	reply_line(reply, line);
+	mask_control_characters(value, strlen(value));	/* a value must not end the line */
+	ctl_put(reply, "%s: %s\n", name, value);
 }
 
 void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n)
@@ -119,7 +120,7 @@ static void answer(struct ctl_client *cl, const char *error)
 	if (error)
 		ctl_say(&cl->out, "error", "%s", error);
 	else
-		reply_line(&cl->out, "ok");
+		ctl_put(&cl->out, "ok\n");
 	become_idle(cl);
 }
 
@@ -141,18 +142,14 @@ static void ctl_flush(struct ctl_client *cl)
 
 /* Commands.  Each gets what follows its name, NULL if that is nothing. */
 
-static void answer_query(struct ctl_client *cl)
-{
-	ctl.ops->query(&cl->out);
-	answer(cl, NULL);
-}
-
 static void run_query(struct ctl_client *cl, char *arguments)
 {
-	(void)arguments;
-	cl->state = STATE_QUERYING;
-	cl->due = now_ms() + GATHER_MS;
-	cl->behind = ctl.ops->gather();
+	if (arguments && strcmp(arguments, "json")) {
+		answer(cl, "query may be followed by 'json' only");
+		return;
+	}
+	ctl.ops->query(&cl->out, arguments != NULL);
+	answer(cl, NULL);
 }
 
 static void run_snapshot(struct ctl_client *cl, char *arguments)
@@ -282,7 +279,7 @@ static const struct command {
 	void (*run)(struct ctl_client *, char *arguments);
 } commands[] = {
 	{ "help", "", false, run_help },
-	{ "query", "", false, run_query },
+	{ "query", " [json]", false, run_query },
 	{ "snapshot", " [EXPORT_NAME]", false, run_snapshot },
 	{ "cache-all", " [BLOCKS_PER_REQUEST]", true, run_cache_all },
 	{ "cache-all2", " [BLOCKS_PER_REQUEST]", true, run_cache_all2 },
@@ -393,7 +390,7 @@ static void drop_client(struct ctl_client *cl)
 {
 	if (cl->state == STATE_COPYING)
 		ctl.ops->release_copy();
-	loop_remove(ctl.loop, &cl->source);
+	loop_remove(&main_loop, &cl->source);
 	close(cl->source.fd);
 	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
 		if (ctl.client[i] == cl)
@@ -432,15 +429,12 @@ static void ctl_turn(struct source *s, short revents)
 		ctl_receive(cl);
 	if (cl->state == STATE_COPYING && now_ms() >= cl->due)
 		tell_progress(cl);
-	if (cl->state == STATE_QUERYING && now_ms() >= cl->due)
-		answer_query(cl);
 	ctl_flush(cl);
 	run_lines(cl);
 	if (ctl_has_left(cl, revents))
 		drop_client(cl);
 	else
-		s->due = !is_busy(cl) || cl->state == STATE_COPYING || cl->state == STATE_QUERYING ?
-				 cl->due : UINT64_MAX;
+		s->due = !is_busy(cl) || cl->state == STATE_COPYING ? cl->due : UINT64_MAX;
 }
 
 static const struct source_ops ctl_source_ops = { ctl_events, ctl_turn };
@@ -461,30 +455,17 @@ static struct ctl_client **find_place(void)
 	return longest;
 }
 
-/* Whether there is no place now, but soon: a query does not take long. */
-static bool is_place_near(void)
-{
-	bool near = false;
-
-	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
-		if (!ctl.client[i] || !is_busy(ctl.client[i]))
-			return false;
-		near |= ctl.client[i]->state == STATE_QUERYING;
-	}
-	return near;
-}
-
-static void accept_control(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len)
+static void accept_control(int fd, const struct sockaddr *sa, socklen_t len)
 {
 	static const char full[] = "error: too many connections\n";
 	struct ctl_client **place = find_place(), *cl = place ? calloc(1, sizeof(*cl)) : NULL;
 
-	(void)l, (void)sa, (void)len;
+	(void)sa, (void)len;
 	if (cl) {
 		cl->source = (struct source){ .ops = &ctl_source_ops, .fd = fd };
 		become_idle(cl);
 	}
-	if (!cl || !loop_add(ctl.loop, &cl->source)) {
+	if (!cl || !loop_add(&main_loop, &cl->source)) {
 		free(cl);
 		send(fd, full, sizeof(full) - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
 		close(fd);
@@ -497,16 +478,10 @@ static void accept_control(struct listener *l, int fd, const struct sockaddr *sa
 
 bool ctl_open(const char *path, const struct ctl_ops *ops)
 {
-	if (!listen_unix(&ctl.listeners, path, 0600))
+	if (!listen_unix(path, 0600, accept_control))
 		return false;
 	ctl.ops = ops;
 	return true;
-}
-
-bool ctl_start(struct loop *loop)
-{
-	ctl.loop = loop;
-	return listen_start(&ctl.listeners, loop, accept_control, is_place_near);
 }
 
 void ctl_close(void)
@@ -521,7 +496,6 @@ void ctl_close(void)
 		ctl_flush(cl);
 		drop_client(cl);
 	}
-	listen_close(&ctl.listeners);
 	memset(&ctl, 0, sizeof(ctl));
 }
 
@@ -551,30 +525,17 @@ void ctl_reconnected(const char *error)
 	answer_all(STATE_RECONNECTING, error, 0);
 }
 
-/* Whether cl is in that state and its turn has come, of which there is one for each end. */
-static bool is_due(struct ctl_client *cl, enum state state)
-{
-	bool due = cl && cl->state == state && !cl->behind;
-
-	if (cl && cl->state == state)
-		cl->behind = false;
-	return due;
-}
-
-void ctl_gathered(void)
-{
-	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
-		if (is_due(ctl.client[i], STATE_QUERYING))
-			answer_query(ctl.client[i]);
-}
-
 void ctl_snapshot_ended(const struct export *of, const char *path, const char *error)
 {
 	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
 		struct ctl_client *cl = ctl.client[i];
 
-		if (!cl || cl->snapshot_of != of || !is_due(cl, STATE_SNAPSHOT))
+		if (!cl || cl->state != STATE_SNAPSHOT || cl->snapshot_of != of)
 			continue;
+		if (cl->behind) {
+			cl->behind = false;
+			continue;
+		}
 		if (path)
 			ctl_say(&cl->out, "snapshot", "%s", path);
 		answer(cl, path ? NULL : error);

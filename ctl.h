@@ -14,7 +14,6 @@ enum { CTL_LINE_MAX = 8192 };	/* bytes of a command */
 /* Lines of an answer that grows; freed by ctl.c. */
 struct ctl_reply;
 struct export;
-struct loop;
 
 /* Append "name: value". */
 void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
@@ -22,23 +21,21 @@ void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
 
 void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n);
 
+/* Append a part of lines, which ends with a line feed if it ends one. */
+void ctl_put(struct ctl_reply *reply, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+
 /*
  * What the server does when it is asked.  Those that return a text return NULL for success, or
  * one line that says why not.
  */
 struct ctl_ops {
-	/* Tell the state, with what has been gathered. */
-	void (*query)(struct ctl_reply *reply);
-
-	/*
-	 * Gather what clients did; ctl_gathered() is called when that is complete.  True if it is the
-	 * second such call from now: what is being gathered already may lack what was done since.
-	 */
-	bool (*gather)(void);
+	/* Tell the state. */
+	void (*query)(struct ctl_reply *reply, bool json);
 
 	/*
 	 * Make a snapshot of the export of that name, NULL if none was given.  *of is set to it, with
-	 * which ctl_snapshot_ended() is called when it has happened or failed.  *behind as above.
+	 * which ctl_snapshot_ended() is called when it has happened or failed.  *behind is
+	 * set if that is the second such call from now: one that is made already may lack changes.
 	 */
 	const char *(*snapshot)(const char *name, const struct export **of, bool *behind);
 
@@ -73,10 +70,7 @@ struct ctl_ops {
  */
 bool ctl_open(const char *path, const struct ctl_ops *ops);
 
-/* Serve it on the main thread's loop.  False if out of memory. */
-bool ctl_start(struct loop *loop);
-
-/* Close everything, and remove the socket's file if it is still ours. */
+/* Close its connections. */
 void ctl_close(void);
 
 /*
@@ -85,9 +79,6 @@ void ctl_close(void);
  */
 void ctl_switched(const char *error, uint64_t zeroed);
 void ctl_reconnected(const char *error);
-
-/* What clients did has been gathered. */
-void ctl_gathered(void);
 
 /* A snapshot of that has ended: its path, or NULL and why there is none. */
 void ctl_snapshot_ended(const struct export *of, const char *path, const char *error);

@@ -408,27 +408,3 @@ struct disk *disk_open(const char *path, bool readonly, bool hints)
 
 	return fd < 0 ? NULL : disk_adopt(fd);
 }
-
-void disk_look(struct disk *d, const char *path)
-{
-	static const struct {
-		const char *format, *magic;
-		unsigned off;
-	} known[] = {
-		{ "qcow2", "QFI\xfb", 0 },
-		{ "VMDK", "KDMV", 0 },
-		{ "VMDK", "COWD", 0 },
-		{ "VMDK", "# Disk DescriptorFile", 0 },
-		{ "VDI", "\x7f\x10\xda\xbe", 64 },
-	};
-	uint8_t head[68];
-
-	if (d->size == 0)
-		log_line("image %s is empty: a disk of 0 bytes is served", path);
-	if (d->size < sizeof(head) || read_at(d->fd, head, sizeof(head), 0) < 0)
-		return;
-	for (size_t i = 0; i < ARRAY_SIZE(known); i++)
-		if (memcmp(head + known[i].off, known[i].magic, strlen(known[i].magic)) == 0)
-			log_line("image %s looks like %s: clients get the file as it is, as a raw "
-				 "image", path, known[i].format);
-}

@@ -56,9 +56,6 @@ int disk_make_file(const char *dir, const char *prefix, char *name);
  */
 struct disk *disk_open(const char *path, bool readonly, bool hints);
 
-/* Log that the image is empty, or has a format of its own, which clients will see. */
-void disk_look(struct disk *d, const char *path);
-
 /* Make a disk of an open image; takes fd over, also when it fails.  NULL as above. */
 struct disk *disk_adopt(int fd);
 

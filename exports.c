@@ -4,14 +4,14 @@
  * Each export has snapshots of its own, one at a time, each in these steps:
  *
  *	wanted		by a signal, for instance, which may come during the one before
- *	waiting		prepared; the gate is closed, and those inside finish
- *	taken		its instant is past: the gate is open again, and a thread copies
- *	over		the gate is closed once more, to take it off the disk
+ *	begun		when the gate is closed and nobody is inside: its instant; a thread copies
+ *	over		when the gate is closed once more it is taken off the disk
  */
 #include "exports.h"
 
 #include "cache.h"
 #include "clients.h"
+#include "confine.h"
 #include "disk.h"
 #include "log.h"
 #include "origin.h"
@@ -56,14 +56,13 @@ static struct backend *open_target(const struct options *o, struct exported *e, 
 	e->disk = disk_open(image, o->readonly, true);
 	if (!e->disk)
 		return NULL;
-	disk_look(e->disk, image);
 	if (o->readonly || is_alone(e->disk, image))
 		return target_open(e->disk, o->readonly);
 	disk_close(e->disk);
 	return NULL;
 }
 
-static struct backend *open_proxy(const struct options *o)
+static struct backend *open_proxy(const struct options *o, struct exported *e)
 {
 	const struct cache_options cache = { o->image, o->bitmap, o->clear_bitmap, o->readonly };
 	const struct origin_options remote = {
@@ -76,6 +75,7 @@ static struct backend *open_proxy(const struct options *o)
 	struct origin *origin = origin_open(&remote);
 
 	exports.cache = origin ? cache_open(&cache, origin) : NULL;
+	e->disk = exports.cache ? cache_disk(exports.cache) : NULL;
 	return exports.cache;
 }
 
@@ -85,7 +85,7 @@ static struct backend *open_backend(const struct options *o, struct exported *e,
 	case MODE_COW_TARGET:
 		return cow_open(&(struct cow_options){ image, o->cow_dir, o->cow_file, o->readonly });
 	case MODE_PROXY:
-		return open_proxy(o);
+		return open_proxy(o, e);
 	default:
 		return open_target(o, e, image);
 	}
@@ -99,10 +99,43 @@ static bool open_export(const struct options *o, const char *name, const char *i
 
 	if (!backend)
 		return false;
+	e->image = image;
 	e->path = not_null(absolute_path(image));
+	if (e->disk && e->disk->is_file)
+		confine_keep_place("make snapshots of ", e->path, CONFINE_FILES);
 	export_init(&e->export, backend, name, describe_image(image), wake_main, clients_admit);
 	exports.entry[exports.count++] = &e->export.proto;
 	return true;
+}
+
+/*
+ * Log that the image is empty, or has a format of its own, which clients will see.  A worker does
+ * it: the start does not wait for a slow disk.
+ */
+static void look_at_image(struct job *job)
+{
+	static const struct {
+		const char *format, *magic;
+		unsigned off;
+	} known[] = {
+		{ "qcow2", "QFI\xfb", 0 },
+		{ "VMDK", "KDMV", 0 },
+		{ "VMDK", "COWD", 0 },
+		{ "VMDK", "# Disk DescriptorFile", 0 },
+		{ "VDI", "\x7f\x10\xda\xbe", 64 },
+	};
+	struct exported *e = (struct exported *)((char *)job - offsetof(struct exported, look));
+	struct backend *b = e->export.backend;
+	uint8_t head[68];
+
+	if (b->size == 0)
+		log_line("image %s is empty: a disk of 0 bytes is served", e->image);
+	if (b->size < sizeof(head) || b->ops->read(b, head, sizeof(head), 0, WAIT) != 0)
+		return;
+	for (size_t i = 0; i < ARRAY_SIZE(known); i++)
+		if (memcmp(head + known[i].off, known[i].magic, strlen(known[i].magic)) == 0)
+			log_line("image %s looks like %s: clients get the file as it is, as a raw "
+				 "image", e->image, known[i].format);
 }
 
 /* LIST tells of all exports or of none. */
@@ -145,6 +178,11 @@ bool exports_start(void)
 {
 	struct origin_status status;
 
+	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
+		e->look.run = look_at_image;
+		if (!exports.cache)
+			worker_submit(&e->look, &e->export.lane);
+	}
 	if (!exports.cache)
 		return true;
 	origin_status(cache_origin(exports.cache), &status);
@@ -153,19 +191,12 @@ bool exports_start(void)
 	return origin_start(cache_origin(exports.cache));
 }
 
-void exports_have_disk(void)
-{
-	exports.all[0].disk = cache_disk(exports.cache);
-}
-
 /* Snapshots */
 
-const char *exports_snapshots_beside(size_t i)
+/* Those of a proxy are of its cache, when that is the whole disk. */
+static bool has_snapshots(const struct exported *e)
 {
-	const struct exported *e = &exports.all[i];
-	const struct disk *d = !e->disk && exports.cache ? cache_disk(exports.cache) : e->disk;
-
-	return d && d->is_file ? e->path : NULL;
+	return e->disk && (!exports.cache || cache_is_target(exports.cache));
 }
 
 bool exports_snapshot(void)
@@ -173,7 +204,7 @@ bool exports_snapshot(void)
 	bool any = false;
 
 	for (size_t i = 0; i < exports.count; i++) {
-		exports.all[i].wanted = exports.all[i].disk;
+		exports.all[i].wanted |= has_snapshots(&exports.all[i]);
 		any |= exports.all[i].wanted;
 	}
 	return any;
@@ -190,57 +221,48 @@ const char *exports_snapshot_of(const char *name, const struct export **e, bool 
 			of = &exports.all[i];
 	if (!of)
 		return "there is no export of that name";
-	if (!of->disk)
+	if (!has_snapshots(of))
 		return "snapshots are taken in target mode";
 	*e = &of->export;
-	*behind = of->snapshot && of->taken;
+	*behind = of->snapshot != NULL;
 	of->wanted = true;
 	wake_main();
 	return NULL;
 }
 
+/* Nobody reads or writes: this is the instant that the snapshot shows. */
 static void begin_snapshot(struct exported *e, exports_ended *ended)
 {
 	const char *error;
 
-	e->wanted = e->taken = false;
+	e->wanted = false;
 	e->snapshot = snapshot_new(e->disk, e->path, &error);
 	if (!e->snapshot)
 		ended(&e->export, NULL, error);
 }
 
-/* The instant that the snapshot shows: nobody reads or writes. */
-static void take_snapshot(struct exported *e)
-{
-	if (!gate_close(&e->export.gate))
-		return;		/* called again when it is empty */
-	snapshot_take(e->snapshot);
-	e->taken = true;
-	gate_open(&e->export.gate);
-	snapshot_start(e->snapshot);
-}
-
 static void end_snapshot(struct exported *e, exports_ended *ended)
 {
-	const char *error, *path;
+	const char *error, *path = snapshot_path(e->snapshot, &error);
 
-	if (!gate_close(&e->export.gate))
-		return;
-	path = snapshot_path(e->snapshot, &error);
 	ended(&e->export, path, error);
 	snapshot_free(e->snapshot);
 	e->snapshot = NULL;
-	gate_open(&e->export.gate);
 }
 
 static void tend_snapshot(struct exported *e, exports_ended *ended)
 {
-	if (e->snapshot && e->taken && snapshot_is_over(e->snapshot))
+	bool over = e->snapshot && snapshot_is_over(e->snapshot);
+
+	if (!over && (e->snapshot || !e->wanted))
+		return;
+	if (!gate_close(&e->export.gate))
+		return;		/* called again when it is empty */
+	if (over)
 		end_snapshot(e, ended);
-	if (e->wanted && !e->snapshot)
+	if (e->wanted)
 		begin_snapshot(e, ended);
-	if (e->snapshot && !e->taken)
-		take_snapshot(e);
+	gate_open(&e->export.gate);
 }
 
 void exports_tend(exports_ended *ended)
@@ -264,24 +286,12 @@ void exports_stop(void)
 		cache_stop(exports.cache);
 }
 
-void exports_give_up(void)
-{
-	if (exports.cache)
-		origin_cancel(cache_origin(exports.cache));
-}
-
-void exports_end(void)
-{
-	if (exports.cache)
-		cache_end(exports.cache);
-}
-
 bool exports_are_busy(void)
 {
 	bool busy = false;
 
 	for (const struct exported *e = exports.all; e < exports.all + exports.count; e++)
-		busy |= e->snapshot && e->taken && !snapshot_is_over(e->snapshot);
+		busy |= e->snapshot && !snapshot_is_over(e->snapshot);
 	return busy;
 }
 

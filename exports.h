@@ -14,10 +14,11 @@
 struct exported {
 	struct export export;
 	char *path;			/* of the image, from the root: a daemon leaves its place */
+	const char *image;		/* the same, as it was given */
+	struct job look;		/* at the image, by a worker */
 	struct disk *disk;		/* what snapshots are taken of; NULL: there are none */
 	struct snapshot *snapshot;	/* that is being made, or NULL */
-	bool taken;			/* its instant is past; else it waits for the gate */
-	bool wanted;			/* another one, when that is over */
+	bool wanted;			/* another one, when that is over and the gate is closed */
 };
 
 /* The table, for other rooms to read. */
@@ -34,15 +35,6 @@ bool exports_open(const struct options *o);
 
 /* Threads may be started.  False after logging why not. */
 bool exports_start(void);
-
-/* The proxy has become a target: there can be snapshots of its disk. */
-void exports_have_disk(void);
-
-/*
- * The path of the image of an export of which there may be snapshots now, or when a proxy has
- * become a target; NULL if there will be none.
- */
-const char *exports_snapshots_beside(size_t i);
 
 /*
  * Make a snapshot of the export of that name; NULL means the only one.  Returns NULL, or why not.
@@ -65,12 +57,6 @@ void exports_tend(exports_ended *ended);
 
 /* The server stops: give up snapshots and copies, and let clients in who wait for one. */
 void exports_stop(void);
-
-/* Let go of requests that still wait for an origin. */
-void exports_give_up(void);
-
-/* No request is left: nothing comes from an origin any more when this returns. */
-void exports_end(void);
 
 /* Whether a snapshot is being made. */
 bool exports_are_busy(void);

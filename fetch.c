@@ -1,19 +1,20 @@
 /*
  * fetch.c - blocks on their way from the origin into the cache image: see fetch.h.
  *
- *	fetch_wait()	blocks are not held: join the fetches that bring them, or begin some
+ *	fetch_wait()	blocks are not held: join the fetch that brings the first, and begin others
  *	arrived()	the origin has answered
  *	fetch_store()	put the data into the image and set the bits, on a worker if that may block
  *	fetch_settle()	tell all requests that wait for it
  *
+ * A request waits for one fetch at a time: then it is answered, or goes on, and waits for the next.
  * Whether a block is held, and then which fetch brings it, is looked up under the lock.  A fetch is
  * taken from the table under the lock, after its bits were set.  So no request misses both.
  *
  * What a client wrote meanwhile stays: layer_fill() stores only what is not held.  A READ gets the
  * origin's bytes all the same: that is what the disk had when it came.
  *
- * A request that waits for all of its range holds no memory for data: a fetch gets its buffer when
- * the answer arrives.  Until all of it has arrived it can be taken back.
+ * A request that waits for its first block holds no memory for data: a fetch gets its buffer when
+ * the answer arrives.  Until that has been stored the request can be taken back.
  */
 #include "fetch.h"
 
@@ -26,7 +27,8 @@
 #include <string.h>
 
 enum {
-	FETCH_MAX = 1024 * 1024,	/* bytes that are asked for at once for clients */
+	FETCH_MAX = 1024 * 1024,	/* bytes of a fetch for clients */
+	WANTED_MAX = 4 * 1024 * 1024,	/* bytes that are asked for at once for one request */
 	AHEAD_MAX = 8 * 1024 * 1024,	/* bytes that are fetched ahead of a reader */
 	ZERO_PIECE = 64 * 1024,		/* zeros are looked for in pieces of this */
 	STORE_HERE = 256 * 1024,	/* by the origin's thread at most, if that does not block */
@@ -37,34 +39,7 @@ struct fetch {
 	struct fetcher *f;
 	struct job job;			/* storing it */
 	struct fetch *next;		/* in its bucket */
-	struct part *parts;		/* that wait for it */
-
-	/* Of the background copy, and not in the table: */
-	void (*copied)(void *copy, const struct origin_request *ask, int error);
-	void *copy;
-};
-
-/* What a request wants of one fetch. */
-struct part {
-	struct part *next;		/* of those that wait for the same fetch */
-	struct part *sibling;		/* of the same request */
-	struct fetch *fetch;		/* NULL: it has arrived */
-	struct miss *miss;
-	uint64_t off, len;
-};
-
-/* A request that waits. */
-struct miss {
-	struct request *r;
-	struct part *parts;
-	unsigned left;			/* parts that have not arrived */
-	int error;			/* of the first part that failed, or 0 */
-	bool again;			/* carry it out again: what arrives is not its answer */
-};
-
-/* Fetches that have begun; they are handed to the origin when the lock is free. */
-struct batch {
-	struct origin_request *first, **last;
+	struct request *waiting;	/* for it */
 };
 
 void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
@@ -72,7 +47,6 @@ void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
 	memset(f, 0, sizeof(*f));
 	f->layer = layer;
 	f->origin = origin;
-	f->lane.name = "";
 	f->lane.single = true;	/* more would take the processor from those who bring the data */
 	pthread_mutex_init(&f->lock, NULL);
 }
@@ -121,10 +95,12 @@ static int fetch_store(const struct fetch *fetch, enum how how)
 /* Once for each time that it begins to fail. */
 static void log_store(struct fetcher *f, int error)
 {
-	if (error && !atomic_exchange(&f->cannot_store, true))
+	if (atomic_exchange(&f->cannot_store, error != 0) == (error != 0))
+		return;
+	if (error)
 		log_error("cannot cache what is read from the origin: %s; going on without",
 			 strerror(-error));
-	if (!error && atomic_load(&f->cannot_store) && atomic_exchange(&f->cannot_store, false))
+	else
 		log_line("what is read from the origin is cached again");
 }
 
@@ -141,56 +117,58 @@ static uint64_t end_of(const struct fetch *fetch)
 }
 
 /*
- * The fetch that brings the block at off, or NULL and then *end is lowered to where the next one
- * begins.
+ * The fetch that brings the block at off, or NULL.  *len is lowered to what is alike: held, or
+ * brought by that fetch, or neither.
  */
-static struct fetch *fetch_find(struct fetcher *f, uint64_t off, uint64_t *end)
+static struct fetch *fetch_find(struct fetcher *f, uint64_t *len, uint64_t off, bool *held)
 {
-	for (struct fetch *i = *bucket_of(f, off); i; i = i->next) {
-		if (i->ask.off <= off && off < end_of(i))
+	*len = layer_run(f->layer, *len, off, held);
+	for (struct fetch *i = *held ? NULL : *bucket_of(f, off); i; i = i->next) {
+		bool brings = i->ask.off <= off && off < end_of(i);
+		uint64_t next = brings ? end_of(i) : i->ask.off;
+
+		if (next > off && next - off < *len)
+			*len = next - off;
+		if (brings)
 			return i;
-		if (i->ask.off > off && i->ask.off < *end)
-			*end = i->ask.off;
 	}
 	return NULL;
 }
 
+/* It may not be there: what the copy asks for is not. */
 static void fetch_remove(struct fetch *fetch)
 {
 	struct fetch **p = bucket_of(fetch->f, fetch->ask.off);
 
-	while (*p != fetch)
+	while (*p && *p != fetch)
 		p = &(*p)->next;
-	*p = fetch->next;
-	if (fetch->ask.priority == ORIGIN_DEMAND)
-		atomic_fetch_sub(&fetch->f->demanded, 1);
+	if (*p)
+		*p = fetch->next;
 }
 
 /* What has arrived */
 
+/* Whether the origin's data is the answer. */
 static bool takes_data(const struct request *r)
 {
 	return r->h.cmd == NBD_CMD_READ && r->h.len <= READ_PIECE;
 }
 
-/* Put what has arrived into the answer. */
-static int put_data(const struct fetch *fetch, const struct part *p)
+/* So much of what is left has been brought. */
+static void pass(struct request *r, uint64_t len)
 {
-	struct request *r = p->miss->r;
-	const uint8_t *from = fetch->ask.buf + (p->off - fetch->ask.off);
+	r->at = (struct span){ r->at.off + len, r->at.len - len };
+}
+
+/* Put what has arrived into the answer. */
+static int put_data(const struct fetch *fetch, struct request *r)
+{
+	const uint8_t *from = fetch->ask.buf + (r->at.off - fetch->ask.off);
 
 	if (!request_buffer(r))
 		return -ENOMEM;
-	memcpy(r->buf + (p->off - r->h.off), from, p->len);
+	memcpy(r->buf + (r->at.off - r->h.off), from, r->lacks);
 	return 0;
-}
-
-/* Whether a fetch of what the part needs, and no more, would be smaller. */
-static bool is_wider(const struct fetch *fetch, const struct part *p)
-{
-	uint64_t unit = fetch_unit(fetch->f);
-
-	return p->off / unit * unit > fetch->ask.off || p->off + p->len + unit <= end_of(fetch);
 }
 
 /* Where the origin does not tell, all is data. */
@@ -206,93 +184,70 @@ static int put_extents(struct origin_request *ask, struct request *r)
 	return ask->error == -ECANCELED ? -ECANCELED : 0;
 }
 
+/*
+ * Whether a request may be carried out though its fetch failed: its blocks have come by another way,
+ * or a fetch of what it needs, and no more, would be smaller.
+ */
+static bool may_try_again(const struct fetch *fetch, uint64_t len, uint64_t off)
+{
+	uint64_t unit = fetch_unit(fetch->f);
+	bool wider = off / unit * unit > fetch->ask.off || off + len + unit <= end_of(fetch);
+
+	return (fetch->ask.error == -EIO && wider) || layer_holds(fetch->f->layer, len, off);
+}
+
 /* Whether a READ can be answered from the image when there is memory for it again. */
 static bool may_wait_for_memory(const struct request *r, int error)
 {
 	return !error && takes_data(r) && !r->buf && atomic_load(&load.bytes) >= load.bytes_max;
 }
 
-/* The part has arrived, or failed with error.  Called with the lock. */
-static void part_end(struct fetch *fetch, const struct part *p, int error)
+/* What a request waited for has arrived, or failed with error.  It is not in the table any more. */
+static void deliver(struct fetch *fetch, struct request *r, int error)
 {
-	struct miss *m = p->miss;
+	struct span part = { r->at.off, r->lacks };
 
-	if (may_wait_for_memory(m->r, error))
-		m->again = true;
-	else if (fetch->ask.extent)
-		error = put_extents(&fetch->ask, m->r);
-	else if (!fetch->ask.error && takes_data(m->r))
-		error = put_data(fetch, p);
-	else if (!fetch->ask.error && m->r->h.cmd == NBD_CMD_READ)
-		error = 0;	/* in pieces, it asks again for what could not be stored */
-	if (error && ((fetch->ask.error == -EIO && is_wider(fetch, p)) ||
-		      layer_holds(fetch->f->layer, p->len, p->off)))
-		m->again = true;
-	else if (error && !m->error)
-		m->error = error;
-}
-
-static void miss_free(struct miss *m)
-{
-	struct part *p;
-
-	while ((p = m->parts)) {
-		m->parts = p->sibling;
-		free(p);
+	if (may_wait_for_memory(r, error)) {
+		request_again(r);
+		return;
 	}
-	free(m);
-}
-
-/* All has arrived, or failed. */
-static void send_back(struct miss *m)
-{
-	struct request *r = m->r;
-	int error = m->error;
-	bool again = m->again;
-
-	miss_free(m);
-	if (again && !error)
+	if (r->h.cmd == NBD_CMD_BLOCK_STATUS)
+		error = put_extents(&fetch->ask, r);
+	else if (r->h.cmd == NBD_CMD_READ && !fetch->ask.error)	/* it may not have been stored */
+		error = takes_data(r) ? put_data(fetch, r) : 0;
+	if (r->h.cmd == NBD_CMD_READ && !error)
+		pass(r, part.len);
+	if (!error && (r->h.cmd == NBD_CMD_BLOCK_STATUS || (takes_data(r) && r->at.len == 0)))
+		request_done(r, 0);
+	else if (!error || may_try_again(fetch, part.len, part.off))
 		request_again(r);
 	else
 		request_done(r, error);
 }
 
-/* Tell all parts that wait.  New ones do not come: it is in the table no more. */
-static void tell_parts(struct fetch *fetch, int error)
-{
-	pthread_mutex_t *lock = &fetch->f->lock;
-	struct part *p;
-
-	pthread_mutex_lock(lock);
-	if (!fetch->ask.extent)
-		fetch_remove(fetch);
-	while ((p = fetch->parts)) {
-		struct miss *m = p->miss;
-
-		fetch->parts = p->next;
-		p->fetch = NULL;
-		part_end(fetch, p, error);
-		if (--m->left > 0)
-			continue;
-		m->r->miss = NULL;
-		pthread_mutex_unlock(lock);
-		send_back(m);
-		pthread_mutex_lock(lock);
-	}
-	pthread_mutex_unlock(lock);
-}
-
 /* The data is stored, or cannot be had or stored. */
 static void fetch_settle(struct fetch *fetch, int error)
 {
+	struct fetcher *f = fetch->f;
+	struct request *next;
+
 	if (!fetch->ask.error && !fetch->ask.extent) {
-		log_store(fetch->f, error);
-		origin_stored(fetch->f->origin, fetch->ask.len);
+		log_store(f, error);
+		origin_stored(f->origin, fetch->ask.len);
 	}
-	if (fetch->copied)
-		fetch->copied(fetch->copy, &fetch->ask, error);
-	else
-		tell_parts(fetch, error);
+	pthread_mutex_lock(&f->lock);
+	fetch_remove(fetch);
+	for (struct request *r = fetch->waiting; r; r = r->fellow)
+		r->fetch = NULL;	/* it cannot be taken back any more */
+	pthread_mutex_unlock(&f->lock);
+	if (fetch->ask.priority == ORIGIN_DEMAND)
+		atomic_fetch_sub(&f->demanded, 1);
+	if (fetch->ask.priority == ORIGIN_COPY)
+		f->copied(f->copy, &fetch->ask, error);
+	for (struct request *r = fetch->waiting; r; r = next) {
+		next = r->fellow;
+		deliver(fetch, r, error);
+	}
 	buffer_put(fetch->ask.buf, fetch->ask.len);
 	free(fetch->ask.extent);
 	free(fetch);
@@ -328,20 +283,10 @@ static void arrived(struct origin_request *ask)
 	if (error != -EAGAIN)
 		fetch_settle(fetch, error);
 	else
-		worker_submit(&fetch->job);
+		worker_submit(&fetch->job, &fetch->f->lane);
 }
 
 /* Beginning */
-
-static void submit_batch(struct fetcher *f, const struct batch *batch)
-{
-	struct origin_request *next;
-
-	for (struct origin_request *ask = batch->first; ask; ask = next) {
-		next = ask->next;
-		origin_submit(f->origin, ask);
-	}
-}
 
 /* Bytes of the longest request for a run at off, a multiple of the unit. */
 static uint64_t fetch_fit(const struct fetcher *f, uint64_t off, uint64_t end, uint64_t max)
@@ -361,8 +306,8 @@ static uint64_t fetch_fit(const struct fetcher *f, uint64_t off, uint64_t end, u
 }
 
 /* Ask for whole units, of which the first has off.  NULL if out of memory. */
-static struct fetch *fetch_new(struct fetcher *f, struct batch *batch, uint64_t off, uint64_t end,
-			       uint64_t max, enum origin_priority priority)
+static struct fetch *fetch_new(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max,
+			       enum origin_priority priority)
 {
 	struct fetch *fetch = calloc(1, sizeof(*fetch));
 
@@ -370,223 +315,231 @@ static struct fetch *fetch_new(struct fetcher *f, struct batch *batch, uint64_t 
 		return NULL;
 	fetch->f = f;
 	fetch->job.run = store_job;
-	fetch->job.lane = &f->lane;
 	fetch->ask.done = arrived;
 	fetch->ask.priority = priority;
 	fetch->ask.off = off - off % fetch_unit(f);
-	fetch->ask.len = fetch_fit(f, fetch->ask.off, end, max);
-	*batch->last = &fetch->ask;
-	batch->last = &fetch->ask.next;
+	fetch->ask.len = fetch_fit(f, fetch->ask.off, off + len, max);
 	return fetch;
 }
 
-uint64_t fetch_copy(struct fetcher *f, uint64_t off, uint64_t end, uint64_t max,
-		    void (*done)(void *arg, const struct origin_request *ask, int error),
-		    void *arg)
+/* Not with the lock: it may have settled when this returns. */
+static void fetch_submit(struct fetch *fetch)
 {
-	struct batch batch = { NULL, &batch.first };
-	struct fetch *fetch = fetch_new(f, &batch, off, end, max, ORIGIN_COPY);
+	if (fetch->ask.priority == ORIGIN_DEMAND)
+		atomic_fetch_add(&fetch->f->demanded, 1);
+	origin_submit(fetch->f->origin, &fetch->ask);
+}
+
+uint64_t fetch_copy(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max)
+{
+	struct fetch *fetch = fetch_new(f, len, off, max, ORIGIN_COPY);
 
 	if (!fetch)
 		return 0;
-	fetch->copied = done;
-	fetch->copy = arg;
-	end = end_of(fetch);
-	submit_batch(f, &batch);
-	return end;
+	len = end_of(fetch) - off;
+	fetch_submit(fetch);
+	return len;
 }
 
-/* Begin with a run that is neither held nor on its way; or NULL.  Called with the lock. */
-static struct fetch *fetch_begin(struct fetcher *f, struct batch *batch, uint64_t off, uint64_t end,
-				 enum origin_priority priority)
+/* Begin with the beginning of a run that is neither held nor on its way.  Called with the lock. */
+static struct fetch *fetch_add(struct fetcher *f, uint64_t *len, uint64_t off,
+			       enum origin_priority priority)
 {
-	struct fetch **bucket = bucket_of(f, off);
-	struct fetch *fetch = fetch_new(f, batch, off, end, FETCH_MAX, priority);
+	struct fetch *fetch = fetch_new(f, *len, off, FETCH_MAX, priority);
 
 	if (!fetch)
 		return NULL;
-	fetch->next = *bucket;
-	*bucket = fetch;
-	if (priority == ORIGIN_DEMAND)
-		atomic_fetch_add(&f->demanded, 1);
+	fetch->next = *bucket_of(f, off);
+	*bucket_of(f, off) = fetch;
+	if (end_of(fetch) - off < *len)
+		*len = end_of(fetch) - off;
 	return fetch;
 }
 
-/* Waiting */
-
-/* Put what is held into the answer to a READ, and count it. */
-static int read_held(struct fetcher *f, struct request *r, enum how how, uint64_t *bytes)
+/* Let a request wait for len bytes of a fetch, those where it goes on.  Called with the lock. */
+static int fetch_join(struct fetch *fetch, struct request *r, uint64_t len)
 {
-	uint64_t n;
-	int ret = 0;
-
-	for (uint64_t at = 0; at < r->h.len && ret == 0; at += n) {
-		bool held;
-
-		n = layer_run(f->layer, r->h.len - at, r->h.off + at, &held);
-		if (!held)
-			continue;
-		*bytes += n;
-		ret = request_buffer(r) ? disk_read(f->layer->disk, r->buf + at, n, r->h.off + at, how) :
-				     -ENOMEM;
-	}
-	return ret;
-}
-
-/* Wait for what a fetch brings up to end.  False if out of memory. */
-static bool miss_join(struct miss *m, struct fetch *fetch, uint64_t off, uint64_t end)
-{
-	struct part *p = calloc(1, sizeof(*p));
-
-	if (!p)
-		return false;
-	if (end > end_of(fetch))
-		end = end_of(fetch);
-	*p = (struct part){ fetch->parts, m->parts, fetch, m, off, end - off };
-	fetch->parts = m->parts = p;
-	m->left++;
-	return true;
+	if (request_is_abandoned(r))
+		return -ECANCELED;
+	if (atomic_load(&r->change.is_empty))
+		return 0;
+	r->lacks = len;
+	r->fetch = fetch;
+	r->fellow = fetch->waiting;
+	fetch->waiting = r;
+	return PENDING;
 }
 
 /*
- * Go through a span, and count what is held.  The request waits for the rest, of which a fetch
- * begins where none is on its way; without a request it is fetched ahead.  Without a batch none
- * begins: it is -ENODATA then.  0 or -errno.  Called with the lock.
+ * Fetch the beginning of a range, of which *len is lowered to what is held, or on its way then.  A
+ * request, if there is one, goes on there.  0 if it is held; PENDING; or -errno.
  */
-static int miss_add(struct fetcher *f, struct miss *m, const struct span *s, struct batch *batch,
-		    uint64_t *bytes)
+static int bring(struct fetcher *f, struct request *r, uint64_t *len, uint64_t off,
+		 enum origin_priority priority)
 {
-	uint64_t end = s->off + s->len, to;
+	struct fetch *fetch, *begun = NULL;
+	bool held;
+	int ret = 0;
 
-	for (uint64_t off = s->off; off < end; off = to) {
-		bool held;
-		struct fetch *fetch;
-		uint64_t gap_end;
-
-		to = gap_end = off + layer_run(f->layer, end - off, off, &held);
-		if (held) {
-			*bytes += to - off;
-			continue;
-		}
-		fetch = fetch_find(f, off, &gap_end);
-		if (!fetch && !batch)
-			return -ENODATA;
-		if (!fetch)
-			fetch = fetch_begin(f, batch, off, gap_end,
-					    m ? ORIGIN_DEMAND : ORIGIN_AHEAD);
-		if (!fetch || (m && !miss_join(m, fetch, off, to)))
-			return -ENOMEM;
-		if (to > end_of(fetch))
-			to = end_of(fetch);
-	}
-	return 0;
+	pthread_mutex_lock(&f->lock);
+	fetch = fetch_find(f, len, off, &held);
+	if (!held && !fetch)
+		fetch = begun = fetch_add(f, len, off, priority);
+	if (!held && !fetch)
+		ret = -ENOMEM;
+	else if (!held)
+		ret = r ? fetch_join(fetch, r, *len) : PENDING;
+	pthread_mutex_unlock(&f->lock);
+	if (begun)
+		fetch_submit(begun);
+	return ret;
 }
 
-/* Whether all of a range is held or on its way.  Called with the lock. */
+/* The same for all of a range, for which nobody waits yet. */
+static void bring_all(struct fetcher *f, uint64_t len, uint64_t off, enum origin_priority priority)
+{
+	uint64_t end = off + len;
+
+	for (; off < end; off += len) {
+		len = end - off;
+		if (bring(f, NULL, &len, off, priority) < 0)
+			break;
+	}
+}
+
+void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off)
+{
+	bring_all(f, len, off, ORIGIN_DEMAND);
+}
+
+/* Reading ahead */
+
+/* Whether all of a range is held or on its way. */
 static bool is_here_soon(struct fetcher *f, uint64_t len, uint64_t off)
 {
-	const struct span s = { off, len };
-	uint64_t bytes = 0;
+	uint64_t end = off + len;
+	bool soon = true;
 
-	return miss_add(f, NULL, &s, NULL, &bytes) == 0;
+	pthread_mutex_lock(&f->lock);
+	for (; soon && off < end; off += len) {
+		bool held;
+
+		len = end - off;
+		soon = fetch_find(f, &len, off, &held) || held;
+	}
+	pthread_mutex_unlock(&f->lock);
+	return soon;
 }
 
 /*
  * A READ that misses belongs to a sequential reader if what lies before it is held, or on its way.
  * As much as that is, from twice its length on, is fetched ahead of it; and again when half of that
- * is left.  READs that find their blocks held do not come here.  Called with the lock.
+ * is left.  READs that find their blocks held do not come here.
  */
-static void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off, struct batch *batch)
+static void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off)
 {
-	struct span ahead = { off + len, 0 };
-	uint64_t left = f->layer->size - ahead.off, bytes = 0;
+	uint64_t ahead = 0, next = off + len;
 
 	for (uint64_t n = 2 * len; n <= off && n <= AHEAD_MAX; n *= 2) {
 		if (!is_here_soon(f, n, off - n))
 			break;
-		ahead.len = n;
+		ahead = n;
 	}
-	if (ahead.len > left)
-		ahead.len = left;
-	if (!is_here_soon(f, ahead.len / 2, ahead.off))
-		miss_add(f, NULL, &ahead, batch, &bytes);
+	if (ahead > f->layer->size - next)
+		ahead = f->layer->size - next;
+	if (!is_here_soon(f, ahead / 2, next))
+		bring_all(f, ahead, next, ORIGIN_AHEAD);
 }
 
-/* Take its parts out of what they wait for.  Called with the lock. */
-static void miss_detach(struct miss *m)
-{
-	for (struct part *p = m->parts; p; p = p->sibling) {
-		struct part **at;
+/* Waiting */
 
-		if (!p->fetch)
-			continue;
-		for (at = &p->fetch->parts; *at != p; at = &(*at)->next)
-			;
-		*at = p->next;
+/* Go on behind what is held; of a READ that is to be answered it is read. */
+static int pass_held(struct fetcher *f, struct request *r, enum how how)
+{
+	while (r->at.len > 0) {
+		bool held;
+		uint64_t n = layer_run(f->layer, r->at.len, r->at.off, &held);
+		int ret = 0;
+
+		if (!held)
+			break;
+		if (takes_data(r) && !request_buffer(r))
+			return -ENOMEM;
+		if (takes_data(r))
+			ret = disk_read(f->layer->disk, r->buf + (r->at.off - r->h.off), n,
+					r->at.off, how);
+		if (ret)
+			return ret;
+		pass(r, n);
 	}
+	return 0;
 }
 
-/* Let a BLOCK_STATUS wait for the origin's answer.  Called with the lock. */
-static int ask_extents(struct fetcher *f, struct miss *m, const struct span *s, struct batch *batch)
+/* Let a BLOCK_STATUS wait for the origin's answer about all of r->at. */
+static int ask_extents(struct fetcher *f, struct request *r)
 {
-	struct fetch *fetch = fetch_new(f, batch, s->off, s->off, 0, ORIGIN_DEMAND);
+	struct fetch *fetch = fetch_new(f, 0, r->at.off, 0, ORIGIN_DEMAND);
+	int ret;
 
 	if (!fetch)
 		return -ENOMEM;
-	fetch->ask.off = s->off;
-	fetch->ask.len = s->len;
-	fetch->ask.extent = m->r->extent;	/* it comes back with the answer */
-	fetch->ask.extents = m->r->extents;
-	m->r->extent = NULL;
-	return miss_join(m, fetch, s->off, s->off + s->len) ? 0 : -ENOMEM;
+	fetch->ask.off = r->at.off;
+	fetch->ask.len = r->at.len;
+	fetch->ask.extent = r->extent;	/* it comes back with the answer */
+	fetch->ask.extents = r->extents;
+	r->extent = NULL;
+	pthread_mutex_lock(&f->lock);
+	ret = fetch_join(fetch, r, r->at.len);
+	pthread_mutex_unlock(&f->lock);
+	if (ret == PENDING) {
+		fetch_submit(fetch);
+	} else {
+		free(fetch->ask.extent);
+		free(fetch);
+	}
+	return ret;
 }
 
-int fetch_wait(struct fetcher *f, struct request *r, const struct span *s, enum how how)
+/* When it is PENDING the request may be done already: it is not looked at any more. */
+int fetch_wait(struct fetcher *f, struct request *r, enum how how)
 {
-	struct batch batch = { NULL, &batch.first };
-	uint64_t read = 0, held = 0;
-	int ret = takes_data(r) ? read_held(f, r, how, &read) : 0;
-	struct miss *m = ret == 0 ? calloc(1, sizeof(*m)) : NULL;
+	const struct proto_request h = r->h;
+	uint64_t off, len, n;
+	int ret;
 
-	if (!m)
-		return ret ? ret : -ENOMEM;
-	m->r = r;
-	m->again = !takes_data(r) && r->h.cmd != NBD_CMD_BLOCK_STATUS;
-	pthread_mutex_lock(&f->lock);
-	if (r->h.cmd == NBD_CMD_BLOCK_STATUS)
-		ret = ask_extents(f, m, s, &batch);
-	else
-		ret = miss_add(f, m, s, &batch, &held);
-	if (ret == 0 && r->h.cmd == NBD_CMD_READ)
-		fetch_ahead(f, r->h.len, r->h.off, &batch);
-	if (ret == 0 && request_is_abandoned(r))
-		ret = -ECANCELED;
-	/* What was not held when that was read, and is now, has to be read as well: once more. */
-	if (ret == 0 && m->left > 0 && !atomic_load(&r->change.is_empty) &&
-	    (held == read || !takes_data(r)))
-		ret = PENDING;
-	if (ret == PENDING)
-		r->miss = m;
-	else
-		miss_detach(m);
-	pthread_mutex_unlock(&f->lock);
-	submit_batch(f, &batch);
-	if (ret != PENDING)
-		miss_free(m);
+	if (h.cmd == NBD_CMD_BLOCK_STATUS)
+		return ask_extents(f, r);
+	ret = pass_held(f, r, how);
+	if (ret == 0 && r->at.len == 0 && takes_data(r)) {
+		request_done(r, 0);
+		return PENDING;
+	}
+	if (ret || r->at.len == 0)
+		return ret;
+	off = r->at.off;
+	n = len = r->at.len < WANTED_MAX ? r->at.len : WANTED_MAX;
+	ret = bring(f, r, &n, off, ORIGIN_DEMAND);
+	if (ret == PENDING) {
+		bring_all(f, len - n, off + n, ORIGIN_DEMAND);
+		if (h.cmd == NBD_CMD_READ)
+			fetch_ahead(f, h.len, h.off);
+	}
 	return ret;
 }
 
 bool fetch_take_back(struct fetcher *f, struct request *r)
 {
-	struct miss *m;
+	struct request **p;
+	bool waits;
 
 	pthread_mutex_lock(&f->lock);
-	m = r->miss;
-	r->miss = NULL;
-	if (m)
-		miss_detach(m);
+	waits = r->fetch != NULL;
+	if (waits) {
+		for (p = &r->fetch->waiting; *p != r; p = &(*p)->fellow)
+			;
+		*p = r->fellow;
+		r->fetch = NULL;
+	}
 	pthread_mutex_unlock(&f->lock);
-	if (m)
-		miss_free(m);
-	return m != NULL;
+	return waits;
 }

@@ -27,32 +27,40 @@ struct fetcher {
 	pthread_mutex_t lock;		/* guards what follows, and requests that wait; a leaf */
 	struct fetch *bucket[FETCH_BUCKETS];	/* what is fetched for clients, by region */
 	struct lane lane;		/* of what workers store */
+
+	/*
+	 * What fetch_copy() asked for is here, and stored.  Any thread; it must not block.  error is
+	 * 0; or the origin's; or why the data could not be stored, and then ask->error is 0.
+	 */
+	void (*copied)(void *copy, const struct origin_request *ask, int error);
+	void *copy;
 };
 
 void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin);
 
 /*
  * Fetch the beginning of a run that is not held, up to max bytes of it, in one request, for the
- * background copy.  done(arg) is called by any thread, and must not block.  error is 0; or the
- * origin's; or why the data could not be stored, and then ask->error is 0.  Returns where the
- * request ends, 0 if out of memory.
+ * background copy.  Returns how many bytes that are, 0 if out of memory.
  */
-uint64_t fetch_copy(struct fetcher *f, uint64_t off, uint64_t end, uint64_t max,
-		    void (*done)(void *arg, const struct origin_request *ask, int error),
-		    void *arg);
+uint64_t fetch_copy(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max);
+
+/* Begin to fetch what is not held of a range, since a client's request will wait for it. */
+void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off);
 
 /*
- * Let a client's request wait for what is not held of a span.  The origin's error is its answer.
+ * Let a client's request wait for the first of r->at that is not held.  The origin's error is its
+ * answer.
  *
- *	READ up to READ_PIECE	is done then, with its data; the span is its range
+ *	READ up to READ_PIECE	goes on behind that, and is done with its data at the end
+ *	longer READ, CACHE	go on behind that, and are carried out again
  *	BLOCK_STATUS		is done with what the origin tells, in r->extent, with room for
- *				r->extents; the span is a multiple of its smallest block
+ *				r->extents; r->at is a multiple of its smallest block
  *	others			are carried out again
  *
  * What a sequential reader will want next is fetched ahead of it.  Returns the outcome of r's fetch
  * operation.
  */
-int fetch_wait(struct fetcher *f, struct request *r, const struct span *s, enum how how);
+int fetch_wait(struct fetcher *f, struct request *r, enum how how);
 
 /* Let a request that waits go.  False if it is on its way back, or does not wait.  Any thread. */
 bool fetch_take_back(struct fetcher *f, struct request *r);

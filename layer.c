@@ -5,7 +5,7 @@
  * filled with what was fetched, without burying a write that came meanwhile.
  *
  * What a crash leaves between two calls, and why a reader gets the right bytes then; for the record
- * of bits see bitmap.c:
+ * of bits and a forced switch see bitmap.c:
  *
  *	a part of a block that is not held: read of the base, merge, pwrite of all of it, bit
  *		until the bit is recorded the base has the block, as it was
@@ -15,14 +15,13 @@
  *		the same
  *	a part, or all, of a block that is held: pwrite
  *		the block as it was, or as it will be: one page of the page cache, one write to disk
- *	a forced switch: zeros in blocks without bits, fdatasync, all blocks held by one header
- *		before the header they have no bit, and the origin has them; after it they are zeros
  *	stable storage has failed: the map says so
  *		blocks that were committed are as they were then, or newer; the others are elsewhere
  *
- * A FLUSH has to wait for a commit that begins after it came.  Those that come while one runs gather
- * for the next, so that any number of clients costs two at a time.  A loss is remembered: the
- * kernel tells of lost pages once, and a second try would say that all is well.
+ * A FLUSH has to wait for a commit that begins after it came.  Those that come while one runs wait
+ * in the lane: the first commits for all of them, so that any number of clients costs two at a time.
+ * A loss is remembered: the kernel tells of lost pages once, and a second try would say that all
+ * is well.
  */
 #include "layer.h"
 
@@ -35,8 +34,6 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { COMMIT_MS = 1000 };
-
 static struct layer *layer_of(struct backend *b)
 {
 	return (struct layer *)b;
@@ -44,39 +41,18 @@ static struct layer *layer_of(struct backend *b)
 
 /* Commits */
 
-/* Have a commit begin after this call; r, if there is one, waits for it. */
-static void want_commit(struct layer *l, struct request *r, bool completing)
-{
-	bool start;
-
-	pthread_mutex_lock(&l->lock);
-	if (r) {
-		r->next = l->waiting;
-		l->waiting = r;
-	}
-	l->completing |= completing;
-	l->wanted = true;
-	start = !l->running;
-	l->running = true;
-	if (start && r)
-		l->job.lane = r->job.lane;	/* all who flush this are of one export */
-	pthread_mutex_unlock(&l->lock);
-	if (start)
-		worker_submit(&l->job);
-}
-
 /* Something has to be committed, within about a second.  Cheap. */
 static void commit_soon(struct layer *l)
 {
 	if (!atomic_load_explicit(&l->soon, memory_order_relaxed) &&
 	    !atomic_exchange(&l->soon, true))
-		worker_submit_later(&l->timer, COMMIT_MS);
+		worker_submit_later(&l->timer, &l->commits);
 }
 
 static void tell_state(const struct layer *l, enum log_level level, const char *state,
 		       const char *more)
 {
-	const char *name = l->job.lane ? l->job.lane->name : "";
+	const char *name = l->backend.name ? l->backend.name : "";
 
 	log_at(level, "%s%s%s is %s%s", name, *name ? ": " : "", l->what, state, more);
 }
@@ -127,21 +103,21 @@ static int complete_map(struct layer *l)
 }
 
 /* Make durable all that was done before. */
-static int make_durable(struct layer *l, bool completing)
+static int make_durable(struct layer *l)
 {
 	if (atomic_load(&l->backend.failed))
 		return -EIO;
 	if (!l->map)
 		return disk_sync(l->disk);
-	if (!l->durable)
-		return disk_check(l->disk);
-	return completing ? complete_map(l) : bitmap_commit(l->map, l->disk);
+	return l->durable ? bitmap_commit(l->map, l->disk) : disk_check(l->disk);
 }
 
-/* An error of the moment is told once, and again when there was none in between. */
-static int commit(struct layer *l, bool completing, bool last)
+/*
+ * The end of a commit: whether its error is a loss.  One of the moment is told once, and again when
+ * there was none in between.
+ */
+static int end_commit(struct layer *l, int err, bool last)
 {
-	int err = make_durable(l, completing);
 	char more[128];
 
 	if (err && (atomic_load(&l->disk->error) || (l->durable && bitmap_has_failed(l->map)))) {
@@ -159,30 +135,10 @@ static int commit(struct layer *l, bool completing, bool last)
 	return err;
 }
 
-static void run_commits(struct job *job)
+static void commit(struct layer *l)
 {
-	struct layer *l = (struct layer *)((char *)job - offsetof(struct layer, job));
-
-	for (;;) {
-		struct request *r, *next;
-		bool wanted, completing;
-		int error;
-
-		pthread_mutex_lock(&l->lock);
-		r = l->waiting;
-		completing = l->completing;
-		wanted = l->running = l->wanted;
-		l->waiting = NULL;
-		l->wanted = l->completing = false;
-		pthread_mutex_unlock(&l->lock);
-		if (!wanted)
-			return;
-		error = commit(l, completing, false);
-		for (; r; r = next) {
-			next = r->next;
-			request_done(r, error);
-		}
-	}
+	atomic_fetch_add(&l->begun, 1);
+	l->result = end_commit(l, make_durable(l), false);
 }
 
 static void timer_due(struct job *timer)
@@ -190,21 +146,44 @@ static void timer_due(struct job *timer)
 	struct layer *l = (struct layer *)((char *)timer - offsetof(struct layer, timer));
 
 	atomic_store(&l->soon, false);
-	want_commit(l, NULL, false);
+	commit(l);
+}
+
+static void flush_job(struct job *job)
+{
+	struct request *r = (struct request *)((char *)job - offsetof(struct request, job));
+	struct layer *l = layer_of(r->backend);
+
+	if (atomic_load(&l->begun) == r->commits)
+		commit(l);
+	request_done(r, l->result);
+}
+
+static void complete_job(struct job *job)
+{
+	struct request *r = (struct request *)((char *)job - offsetof(struct request, job));
+	struct layer *l = layer_of(r->backend);
+	int err = atomic_load(&l->backend.failed) ? -EIO : complete_map(l);
+
+	request_done(r, end_commit(l, err, false));
+}
+
+static int submit_request(struct layer *l, struct request *r, void (*run)(struct job *))
+{
+	r->commits = atomic_load(&l->begun);
+	r->job.run = run;
+	worker_submit(&r->job, &l->commits);
+	return PENDING;
 }
 
 int layer_flush(struct backend *b, struct request *r)
 {
-	if (b->readonly && !layer_of(b)->durable)
-		return 0;
-	want_commit(layer_of(b), r, false);
-	return PENDING;
+	return b->readonly && !layer_of(b)->durable ? 0 : submit_request(layer_of(b), r, flush_job);
 }
 
 int layer_complete(struct layer *l, struct request *r)
 {
-	want_commit(l, r, true);
-	return PENDING;
+	return submit_request(l, r, complete_job);
 }
 
 /* Beginning and end */
@@ -216,9 +195,8 @@ void layer_init(struct layer *l, const struct backend_ops *ops, uint64_t size, b
 	l->backend.size = l->size = size;
 	l->backend.readonly = readonly;
 	l->what = what;
-	l->job.run = run_commits;
+	l->commits.single = true;
 	l->timer.run = timer_due;
-	pthread_mutex_init(&l->lock, NULL);
 }
 
 void layer_begin(struct layer *l)
@@ -232,16 +210,14 @@ void layer_begin(struct layer *l)
 
 void layer_destroy(struct layer *l)
 {
-	assert(!l->running && !l->waiting);
 	disk_close(l->base);
 	disk_close(l->disk);
 	bitmap_close(l->map);
-	pthread_mutex_destroy(&l->lock);
 }
 
 int layer_finish(struct layer *l)
 {
-	int err = l->durable ? commit(l, false, true) : 0;
+	int err = l->durable ? end_commit(l, make_durable(l), true) : 0;
 
 	if (l->durable && !err)
 		bitmap_mark_clean(l->map);	/* or the next start looks at more than it has to */

@@ -9,8 +9,6 @@
 #ifndef XNBD_LAYER_H
 #define XNBD_LAYER_H
 
-#include <pthread.h>
-
 #include "backend.h"
 #include "bitmap.h"
 #include "disk.h"
@@ -26,15 +24,12 @@ struct layer {
 	atomic_size_t brought;		/* blocks that are held, but not by a client of this run */
 	atomic_bool spoilt;		/* blocks without a bit were, since layer_zero_missing() */
 
-	/* Commits, one at a time, on workers. */
+	/* Commits, one at a time. */
+	struct lane commits;		/* of those who want one */
+	atomic_uint_least64_t begun;	/* how many have begun */
+	int result;			/* of the last one; only jobs of the lane know it */
+	bool told;			/* the log was, of an error of the moment; likewise */
 	atomic_bool lost;		/* something never will be durable */
-	bool told;			/* the log was, of an error of the moment; for the commit */
-	pthread_mutex_t lock;		/* guards what follows; a leaf */
-	struct request *waiting;
-	bool wanted;			/* a commit is, also if no request waits */
-	bool running;			/* job is with a worker */
-	bool completing;		/* layer_complete() wants it */
-	struct job job;
 	atomic_bool soon;		/* timer is with the workers */
 	struct job timer;
 };

@@ -4,7 +4,10 @@
 #define _GNU_SOURCE
 #include "listen.h"
 
+#include "confine.h"
 #include "log.h"
+#include "loop.h"
+#include "util.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -28,25 +31,38 @@ enum {
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 };
 
-/* One more, of which only the socket is known. */
-static struct listener *add_listener(struct listeners *l, int fd)
-{
-	struct listener *one;
+struct listener {
+	struct source source;	/* due while the system has no more descriptors: accepting pauses */
+	bool on_loop;
+	char address[ADDRESS_MAX];
+	char *unix_path;	/* of a socket that we made, from the root; else NULL */
+	struct stat file;	/* of such a socket, so that only our own is unlinked */
+	listen_accept *accepted;	/* NULL before listen_start() if it is for clients */
+};
 
-	l->all = not_null(realloc(l->all, (l->count + 1) * sizeof(*l->all)));
-	one = &l->all[l->count++];
-	*one = (struct listener){ .source = { .fd = fd } };
-	return one;
+static struct {
+	struct listener *all;
+	size_t count;
+} listeners;
+
+/* One more, of which only the socket is known. */
+static struct listener *add_listener(int fd)
+{
+	struct listener *l;
+
+	listeners.all = not_null(realloc(listeners.all, (listeners.count + 1) * sizeof(*l)));
+	l = &listeners.all[listeners.count++];
+	*l = (struct listener){ .source = { .fd = fd, .due = UINT64_MAX } };
+	return l;
 }
 
-static void name_listener(struct listener *one)
+static void name_listener(struct listener *l)
 {
 	union address address = { .sa.sa_family = AF_UNSPEC };
 	socklen_t len = sizeof(address);
 
-	getsockname(one->source.fd, &address.sa, &len);
-	format_address(&address.sa, len, one->address);
-	one->local = address.sa.sa_family == AF_UNIX;
+	getsockname(l->source.fd, &address.sa, &len);
+	format_address(&address.sa, len, l->address);
 }
 
 /* TCP */
@@ -60,16 +76,16 @@ static void format_at_port(const struct addrinfo *ai, unsigned port, char *addre
 	format_address(ai->ai_addr, ai->ai_addrlen, address);
 }
 
-static bool is_listened_on(const struct listeners *l, const char *address)
+static bool is_listened_on(const char *address)
 {
-	for (size_t i = 0; i < l->count; i++)
-		if (strcmp(l->all[i].address, address) == 0)
+	for (size_t i = 0; i < listeners.count; i++)
+		if (strcmp(listeners.all[i].address, address) == 0)
 			return true;
 	return false;
 }
 
 /* 0 or -errno; -EAFNOSUPPORT if the system has no such sockets, for whatever reason. */
-static int listen_address(struct listeners *l, const struct addrinfo *ai)
+static int listen_address(const struct addrinfo *ai)
 {
 	int on = 1, err;
 	int fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -84,7 +100,7 @@ static int listen_address(struct listeners *l, const struct addrinfo *ai)
 		close(fd);
 		return err;
 	}
-	name_listener(add_listener(l, fd));
+	name_listener(add_listener(fd));
 	return 0;
 }
 
@@ -113,7 +129,7 @@ static struct addrinfo *resolve(const char *name)
  * missing: a machine without IPv6, or without IPv4, still has all of its addresses.  *port is set
  * when 0.  0 or -errno, and failed names the address.
  */
-static int listen_list(struct listeners *l, struct addrinfo *list, unsigned *port, char *failed)
+static int listen_list(struct addrinfo *list, unsigned *port, char *failed)
 {
 	char address[ADDRESS_MAX];
 	bool any = false;
@@ -121,13 +137,13 @@ static int listen_list(struct listeners *l, struct addrinfo *list, unsigned *por
 
 	for (struct addrinfo *ai = list; ai; ai = ai->ai_next) {
 		format_at_port(ai, *port, address);
-		err = ai->ai_flags = is_listened_on(l, address) ? 0 : listen_address(l, ai);
+		err = ai->ai_flags = is_listened_on(address) ? 0 : listen_address(ai);
 		if (err)
 			strcpy(failed, address);
 		if (err && err != -EAFNOSUPPORT && err != -EADDRNOTAVAIL)
 			return err;
 		if (!err && *port == 0)
-			*port = (unsigned)atoi(strrchr(l->all[l->count - 1].address, ':') + 1);
+			*port = (unsigned)atoi(strrchr(listeners.all->address, ':') + 1);
 		any |= !err;
 	}
 	for (struct addrinfo *ai = list; ai && any; ai = ai->ai_next) {
@@ -139,14 +155,14 @@ static int listen_list(struct listeners *l, struct addrinfo *list, unsigned *por
 	return any ? 0 : err;
 }
 
-bool listen_tcp(struct listeners *l, const char *const *names, size_t count, unsigned port)
+bool listen_tcp(const char *const *names, size_t count, unsigned port)
 {
 	char failed[ADDRESS_MAX];
 	unsigned chosen;
 	int err, tries = 0;
 
 	do {	/* a port that is free at one address may be in use at the next */
-		listen_close(l);
+		listen_close();
 		chosen = port;
 		err = 0;
 		for (size_t i = 0; !err && (i < count || i == 0); i++) {
@@ -154,7 +170,7 @@ bool listen_tcp(struct listeners *l, const char *const *names, size_t count, uns
 
 			if (!list)
 				return false;
-			err = listen_list(l, list, &chosen, failed);
+			err = listen_list(list, &chosen, failed);
 			freeaddrinfo(list);
 		}
 	} while (err == -EADDRINUSE && port == 0 && ++tries < FREE_PORT_TRIES);
@@ -237,27 +253,29 @@ static int bind_unix(int fd, const struct sockaddr_un *sun, mode_t mode, int loc
 }
 
 /* 0 or -errno; what was made is closed and removed by listen_close(). */
-static int start_unix(struct listener *one, const struct sockaddr_un *sun, mode_t mode)
+static int start_unix(struct listener *l, const struct sockaddr_un *sun, mode_t mode)
 {
 	int lock, err;
 
-	one->source.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	one->unix_path = absolute_path(sun->sun_path);
-	if (one->source.fd < 0 || !one->unix_path)
+	l->source.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	l->unix_path = absolute_path(sun->sun_path);
+	if (l->source.fd < 0 || !l->unix_path)
 		return -errno;
 	lock = lock_directory(sun->sun_path);
-	err = bind_unix(one->source.fd, sun, mode, lock);
-	if (!err && (lstat(one->unix_path, &one->file) < 0 || listen(one->source.fd, BACKLOG) < 0))
+	err = bind_unix(l->source.fd, sun, mode, lock);
+	if (!err && (lstat(l->unix_path, &l->file) < 0 || listen(l->source.fd, BACKLOG) < 0))
 		err = -errno;
-	name_listener(one);
+	name_listener(l);
+	confine_keep_place("remove unix:", l->unix_path, CONFINE_REMOVE_FILE);
 	if (lock >= 0)
 		close(lock);
 	return err;
 }
 
-bool listen_unix(struct listeners *l, const char *path, mode_t mode)
+bool listen_unix(const char *path, mode_t mode, listen_accept *accepted)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	struct listener *l;
 	int err;
 
 	if (strlen(path) >= sizeof(sun.sun_path)) {
@@ -266,14 +284,16 @@ bool listen_unix(struct listeners *l, const char *path, mode_t mode)
 		return false;
 	}
 	strcpy(sun.sun_path, path);
-	err = start_unix(add_listener(l, -1), &sun, mode);
+	l = add_listener(-1);
+	l->accepted = accepted;
+	err = start_unix(l, &sun, mode);
 	if (err)
 		log_failure("cannot listen on unix:%s: %s", path,
 			    err == -EADDRINUSE	? "another server is listening there" :
 			    err == -EEXIST	? "there is a file that is not a socket" :
 			    err == -EWOULDBLOCK ? "somebody else has its directory locked" :
 						  strerror(-err));
-	return err == 0;
+	return !err && confine_give_socket(l->unix_path);
 }
 
 /* Passed sockets */
@@ -312,14 +332,14 @@ bool listen_check(int fd, bool listens, const char *what)
 	return !wrong;
 }
 
-bool listen_passed(struct listeners *l, int count)
+bool listen_passed(int count)
 {
 	for (int fd = PASSED_FIRST; fd < PASSED_FIRST + count; fd++) {
 		if (!listen_check(fd, true, "LISTEN_FDS"))
 			return false;
 		fcntl(fd, F_SETFD, FD_CLOEXEC);
 		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
-		name_listener(add_listener(l, fd));
+		name_listener(add_listener(fd));
 	}
 	return true;
 }
@@ -335,24 +355,23 @@ static short listener_events(const struct source *s)
 {
 	const struct listener *l = listener_of(s);
 
-	return l->pauses || (l->is_full && l->is_full()) ? 0 : POLLIN;
+	return l->source.due != UINT64_MAX ? 0 : POLLIN;
 }
 
 /* Accept one client.  False if there is none, or accepting has to pause. */
 static bool accept_one(struct listener *l)
 {
-	union address address;
+	union address address = { .sa.sa_family = AF_UNIX };	/* of which some have none */
 	socklen_t len = sizeof(address);
 	int fd = accept4(l->source.fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 	if (fd >= 0) {
-		l->accepted(l, fd, &address.sa, len);
+		l->accepted(fd, &address.sa, len);
 		return true;
 	}
 	if (is_out_of_resources(errno)) {
 		log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
 			 strerror(errno));
-		l->pauses = true;
 		l->source.due = now_ms() + ACCEPT_PAUSE_MS;
 	}
 	return errno == EINTR || errno == ECONNABORTED;
@@ -362,47 +381,57 @@ static void listener_turn(struct source *s, short revents)
 {
 	struct listener *l = listener_of(s);
 
-	l->pauses = false;
 	for (int n = 0; revents && n < ACCEPT_BATCH && listener_events(s) && accept_one(l); n++)
 		;
 }
 
-bool listen_start(struct listeners *l, struct loop *loop,
-		  void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa,
-				   socklen_t len),
-		  bool (*is_full)(void))
+bool listen_has_tcp(void)
+{
+	bool tcp = false;
+
+	for (size_t i = 0; i < listeners.count; i++)
+		tcp |= !is_unix_socket(listeners.all[i].source.fd);
+	return tcp;
+}
+
+bool listen_start(listen_accept *accepted)
 {
 	static const struct source_ops ops = { listener_events, listener_turn };
 
-	for (size_t i = 0; i < l->count; i++) {
-		l->all[i].source.ops = &ops;
-		l->all[i].source.due = UINT64_MAX;
-		l->all[i].accepted = accepted;
-		l->all[i].is_full = is_full;
-		if (!loop_add(loop, &l->all[i].source))
+	for (struct listener *l = listeners.all; l < listeners.all + listeners.count; l++) {
+		l->source.ops = &ops;
+		l->on_loop = loop_add(&main_loop, &l->source);
+		if (!l->on_loop) {
+			log_failure("out of memory");
 			return false;
+		}
+		if (l->accepted)
+			continue;
+		l->accepted = accepted;
+		log_line("listening on %s", l->address);
 	}
 	return true;
 }
 
-void listen_resume(struct listeners *l)
+void listen_resume(void)
 {
-	for (size_t i = 0; i < l->count; i++)
-		l->all[i].pauses = false;
+	for (size_t i = 0; i < listeners.count; i++)
+		listeners.all[i].source.due = UINT64_MAX;
 }
 
-void listen_close(struct listeners *l)
+void listen_close(void)
 {
-	for (size_t i = 0; i < l->count; i++) {
-		struct listener *one = &l->all[i];
-		int err = one->unix_path ? remove_own(one->unix_path, one->file.st_dev, one->file.st_ino) : 0;
+	for (struct listener *l = listeners.all; l < listeners.all + listeners.count; l++) {
+		int err = remove_own(l->unix_path, &l->file);
 
 		if (err)
-			log_line("cannot remove unix:%s: %s", one->unix_path, strerror(-err));
-		free(one->unix_path);
-		if (one->source.fd >= 0)
-			close(one->source.fd);
+			log_line("cannot remove unix:%s: %s", l->unix_path, strerror(-err));
+		free(l->unix_path);
+		if (l->on_loop)
+			loop_remove(&main_loop, &l->source);
+		if (l->source.fd >= 0)
+			close(l->source.fd);
 	}
-	free(l->all);
-	*l = (struct listeners){ 0 };
+	free(listeners.all);
+	memset(&listeners, 0, sizeof(listeners));
 }

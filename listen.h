@@ -1,44 +1,30 @@
 /*
- * listen.h - the sockets that clients connect to.  Main thread only.
+ * listen.h - the sockets that clients connect to, and the control socket.  Main thread only.
  */
 #ifndef XNBD_LISTEN_H
 #define XNBD_LISTEN_H
 
 #include <stdbool.h>
 #include <stddef.h>
-#include <sys/stat.h>
+#include <sys/socket.h>
+#include <sys/types.h>
 
-#include "loop.h"
-#include "util.h"
-
-struct listener {
-	struct source source;
-	bool pauses;		/* accepting, since the system has no more descriptors */
-	char address[ADDRESS_MAX];
-	bool local;		/* a Unix socket, whose clients have no names */
-	char *unix_path;	/* of a socket that we made, from the root; else NULL */
-	struct stat file;	/* of such a socket, so that only our own is unlinked */
-	void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
-	bool (*is_full)(void);
-};
-
-struct listeners {
-	struct listener *all;
-	size_t count;
-};
+/* Somebody was accepted, whose socket is that of the function then. */
+typedef void listen_accept(int fd, const struct sockaddr *sa, socklen_t len);
 
 /*
  * Listen on TCP alone: on each address that the names stand for, or on all addresses of the machine
- * if there are no names.  Port 0 takes a port that is free on all of them.  False after logging
- * why not.
+ * if there are no names.  Port 0 takes a port that is free on all of them.  To be called first, since
+ * it may begin again.  False after logging why not.
  */
-bool listen_tcp(struct listeners *l, const char *const *names, size_t count, unsigned port);
+bool listen_tcp(const char *const *names, size_t count, unsigned port);
 
 /*
  * Listen on a Unix socket, in place of one that nobody serves; mode is that of its file, 0 for
- * what the umask says.  False after logging why not.
+ * what the umask says.  accepted() is given if it is not for clients; else it is NULL.  False after
+ * logging why not.
  */
-bool listen_unix(struct listeners *l, const char *path, mode_t mode);
+bool listen_unix(const char *path, mode_t mode, listen_accept *accepted);
 
 /*
  * How many sockets the process that started us passes on, by the protocol of sd_listen_fds(3):
@@ -51,21 +37,18 @@ int listen_count_passed(void);
 bool listen_check(int fd, bool listens, const char *what);
 
 /* Listen on that many passed sockets.  False after logging what one of them is instead. */
-bool listen_passed(struct listeners *l, int count);
+bool listen_passed(int count);
 
-/*
- * Accept on a loop: accepted() gets each client, whose socket is its own then; nobody is accepted
- * while is_full(), which may be NULL.  False if out of memory.
- */
-bool listen_start(struct listeners *l, struct loop *loop,
-		  void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa,
-				   socklen_t len),
-		  bool (*is_full)(void));
+/* Whether clients may come by TCP. */
+bool listen_has_tcp(void);
+
+/* Accept on the main thread's loop, and log where.  False after logging why not. */
+bool listen_start(listen_accept *accepted);
 
 /* There may be descriptors again. */
-void listen_resume(struct listeners *l);
+void listen_resume(void);
 
 /* Close all, and remove the files of Unix sockets that we made. */
-void listen_close(struct listeners *l);
+void listen_close(void);
 
 #endif

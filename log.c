@@ -10,7 +10,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,14 +31,15 @@ enum {
 	LOG_STACK = 64 * 1024,
 };
 
-/* Set before threads start; the descriptors are then the thread's. */
+enum log_to { LOG_TO_STDERR, LOG_TO_FILE, LOG_TO_SYSLOG };
+
+/* Set before threads start; the descriptor is then the thread's. */
 static enum log_to log_to = LOG_TO_STDERR;
 static enum log_level log_most = LOG_EVENT;
 static const char *log_program = "xnbd";
 static const char *log_path;
 static bool has_levels;			/* stderr is the journal's: lines begin with their level */
 static int log_fd = -1;			/* the file, or a socket for syslog */
-static int client_fd = STDIN_FILENO;
 
 static char buffer[2][ROOM];		/* lines to be written, each with its newline */
 
@@ -47,12 +50,12 @@ static struct {
 	atomic_bool pending;		/* there are lines that are not written yet */
 	bool reopen;			/* it is to open the file again */
 	unsigned which;			/* the buffer that lines are added to, ... */
-	size_t len;			/* ... what it holds, ... */
-	unsigned long lost;		/* ... and how many lines were lost after that */
+	size_t len;			/* ... and what it holds */
+	unsigned long lost;		/* lines; told behind the next one that is written */
 	uint64_t used[LOG_DETAIL + 1];	/* by lines of a level about clients: until now_ms() is that */
 	unsigned long left_out;		/* of these lines; to be told when ... */
-	uint64_t due;			/* ... now_ms() is that */
-} queue = { .lock = PTHREAD_MUTEX_INITIALIZER };
+	uint64_t due;			/* ... now_ms() is that; UINT64_MAX if there are none */
+} queue = { .lock = PTHREAD_MUTEX_INITIALIZER, .due = UINT64_MAX };
 
 void log_name(const char *program)
 {
@@ -70,15 +73,14 @@ void log_name(const char *program)
 
 void log_keep_off(int fd)
 {
-	client_fd = fd;
-}
-
-bool log_would_disturb(void)
-{
 	struct stat a, b;
 
-	return fstat(client_fd, &a) == 0 && fstat(STDERR_FILENO, &b) == 0 && S_ISSOCK(a.st_mode) &&
-	       a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+	if (fstat(fd, &a) < 0 || fstat(STDERR_FILENO, &b) < 0 || !S_ISSOCK(a.st_mode) ||
+	    a.st_dev != b.st_dev || a.st_ino != b.st_ino)
+		return;
+	close(STDERR_FILENO);
+	occupy_standard_descriptors();
+	log_open(NULL);
 }
 
 void log_limit(enum log_level most)
@@ -118,14 +120,12 @@ static int put_prefix(char *p, size_t room, enum log_to to, enum log_level level
 }
 
 /* Make a line of at most LINE_BYTES; returns how long it is. */
-static size_t log_make_line(char *line, enum log_to to, enum log_level level, const char *fmt,
-			    va_list ap)
+static size_t log_make_line(char *line, enum log_to to, enum log_level level, const char *text)
 {
 	size_t room = LINE_BYTES - 1, len = (size_t)put_prefix(line, room, to, level);
-	int n = vsnprintf(line + len, room - len, fmt, ap);
 
-	if (n > 0)
-		len += (size_t)n < room - len ? (size_t)n : room - len - 1;
+	snprintf(line + len, room - len, "%s", text);
+	len += strlen(line + len);
 	mask_control_characters(line, len);
 	line[len++] = '\n';
 	return len;
@@ -161,35 +161,43 @@ static bool write_line(enum log_to to, const char *line, size_t len, int wait_ms
 }
 
 /* An error, past the lines that wait. */
-static bool write_now(enum log_to to, int wait_ms, const char *fmt, ...) PRINTF_LIKE(3, 4);
-
-static bool write_now(enum log_to to, int wait_ms, const char *fmt, ...)
+static bool write_now(enum log_to to, const char *text, int wait_ms)
 {
 	char line[LINE_BYTES];
-	va_list ap;
-	size_t len;
 
-	va_start(ap, fmt);
-	len = log_make_line(line, to, LOG_ERROR, fmt, ap);
-	va_end(ap);
-	return write_line(to, line, len, wait_ms);
+	return write_line(to, line, log_make_line(line, to, LOG_ERROR, text), wait_ms);
 }
 
-static void put_line(enum log_level level, const char *fmt, va_list ap)
+/* Whether there may be one more line about clients.  If not, it is counted. */
+static bool admit_line(enum log_level level)
 {
-	char line[LINE_BYTES];
-	size_t len = log_make_line(line, log_to, level, fmt, ap);
+	uint64_t now = now_ms(), *used = &queue.used[level];
+	bool may;
 
+	pthread_mutex_lock(&queue.lock);
+	if (*used < now)
+		*used = now;
+	may = *used < now + PEER_BURST * PEER_MS;
+	if (may) {
+		*used += PEER_MS;
+	} else if (queue.left_out++ == 0) {
+		queue.due = now + LEFT_OUT_MS;
+		pthread_cond_broadcast(&queue.changed);
+	}
+	pthread_mutex_unlock(&queue.lock);
+	return may;
+}
+
+static void put_line(const char *line, size_t len)
+{
 	pthread_mutex_lock(&queue.lock);
 	if (!queue.started) {
 		queue.lost += !write_line(log_to, line, len, FLUSH_MS);
+	} else if (queue.len + len > ROOM) {
+		queue.lost++;
 	} else {
-		if (queue.lost || queue.len + len > ROOM) {
-			queue.lost++;
-		} else {
-			memcpy(buffer[queue.which] + queue.len, line, len);
-			queue.len += len;
-		}
+		memcpy(buffer[queue.which] + queue.len, line, len);
+		queue.len += len;
 		atomic_store(&queue.pending, true);
 		pthread_cond_broadcast(&queue.changed);
 	}
@@ -198,29 +206,29 @@ static void put_line(enum log_level level, const char *fmt, va_list ap)
 
 void log_at(enum log_level level, const char *fmt, ...)
 {
+	enum log_level kind = level & ~LOG_OF_PEER;
+	char text[LINE_BYTES], line[LINE_BYTES];
 	va_list ap;
 
-	if (!log_shows(level))
+	if (!log_shows(kind) || (level != kind && !admit_line(kind)))
 		return;
 	va_start(ap, fmt);
-	put_line(level, fmt, ap);
+	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
+	put_line(line, log_make_line(line, log_to, kind, text));
 }
 
 void log_failure(const char *fmt, ...)
 {
-	bool silent = log_would_disturb();
 	char text[LINE_BYTES];
 	va_list ap;
 
 	va_start(ap, fmt);
 	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
-	if (silent && log_to == LOG_TO_STDERR)
-		log_open(LOG_TO_SYSLOG, NULL);
 	log_error("%s", text);
-	if (log_to != LOG_TO_STDERR && !silent)
-		write_now(LOG_TO_STDERR, FLUSH_MS, "%s", text);
+	if (log_to != LOG_TO_STDERR)
+		write_now(LOG_TO_STDERR, text, FLUSH_MS);
 }
 
 /* The end of the program */
@@ -253,39 +261,6 @@ void occupy_standard_descriptors(void)
 			log_fatal("descriptor %d is closed, and nothing can be put there", fd);
 }
 
-/* Lines about clients */
-
-/* Whether there may be one more.  If not, it is counted. */
-static bool take_place(enum log_level level)
-{
-	uint64_t now = now_ms(), *used = &queue.used[level];
-	bool may;
-
-	pthread_mutex_lock(&queue.lock);
-	if (*used < now)
-		*used = now;
-	may = *used < now + PEER_BURST * PEER_MS;
-	if (may) {
-		*used += PEER_MS;
-	} else if (queue.left_out++ == 0) {
-		queue.due = now + LEFT_OUT_MS;
-		pthread_cond_broadcast(&queue.changed);
-	}
-	pthread_mutex_unlock(&queue.lock);
-	return may;
-}
-
-void log_peer(enum log_level level, const char *fmt, ...)
-{
-	va_list ap;
-
-	if (!log_shows(level) || !take_place(level))
-		return;
-	va_start(ap, fmt);
-	put_line(level, fmt, ap);
-	va_end(ap);
-}
-
 /* Files */
 
 /* Whether a file may be a log: no control characters are at its beginning but those of texts. */
@@ -301,37 +276,38 @@ static bool log_is_text(int fd)
 	return true;
 }
 
-/* Open a log, and wait for no reader.  NULL and *fd, or why not. */
-static const char *log_open_file(const char *path, int *fd)
+/* Open a log in place of the one that is open, and wait for no reader.  NULL, or why not. */
+static const char *log_open_file(const char *path)
 {
 	const int flags = O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
 	struct stat st;
+	int fd;
 
 	if (stat(path, &st) == 0 && S_ISBLK(st.st_mode))
 		return "it is a block device";
-	*fd = open(path, O_RDWR | flags, 0640);		/* a FIFO needs no reader then */
-	if (*fd < 0 && errno == EACCES)
-		*fd = open(path, O_WRONLY | flags, 0640);
-	if (*fd < 0)
+	fd = open(path, O_RDWR | flags, 0640);		/* a FIFO needs no reader then */
+	if (fd < 0 && errno == EACCES)
+		fd = open(path, O_WRONLY | flags, 0640);
+	if (fd < 0)
 		return strerror(errno);
-	if (log_is_text(*fd))
-		return NULL;
-	close(*fd);
-	return "what is in it is no text";
+	if (!log_is_text(fd)) {
+		close(fd);
+		return "what is in it is no text";
+	}
+	if (log_fd >= 0)
+		close(log_fd);
+	log_fd = fd;
+	return NULL;
 }
 
 static void reopen_log(void)
 {
-	int fd;
-	const char *error = log_open_file(log_path, &fd);
+	const char *error = log_open_file(log_path);
 
-	if (error) {
+	if (error)
 		log_error("cannot reopen log file %s: %s", log_path, error);
-		return;
-	}
-	close(log_fd);
-	log_fd = fd;
-	log_line("log file reopened");
+	else
+		log_line("log file reopened");
 }
 
 void log_reopen(void)
@@ -344,24 +320,18 @@ void log_reopen(void)
 
 /* The thread */
 
-/* Whether there is something to write.  Called with the lock. */
-static bool has_lines(void)
-{
-	return queue.len || queue.lost || queue.reopen ||
-	       (queue.left_out && queue.due <= now_ms());
-}
-
 /* Write what there is.  Called with the lock, which is let go meanwhile. */
 static void write_lines(void)
 {
-	static unsigned long lost;	/* that the log has not been told of */
 	const char *p = buffer[queue.which], *end = p + queue.len;
-	unsigned long no_room = queue.lost, left_out = 0;
+	unsigned long lost = queue.lost, left_out = 0;
 	bool reopen = queue.reopen;
+	char text[64];
 
 	if (queue.due <= now_ms()) {
 		left_out = queue.left_out;
 		queue.left_out = 0;
+		queue.due = UINT64_MAX;
 	}
 	queue.which ^= 1;
 	queue.len = queue.lost = 0;
@@ -371,14 +341,15 @@ static void write_lines(void)
 		next = (const char *)memchr(p, '\n', (size_t)(end - p)) + 1;
 		lost += !write_line(log_to, p, (size_t)(next - p), -1);
 	}
-	lost += no_room;
-	if (lost && write_now(log_to, -1, "%lu lines of the log were lost", lost))
+	snprintf(text, sizeof(text), "%lu lines of the log were lost", lost);
+	if (lost && write_now(log_to, text, -1))
 		lost = 0;
 	if (left_out)
 		log_error("%lu more lines about clients were left out", left_out);
 	if (reopen)
 		reopen_log();
 	pthread_mutex_lock(&queue.lock);
+	queue.lost += lost;
 }
 
 static void *log_main(void *unused)
@@ -386,10 +357,9 @@ static void *log_main(void *unused)
 	(void)unused;
 	pthread_mutex_lock(&queue.lock);
 	for (;;) {
-		while (!has_lines()) {
+		while (!queue.len && !queue.reopen && queue.due > now_ms()) {
 			atomic_store(&queue.pending, false);
-			cond_wait_until(&queue.changed, &queue.lock,
-					queue.left_out ? queue.due : UINT64_MAX);
+			cond_wait_until(&queue.changed, &queue.lock, queue.due);
 		}
 		write_lines();
 	}
@@ -400,7 +370,7 @@ static void *log_main(void *unused)
 static void end_log(void)
 {
 	pthread_mutex_lock(&queue.lock);
-	queue.due = 0;
+	queue.due = queue.left_out ? 0 : UINT64_MAX;
 	atomic_store(&queue.pending, true);
 	pthread_cond_broadcast(&queue.changed);
 	pthread_mutex_unlock(&queue.lock);
@@ -432,15 +402,15 @@ void log_flush(void)
 		poll(NULL, 0, 1);
 }
 
-const char *log_open(enum log_to to, const char *path)
+const char *log_open(const char *path)
 {
-	const char *error = to == LOG_TO_FILE ? log_open_file(path, &log_fd) : NULL;
+	const char *error = path ? log_open_file(path) : NULL;
 
 	if (error)
 		return error;
-	if (to == LOG_TO_SYSLOG)
+	if (!path && log_fd < 0)
 		log_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 	log_path = path;
-	log_to = to;
+	log_to = path ? LOG_TO_FILE : LOG_TO_SYSLOG;
 	return NULL;
 }

@@ -9,33 +9,29 @@
 
 #include "util.h"
 
-enum log_to { LOG_TO_STDERR, LOG_TO_FILE, LOG_TO_SYSLOG };
-
 enum log_level {
 	LOG_ERROR,	/* something did not work */
 	LOG_ASKED,	/* what somebody has asked for */
 	LOG_EVENT,	/* something happened */
 	LOG_DETAIL,
+	LOG_OF_PEER = 8,	/* added to one of these: a client causes the line */
 };
 
 /* The name before each line on stderr and in syslog: static storage. */
 void log_name(const char *program);
 
-/* Never write to this socket, the client's; without this call that is standard input. */
+/* If stderr is this socket, a client's, as it is under inetd: nothing in its place, and syslog. */
 void log_keep_off(int fd);
-
-/* Whether stderr is that socket, as it is under inetd. */
-bool log_would_disturb(void);
 
 /* Leave out lines above that level; LOG_EVENT is the default.  Call before threads start. */
 void log_limit(enum log_level most);
 bool log_shows(enum log_level level);
 
 /*
- * Choose where the log goes, after the last fork(); path, for LOG_TO_FILE, must outlive the log.
- * NULL, or why not, and then the log is where it was.
+ * Have the log go to that file instead of stderr, to syslog if it is NULL.  The path must outlive the
+ * log.  NULL, or why not, and then the log is where it was.
  */
-const char *log_open(enum log_to to, const char *path);
+const char *log_open(const char *path);
 
 /* Start the thread.  False after logging why not. */
 bool log_start(void);
@@ -49,19 +45,17 @@ void log_reopen(void);
  */
 void log_flush(void);
 
-/* One line, whole.  Control characters in it become question marks. */
+/*
+ * One line, whole.  Control characters in it become question marks.  If there are too many of those
+ * that clients cause, some are counted instead.
+ */
 void log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
 
 #define log_line(...) log_at(LOG_EVENT, __VA_ARGS__)
 #define log_error(...) log_at(LOG_ERROR, __VA_ARGS__)
+#define log_peer(level, ...) log_at((level) | LOG_OF_PEER, __VA_ARGS__)
 
-/* A line that a client causes.  If there are too many of them, some are counted instead. */
-void log_peer(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
-
-/*
- * One line about a failed start: always to stderr, and to the log as well where that is another
- * place.  Where stderr is the client's socket it goes to syslog instead.
- */
+/* One line about a failed start: to stderr, and to the log as well where that is another place. */
 void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
 
 /* log_flush(), and the end of the program with a failure.  Also for signal handlers. */

@@ -1,13 +1,18 @@
 /*
  * loop.c - one thread's poll(): see loop.h.
  */
+#define _GNU_SOURCE
 #include "loop.h"
 
 #include "log.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
+
+struct loop main_loop;
 
 static bool make_room_for_source(struct loop *l)
 {
@@ -29,15 +34,21 @@ static bool make_room_for_source(struct loop *l)
 	return true;
 }
 
-int loop_init(struct loop *l, struct bell *bell)
+int loop_init(struct loop *l)
 {
-	*l = (struct loop){ .bell = bell };
+	*l = (struct loop){ .pipe = { -1, -1 } };
 	pthread_mutex_init(&l->lock, NULL);
+	if (pipe2(l->pipe, O_CLOEXEC | O_NONBLOCK) < 0)
+		return -errno;
 	return make_room_for_source(l) ? 0 : -ENOMEM;
 }
 
 void loop_free(struct loop *l)
 {
+	if (l->pipe[0] >= 0) {
+		close(l->pipe[0]);
+		close(l->pipe[1]);
+	}
 	free(l->source);
 	free(l->pfd);
 	pthread_mutex_destroy(&l->lock);
@@ -67,24 +78,35 @@ void loop_post(struct loop *l, struct mail *m)
 	m->next = l->mail;
 	l->mail = m;
 	pthread_mutex_unlock(&l->lock);
-	bell_ring(l->bell);
+	loop_wake(l);
 }
 
 void loop_wake(struct loop *l)
 {
-	bell_ring(l->bell);
+	int saved = errno;
+
+	atomic_store(&l->rung, true);
+	if (atomic_exchange(&l->sleeping, false))
+		while (write(l->pipe[1], "", 1) < 0 && errno == EINTR)
+			;
+	errno = saved;
+}
+
+void wake_main(void)
+{
+	loop_wake(&main_loop);
 }
 
 bool loop_is_rung(const struct loop *l)
 {
-	return atomic_load_explicit(&l->bell->rung, memory_order_relaxed);
+	return atomic_load_explicit(&l->rung, memory_order_relaxed);
 }
 
 bool loop_deliver(struct loop *l)
 {
 	struct mail *newest, *oldest = NULL, *next;
 
-	if (!bell_answer(l->bell))
+	if (!atomic_exchange(&l->rung, false))
 		return false;
 	pthread_mutex_lock(&l->lock);
 	newest = l->mail;
@@ -112,24 +134,13 @@ void loop_turn_due(struct loop *l)
 
 	for (size_t i = 0; i < l->count;) {
 		struct source *s = l->source[i];
-
-		if (s->due <= now) {
-			s->due = UINT64_MAX;
-			s->ops->turn(s, 0);
-		}
-		if (i < l->count && l->source[i] == s)
-			i++;
-	}
-}
-
-static void give_events(struct loop *l)
-{
-	for (size_t i = 0; i < l->count;) {
-		struct source *s = l->source[i];
 		short revents = s->entry ? l->pfd[s->entry].revents : 0;
+		bool due = !revents && s->due <= now;
 
 		s->entry = 0;
-		if (revents)
+		if (due)
+			s->due = UINT64_MAX;
+		if (due || revents)
 			s->ops->turn(s, revents);
 		if (i < l->count && l->source[i] == s)
 			i++;
@@ -141,6 +152,7 @@ static unsigned prepare_poll(struct loop *l, uint64_t *due)
 {
 	unsigned n = 1;
 
+	l->pfd[0] = (struct pollfd){ .fd = l->pipe[0], .events = POLLIN };
 	for (size_t i = 0; i < l->count; i++) {
 		struct source *s = l->source[i];
 		short events = s->ops->events(s);
@@ -154,17 +166,33 @@ static unsigned prepare_poll(struct loop *l, uint64_t *due)
 	return n;
 }
 
+/* For poll(). */
+static int ms_until(uint64_t when)
+{
+	uint64_t now = now_ms();
+
+	if (when == UINT64_MAX)
+		return -1;
+	return when > now ? (int)(when - now) : 0;
+}
+
 void loop_poll(struct loop *l, uint64_t due)
 {
 	unsigned n;
-	int ready;
+	int ready, err;
+	char buf[64];
 
 	loop_turn_due(l);
 	n = prepare_poll(l, &due);
-	ready = bell_poll(l->bell, l->pfd, n, ms_until(due));
-	if (ready < 0)
-		log_fatal("cannot wait for %u descriptors: %s", n, strerror(-ready));
+	atomic_store(&l->sleeping, true);
+	ready = poll(l->pfd, n, atomic_load(&l->rung) ? 0 : ms_until(due));
+	err = ready < 0 ? errno : 0;
+	atomic_store(&l->sleeping, false);
+	if (err && err != EINTR && err != ENOMEM)
+		log_fatal("cannot wait for %u descriptors: %s", n, strerror(err));
 	l->polled = now_us();
-	if (ready > 0)
-		give_events(l);
+	if (ready > 0 && l->pfd[0].revents)
+		while (read(l->pipe[0], buf, sizeof(buf)) == (ssize_t)sizeof(buf))
+			;
+	loop_turn_due(l);
 }

@@ -9,6 +9,7 @@
 
 #include <poll.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -40,20 +41,27 @@ struct mail {
 	void (*deliver)(struct mail *m);	/* called by the loop's thread */
 };
 
+/*
+ * A loop is woken by a byte in its pipe while it sleeps.  It says that it is about to sleep and
+ * then looks whether it was rung; others ring and then look whether it sleeps.
+ */
 struct loop {
-	struct bell *bell;
+	atomic_bool rung, sleeping;
+	int pipe[2];
 	struct source **source;
-	struct pollfd *pfd;	/* one more than sources: the bell comes first */
+	struct pollfd *pfd;	/* one more than sources: the pipe comes first */
 	size_t count, room;
 	uint64_t polled;	/* now_us() when poll() returned last */
 	pthread_mutex_t lock;	/* guards mail; a leaf */
 	struct mail *mail;	/* newest first */
 };
 
-/* The bell is the caller's.  0 or -errno. */
-int loop_init(struct loop *l, struct bell *bell);
+/* The main thread's; wake_main() ends its sleep. */
+extern struct loop main_loop;
+void wake_main(void);
 
-/* The sources are their owners'. */
+/* 0 or -errno; loop_free() is due in any case.  The sources are their owners'. */
+int loop_init(struct loop *l);
 void loop_free(struct loop *l);
 
 /* ops, fd and due are set.  False if out of memory. */
@@ -63,7 +71,7 @@ void loop_remove(struct loop *l, struct source *s);
 /* Have m delivered; in the order of these calls, and before the loop sleeps again. */
 void loop_post(struct loop *l, struct mail *m);
 
-/* End its sleep. */
+/* End its sleep.  Keeps errno: signal handlers call it. */
 void loop_wake(struct loop *l);
 
 /* Whether there is mail, or it was woken; a look costs nothing. */

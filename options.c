@@ -98,35 +98,24 @@ static void set_number(const struct row *r, void *field, const char *value)
 			    r->min, r->max);
 }
 
-/* A number of bytes such as 512, 64K, 10M, 1G, 4T (powers of 1024).  False if it is none. */
-static bool parse_size(const char *s, uint64_t *value)
-{
-	static const char units[] = "KMGT";
-	const char *unit;
-	unsigned shift = 0;
-	char *end;
-
-	if (*s < '0' || *s > '9')
-		return false;
-	errno = 0;
-	*value = strtoull(s, &end, 10);
-	if (*end) {
-		unit = strchr(units, *end >= 'a' ? *end - 'a' + 'A' : *end);
-		if (!unit || end[1])
-			return false;
-		shift = 10 * (unsigned)(unit - units + 1);
-	}
-	if (errno || *value > UINT64_MAX >> shift)
-		return false;
-	*value <<= shift;
-	return true;
-}
-
+/* A number of bytes such as 512, 64K, 10M, 1G, 4T (powers of 1024). */
 static void set_bytes(const struct row *r, void *field, const char *value)
 {
-	if (!parse_size(value, field))
+	static const char units[] = "KMGTkmgt";
+	char *end;
+	unsigned long long n;
+	unsigned shift = 0;
+
+	errno = 0;
+	n = strtoull(value, &end, 10);
+	if (*end && strchr(units, *end)) {
+		shift = 10 * ((unsigned)(strchr(units, *end) - units) % 4 + 1);
+		end++;
+	}
+	if (*value < '0' || *value > '9' || *end || errno || n > UINT64_MAX >> shift)
 		usage_error("option '--%s': '%s' is not a size such as 512M or 10G", r->name,
 			    value);
+	*(uint64_t *)field = n << shift;
 }
 
 /* The permissions of a file, in octal, of which there must be some. */
@@ -295,6 +284,18 @@ static const struct row server_rows[] = {
 #undef FIELD
 };
 
+/* The commands of xnbd-bgctl, for struct row. */
+enum {
+	COMMAND_QUERY = 1 << 0,
+	COMMAND_CACHE_ALL = 1 << 1,
+	COMMAND_CACHE_ALL2 = 1 << 2,
+	COMMAND_SWITCH = 1 << 3,
+	COMMAND_RECONNECT = 1 << 4,
+	COMMAND_SNAPSHOT = 1 << 5,
+	COMMAND_WATCH = 1 << 6,
+	COMMAND_ANY = (1 << 7) - 1,
+};
+
 static const struct row bgctl_rows[] = {
 #define FIELD(name) offsetof(struct bgctl_options, name)
 	{ 'q', "query", NULL, COMMAND_QUERY, OTHER(choose_mode), "show the state of the server" },
@@ -452,36 +453,32 @@ static void parse_options(const struct program *p, void *options, int argc, char
 
 /* Arguments */
 
-struct argument {
-	const char *name;
-	size_t field;
-	bool is_port;			/* behind unix:PATH it may be left out */
-};
-
-static bool is_unix(const char *host)
+static const char *take_argument(const char *name)
 {
-	return strncmp(host, "unix:", strlen("unix:")) == 0;
+	if (optind == line.argc)
+		usage_error("%s is missing", name);
+	return line.argv[optind++];
 }
 
-static void take_arguments(void *options, const struct argument *a, size_t n)
+static void end_arguments(const char *last)
 {
-	const char *word = "";
-
-	for (size_t i = 0; i < n; i++) {
-		bool local = a[i].is_port && is_unix(word);
-
-		if (local && !word[strlen("unix:")])
-			usage_error("%s: '%s' has no path", a[i - 1].name, word);
-		if (local && (size_t)(line.argc - optind) < n - i)
-			continue;
-		if (optind == line.argc)
-			usage_error("%s is missing", a[i].name);
-		word = line.argv[optind++];
-		*(const char **)((char *)options + a[i].field) = word;
-	}
 	if (optind < line.argc)
-		usage_error("%s is the last argument, '%s' is too much", a[n - 1].name,
-			    line.argv[optind]);
+		usage_error("%s is the last argument, '%s' is too much", last, line.argv[optind]);
+}
+
+/* A host, and its port in front of so many more; that of unix:PATH is NULL, or left out. */
+static const char *take_remote(const char *name, const char *port_name, const char **port, int more)
+{
+	const char *host = take_argument(name);
+	bool local = strncmp(host, "unix:", strlen("unix:")) == 0;
+
+	if (!*host || strcmp(host, "unix:") == 0)
+		usage_error("%s '%s' names nothing", name, host);
+	if (!local || line.argc - optind > more)
+		*port = take_argument(port_name);
+	if (local)
+		*port = NULL;
+	return host;
 }
 
 /* xnbd-server */
@@ -506,30 +503,22 @@ static void check_together(const struct options *o)
 
 static void take_proxy_arguments(struct options *o)
 {
-	static const struct argument arguments[] = {
-		{ "REMOTE_HOST", offsetof(struct options, host), false },
-		{ "REMOTE_PORT", offsetof(struct options, port), true },
-		{ "CACHE_IMAGE", offsetof(struct options, image), false },
-		{ "CACHE_BITMAP_IMAGE", offsetof(struct options, bitmap), false },
-		{ "CONTROL_SOCKET_PATH", offsetof(struct options, control), false },
-	};
 	unsigned long port;
 
-	take_arguments(o, arguments, ARRAY_SIZE(arguments));
-	if (!*o->host)
-		usage_error("REMOTE_HOST is empty");
-	if (is_unix(o->host))
-		o->port = NULL;
-	else if (!parse_number(o->port, 1, 65535, &port))
+	o->host = take_remote("REMOTE_HOST", "REMOTE_PORT", &o->port, 3);
+	if (o->port && !parse_number(o->port, 1, 65535, &port))
 		usage_error("REMOTE_PORT: '%s' is not a number from 1 to 65535", o->port);
+	o->image = take_argument("CACHE_IMAGE");
+	o->bitmap = take_argument("CACHE_BITMAP_IMAGE");
+	o->control = take_argument("CONTROL_SOCKET_PATH");
+	end_arguments("CONTROL_SOCKET_PATH");
 }
 
 static void take_image(struct options *o)
 {
-	static const struct argument argument = { "DISK_IMAGE", offsetof(struct options, image), false };
-
 	if (o->exports == 0 || optind < line.argc)
-		take_arguments(o, &argument, 1);
+		o->image = take_argument("DISK_IMAGE");
+	end_arguments("DISK_IMAGE");
 	if (o->cow_file && o->exports + (o->image != NULL) > 1)
 		usage_error("--cow-file is the overlay of one image, there can be no others");
 }
@@ -568,48 +557,41 @@ static void check_word(const char *what, const char *word)
 /* The server may have another working directory. */
 static const char *from_root(const char *host)
 {
-	char *path = absolute_path(host + strlen("unix:")), *result;
+	char *path = not_null(absolute_path(host + strlen("unix:"))), *result = NULL;
 
-	if (!path || asprintf(&result, "unix:%s", path) < 0)
-		usage_error("HOST '%s': %s", host, strerror(errno));
+	if (asprintf(&result, "unix:%s", path) < 0)
+		result = NULL;
 	free(path);
-	return result;
+	return not_null(result);
 }
 
-static void take_bgctl_arguments(struct bgctl_options *o)
+static void take_new_origin(struct bgctl_options *o)
 {
-	static const struct argument arguments[] = {
-		{ "CONTROL_SOCKET", offsetof(struct bgctl_options, socket), false },
-		{ "HOST", offsetof(struct bgctl_options, host), false },
-		{ "PORT", offsetof(struct bgctl_options, port), true },
-	};
-
-	take_arguments(o, arguments, o->command == COMMAND_RECONNECT ? 3 : 1);
-	if (o->command != COMMAND_RECONNECT)
-		return;
-	if (is_unix(o->host)) {
+	o->host = take_remote("HOST", "PORT", &o->port, 0);
+	if (!o->port)
 		o->host = from_root(o->host);
-		o->port = "-";
-	}
+	else
+		check_word("PORT", o->port);
 	check_word("HOST", o->host);
-	check_word("PORT", o->port);
 }
 
 void options_parse_bgctl(struct bgctl_options *o, int argc, char **argv)
 {
 	*o = (struct bgctl_options){ 0 };
 	parse_options(&bgctl, o, argc, argv);
-	o->command = line.chosen->modes;
-	o->name = line.chosen->name;
+	o->command = line.chosen->name;
 	if (o->export_name && strpbrk(o->export_name, "\r\n"))
 		usage_error("option '--exportname': the name must have no line break");
 	if (has("shutdown")) {
 		log_line("--shutdown is deprecated, its name is --switch now");
-		o->name = "switch";
+		o->command = "switch";
 	}
-	if (o->command == COMMAND_WATCH && !o->seconds && argc - optind == 2)	/* --watch SECONDS */
-		set_number(line.chosen, &o->seconds, argv[optind++]);
+	if (line.chosen->modes == COMMAND_WATCH && !o->seconds && argc - optind == 2)
+		set_number(line.chosen, &o->seconds, argv[optind++]);	/* --watch SECONDS */
 	if (!o->seconds)
 		o->seconds = 1;
-	take_bgctl_arguments(o);
+	o->socket = take_argument("CONTROL_SOCKET");
+	if (line.chosen->modes == COMMAND_RECONNECT)
+		take_new_origin(o);
+	end_arguments(o->host ? "PORT" : "CONTROL_SOCKET");
 }

@@ -10,7 +10,6 @@
 #include "access.h"
 
 enum mode {
-	MODE_NONE = 0,
 	MODE_TARGET = 1 << 0,
 	MODE_COW_TARGET = 1 << 1,
 	MODE_PROXY = 1 << 2,
@@ -75,28 +74,16 @@ struct options {
 	unsigned long stats;	/* seconds; 0 for never */
 };
 
-enum command {
-	COMMAND_QUERY = 1 << 0,
-	COMMAND_CACHE_ALL = 1 << 1,
-	COMMAND_CACHE_ALL2 = 1 << 2,
-	COMMAND_SWITCH = 1 << 3,
-	COMMAND_RECONNECT = 1 << 4,
-	COMMAND_SNAPSHOT = 1 << 5,
-	COMMAND_WATCH = 1 << 6,
-	COMMAND_ANY = (1 << 7) - 1,
-};
-
 /* xnbd-bgctl.  Strings are those of argv, but for a path of the host. */
 struct bgctl_options {
-	unsigned command;		/* enum command */
-	const char *name;		/* of it, as the server knows it */
+	const char *command;		/* as the server knows it; "watch" */
 	const char *socket;
 	bool json, progress, force;
 	unsigned long blocks;		/* per request; 0 for the default */
-	unsigned long seconds;		/* of --watch */
+	unsigned long seconds;		/* of "watch" */
 	const char *export_name;	/* NULL for none; without line breaks */
-	const char *host;		/* --reconnect: one word; "unix:" and a path from the root */
-	const char *port;		/* one word; "-" for a Unix socket */
+	const char *host;		/* of "reconnect": one word; "unix:" and a path from the root */
+	const char *port;		/* one word; NULL for a Unix socket */
 };
 
 enum { EXIT_USAGE = 2 };

@@ -2,8 +2,8 @@
  * origin.c - the proxy's connections to the remote server: see origin.h.
  *
  *	LINK_DOWN	no connection; its deadline is when to dial
- *	LINK_RESOLVE	a thread looks the name up
- *	LINK_NEGOTIATE	connect to an address, then the handshake; if that fails, the next address
+ *	LINK_DIAL	a thread looks the name up; then connect to an address, and the handshake;
+ *			if that fails, the next address
  *	LINK_UP		transmission
  *
  * The links are on a loop of their own.  Other threads leave requests and wishes in the mailbox,
@@ -27,6 +27,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -87,7 +88,7 @@ static atomic_uint lookups;
 /* Cookies are far from each other: one that has a wrong bit is nobody's.  Odd, so that none comes twice. */
 #define COOKIE_STEP UINT64_C(0x9e3779b97f4a7c15)
 
-enum link_state { LINK_DOWN, LINK_RESOLVE, LINK_NEGOTIATE, LINK_UP };
+enum link_state { LINK_DOWN, LINK_DIAL, LINK_UP };
 
 struct link {
 	struct source source;		/* the socket; a pipe, while the name is looked up; or -1 */
@@ -98,7 +99,7 @@ struct link {
 
 	/* The attempt. */
 	uint64_t end;			/* of all of it; now_ms() */
-	struct addresses found;
+	struct addresses found;		/* none while the name is looked up */
 	unsigned next;			/* address to try */
 	bool answered;			/* a server has, and the reason tells what it said */
 	char reason[PROTO_REASON_MAX];	/* why it failed */
@@ -116,8 +117,7 @@ struct link {
 
 	/* The reply whose payload is coming. */
 	struct origin_request *current;	/* that it answers; NULL: there is no such reply */
-	struct proto_reply reply;
-	uint32_t left;			/* bytes to come, not 0 */
+	struct proto_reply reply;	/* its payload counts the bytes to come, not 0 */
 	uint8_t *place;			/* for data; NULL: it is thrown away */
 
 	uint8_t tx[(OWED_MAX + 1) * PROTO_REQUEST_SIZE];	/* the last is the farewell's */
@@ -125,7 +125,7 @@ struct link {
 };
 
 _Static_assert(PROTO_CLIENT_ROOM <= (OWED_MAX + 1) * PROTO_REQUEST_SIZE, "tx holds an option");
-_Static_assert((size_t)PROTO_CLIENT_TAKE_MAX <= RX_BYTES, "rx holds a handshake's part");
+_Static_assert((size_t)PROTO_CLIENT_WANT_MAX <= RX_BYTES, "rx holds a handshake's message");
 _Static_assert(sizeof(struct addresses) <= 4096, "a pipe takes all addresses at once");
 
 struct origin {
@@ -143,7 +143,6 @@ struct origin {
 	void (*redirect_done)(const char *error);
 	atomic_bool redirecting, cancelled;
 
-	struct bell bell;
 	struct loop loop;		/* of the links */
 	atomic_uint up;			/* links */
 	atomic_uint_least64_t fetched;	/* bytes of data */
@@ -155,7 +154,7 @@ struct origin {
 	struct link *link[LINKS_MAX];	/* the last one is a redirect's */
 	unsigned links;
 	bool clogged;			/* nothing is read */
-	bool trimmed;			/* nothing was asked since buffers were given back */
+	uint64_t trim;			/* when to give buffers back, if nothing is asked; now_ms() */
 	uint64_t listening;		/* since when it was not; now_ms() */
 };
 
@@ -250,8 +249,8 @@ static const char *target_set(struct target *t, const char *host, const char *po
 					      "the name of the export is not UTF-8 or too long";
 }
 
-/* Returns what getaddrinfo() does. */
-static int find_addresses(const struct target *t, int flags, struct addresses *found)
+/* False if there is none, for the reason that found has then. */
+static bool find_addresses(const struct target *t, int flags, struct addresses *found)
 {
 	const struct addrinfo hints = {
 		.ai_flags = flags, .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM,
@@ -264,20 +263,20 @@ static int find_addresses(const struct target *t, int flags, struct addresses *f
 		found->count = 1;
 		found->address[0].len = sizeof(t->path);
 		memcpy(&found->address[0].sa, &t->path, sizeof(t->path));
-		return 0;
+		return true;
 	}
 	err = getaddrinfo(t->host, t->port, &hints, &list);
 	if (err) {
 		snprintf(found->error, sizeof(found->error), "%s",
 			 err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err));
-		return err;
+		return false;
 	}
 	for (struct addrinfo *i = list; i && found->count < ADDRESSES_MAX; i = i->ai_next) {
 		found->address[found->count].len = i->ai_addrlen;
 		memcpy(&found->address[found->count++].sa, i->ai_addr, i->ai_addrlen);
 	}
 	freeaddrinfo(list);
-	return 0;
+	return true;
 }
 
 static void lookup_free(struct lookup *k)
@@ -308,7 +307,7 @@ static int lookup_start(const struct target *t)
 	pthread_t thread;
 	int fds[2];
 
-	if (!k || make_pipe(fds) < 0) {
+	if (!k || pipe2(fds, O_CLOEXEC | O_NONBLOCK) < 0) {
 		free(k);
 		return -1;
 	}
@@ -416,8 +415,7 @@ static void link_ask(struct link *l, struct origin_request *r)
 		note_progress(l);
 	r->cookie = h.cookie;
 	r->sent = now_us();
-	r->filled = 0;
-	proto_answer_begin(&r->answer, &h);
+	proto_answer_begin(&r->answer, &h, r->extent, r->extents);
 	queue_add(&l->owed, r);
 	put_request(l, &h);
 }
@@ -458,12 +456,14 @@ static void drop_data(struct origin_request *r)
 	r->buf = NULL;
 }
 
-/* What an error on the wire means to who asked. */
-static int error_of(const struct proto_answer *a)
+/* What an error on the wire means for the request. */
+static int error_of(const struct origin_request *r)
 {
-	if (a->status && (a->error == NBD_EINVAL || a->error == NBD_ENOTSUP))
+	uint32_t error = r->answer.error;
+
+	if (r->extent && (error == NBD_EINVAL || error == NBD_ENOTSUP))
 		return -ENOTSUP;
-	return a->error ? -EIO : 0;
+	return error ? -EIO : 0;
 }
 
 /* The last of an answer is here. */
@@ -471,7 +471,7 @@ static const char *end_answer(struct link *l, struct origin_request *r)
 {
 	const char *wrong = proto_answer_end(&r->answer);
 	uint64_t sent = r->sent / 1000;
-	int error = error_of(&r->answer);
+	int error = error_of(r);
 
 	if (wrong)
 		return wrong;
@@ -483,8 +483,7 @@ static const char *end_answer(struct link *l, struct origin_request *r)
 	note_progress(l);
 	if (error)
 		drop_data(r);
-	if (r->extent)
-		r->extents = r->filled;
+	r->extents = r->answer.extents;
 	request_finish(l->origin, r, error);
 	if (l->owed.first && sent >= link_patience(l, l->owed.first->sent / 1000))
 		return "an answer is overdue";
@@ -496,13 +495,13 @@ static const char *took_payload(struct link *l, size_t n)
 {
 	struct origin_request *r = l->current;
 
-	l->left -= (uint32_t)n;
 	if (l->place)
 		l->place += n;
-	if (l->left > 0)
+	if (l->reply.type == NBD_REPLY_TYPE_OFFSET_DATA)
+		atomic_fetch_add(&l->origin->fetched, n);
+	l->reply.payload -= (uint32_t)n;
+	if (l->reply.payload > 0)
 		return NULL;
-	if (l->reply.type != NBD_REPLY_TYPE_OFFSET_HOLE)
-		atomic_fetch_add(&l->origin->fetched, l->reply.len);
 	l->current = NULL;
 	l->place = NULL;
 	return l->reply.last ? end_answer(l, r) : NULL;
@@ -529,52 +528,35 @@ static struct origin_request *find_owed(const struct link *l, uint64_t cookie)
 }
 
 /* Take the head of a reply, if all of it is here. */
-static const char *take_head(struct link *l)
+static const char *take_head(struct link *l, const uint8_t *p, size_t n)
 {
 	struct proto_reply *reply = &l->reply;
-	const char *wrong = proto_get_reply(l->rx + l->rx_from, l->rx_to - l->rx_from, reply);
 	struct origin_request *r;
+	const char *wrong;
 
-	if (wrong || reply->head > l->rx_to - l->rx_from)
-		return wrong;
-	r = find_owed(l, reply->cookie);
-	if (!r)
-		return "it answered what was not asked";
-	wrong = proto_answer_add(&r->answer, &l->client.offer, reply);
-	if (wrong)
+	if (n < PROTO_REPLY_SIZE)
+		return NULL;
+	r = find_owed(l, proto_reply_cookie(p));
+	wrong = proto_get_reply(r ? &r->answer : NULL, &l->client.offer, p, n, reply);
+	if (wrong || reply->head > n)
 		return wrong;
 	l->rx_from += reply->head;
 	l->current = r;
-	l->left = reply->payload;
 	l->place = reply->len ? place_of(r, reply->off) : NULL;
 	if (reply->type == NBD_REPLY_TYPE_OFFSET_HOLE && l->place)
 		memset(l->place, 0, reply->len);
 	return took_payload(l, 0);
 }
 
-/* Extents beyond the room that there is are checked as well. */
-static const char *take_extents(struct origin_request *r, const uint8_t *p, size_t n)
+static const char *take_payload(struct link *l, const uint8_t *p, size_t n)
 {
-	for (struct extent e; n > 0; n -= PROTO_EXTENT_SIZE, p += PROTO_EXTENT_SIZE) {
-		const char *wrong = proto_answer_extent(&r->answer, p, &e);
-
-		if (wrong)
-			return wrong;
-		if (e.len > 0 && r->filled < r->extents)
-			r->extent[r->filled++] = e;
-	}
-	return NULL;
-}
-
-static const char *take_payload(struct link *l)
-{
-	const uint8_t *p = l->rx + l->rx_from;
-	size_t here = l->rx_to - l->rx_from, n = here < l->left ? here : l->left;
 	const char *wrong = NULL;
 
+	if (n > l->reply.payload)
+		n = l->reply.payload;
 	if (l->reply.type == NBD_REPLY_TYPE_BLOCK_STATUS) {
 		n -= n % PROTO_EXTENT_SIZE;
-		wrong = take_extents(l->current, p, n);
+		wrong = proto_get_extents(&l->current->answer, p, n);
 	} else if (l->place) {
 		memcpy(l->place, p, n);
 	}
@@ -590,7 +572,8 @@ static const char *take_replies(struct link *l)
 
 	do {
 		before = l->rx_from;
-		wrong = l->current ? take_payload(l) : take_head(l);
+		wrong = (l->current ? take_payload : take_head)(l, l->rx + before,
+								l->rx_to - before);
 	} while (!wrong && l->rx_from > before);
 	memmove(l->rx, l->rx + l->rx_from, l->rx_to - l->rx_from);
 	l->rx_to -= l->rx_from;
@@ -601,7 +584,7 @@ static const char *take_replies(struct link *l)
 /* Receive once: what is left of the data straight to its place. */
 static const char *link_receive(struct link *l)
 {
-	size_t direct = l->place ? l->left : 0;
+	size_t direct = l->place ? l->reply.payload : 0;
 	struct iovec iov[2] = {
 		{ .iov_base = l->place, .iov_len = direct },
 		{ .iov_base = l->rx + l->rx_to, .iov_len = RX_BYTES - l->rx_to },
@@ -711,7 +694,7 @@ static const char *link_connect(struct link *l)
 	socklen_t len = l->found.address[i].len;
 	const struct sockaddr *sa = (const struct sockaddr *)&l->found.address[i].sa;
 
-	l->state = LINK_NEGOTIATE;
+	l->state = LINK_DIAL;
 	l->deadline = now + left / (l->found.count - i);
 	l->tx_len = l->rx_from = l->rx_to = 0;
 	proto_client_begin(&l->client, target_of(l)->export_name, l->tx);
@@ -735,7 +718,7 @@ static void link_fail(struct link *l, const char *reason)
 	do {
 		if (!l->answered)
 			snprintf(l->reason, sizeof(l->reason), "%s", reason);
-		l->answered |= l->client.state != PROTO_CLIENT_GREETING;
+		l->answered |= l->client.opt != 0;
 		link_close(l);
 		if (was_up || l->next == l->found.count || now_ms() >= l->end) {
 			link_lost(l, was_up);
@@ -753,9 +736,9 @@ static const char *link_dial(struct link *l)
 	l->next = 0;
 	l->answered = false;
 	l->end = l->deadline = now_ms() + l->origin->timeout_ms;
-	if (find_addresses(t, AI_NUMERICHOST | AI_NUMERICSERV, &l->found) == 0)
+	if (find_addresses(t, AI_NUMERICHOST | AI_NUMERICSERV, &l->found))
 		return link_connect(l);
-	l->state = LINK_RESOLVE;
+	l->state = LINK_DIAL;
 	l->source.fd = lookup_start(t);
 	return l->source.fd < 0 ? "out of memory or descriptors" : NULL;
 }
@@ -834,27 +817,27 @@ static const char *link_use(struct link *l)
 static const char *link_negotiate(struct link *l)
 {
 	const char *wrong = link_send(l);
+	struct proto_client *c = &l->client;
 	enum proto_next next;
 	ssize_t n;
 
 	if (wrong || l->tx_len > 0)
 		return wrong;
-	n = recv(l->source.fd, l->rx + l->rx_to, l->client.want - l->rx_to, 0);
+	n = recv(l->source.fd, l->rx + c->have, c->want - c->have, 0);
 	if (n == 0)
-		return l->client.state == PROTO_CLIENT_EXPORT ?
+		return c->opt == NBD_OPT_EXPORT_NAME ?
 			       "it closed the connection: it may not have such an export" :
 			       "it closed the connection in the handshake";
 	if (n < 0)
 		return would_block(errno) ? NULL : strerror(errno);
-	l->rx_to += (size_t)n;
-	if (l->rx_to < l->client.want)
+	c->have += (size_t)n;
+	if (c->have < c->want)
 		return NULL;
-	next = proto_client_take(&l->client, l->rx);
-	l->tx_len = l->client.out_len;
-	l->rx_to = 0;
+	next = proto_client_take(c, l->rx);
+	l->tx_len = c->out_len;
 	if (next == PROTO_TRANSMIT)
 		return link_use(l);
-	return next == PROTO_CLOSE ? l->client.reason : NULL;
+	return next == PROTO_CLOSE ? c->reason : NULL;
 }
 
 /* What the loop calls */
@@ -868,16 +851,11 @@ static short link_events(const struct source *s)
 {
 	const struct link *l = link_of(s);
 
-	switch (l->state) {
-	case LINK_RESOLVE:
-		return POLLIN;
-	case LINK_NEGOTIATE:
-		return l->tx_len > 0 ? POLLOUT : POLLIN;
-	case LINK_UP:
+	if (l->state == LINK_UP)
 		return (l->origin->clogged ? 0 : POLLIN) | (l->tx_len > 0 ? POLLOUT : 0);
-	default:
-		return 0;
-	}
+	if (l->state == LINK_DIAL)
+		return l->tx_len > 0 ? POLLOUT : POLLIN;
+	return 0;
 }
 
 /* When link_expire() is due: now_ms(), or UINT64_MAX. */
@@ -890,44 +868,37 @@ static uint64_t link_deadline(const struct link *l)
 	return l->state != LINK_DOWN || link_may_dial(l) ? l->deadline : UINT64_MAX;
 }
 
-static const char *link_expire(struct link *l, char *text, size_t room)
+static const char *link_expire(struct link *l)
 {
 	if (l->state == LINK_DOWN)
 		return link_dial(l);
 	if (l->state != LINK_UP)
 		return "no answer";
-	snprintf(text, room, "no answer for %u s", l->origin->timeout_ms / 1000);
-	return text;
+	snprintf(l->client.reason, PROTO_REASON_MAX, "no answer for %u s",
+		 l->origin->timeout_ms / 1000);
+	return l->client.reason;
 }
 
 static const char *link_take(struct link *l, short revents)
 {
 	const char *wrong = NULL;
 
-	switch (l->state) {
-	case LINK_RESOLVE:
-		return link_resolved(l);
-	case LINK_NEGOTIATE:
-		return link_negotiate(l);
-	case LINK_UP:
-		if (revents & ~POLLOUT && !l->origin->clogged)
-			wrong = link_receive(l);
-		return wrong ? wrong : link_send(l);
-	default:
-		return NULL;
-	}
+	if (l->state == LINK_DIAL)
+		return l->found.count == 0 ? link_resolved(l) : link_negotiate(l);
+	if (revents & ~POLLOUT && !l->origin->clogged)
+		wrong = link_receive(l);
+	return wrong ? wrong : link_send(l);
 }
 
 static void link_turn(struct source *s, short revents)
 {
 	struct link *l = link_of(s);
 	const char *wrong = NULL;
-	char text[64];
 
-	if (revents)
+	if (revents && l->state != LINK_DOWN)
 		wrong = link_take(l, revents);
-	else if (link_deadline(l) <= now_ms())	/* an earlier turn may have put it off */
-		wrong = link_expire(l, text, sizeof(text));
+	else if (!revents && link_deadline(l) <= now_ms())
+		wrong = link_expire(l);		/* unless an earlier turn has put it off */
 	if (wrong)
 		link_fail(l, wrong);
 	s->due = link_deadline(l);
@@ -937,25 +908,15 @@ static const struct source_ops link_ops = { link_events, link_turn };
 
 /* The thread */
 
-/* Nothing is read while too much has not been put away: who is not listened to is not silent. */
-static void note_clog(struct origin *o)
+/* Sleep once, and all that is to be done before and after it. */
+static void origin_turn(struct origin *o)
 {
 	if (o->clogged)
 		o->listening = now_ms();
 	o->clogged = atomic_load(&o->unstored) > UNSTORED_MAX;
-}
-
-/* Sleep once, and all that is to be done before and after it. */
-static void origin_turn(struct origin *o)
-{
-	uint64_t idle = UINT64_MAX;
-
-	note_clog(o);
 	feed_links(o);
 	if (atomic_load(&o->waiting) > 0)
-		o->trimmed = false;
-	else if (!o->trimmed)
-		idle = now_ms() + IDLE_MS;
+		o->trim = now_ms() + IDLE_MS;
 	for (unsigned i = 0; i < o->links; i++) {
 		struct link *l = o->link[i];
 		const char *wrong = l->state == LINK_UP ? link_send(l) : NULL;
@@ -964,11 +925,11 @@ static void origin_turn(struct origin *o)
 			link_fail(l, wrong);
 		l->source.due = link_deadline(l);
 	}
-	loop_poll(&o->loop, idle);
+	loop_poll(&o->loop, o->trim);
 	loop_deliver(&o->loop);
-	if (idle <= now_ms()) {
+	if (now_ms() >= o->trim) {
 		buffer_trim();
-		o->trimmed = true;
+		o->trim = UINT64_MAX;
 	}
 }
 
@@ -996,9 +957,8 @@ static const char *origin_init(struct origin *o, const struct origin_options *op
 	assert(options->connections <= ORIGIN_CONNECTIONS_MAX);
 	pthread_mutex_init(&o->lock, NULL);
 	o->timeout_ms = options->timeout_ms;
-	o->bell.pipe[0] = o->bell.pipe[1] = -1;
-	if (loop_init(&o->loop, &o->bell) < 0)
-		return strerror(ENOMEM);
+	if (loop_init(&o->loop) < 0)
+		return strerror(errno);
 	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
 		queue_init(&o->queue[i]);
 	while (o->links <= options->connections) {
@@ -1014,8 +974,6 @@ static const char *origin_init(struct origin *o, const struct origin_options *op
 		if (!loop_add(&o->loop, &l->source))
 			return strerror(ENOMEM);
 	}
-	if (bell_init(&o->bell) < 0)
-		return strerror(errno);
 	return target_set(&o->target, options->host, options->port, options->export_name);
 }
 
@@ -1088,16 +1046,13 @@ void origin_cancel(struct origin *o)
 void origin_redirect(struct origin *o, const char *host, const char *port,
 		     const char *export_name, void (*done)(const char *error))
 {
-	const char *wrong = NULL;
+	const char *wrong;
 
 	pthread_mutex_lock(&o->lock);
-	if (o->cancelled)
-		wrong = "the origin is not needed any more";
-	else if (o->redirecting)
-		wrong = "another one is under way";
-	else
-		wrong = target_set(&o->redirect, host, port,
-				   export_name ? export_name : o->target.export_name);
+	wrong = o->cancelled   ? "the origin is not needed any more" :
+		o->redirecting ? "another one is under way" :
+				 target_set(&o->redirect, host, port,
+					    export_name ? export_name : o->target.export_name);
 	if (!wrong) {
 		o->redirect_done = done;
 		atomic_store(&o->redirecting, true);
@@ -1121,7 +1076,6 @@ void origin_status(struct origin *o, struct origin_status *status)
 	pthread_mutex_unlock(&o->lock);
 	status->fetched = atomic_load(&o->fetched);
 	status->links = atomic_load(&o->up);
-	status->up = status->links > 0;
 	status->waiting = atomic_load(&o->waiting);
 }
 
@@ -1142,7 +1096,6 @@ void origin_close(struct origin *o)
 	for (unsigned i = 0; i < o->links; i++)
 		free(o->link[i]);
 	loop_free(&o->loop);
-	bell_free(&o->bell);
 	pthread_mutex_destroy(&o->lock);
 	free(o);
 }

@@ -50,7 +50,6 @@ struct origin_request {
 	/* The origin's own. */
 	uint64_t cookie;
 	uint64_t sent;		/* now_us() when it was sent last; also for the asker */
-	unsigned filled;	/* extents that have come */
 	struct proto_answer answer;
 };
 
@@ -103,9 +102,8 @@ void origin_redirect(struct origin *o, const char *host, const char *port,
 struct origin_status {
 	char address[256];		/* "host:port", "[::1]:port" or "unix:/path" */
 	char export_name[256];		/* shortened with "..." at the end */
-	bool up;			/* the link for clients' requests is there */
-	char reason[PROTO_REASON_MAX];	/* if it is not: why */
 	unsigned links;			/* that are up */
+	char reason[PROTO_REASON_MAX];	/* if there is none: why */
 	uint64_t fetched;		/* bytes of data received */
 	uint64_t waiting;		/* requests that are not done */
 };

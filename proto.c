@@ -83,7 +83,7 @@ void proto_put_oldstyle(uint8_t *p, const struct proto_export *e)
 	p = put_be64(p, e->size);
 	p = put_be16(p, 0);
 	p = put_be16(p, e->flags);
-	memset(p, 0, 124);
+	memset(p, 0, PROTO_ZEROES_SIZE);
 }
 
 bool proto_client_flags(struct proto_session *s, const uint8_t *p)
@@ -191,11 +191,6 @@ static const struct proto_export *find_export(const struct option *o, const stru
 	return NULL;
 }
 
-static uint16_t session_flags(const struct proto_session *s, const struct proto_export *e)
-{
-	return e->flags | (s->structured ? NBD_FLAG_SEND_DF : 0);
-}
-
 /* Bind the session to its export; a context chosen for another name does not hold. */
 static enum proto_next proto_transmit(struct proto_session *s, const struct proto_export *e,
 				      const struct name *name)
@@ -206,10 +201,16 @@ static enum proto_next proto_transmit(struct proto_session *s, const struct prot
 	return PROTO_TRANSMIT;
 }
 
+/* Write PROTO_EXPORT_SIZE bytes. */
+static void put_export(const struct proto_session *s, const struct proto_export *e, uint8_t *p)
+{
+	put_be16(put_be64(p, e->size), e->flags | (s->structured ? NBD_FLAG_SEND_DF : 0));
+}
+
 /* "NBD_OPT_EXPORT_NAME": the data is the name, and there is no way to say no. */
 static enum proto_next opt_export_name(struct option *o)
 {
-	static const uint8_t zeroes[124];
+	uint8_t answer[PROTO_EXPORT_SIZE + PROTO_ZEROES_SIZE] = { 0 };
 	struct name name = { o->in.p, o->in.left };
 	const struct proto_export *e;
 
@@ -218,10 +219,8 @@ static enum proto_next opt_export_name(struct option *o)
 	e = find_export(o, &name);
 	if (!e)
 		return PROTO_CLOSE;
-	out_be(o->out, 8, e->size);
-	out_be(o->out, 2, session_flags(o->s, e));
-	if (!o->s->no_zeroes)
-		out_bytes(o->out, zeroes, sizeof(zeroes));
+	put_export(o->s, e, answer);
+	out_bytes(o->out, answer, o->s->no_zeroes ? PROTO_EXPORT_SIZE : sizeof(answer));
 	return proto_transmit(o->s, e, &name);
 }
 
@@ -245,43 +244,34 @@ static enum proto_next opt_list(struct option *o)
 	return reply(o, NBD_REP_ACK);
 }
 
-static enum proto_next opt_unsupported(struct option *o)
-{
-	return reply(o, NBD_REP_ERR_UNSUP);
-}
-
-static void info_string(const struct option *o, uint16_t type, const void *p, size_t len)
-{
-	reply_header(o, NBD_REP_INFO, 2 + len);
-	out_be(o->out, 2, type);
-	out_bytes(o->out, p, len);
-}
-
 /* Answer one information request. */
-static void info(const struct option *o, uint16_t type, const struct proto_export *e,
+static void info(const struct option *o, unsigned type, const struct proto_export *e,
 		 const struct name *name)
 {
+	uint8_t numbers[12];
+	const void *p = numbers;
+	size_t n = sizeof(numbers);
+
 	switch (type) {
 	case NBD_INFO_EXPORT:
-		reply_header(o, NBD_REP_INFO, 12);
-		out_be(o->out, 2, type);
-		out_be(o->out, 8, e->size);
-		out_be(o->out, 2, session_flags(o->s, e));
+		put_export(o->s, e, numbers);
+		n = PROTO_EXPORT_SIZE;
 		break;
 	case NBD_INFO_NAME:
-		info_string(o, type, name->p, name->len);
+		p = name->p;
+		n = name->len;
 		break;
 	case NBD_INFO_DESCRIPTION:
-		info_string(o, type, e->description, strlen(e->description));
+		p = e->description;
+		n = strlen(e->description);
 		break;
 	case NBD_INFO_BLOCK_SIZE:
-		reply_header(o, NBD_REP_INFO, 14);
-		out_be(o->out, 2, type);
-		out_be(o->out, 4, 1);
-		out_be(o->out, 4, PROTO_PREFERRED_BLOCK);
-		out_be(o->out, 4, PROTO_MAX_PAYLOAD);
+		put_be32(put_be32(put_be32(numbers, 1), PROTO_PREFERRED_BLOCK), PROTO_MAX_PAYLOAD);
 		break;
 	}
+	reply_header(o, NBD_REP_INFO, 2 + n);
+	out_be(o->out, 2, type);
+	out_bytes(o->out, p, n);
 }
 
 /* "NBD_OPT_INFO and NBD_OPT_GO": each kind of information is told once. */
@@ -306,7 +296,7 @@ static enum proto_next opt_go(struct option *o)
 		return reply(o, NBD_REP_ERR_UNKNOWN);
 	for (type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
 		if (wanted & 1 << type)
-			info(o, (uint16_t)type, e, &name);
+			info(o, type, e, &name);
 	reply(o, NBD_REP_ACK);
 	return o->opt == NBD_OPT_GO ? proto_transmit(o->s, e, &name) : PROTO_HAGGLE;
 }
@@ -374,12 +364,12 @@ static enum proto_next opt_meta_context(struct option *o)
 static const struct option_kind {
 	uint32_t opt;
 	bool bare;	/* must come without data */
-	enum proto_next (*handle)(struct option *);
+	enum proto_next (*handle)(struct option *);	/* NULL: there is no such option here */
 } option_kinds[] = {
 	{ NBD_OPT_EXPORT_NAME, false, opt_export_name },
 	{ NBD_OPT_ABORT, false, opt_abort },
 	{ NBD_OPT_LIST, true, opt_list },
-	{ NBD_OPT_STARTTLS, true, opt_unsupported },
+	{ NBD_OPT_STARTTLS, true, NULL },
 	{ NBD_OPT_INFO, false, opt_go },
 	{ NBD_OPT_GO, false, opt_go },
 	{ NBD_OPT_STRUCTURED_REPLY, true, opt_headers },
@@ -409,22 +399,27 @@ enum proto_next proto_option(struct proto_session *s, const struct proto_exports
 		return reply(&o, NBD_REP_ERR_TOO_BIG);
 	if (kind->bare && len > 0)
 		return reply(&o, NBD_REP_ERR_INVALID);
-	return kind->handle(&o);
+	return kind->handle ? kind->handle(&o) : reply(&o, NBD_REP_ERR_UNSUP);
 }
 
 /* Transmission */
-
-bool proto_is_request(const struct proto_session *s, const uint8_t *p)
-{
-	return get_be32(p) == (s->extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC);
-}
 
 /*
  * "Request message": with extended headers, what has a payload has PAYLOAD_LEN.  But for the
  * WRITEs of qemu: 8.2 to 10.0 at least do not set it, and send the payload all the same.
  */
-bool proto_get_request(const struct proto_session *s, const uint8_t *p, struct proto_request *r)
+const char *proto_get_request(const struct proto_session *s, const uint8_t *p, size_t n,
+			      struct proto_request *r, size_t *size)
 {
+	size_t whole = s->extended ? PROTO_EXTENDED_REQUEST_SIZE : PROTO_REQUEST_SIZE;
+
+	*size = n < whole ? 0 : whole;
+	if (n < PROTO_REQUEST_SIZE)
+		return NULL;
+	if (get_be32(p) != (s->extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC))
+		return "wrong magic of a request";
+	if (n < whole)
+		return NULL;
 	r->flags = get_be16(p + 4);
 	r->cmd = get_be16(p + 6);
 	r->cookie = get_be64(p + 8);
@@ -432,7 +427,9 @@ bool proto_get_request(const struct proto_session *s, const uint8_t *p, struct p
 	r->len = s->extended ? get_be64(p + 24) : get_be32(p + 24);
 	r->payload = r->cmd == NBD_CMD_WRITE ||
 		     (s->extended && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN);
-	return !(s->extended && r->payload && r->len > PROTO_MAX_PAYLOAD);
+	if (s->extended && r->payload && r->len > PROTO_MAX_PAYLOAD)
+		return "request with too much payload";
+	return NULL;
 }
 
 bool proto_cmd_writes(uint16_t cmd)
@@ -486,33 +483,24 @@ int proto_check_request(const struct proto_session *s, const struct proto_reques
 
 uint32_t proto_error(int err)
 {
-	switch (err) {
-	case 0:
-		return 0;
-	case EPERM:
-	case EACCES:
-	case EROFS:
-		return NBD_EPERM;
-	case ENOMEM:
-		return NBD_ENOMEM;
-	case EINVAL:
-		return NBD_EINVAL;
-	case ENOSPC:
-	case EDQUOT:
-	case EFBIG:
-		return NBD_ENOSPC;
-	case EOVERFLOW:
-		return NBD_EOVERFLOW;
-	case ENOTSUP:
-#if EOPNOTSUPP != ENOTSUP
-	case EOPNOTSUPP:
-#endif
-		return NBD_ENOTSUP;
-	case ESHUTDOWN:
-		return NBD_ESHUTDOWN;
-	default:
-		return NBD_EIO;
-	}
+	static const struct {
+		int err;
+		uint32_t wire;
+	} known[] = {
+		{ 0, 0 },
+		{ EPERM, NBD_EPERM }, { EACCES, NBD_EPERM }, { EROFS, NBD_EPERM },
+		{ ENOMEM, NBD_ENOMEM },
+		{ EINVAL, NBD_EINVAL },
+		{ ENOSPC, NBD_ENOSPC }, { EDQUOT, NBD_ENOSPC }, { EFBIG, NBD_ENOSPC },
+		{ EOVERFLOW, NBD_EOVERFLOW },
+		{ ENOTSUP, NBD_ENOTSUP }, { EOPNOTSUPP, NBD_ENOTSUP },
+		{ ESHUTDOWN, NBD_ESHUTDOWN },
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(known); i++)
+		if (known[i].err == err)
+			return known[i].wire;
+	return NBD_EIO;
 }
 
 /* "Simple reply message" */
@@ -581,15 +569,15 @@ size_t proto_put_status(const struct proto_session *s, const struct proto_reques
 	uint8_t *start = p;
 
 	assert(s->allocation && n > 0);
-	if (s->extended)
+	if (s->extended) {
 		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, true,
 			      8 + n * PROTO_EXTENDED_EXTENT_SIZE, p);
-	else
-		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS, true, 4 + n * PROTO_EXTENT_SIZE,
-			      p);
-	p = put_be32(p, ALLOCATION_ID);
-	if (s->extended)
-		p = put_be32(p, n);
+		p = put_be32(put_be32(p, ALLOCATION_ID), n);
+	} else {
+		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS, true,
+			      4 + n * PROTO_EXTENT_SIZE, p);
+		p = put_be32(p, ALLOCATION_ID);
+	}
 	for (; n > 0; n--, extent++)
 		p = s->extended ? put_be64(put_be64(p, extent->len), extent->flags) :
 				  put_be32(put_be32(p, (uint32_t)extent->len), extent->flags);

@@ -109,13 +109,10 @@ enum {
 /* option replies that are errors */
 #define NBD_REP_ERR(n) (UINT32_C(0x80000000) + (n))
 #define NBD_REP_ERR_UNSUP NBD_REP_ERR(1)
-#define NBD_REP_ERR_POLICY NBD_REP_ERR(2)
 #define NBD_REP_ERR_INVALID NBD_REP_ERR(3)
-#define NBD_REP_ERR_PLATFORM NBD_REP_ERR(4)
 #define NBD_REP_ERR_TLS_REQD NBD_REP_ERR(5)
 #define NBD_REP_ERR_UNKNOWN NBD_REP_ERR(6)
 #define NBD_REP_ERR_SHUTDOWN NBD_REP_ERR(7)
-#define NBD_REP_ERR_BLOCK_SIZE_REQD NBD_REP_ERR(8)
 #define NBD_REP_ERR_TOO_BIG NBD_REP_ERR(9)
 #define NBD_REP_ERR_EXT_HEADER_REQD NBD_REP_ERR(10)
 
@@ -165,9 +162,12 @@ enum {
 	PROTO_CLIENT_FLAGS_SIZE = 4,
 	PROTO_OPTION_SIZE = 16,			/* an option's header */
 	PROTO_OPTION_MAX = 64 * 1024,		/* option data that is taken as a whole */
+	PROTO_OPTION_REPLY_SIZE = 20,		/* the header of an answer to an option */
 	PROTO_OPTION_REPLY_ROOM = 32 * 1024,	/* room for the answer to one option */
-	PROTO_LIST_ROOM = PROTO_OPTION_REPLY_ROOM - 20,	/* for the answer to LIST: all exports */
-	PROTO_LIST_ENTRY = 24,			/* what each takes besides name and description */
+	PROTO_LIST_ROOM = PROTO_OPTION_REPLY_ROOM - PROTO_OPTION_REPLY_SIZE,	/* for all exports */
+	PROTO_LIST_ENTRY = PROTO_OPTION_REPLY_SIZE + 4,	/* besides name and description */
+	PROTO_EXPORT_SIZE = 10,			/* an export's size and flags ... */
+	PROTO_ZEROES_SIZE = 124,		/* ... and what may follow them */
 	PROTO_REQUEST_SIZE = 28,		/* a request's header ... */
 	PROTO_EXTENDED_REQUEST_SIZE = 32,	/* ... and one with a length of 64 bits */
 	PROTO_REPLY_ROOM = 128,			/* room for any reply's header */
@@ -252,20 +252,12 @@ bool proto_get_option(const uint8_t *p, uint32_t *opt, uint32_t *len);
 enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,
 			     uint32_t opt, const uint8_t *data, size_t len, struct proto_out *out);
 
-/* The bytes of a request's header. */
-static inline size_t proto_request_size(const struct proto_session *s)
-{
-	return s->extended ? PROTO_EXTENDED_REQUEST_SIZE : PROTO_REQUEST_SIZE;
-}
-
 /*
- * Whether a request's header begins as it must; PROTO_REQUEST_SIZE bytes of it are enough.  If
- * not, drop the connection.
+ * Take a request's header, of which n bytes are here at p.  Sets *size to its bytes, or to 0 if
+ * more must come first.  NULL, or why to drop the connection.
  */
-bool proto_is_request(const struct proto_session *s, const uint8_t *p);
-
-/* Take a request's header.  False if it has more payload than may be: drop the connection. */
-bool proto_get_request(const struct proto_session *s, const uint8_t *p, struct proto_request *r);
+const char *proto_get_request(const struct proto_session *s, const uint8_t *p, size_t n,
+			      struct proto_request *r, size_t *size);
 
 /*
  * The one gate for requests: 0 if r may be carried out on the session's export, else the errno

@@ -11,12 +11,6 @@
 #include <string.h>
 
 enum {
-	MAGIC_SIZE = 16,	/* the two that every server sends first */
-	HANDSHAKE_FLAGS_SIZE = 2,
-	OPTION_REPLY_SIZE = 20,
-	EXPORT_SIZE = 10,
-	ZEROES_SIZE = 124,
-	SIMPLE_REPLY_SIZE = 16,
 	CHUNK_SIZE = 20,
 
 	MIN_BLOCK_MAX = 64 * 1024,	/* "Size constraints" */
@@ -51,9 +45,10 @@ static enum proto_next handshake_fail(struct proto_client *c, const char *fmt, .
 	return PROTO_CLOSE;
 }
 
-static enum proto_next await(struct proto_client *c, enum proto_client_state state, size_t n)
+/* The next message has n bytes, as far as can be known. */
+static enum proto_next await(struct proto_client *c, size_t n)
 {
-	c->state = state;
+	c->have = 0;
 	c->want = n;
 	return PROTO_HAGGLE;
 }
@@ -61,13 +56,13 @@ static enum proto_next await(struct proto_client *c, enum proto_client_state sta
 void proto_client_begin(struct proto_client *c, const char *name, uint8_t *out)
 {
 	*c = (struct proto_client){
+		.want = PROTO_GREETING_SIZE,
 		.name = name,
 		.out = out,
 		.zeroes = true,
 		/* "Size constraints": if nothing else is said. */
 		.offer = { .min_block = 1, .max_block = PROTO_MAX_PAYLOAD },
 	};
-	await(c, PROTO_CLIENT_GREETING, MAGIC_SIZE);
 }
 
 /* "Option haggling" */
@@ -87,21 +82,8 @@ static enum proto_next send_option(struct proto_client *c, uint32_t opt)
 	c->opt = opt;
 	c->out_len = (size_t)(end - c->out);
 	if (opt == NBD_OPT_EXPORT_NAME)
-		return await(c, PROTO_CLIENT_EXPORT, EXPORT_SIZE + (c->zeroes ? ZEROES_SIZE : 0));
-	return await(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
-}
-
-static enum proto_next take_magic(struct proto_client *c, const uint8_t *in)
-{
-	if (get_be64(in) != NBD_INIT_PASSWD)
-		return handshake_fail(c, "it is no NBD server");
-	if (get_be64(in + 8) == NBD_OLDSTYLE_MAGIC && c->name[0])
-		return handshake_fail(c, "it is an oldstyle server, which has no export names");
-	if (get_be64(in + 8) == NBD_OLDSTYLE_MAGIC)
-		return await(c, PROTO_CLIENT_OLDSTYLE, PROTO_OLDSTYLE_SIZE - MAGIC_SIZE);
-	if (get_be64(in + 8) != NBD_IHAVEOPT)
-		return handshake_fail(c, "it speaks no known version of NBD");
-	return await(c, PROTO_CLIENT_FLAGS, HANDSHAKE_FLAGS_SIZE);
+		return await(c, PROTO_EXPORT_SIZE + (c->zeroes ? PROTO_ZEROES_SIZE : 0));
+	return await(c, PROTO_OPTION_REPLY_SIZE);
 }
 
 static enum proto_next transmit(struct proto_client *c)
@@ -125,23 +107,38 @@ static enum proto_next transmit(struct proto_client *c)
 	return PROTO_TRANSMIT;
 }
 
-static enum proto_next take_flags(struct proto_client *c, const uint8_t *in)
+static enum proto_next take_export(struct proto_client *c, const uint8_t *size,
+				   const uint8_t *flags)
 {
-	unsigned flags = get_be16(in) & (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+	c->offer.size = get_be64(size);
+	c->offer.flags = get_be16(flags);
+	return transmit(c);
+}
 
+/* "Oldstyle negotiation": 16 bits of the flags are ours. */
+static enum proto_next take_oldstyle(struct proto_client *c, const uint8_t *in)
+{
+	if (c->name[0])
+		return handshake_fail(c, "it is an oldstyle server, which has no export names");
+	c->want = PROTO_OLDSTYLE_SIZE;
+	return c->have < c->want ? PROTO_HAGGLE : take_export(c, in + 16, in + 26);
+}
+
+static enum proto_next take_greeting(struct proto_client *c, const uint8_t *in)
+{
+	unsigned flags = get_be16(in + 16) & (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+
+	if (get_be64(in) != NBD_INIT_PASSWD)
+		return handshake_fail(c, "it is no NBD server");
+	if (get_be64(in + 8) == NBD_OLDSTYLE_MAGIC)
+		return take_oldstyle(c, in);
+	if (get_be64(in + 8) != NBD_IHAVEOPT)
+		return handshake_fail(c, "it speaks no known version of NBD");
 	c->zeroes = !(flags & NBD_FLAG_NO_ZEROES);
 	put_be32(c->out, flags);
 	c->out_len = PROTO_CLIENT_FLAGS_SIZE;
 	return send_option(c, flags & NBD_FLAG_FIXED_NEWSTYLE ? NBD_OPT_STRUCTURED_REPLY :
 								NBD_OPT_EXPORT_NAME);
-}
-
-/* Size and flags, which have 32 bits where the server is oldstyle. */
-static enum proto_next take_export(struct proto_client *c, const uint8_t *in)
-{
-	c->offer.size = get_be64(in);
-	c->offer.flags = get_be16(in + (c->state == PROTO_CLIENT_OLDSTYLE ? 10 : 8));
-	return transmit(c);
 }
 
 /* What an error reply means, for the log. */
@@ -165,50 +162,51 @@ static const char *error_text(uint32_t reply)
 }
 
 /* All options but GO may be refused.  A server's words go to the log, which masks them. */
-static enum proto_next take_refusal(struct proto_client *c, const uint8_t *in)
+static enum proto_next take_refusal(struct proto_client *c, uint32_t reply, const uint8_t *text,
+				    uint32_t len)
 {
-	bool optional = c->reply != NBD_REP_ERR_TLS_REQD && c->reply != NBD_REP_ERR_SHUTDOWN;
-	bool longer = c->reply_len > TEXT_MAX;
+	bool optional = reply != NBD_REP_ERR_TLS_REQD && reply != NBD_REP_ERR_SHUTDOWN;
+	bool longer = len > TEXT_MAX;
 
-	if (c->opt == NBD_OPT_GO && c->reply == NBD_REP_ERR_UNSUP)
+	if (c->opt == NBD_OPT_GO && reply == NBD_REP_ERR_UNSUP)
 		return send_option(c, NBD_OPT_EXPORT_NAME);
 	if (c->opt != NBD_OPT_GO && optional) {
 		c->offer.allocation = false;
 		return send_option(c, NBD_OPT_GO);
 	}
-	return handshake_fail(c, c->reply_len ? "%s: \"%.*s%s\"" : "%s", error_text(c->reply),
-			      longer ? TEXT_MAX : (int)c->reply_len, (const char *)in,
+	return handshake_fail(c, len ? "%s: \"%.*s%s\"" : "%s", error_text(reply),
+			      longer ? TEXT_MAX : (int)len, (const char *)text,
 			      longer ? "..." : "");
 }
 
 /* "NBD_REP_META_CONTEXT" */
-static enum proto_next take_context(struct proto_client *c, const uint8_t *in)
+static enum proto_next take_context(struct proto_client *c, const uint8_t *data, uint32_t len)
 {
-	if (c->reply_len != 4 + strlen(NBD_ALLOCATION) || c->offer.allocation ||
-	    memcmp(in + 4, NBD_ALLOCATION, strlen(NBD_ALLOCATION)) != 0)
+	if (len != 4 + strlen(NBD_ALLOCATION) || c->offer.allocation ||
+	    memcmp(data + 4, NBD_ALLOCATION, strlen(NBD_ALLOCATION)) != 0)
 		return handshake_fail(c, "it offers a context that was not asked for");
 	c->offer.allocation = true;
-	c->offer.allocation_id = get_be32(in);
-	return await(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
+	c->offer.allocation_id = get_be32(data);
+	return PROTO_HAGGLE;
 }
 
 /* "NBD_REP_INFO": what we do not know is ignored. */
-static enum proto_next take_info(struct proto_client *c, const uint8_t *in)
+static enum proto_next take_info(struct proto_client *c, const uint8_t *data, uint32_t len)
 {
-	unsigned type = c->reply_len >= 2 ? get_be16(in) : 0;
+	unsigned type = len >= 2 ? get_be16(data) : 0;
 
-	if (c->reply_len < 2 || (type == NBD_INFO_EXPORT && c->reply_len != 12) ||
-	    (type == NBD_INFO_BLOCK_SIZE && c->reply_len != 14))
+	if (len < 2 || (type == NBD_INFO_EXPORT && len != 12) ||
+	    (type == NBD_INFO_BLOCK_SIZE && len != 14))
 		return handshake_fail(c, "it sent information of a wrong size");
 	if (type == NBD_INFO_EXPORT) {
 		c->told = true;
-		c->offer.size = get_be64(in + 2);
-		c->offer.flags = get_be16(in + 10);
+		c->offer.size = get_be64(data + 2);
+		c->offer.flags = get_be16(data + 10);
 	} else if (type == NBD_INFO_BLOCK_SIZE) {
-		c->offer.min_block = get_be32(in + 2);
-		c->offer.max_block = get_be32(in + 10);
+		c->offer.min_block = get_be32(data + 2);
+		c->offer.max_block = get_be32(data + 10);
 	}
-	return await(c, PROTO_CLIENT_REPLY, OPTION_REPLY_SIZE);
+	return PROTO_HAGGLE;
 }
 
 static enum proto_next take_ack(struct proto_client *c)
@@ -225,48 +223,41 @@ static enum proto_next take_ack(struct proto_client *c)
 	}
 }
 
-/* A whole reply to the option that was sent last. */
-static enum proto_next take_reply_data(struct proto_client *c, const uint8_t *in)
+static enum proto_next take_option_reply(struct proto_client *c, const uint8_t *in)
 {
-	if (c->reply & NBD_REP_ERR(0))
-		return take_refusal(c, in);
-	if (c->reply == NBD_REP_ACK && c->reply_len == 0)
-		return take_ack(c);
-	if (c->reply == NBD_REP_META_CONTEXT && c->opt == NBD_OPT_SET_META_CONTEXT)
-		return take_context(c, in);
-	if (c->reply == NBD_REP_INFO && c->opt == NBD_OPT_GO)
-		return take_info(c, in);
-	return handshake_fail(c, "it answered option %u by %lu", (unsigned)c->opt,
-			      (unsigned long)c->reply);
-}
+	uint32_t reply = get_be32(in + 12), len = get_be32(in + 16);
+	const uint8_t *data = in + PROTO_OPTION_REPLY_SIZE;
+	unsigned opt = c->opt;
 
-static enum proto_next take_reply(struct proto_client *c, const uint8_t *in)
-{
-	c->reply = get_be32(in + 12);
-	c->reply_len = get_be32(in + 16);
-	if (get_be64(in) != NBD_OPTION_REPLY_MAGIC || get_be32(in + 8) != c->opt)
-		return handshake_fail(c, "its reply to option %u is malformed", (unsigned)c->opt);
-	if (c->reply_len > PROTO_CLIENT_TAKE_MAX)
-		return handshake_fail(c, "its reply to option %u is too long", (unsigned)c->opt);
-	if (c->reply_len == 0)
-		return take_reply_data(c, in);
-	return await(c, PROTO_CLIENT_REPLY_DATA, c->reply_len);
+	if (get_be64(in) != NBD_OPTION_REPLY_MAGIC || get_be32(in + 8) != opt)
+		return handshake_fail(c, "its reply to option %u is malformed", opt);
+	if (len > PROTO_OPTION_MAX)
+		return handshake_fail(c, "its reply to option %u is too long", opt);
+	c->want = PROTO_OPTION_REPLY_SIZE + len;
+	if (c->have < c->want)
+		return PROTO_HAGGLE;
+	await(c, PROTO_OPTION_REPLY_SIZE);
+	if (reply & NBD_REP_ERR(0))
+		return take_refusal(c, reply, data, len);
+	if (reply == NBD_REP_ACK && len == 0)
+		return take_ack(c);
+	if (reply == NBD_REP_META_CONTEXT && opt == NBD_OPT_SET_META_CONTEXT)
+		return take_context(c, data, len);
+	if (reply == NBD_REP_INFO && opt == NBD_OPT_GO)
+		return take_info(c, data, len);
+	return handshake_fail(c, "it answered option %u by %lu", opt, (unsigned long)reply);
 }
 
 enum proto_next proto_client_take(struct proto_client *c, const uint8_t *in)
 {
 	c->out_len = 0;
-	switch (c->state) {
-	case PROTO_CLIENT_GREETING:
-		return take_magic(c, in);
-	case PROTO_CLIENT_FLAGS:
-		return take_flags(c, in);
-	case PROTO_CLIENT_REPLY:
-		return take_reply(c, in);
-	case PROTO_CLIENT_REPLY_DATA:
-		return take_reply_data(c, in);
+	switch (c->opt) {
+	case 0:
+		return take_greeting(c, in);
+	case NBD_OPT_EXPORT_NAME:
+		return take_export(c, in, in + 8);
 	default:
-		return take_export(c, in);
+		return take_option_reply(c, in);
 	}
 }
 
@@ -305,33 +296,68 @@ static const struct chunk_kind *find_chunk(uint16_t type)
 	return NULL;
 }
 
-/* Take what stands at p, after the header of a chunk with len bytes. */
-static const char *get_chunk_head(const uint8_t *p, uint32_t len, struct proto_reply *r)
+void proto_answer_begin(struct proto_answer *a, const struct proto_request *r,
+			struct extent *extent, unsigned room)
+{
+	*a = (struct proto_answer){
+		.gaps = extent ? 0 : 1,
+		.gap = { { r->off, r->off + r->len } },
+		.extent = extent,
+		.room = room,
+		.left = r->len,
+	};
+}
+
+/* Data or a hole comes: it lies inside one gap, and the rest of that remains. */
+static const char *fill_gap(struct proto_answer *a, struct proto_reply *r, uint64_t off,
+			    uint32_t len)
+{
+	struct proto_gap *gap = a->gap, *end = a->gap + a->gaps, behind;
+
+	/* Ranges are tested without addition. */
+	while (gap < end && (off < gap->from || off >= gap->to || len > gap->to - off))
+		gap++;
+	if (gap == end || len == 0)
+		return "it sent data that was not asked for, or that came before";
+	behind = (struct proto_gap){ off + len, gap->to };
+	gap->to = off;
+	if (gap->from == off)
+		*gap = a->gap[--a->gaps];
+	if (behind.from < behind.to && a->gaps == PROTO_GAPS_MAX)
+		return "it sent too many pieces in disorder";
+	if (behind.from < behind.to)
+		a->gap[a->gaps++] = behind;
+	r->off = off;
+	r->len = len;
+	return NULL;
+}
+
+/* Take a chunk; p is behind its header. */
+static const char *take_chunk(struct proto_answer *a, const struct proto_offer *offer,
+			      const uint8_t *p, struct proto_reply *r)
 {
 	switch (r->type) {
 	case NBD_REPLY_TYPE_NONE:
 		return r->last ? NULL : "it sent an empty chunk that is not the last";
 	case NBD_REPLY_TYPE_OFFSET_DATA:
-		r->off = get_be64(p);
-		r->len = r->payload;
-		return NULL;
+		return fill_gap(a, r, get_be64(p), r->payload);
 	case NBD_REPLY_TYPE_OFFSET_HOLE:
-		r->off = get_be64(p);
-		r->len = get_be32(p + 8);
-		return r->len ? NULL : "it sent a hole of 0 bytes";
+		return fill_gap(a, r, get_be64(p), get_be32(p + 8));
 	case NBD_REPLY_TYPE_BLOCK_STATUS:
-		r->context = get_be32(p);
+		if (!a->extent || a->extents > 0 || get_be32(p) != offer->allocation_id)
+			return "it sent a status that was not asked for";
 		return r->payload % PROTO_EXTENT_SIZE ? "it sent half an extent" : NULL;
 	default:
-		r->error = get_be32(p);
-		if (r->error == 0)
+		if (get_be32(p) == 0)
 			return "it sent an error chunk without an error";
-		return get_be16(p + 4) > len - 6 ? "it sent a text longer than its chunk" : NULL;
+		a->error = get_be32(p);
+		return get_be16(p + 4) > r->payload ? "it sent a text longer than its chunk" : NULL;
 	}
 }
 
 /* "Structured reply chunk message" */
-static const char *get_chunk(const uint8_t *p, size_t n, struct proto_reply *r)
+static const char *get_chunk(struct proto_answer *a, const struct proto_offer *offer,
+			     const uint8_t *p, size_t n, struct proto_reply *r)
 {
 	const struct chunk_kind *kind;
 	uint32_t len;
@@ -345,117 +371,66 @@ static const char *get_chunk(const uint8_t *p, size_t n, struct proto_reply *r)
 	len = get_be32(p + 16);
 	if (len < kind->min || len > kind->max)
 		return "it sent a chunk of a wrong size";
-	r->type = kind->type;
 	r->head += kind->head;
+	r->type = kind->type;
 	r->last = get_be16(p + 4) & NBD_REPLY_FLAG_DONE;
-	r->cookie = get_be64(p + 8);
 	r->payload = len - kind->head;
-	return n < r->head ? NULL : get_chunk_head(p + CHUNK_SIZE, len, r);
+	return n < r->head ? NULL : take_chunk(a, offer, p + CHUNK_SIZE, r);
 }
 
-const char *proto_get_reply(const uint8_t *p, size_t n, struct proto_reply *r)
+/* "Simple reply message": without an error all of the data follows. */
+static const char *get_simple(struct proto_answer *a, const struct proto_offer *offer,
+			      const uint8_t *p, struct proto_reply *r)
 {
-	memset(r, 0, sizeof(*r));
-	r->head = SIMPLE_REPLY_SIZE;
-	if (n < SIMPLE_REPLY_SIZE)
-		return NULL;
-	if (get_be32(p) == NBD_STRUCTURED_REPLY_MAGIC)
-		return get_chunk(p, n, r);
-	if (get_be32(p) != NBD_SIMPLE_REPLY_MAGIC)
-		return "it sent a wrong magic number";
-	r->simple = true;
 	r->last = true;
-	r->error = get_be32(p + 4);
-	r->cookie = get_be64(p + 8);
-	return NULL;
-}
-
-void proto_answer_begin(struct proto_answer *a, const struct proto_request *r)
-{
-	*a = (struct proto_answer){
-		.off = r->off,
-		.len = (uint32_t)r->len,
-		.status = r->cmd == NBD_CMD_BLOCK_STATUS,
-	};
-}
-
-/* Mark a part of the request, from before to, as having come. */
-static const char *cover(struct proto_answer *a, uint32_t from, uint32_t to)
-{
-	for (unsigned i = 0; i < a->pieces;) {
-		uint32_t here = a->piece[i].from, end = a->piece[i].to;
-
-		if (from < end && here < to)
-			return "it sent data that came before";
-		if (end == from)
-			from = here;
-		else if (here == to)
-			to = end;
-		else {
-			i++;
-			continue;
-		}
-		a->piece[i] = a->piece[--a->pieces];
+	r->type = NBD_REPLY_TYPE_ERROR;
+	if (get_be32(p + 4)) {
+		a->error = get_be32(p + 4);
+		return NULL;
 	}
-	if (a->pieces == PROTO_PIECES_MAX)
-		return "it sent too many pieces in disorder";
-	a->piece[a->pieces].from = from;
-	a->piece[a->pieces++].to = to;
-	return NULL;
+	if (offer->structured)
+		return "it sent a simple reply where a structured one is due";
+	r->type = NBD_REPLY_TYPE_OFFSET_DATA;
+	r->payload = (uint32_t)a->left;
+	return fill_gap(a, r, a->gap[0].from, r->payload);
 }
 
-/* Data or a hole: ranges are tested without addition. */
-static const char *add_range(struct proto_answer *a, const struct proto_reply *r)
+const char *proto_get_reply(struct proto_answer *a, const struct proto_offer *offer,
+			    const uint8_t *p, size_t n, struct proto_reply *r)
 {
-	uint64_t from = r->off - a->off;
+	bool simple = get_be32(p) == NBD_SIMPLE_REPLY_MAGIC;
 
-	if (a->status)
-		return "it sent data in reply to a status request";
-	if (r->off < a->off || from > a->len || r->len > a->len - from)
-		return "it sent data that was not asked for";
-	return cover(a, (uint32_t)from, (uint32_t)from + r->len);
-}
-
-const char *proto_answer_add(struct proto_answer *a, const struct proto_offer *offer,
-			     struct proto_reply *r)
-{
-	if (!r->simple && !offer->structured)
+	*r = (struct proto_reply){ .head = PROTO_REPLY_SIZE };
+	if (!simple && get_be32(p) != NBD_STRUCTURED_REPLY_MAGIC)
+		return "it sent a wrong magic number";
+	if (!a)
+		return "it answered what was not asked";
+	if (simple)
+		return get_simple(a, offer, p, r);
+	if (!offer->structured)
 		return "it sent a structured reply that was not negotiated";
-	if (r->error && !a->error)
-		a->error = r->error;
-	if (r->simple && !r->error) {
-		if (offer->structured)
-			return "it sent a simple reply where a structured one is due";
-		r->off = a->off;
-		r->len = r->payload = a->len;
-	}
-	if (r->type == NBD_REPLY_TYPE_BLOCK_STATUS &&
-	    (!a->status || a->described > 0 || r->context != offer->allocation_id))
-		return "it sent a status that was not asked for";
-	return r->len > 0 ? add_range(a, r) : NULL;
+	return get_chunk(a, offer, p, n, r);
 }
 
-const char *proto_answer_extent(struct proto_answer *a, const uint8_t *p, struct extent *e)
+const char *proto_get_extents(struct proto_answer *a, const uint8_t *p, size_t n)
 {
-	uint64_t left = a->len - a->described;
+	for (; n > 0; n -= PROTO_EXTENT_SIZE, p += PROTO_EXTENT_SIZE) {
+		struct extent e = { get_be32(p), get_be32(p + 4) & (NBD_STATE_HOLE | NBD_STATE_ZERO) };
 
-	e->len = get_be32(p);
-	e->flags = get_be32(p + 4) & (NBD_STATE_HOLE | NBD_STATE_ZERO);
-	if (e->len == 0)
-		return "it sent an extent of 0 bytes";
-	if (e->len > left)
-		e->len = left;
-	a->described += e->len;
+		if (e.len == 0)
+			return "it sent an extent of 0 bytes";
+		if (e.len > a->left)
+			e.len = a->left;
+		a->left -= e.len;
+		if (e.len > 0 && a->extents < a->room)
+			a->extent[a->extents++] = e;
+	}
 	return NULL;
 }
 
 const char *proto_answer_end(const struct proto_answer *a)
 {
-	if (a->error)
-		return NULL;
-	if (a->status)
-		return a->described ? NULL : "it sent no status";
-	if (a->pieces != 1 || a->piece[0].to - a->piece[0].from != a->len)
-		return "it sent less data than was asked for";
+	if (!a->error && (a->gaps > 0 || (a->extent && a->extents == 0)))
+		return "it sent less than was asked for";
 	return NULL;
 }

@@ -200,11 +200,9 @@ static const char *explain(int err)
 	return err == -ECANCELED ? "the server stops" : strerror(-err);
 }
 
-/* Durable first, then visible.  What the image itself has lost is in no copy of it. */
-static void finish_snapshot(struct snapshot *s)
+/* With err 0: durable first, then visible.  What the image itself has lost is in no copy of it. */
+static void finish_snapshot(struct snapshot *s, int err)
 {
-	int err = atomic_load(&s->error);
-
 	if (!err && fsync(s->fd) < 0)
 		err = -errno;
 	if (!err)
@@ -227,7 +225,7 @@ static void *snapshot_main(void *arg)
 
 	if (!s->cloned)
 		copy_image(s);
-	finish_snapshot(s);
+	finish_snapshot(s, atomic_load(&s->error));
 	return NULL;
 }
 
@@ -243,6 +241,27 @@ static int make_file(struct snapshot *s)
 	s->fd = disk_make_file(dir, ".xnbd-snapshot-", s->temporary);
 	free(dir);
 	return s->fd < 0 || ftruncate(s->fd, (off_t)s->size) < 0 ? -errno : 0;
+}
+
+/* The instant: share the blocks, or see to it that each is copied before it changes. */
+static void take_instant(struct snapshot *s)
+{
+	int err = disk_clone(s->disk, s->fd);
+
+	s->cloned = err != -EOPNOTSUPP;
+	if (!err && ftruncate(s->fd, (off_t)s->size) < 0)	/* the image may be larger than the disk */
+		err = -errno;
+	if (!s->cloned) {
+		s->hook.before_change = copy_before_change;
+		s->disk->hook = &s->hook;
+		err = 0;
+	}
+	log_line("snapshot %s: started", s->name);
+	if (!err)
+		err = -thread_start(&s->thread, SNAPSHOT_STACK, snapshot_main, s);
+	s->has_thread = err == 0;
+	if (err)
+		finish_snapshot(s, err);
 }
 
 struct snapshot *snapshot_new(struct disk *d, const char *image, const char **why)
@@ -263,40 +282,15 @@ struct snapshot *snapshot_new(struct disk *d, const char *image, const char **wh
 	err = d->is_file ? atomic_load(&d->error) : -ENODEV;
 	if (!err)
 		err = make_file(s);
-	if (!err)
-		return s;
+	if (err)
+		goto fail;
+	take_instant(s);
+	return s;
 fail:
 	*why = explain(err);
 	log_error("snapshot of %s: failed: %s", image, *why);
 	snapshot_free(s);
 	return NULL;
-}
-
-void snapshot_take(struct snapshot *s)
-{
-	int err = disk_clone(s->disk, s->fd);
-
-	s->cloned = err != -EOPNOTSUPP;
-	if (!err && ftruncate(s->fd, (off_t)s->size) < 0)	/* the image may be larger than the disk */
-		err = -errno;
-	if (s->cloned && err) {
-		snapshot_fail(s, err);
-	} else if (!s->cloned) {
-		s->hook.before_change = copy_before_change;
-		s->disk->hook = &s->hook;
-	}
-	log_line("snapshot %s: started", s->name);
-}
-
-void snapshot_start(struct snapshot *s)
-{
-	int err = thread_start(&s->thread, SNAPSHOT_STACK, snapshot_main, s);
-
-	s->has_thread = err == 0;
-	if (err) {
-		snapshot_fail(s, -err);
-		finish_snapshot(s);
-	}
 }
 
 bool snapshot_is_over(const struct snapshot *s)

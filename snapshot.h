@@ -15,17 +15,11 @@ struct disk;
 struct snapshot;
 
 /*
- * Prepare a snapshot IMAGE.snapshot.<seconds> of the disk, whose image has that path from the
- * root.  When it has ended wake_main() is called.  NULL after logging why not, which *why says as
- * well.
+ * Begin a snapshot IMAGE.snapshot.<seconds> of the disk, whose image has that path from the root.
+ * Its instant is now, and nobody may be changing the disk: the gate is closed.  When it has ended
+ * wake_main() is called.  NULL after logging why not, which *why says as well.
  */
 struct snapshot *snapshot_new(struct disk *d, const char *image, const char **why);
-
-/* The instant.  Nobody may be changing the disk: the gate is closed. */
-void snapshot_take(struct snapshot *s);
-
-/* Copy what is needed, in a thread.  The gate may be open. */
-void snapshot_start(struct snapshot *s);
 
 /* Whether it has ended, well or not: then it can be freed at once. */
 bool snapshot_is_over(const struct snapshot *s);

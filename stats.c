@@ -11,7 +11,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum { SAY_AGAIN_MS = 1000 };	/* between lines about the errors of one client */
@@ -44,78 +43,76 @@ uint64_t tally_percentile(const struct tally *t, unsigned percent)
 	return delay_top(i) < t->longest ? delay_top(i) : t->longest;
 }
 
-static void count_delay(struct tally *t, uint64_t us, uint64_t n)
+/* There is one writer: cheaper than to add, which is one locked instruction. */
+static void count(_Atomic uint64_t *n, uint64_t more)
 {
-	t->delay[delay_index(us)] += n;
-	if (us > t->longest)
-		t->longest = us;
+	atomic_store_explicit(n, atomic_load_explicit(n, memory_order_relaxed) + more,
+			      memory_order_relaxed);
+}
+
+static void raise_to(_Atomic uint64_t *most, uint64_t n)
+{
+	if (n > atomic_load_explicit(most, memory_order_relaxed))
+		atomic_store_explicit(most, n, memory_order_relaxed);
+}
+
+static void count_delay(struct stats *s, uint64_t us, uint64_t n)
+{
+	count(&s->all.delay[delay_index(us)], n);
+	raise_to(&s->all.longest, us);
+	raise_to(&s->longest, us);
 }
 
 void stats_count(struct stats *s, const struct request *r)
 {
-	struct tally *t = &s->recent;
+	struct tally *t = &s->all;
 
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
-		t->reads++;
-		t->read_bytes += r->error ? 0 : r->h.len;
+		count(&t->reads, 1);
+		count(&t->read_bytes, r->error ? 0 : r->h.len);
 		break;
 	case NBD_CMD_WRITE:
-		t->writes++;
-		t->written_bytes += r->error ? 0 : r->h.len;
+		count(&t->writes, 1);
+		count(&t->written_bytes, r->error ? 0 : r->h.len);
 		break;
 	case NBD_CMD_FLUSH:
-		t->flushes++;
+		count(&t->flushes, 1);
 		break;
 	default:
-		t->others++;
+		count(&t->others, 1);
 	}
 	if (r->error)
-		t->errors++;
+		count(&t->errors, 1);
 	if (r->begun == s->now)
 		s->fresh++;
 	else
-		count_delay(t, stats_time(s) - r->begun, 1);
+		count_delay(s, stats_time(s) - r->begun, 1);
 }
 
 void stats_end_turn(struct stats *s)
 {
 	if (s->fresh > 0)
-		count_delay(&s->recent, now_us() - s->now, s->fresh);
+		count_delay(s, now_us() - s->now, s->fresh);
 	s->fresh = 0;
 	s->now = 0;
 }
 
 /* Sums */
 
-static void tally_add(struct tally *sum, const struct tally *t)
+/* Add t, times 1; or take it away, but for the longest, with UINT64_MAX, which is -1. */
+static void tally_add(struct tally *sum, const struct tally *t, uint64_t times)
 {
-	sum->reads += t->reads;
-	sum->writes += t->writes;
-	sum->flushes += t->flushes;
-	sum->others += t->others;
-	sum->read_bytes += t->read_bytes;
-	sum->written_bytes += t->written_bytes;
-	sum->errors += t->errors;
-	if (t->longest > sum->longest)
-		sum->longest = t->longest;
+	count(&sum->reads, times * t->reads);
+	count(&sum->writes, times * t->writes);
+	count(&sum->flushes, times * t->flushes);
+	count(&sum->others, times * t->others);
+	count(&sum->read_bytes, times * t->read_bytes);
+	count(&sum->written_bytes, times * t->written_bytes);
+	count(&sum->errors, times * t->errors);
+	raise_to(&sum->longest, t->longest);
 	for (unsigned i = 0; i < STATS_DELAYS; i++)
-		sum->delay[i] += t->delay[i];
-}
-
-/* What a client did since it connected. */
-static struct tally sum_of(const struct stats *s)
-{
-	struct tally all = s->past;
-
-	tally_add(&all, &s->recent);
-	return all;
-}
-
-void stats_leave(struct stats *gone, const struct stats *s)
-{
-	tally_add(&gone->past, &s->past);
-	tally_add(&gone->recent, &s->recent);
+		count(&sum->delay[i], times * t->delay[i]);
 }
 
 static bool is_idle_tally(const struct tally *t)
@@ -149,18 +146,6 @@ static void tally_describe(const struct tally *t, char *line)
 		 "max %" PRIu64 " us", t->reads, read, read_unit, t->writes, written, write_unit,
 		 t->flushes, t->others, t->errors, tally_percentile(t, 50),
 		 tally_percentile(t, 99), t->longest);
-}
-
-void stats_end(struct stats *s, const char *peer, char *line)
-{
-	struct tally all;
-
-	stats_end_turn(s);
-	stats_catch_up(s, peer, UINT64_MAX);
-	all = sum_of(s);
-	*line = '\0';
-	if (!is_idle_tally(&all))
-		tally_describe(&all, line);
 }
 
 void tally_fields(const struct tally *t, struct tally_field field[TALLY_FIELDS])
@@ -234,166 +219,131 @@ uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now)
 	return 0;
 }
 
-/* The survey: loops */
-
-enum {
-	INTERVAL = 1 << 0,	/* to the log: since the last time */
-	TOTALS = 1 << 1,	/* to the log: since the beginning */
-	ANSWER = 1 << 2,	/* to a control connection */
-};
+/* All clients */
 
 static struct {
+	pthread_mutex_t lock;		/* guards the list and what is in gone; nothing but the log's inside */
+	struct stats *first, **end;	/* in the order in which they came */
+	struct stats gone;		/* the sum of those that have left */
+
+	/* The main thread's. */
 	uint64_t interval;		/* ms; 0 for none */
 	uint64_t due;			/* now_ms(); UINT64_MAX for never */
-	void (*ask)(void);
-	unsigned wanted, running;	/* what for */
+	struct tally told;		/* of all clients, at the end of the last interval */
+} all = { .lock = PTHREAD_MUTEX_INITIALIZER, .end = &all.first };
 
-	atomic_uint missing;		/* loops that have not told */
+void stats_begin(struct stats *s, const char *peer)
+{
+	s->peer = peer;
+	pthread_mutex_lock(&all.lock);
+	s->back = all.end;
+	*all.end = s;
+	all.end = &s->next;
+	pthread_mutex_unlock(&all.lock);
+}
 
-	pthread_mutex_t lock;		/* guards the rest; a leaf */
-	struct survey found;
-	struct tally recent;		/* of this interval, of all clients */
-} survey = { .lock = PTHREAD_MUTEX_INITIALIZER };
+void stats_end(struct stats *s, char *line)
+{
+	stats_end_turn(s);
+	stats_catch_up(s, s->peer, UINT64_MAX);
+	*line = '\0';
+	if (!is_idle_tally(&s->all))
+		tally_describe(&s->all, line);
+	pthread_mutex_lock(&all.lock);
+	*s->back = s->next;
+	*(s->next ? &s->next->back : &all.end) = s->back;
+	tally_add(&all.gone.all, &s->all, 1);
+	raise_to(&all.gone.longest, s->longest);
+	pthread_mutex_unlock(&all.lock);
+}
 
-/* Nothing of those that have left, whose name is NULL; of nothing done only if that is wanted. */
+const struct stats *stats_take(struct tally *total)
+{
+	memset(total, 0, sizeof(*total));
+	pthread_mutex_lock(&all.lock);
+	tally_add(total, &all.gone.all, 1);
+	for (const struct stats *s = all.first; s; s = s->next)
+		tally_add(total, &s->all, 1);
+	return all.first;
+}
+
+void stats_release(void)
+{
+	pthread_mutex_unlock(&all.lock);
+}
+
+/* Nothing of nothing done, unless that is wanted. */
 static void log_tally(const char *name, const struct tally *t, bool idle)
 {
 	char line[STATS_LINE];
 
-	if (!name || (is_idle_tally(t) && !idle))
+	if (is_idle_tally(t) && !idle)
 		return;
 	tally_describe(t, line);
 	log_at(LOG_ASKED, "%s: %s", name, line);
 }
 
-/* Out of memory: the client is left out. */
-static void add_surveyed(struct survey *f, const char *peer, const struct tally *all,
-			 unsigned in_flight)
+void stats_log(void)
 {
-	size_t room = f->room ? 2 * f->room : 16;
-	struct survey_client *client;
+	struct tally total;
 
-	if (f->count == f->room) {
-		client = realloc(f->client, room * sizeof(*client));
-		if (!client)
-			return;
-		f->client = client;
-		f->room = room;
+	for (const struct stats *s = stats_take(&total); s; s = s->next)
+		log_tally(s->peer, &s->all, false);
+	stats_release();
+	log_tally("all clients", &total, true);
+}
+
+/* What was done since the last time, when told was the tally, and the longest of it. */
+static void log_interval(const char *name, const struct tally *now, struct tally *told,
+			 uint64_t longest)
+{
+	struct tally recent = { 0 }, present = { 0 };
+
+	tally_add(&present, now, 1);
+	tally_add(&recent, &present, 1);
+	tally_add(&recent, told, UINT64_MAX);
+	recent.longest = longest;
+	log_tally(name, &recent, false);
+	memcpy(told, &present, sizeof(*told));
+}
+
+static void log_intervals(void)
+{
+	struct tally total;
+	uint64_t longest, most;
+
+	stats_take(&total);
+	most = atomic_exchange(&all.gone.longest, 0);
+	for (struct stats *s = all.first; s; s = s->next) {
+		longest = atomic_exchange(&s->longest, 0);
+		if (longest > most)
+			most = longest;
+		log_interval(s->peer, &s->all, &s->told, longest);
 	}
-	client = &f->client[f->count++];
-	memcpy(client->peer, peer, ADDRESS_MAX);
-	client->all = *all;
-	client->in_flight = in_flight;
+	stats_release();
+	log_interval("all clients", &total, &all.told, most);
 }
 
-void stats_expect(void)
+void stats_init(unsigned seconds)
 {
-	atomic_fetch_add(&survey.missing, 1);
-}
-
-void stats_tell(const char *peer, struct stats *s, unsigned in_flight)
-{
-	struct tally all = sum_of(s);
-
-	pthread_mutex_lock(&survey.lock);
-	tally_add(&survey.found.total, &all);
-	tally_add(&survey.recent, &s->recent);
-	if (peer)
-		add_surveyed(&survey.found, peer, &all, in_flight);
-	pthread_mutex_unlock(&survey.lock);
-	if (survey.running & TOTALS)
-		log_tally(peer, &all, false);
-	if (survey.running & INTERVAL) {
-		log_tally(peer, &s->recent, false);
-		s->past = all;
-		s->recent = (struct tally){ 0 };
-	}
-}
-
-void stats_told(void)
-{
-	if (atomic_fetch_sub(&survey.missing, 1) == 1)
-		wake_main();
-}
-
-/* The survey: the main thread */
-
-void stats_init(unsigned seconds, void (*ask)(void))
-{
-	survey.interval = seconds * UINT64_C(1000);
-	survey.due = UINT64_MAX;
-	survey.ask = ask;
+	all.interval = seconds * UINT64_C(1000);
+	all.due = UINT64_MAX;
 }
 
 /* An interval begins with the first client. */
 uint64_t stats_due(bool clients)
 {
-	if (!survey.interval || !clients)
-		survey.due = UINT64_MAX;
-	else if (survey.due == UINT64_MAX)
-		survey.due = now_ms() + survey.interval;
-	return survey.due;
+	if (!all.interval || !clients)
+		all.due = UINT64_MAX;
+	else if (all.due == UINT64_MAX)
+		all.due = now_ms() + all.interval;
+	return all.due;
 }
 
-void stats_log(void)
+void stats_tend(void)
 {
-	survey.wanted |= TOTALS;
-}
-
-bool stats_gather(void)
-{
-	survey.wanted |= ANSWER;
-	wake_main();
-	return survey.running & ANSWER;
-}
-
-static void stats_begin(void)
-{
-	survey.running = survey.wanted;
-	survey.wanted = 0;
-	pthread_mutex_lock(&survey.lock);
-	survey.found.total = (struct tally){ 0 };
-	survey.found.count = 0;
-	survey.recent = (struct tally){ 0 };
-	pthread_mutex_unlock(&survey.lock);
-	survey.ask();
-	wake_main();		/* there may be no loop yet */
-}
-
-/* All loops have told.  Returns whether a control connection waits for that. */
-static bool stats_ended(void)
-{
-	bool answered = survey.running & ANSWER;
-
-	if (survey.running & INTERVAL)
-		log_tally("all clients", &survey.recent, false);
-	if (survey.running & TOTALS)
-		log_tally("all clients", &survey.found.total, true);
-	survey.running = 0;
-	return answered;
-}
-
-bool stats_tend(void)
-{
-	if (now_ms() >= survey.due) {
-		survey.wanted |= INTERVAL;
-		survey.due = now_ms() + survey.interval;
-	}
-	if (survey.running && !atomic_load(&survey.missing) && stats_ended())
-		return true;	/* it is taken before the next one begins */
-	if (!survey.running && survey.wanted)
-		stats_begin();
-	return false;
-}
-
-const struct survey *stats_take(void)
-{
-	pthread_mutex_lock(&survey.lock);
-	survey.found.missing = atomic_load(&survey.missing);
-	return &survey.found;
-}
-
-void stats_release(void)
-{
-	pthread_mutex_unlock(&survey.lock);
+	if (now_ms() < all.due)
+		return;
+	all.due = now_ms() + all.interval;
+	log_intervals();
 }

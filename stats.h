@@ -1,11 +1,13 @@
 /*
  * stats.h - what clients ask for, and how long that takes: of one client, and of all.
  *
- * The statistics of a client belong to its loop's thread.
+ * The counters of a client are written by its thread alone, without locked instructions, and read
+ * by the main thread.
  */
 #ifndef XNBD_STATS_H
 #define XNBD_STATS_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -21,16 +23,24 @@ enum {
 
 /* Requests that were answered. */
 struct tally {
-	uint64_t reads, writes, flushes, others;
-	uint64_t read_bytes, written_bytes;
-	uint64_t errors;		/* how many of them were answered with an error */
-	uint64_t longest;		/* us */
-	uint64_t delay[STATS_DELAYS];	/* how many took how long: see delay_index() */
+	_Atomic uint64_t reads, writes, flushes, others;
+	_Atomic uint64_t read_bytes, written_bytes;
+	_Atomic uint64_t errors;	/* how many of them were answered with an error */
+	_Atomic uint64_t longest;	/* us */
+	_Atomic uint64_t delay[STATS_DELAYS];	/* how many took how long: see delay_index() */
 };
 
 /* Of one client. */
 struct stats {
-	struct tally past, recent;	/* before and since the end of the last interval */
+	struct tally all;		/* since it connected */
+	_Atomic uint64_t longest;	/* us, of this interval */
+	atomic_uint in_flight;		/* requests that are not done */
+	const char *peer;
+
+	struct stats *next, **back;	/* of the list; with its lock */
+	struct tally told;		/* all at the end of the last interval; the main thread's */
+
+	/* The rest is its thread's alone. */
 	uint64_t now;			/* now_us() of the turn; 0: none has been needed */
 	uint64_t fresh;			/* of this turn's requests that it has answered already */
 
@@ -53,11 +63,17 @@ void stats_count(struct stats *s, const struct request *r);
 /* The turn's requests have taken all of it. */
 void stats_end_turn(struct stats *s);
 
-/* The client is gone: what it did, "" for nothing, in line of STATS_LINE bytes. */
-void stats_end(struct stats *s, const char *peer, char *line);
+/* So many requests are not done. */
+static inline void stats_in_flight(struct stats *s, unsigned n)
+{
+	atomic_store_explicit(&s->in_flight, n, memory_order_relaxed);
+}
 
-/* Add what a client did to what all did that have left. */
-void stats_leave(struct stats *gone, const struct stats *s);
+/* A client is there from now on; peer has to stay until stats_end(). */
+void stats_begin(struct stats *s, const char *peer);
+
+/* The client is gone: what it did, "" for nothing, in line of STATS_LINE bytes. */
+void stats_end(struct stats *s, char *line);
 
 /* The log is told of an error that a client has got, but not of too many. */
 void stats_complain(struct stats *s, const char *peer, const struct request *r);
@@ -86,55 +102,21 @@ uint64_t delay_top(unsigned i);
  */
 uint64_t tally_percentile(const struct tally *t, unsigned percent);
 
-/*
- * The survey of all clients.  Each loop tells those of its own clients on its own thread.  A loop
- * may be late, if a disk keeps it.
- */
-
-/*
- * One more loop is going to tell.  It tells of a client, or of all that have left, with peer NULL,
- * and then that there are no more.
- */
-void stats_expect(void);
-void stats_tell(const char *peer, struct stats *s, unsigned in_flight);
-void stats_told(void);
-
-/*
- * The rest is the main thread's.  The log gets what was done every so often, 0 for never.  ask()
- * has each loop be expected and tell.
- */
-void stats_init(unsigned seconds, void (*ask)(void));
+/* All clients.  Main thread.  The log gets what was done every so often, 0 for never. */
+void stats_init(unsigned seconds);
 
 /* now_ms() when stats_tend() has something to do, UINT64_MAX for never; whether there are clients. */
 uint64_t stats_due(bool clients);
+void stats_tend(void);
 
 /* Log what each client did since it connected. */
 void stats_log(void);
 
 /*
- * Gather what clients did, for a query; stats_tend() tells when that is complete.  True if the
- * survey that runs now belongs to an earlier query: its end comes first.
+ * The first of the clients that are there, in the order in which they came; total is what all did,
+ * with those that have left.  None comes or leaves until stats_release().
  */
-bool stats_gather(void);
-
-/*
- * Go on with what is due.  True once for each survey that stats_gather() asked for: it is complete,
- * and stays so until the next call, which must follow.
- */
-bool stats_tend(void);
-
-/* What was gathered, complete or not; stats_release() must follow. */
-struct survey {
-	struct tally total;
-	struct survey_client {
-		char peer[ADDRESS_MAX];
-		struct tally all;
-		unsigned in_flight;
-	} *client;
-	size_t count, room;		/* of clients */
-	unsigned missing;		/* loops that have not told */
-};
-const struct survey *stats_take(void);
+const struct stats *stats_take(struct tally *total);
 void stats_release(void);
 
 #endif

@@ -39,9 +39,6 @@ static const struct backend_ops target_ops = {
 	.flush = layer_flush,
 	.cache = layer_cache,
 	.extents = layer_extents,
-	.holds = backend_holds_all,
-	.fetch = backend_fetches_nothing,
-	.take_back = backend_keeps_nothing,
 	.close = target_close,
 };
 
@@ -59,37 +56,33 @@ struct backend *target_open(struct disk *d, bool readonly)
 
 /* Copy on write */
 
-/* A file without a name in dir, as large as the base; -1 after logging why not. */
-static int make_overlay(const struct layer *l, const char *dir, const char *hint)
-{
-	int fd = disk_make_file(dir, ".xnbd-overlay-", NULL);
-
-	if (fd >= 0 && ftruncate(fd, (off_t)l->size) == 0)
-		return fd;
-	log_failure("cannot make an overlay of %llu bytes in %s: %s%s",
-		    (unsigned long long)l->size, dir, strerror(errno), hint);
-	if (fd >= 0)
-		close(fd);
-	return -1;
-}
-
+/* A file without a name, as large as the base. */
 static bool open_throw_away(struct layer *l, const struct cow_options *o)
 {
 	char *dir = not_null(o->dir ? strdup(o->dir) : directory_of(o->base));
 	int fd = -1;
 
-	if (!o->dir && !l->base->is_file)
+	if (!o->dir && !l->base->is_file) {
 		log_failure("base image %s is a device: --cow-dir must say where the overlay goes",
 			    o->base);
-	else
-		fd = make_overlay(l, dir, o->dir ? "" : " (--cow-dir names another place)");
-	free(dir);
-	if (fd < 0)
-		return false;
+		goto out;
+	}
+	fd = disk_make_file(dir, ".xnbd-overlay-", NULL);
+	if (fd < 0 || ftruncate(fd, (off_t)l->size) < 0) {
+		log_failure("cannot make an overlay of %llu bytes in %s: %s%s",
+			    (unsigned long long)l->size, dir, strerror(errno),
+			    o->dir ? "" : " (--cow-dir names another place)");
+		goto out;
+	}
 	l->disk = disk_adopt(fd);
+	fd = -1;
 	l->map = bitmap_new(bitmap_blocks(l->size));
 	if (!l->map)
 		log_failure("cannot make a bitmap: %s", strerror(ENOMEM));
+out:
+	if (fd >= 0)
+		close(fd);
+	free(dir);
 	return l->disk && l->map;
 }
 
@@ -167,7 +160,6 @@ struct backend *cow_open(const struct cow_options *o)
 
 	if (!base)
 		return NULL;
-	disk_look(base, o->base);
 	l = not_null(calloc(1, sizeof(*l)));
 	layer_init(l, &target_ops, base->size, o->readonly, "the overlay");
 	l->base = base;

@@ -71,15 +71,6 @@ uint64_t now_ms(void)
 	return now_us() / 1000;
 }
 
-int ms_until(uint64_t when)
-{
-	uint64_t now = now_ms();
-
-	if (when == UINT64_MAX)
-		return -1;
-	return when > now ? (int)(when - now) : 0;
-}
-
 bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned long *value)
 {
 	char *end;
@@ -265,10 +256,11 @@ bool is_out_of_resources(int err)
 	return err == EMFILE || err == ENFILE || err == ENOBUFS || err == ENOMEM;
 }
 
-int remove_own(const char *path, dev_t dev, ino_t ino)
+int remove_own(const char *path, const struct stat *file)
 {
 	struct stat st;
-	bool own = lstat(path, &st) == 0 && st.st_dev == dev && st.st_ino == ino;
+	bool own = path && lstat(path, &st) == 0 && st.st_dev == file->st_dev &&
+		   st.st_ino == file->st_ino;
 
 	return own && unlink(path) < 0 ? -errno : 0;
 }
@@ -278,67 +270,6 @@ int open_nothing(void)
 	int fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
 
 	return fd >= 0 ? fd : socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-}
-
-int make_pipe(int fds[2])
-{
-	return pipe2(fds, O_CLOEXEC | O_NONBLOCK) < 0 ? -errno : 0;
-}
-
-struct bell main_bell = { .pipe = { -1, -1 } };
-
-void wake_main(void)
-{
-	bell_ring(&main_bell);
-}
-
-int bell_init(struct bell *b)
-{
-	return make_pipe(b->pipe);
-}
-
-void bell_free(struct bell *b)
-{
-	if (b->pipe[0] < 0)
-		return;
-	close(b->pipe[0]);
-	close(b->pipe[1]);
-}
-
-void bell_ring(struct bell *b)
-{
-	int saved = errno;
-
-	atomic_store(&b->rung, true);
-	if (atomic_exchange(&b->sleeping, false))
-		while (write(b->pipe[1], "", 1) < 0 && errno == EINTR)
-			;
-	errno = saved;
-}
-
-bool bell_answer(struct bell *b)
-{
-	return atomic_exchange(&b->rung, false);
-}
-
-int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms)
-{
-	char buf[64];
-	int ready, err;
-
-	pfd[0] = (struct pollfd){ .fd = b->pipe[0], .events = POLLIN };
-	atomic_store(&b->sleeping, true);
-	ready = poll(pfd, n, atomic_load(&b->rung) ? 0 : timeout_ms);
-	err = ready < 0 ? errno : 0;
-	atomic_store(&b->sleeping, false);
-	for (nfds_t i = 0; err && i < n; i++)
-		pfd[i].revents = 0;
-	if (err)
-		return err == EINTR || err == ENOMEM ? 0 : -err;
-	if (pfd[0].revents)
-		while (read(b->pipe[0], buf, sizeof(buf)) == (ssize_t)sizeof(buf))
-			;
-	return ready;
 }
 
 int thread_start(pthread_t *thread, size_t stack, void *(*run)(void *), void *arg)

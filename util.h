@@ -4,14 +4,12 @@
 #ifndef XNBD_UTIL_H
 #define XNBD_UTIL_H
 
-#include <poll.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/socket.h>
-#include <sys/types.h>
+#include <sys/stat.h>
 
 enum { BLOCK_SIZE = 4096 };		/* bytes: the unit of bitmaps, holes, and pieces of writes */
 
@@ -35,9 +33,6 @@ void mask_control_characters(char *s, size_t len);
 /* Milliseconds and microseconds of a clock that only goes forward. */
 uint64_t now_ms(void);
 uint64_t now_us(void);
-
-/* Milliseconds until now_ms() is that, for poll(): 0 if it is past, -1 if it is UINT64_MAX. */
-int ms_until(uint64_t when);
 
 /* A decimal number from min to max.  False if it is none. */
 bool parse_number(const char *s, unsigned long min, unsigned long max, unsigned long *value);
@@ -95,43 +90,11 @@ void strip_brackets(char *host);
 /* Whether that errno is a lack of descriptors or memory. */
 bool is_out_of_resources(int err);
 
-/* Remove a file if it is still that one.  0 or -errno. */
-int remove_own(const char *path, dev_t dev, ino_t ino);
+/* Remove a file, unless the path is NULL or leads to another one by now.  0 or -errno. */
+int remove_own(const char *path, const struct stat *file);
 
 /* A descriptor that neither gives nor takes anything, also without /dev/null; -1 with errno. */
 int open_nothing(void);
-
-/* A pipe whose both ends do not block and are closed on exec.  0 or -errno. */
-int make_pipe(int fds[2]);
-
-/*
- * Wakes a thread that polls, by a byte in a pipe while it sleeps.  The thread says that it is about
- * to sleep and then looks whether the bell was rung; others ring and then look whether it sleeps.
- */
-struct bell {
-	atomic_bool rung, sleeping;
-	int pipe[2];
-};
-
-/* The main thread's, made by main(). */
-extern struct bell main_bell;
-void wake_main(void);
-
-/* 0 or -errno */
-int bell_init(struct bell *b);
-void bell_free(struct bell *b);
-
-/* Any thread; keeps errno: signal handlers call it. */
-void bell_ring(struct bell *b);
-
-/* Whether it was rung since the last call. */
-bool bell_answer(struct bell *b);
-
-/*
- * poll() of n descriptors, of which the first is the bell's; at once if it was rung.  How many are
- * ready: none after a signal or a moment's lack of memory, -errno if poll() fails for ever.
- */
-int bell_poll(struct bell *b, struct pollfd *pfd, nfds_t n, int timeout_ms);
 
 /* A thread that no signal disturbs.  0 or an errno. */
 int thread_start(pthread_t *thread, size_t stack, void *(*run)(void *), void *arg);

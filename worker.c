@@ -21,6 +21,7 @@
 enum {
 	ACTIVE_MAX = 16,		/* of a lane: enough to keep a disk's queue busy */
 	WORKER_STACK = 128 * 1024,
+	LATER_MS = 1000,
 };
 
 static struct {
@@ -28,13 +29,12 @@ static struct {
 	pthread_cond_t wanted;		/* a job is ready, stop is set, or a thread has ended */
 	struct job_list ready;		/* to be taken next; they are active */
 	struct lane common;
-	struct job *later;		/* for later, those due first first */
+	struct job_list later;		/* to be put when they are due */
 	unsigned idle, count;		/* threads that run no job; all of them */
 	bool stop;
 	bool lacking;			/* it was logged that a thread could not be started */
 } pool = {
 	.lock = PTHREAD_MUTEX_INITIALIZER,
-	.common.name = "",
 };
 
 /* All statics are called with the lock. */
@@ -61,8 +61,6 @@ static bool remove_job(struct job_list *list, const struct job *job)
 
 static void put_job(struct job *job)
 {
-	if (!job->lane)
-		job->lane = &pool.common;
 	if (job->lane->active < (job->lane->single ? 1 : ACTIVE_MAX)) {
 		job->lane->active++;
 		append_job(&pool.ready, job);
@@ -102,8 +100,8 @@ static void put_due(void)
 {
 	struct job *job;
 
-	while ((job = pool.later) && (pool.stop || job->due <= now_ms())) {
-		pool.later = job->next;
+	while ((job = pool.later.first) && (pool.stop || job->due <= now_ms())) {
+		remove_job(&pool.later, job);
 		put_job(job);
 	}
 }
@@ -131,7 +129,7 @@ static int start_worker(void)
 /* Have an idle thread, if there is something for it, now or later. */
 static void keep_one_idle(void)
 {
-	if (pool.idle == 0 && pool.count > 0 && !pool.stop && (pool.ready.first || pool.later))
+	if (pool.idle == 0 && pool.count > 0 && !pool.stop && (pool.ready.first || pool.later.first))
 		start_worker();
 }
 
@@ -143,7 +141,7 @@ static void *worker_main(void *unused)
 		put_due();
 		while (!pool.ready.first && !pool.stop) {
 			cond_wait_until(&pool.wanted, &pool.lock,
-					pool.later ? pool.later->due : UINT64_MAX);
+					pool.later.first ? pool.later.first->due : UINT64_MAX);
 			put_due();
 		}
 		if (!pool.ready.first)
@@ -171,11 +169,12 @@ int worker_begin(void)
 	return -err;
 }
 
-void worker_submit(struct job *job)
+void worker_submit(struct job *job, struct lane *lane)
 {
 	bool here;
 
 	pthread_mutex_lock(&pool.lock);
+	job->lane = lane ? lane : &pool.common;
 	put_job(job);
 	keep_one_idle();
 	here = pool.count == 0;		/* of a start that failed: an origin may still answer */
@@ -200,22 +199,28 @@ bool worker_take_back(struct job *job)
 	return found;
 }
 
-void worker_submit_later(struct job *job, unsigned ms)
+void worker_submit_later(struct job *job, struct lane *lane)
 {
-	struct job **p = &pool.later;
-
-	job->due = now_ms() + ms;
 	pthread_mutex_lock(&pool.lock);
 	if (!pool.stop) {	/* or a job that submits itself again would go on for ever */
-		while (*p && (*p)->due <= job->due)
-			p = &(*p)->next;
-		job->next = *p;
-		*p = job;
+		job->lane = lane;
+		job->due = now_ms() + LATER_MS;
+		append_job(&pool.later, job);
 		keep_one_idle();
 		if (pool.count > 0)
 			pthread_cond_broadcast(&pool.wanted);	/* it may be the first */
 	}
 	pthread_mutex_unlock(&pool.lock);
+}
+
+bool worker_is_busy(void)
+{
+	bool busy;
+
+	pthread_mutex_lock(&pool.lock);
+	busy = pool.ready.first || pool.idle < pool.count;
+	pthread_mutex_unlock(&pool.lock);
+	return busy;
 }
 
 void worker_stop(void)

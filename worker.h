@@ -13,11 +13,10 @@ struct job_list {
 
 /*
  * Jobs that may wait for the same disk.  Only so many of a lane are run at a time, so that a disk
- * that does not answer leaves threads to the others.  All zero but for the first two; the rest is the
+ * that does not answer leaves threads to the others.  All zero but for the first; the rest is the
  * pool's.  It must last until worker_stop().
  */
 struct lane {
-	const char *name;		/* of the export, for the log */
 	bool single;			/* one job at a time */
 	unsigned active;		/* jobs that a thread runs, or takes next */
 	struct job_list waiting;	/* those that have to wait for these */
@@ -26,9 +25,9 @@ struct lane {
 /* Something to run.  It lies inside what it works on; the pool only links it. */
 struct job {
 	struct job *next;
-	struct lane *lane;		/* NULL: that of what belongs to no export */
+	struct lane *lane;
 	void (*run)(struct job *);
-	uint64_t due;		/* now_ms() at which it may run, if it was submitted for later */
+	uint64_t due;			/* now_ms(), if it was submitted for later */
 };
 
 /*
@@ -39,15 +38,18 @@ int worker_begin(void);
 
 /*
  * Run the job on a worker, soon, in order of the lane; at once where there are no workers.  Any
- * thread; else it does not block.
+ * thread; else it does not block.  Jobs that belong to no export have the lane NULL.
  */
-void worker_submit(struct job *job);
+void worker_submit(struct job *job, struct lane *lane);
 
 /* Take back a job that no thread has begun with.  False if that is too late, or it is none. */
 bool worker_take_back(struct job *job);
 
-/* Submit it when ms milliseconds have passed, or when the pool stops; never after that. */
-void worker_submit_later(struct job *job, unsigned ms);
+/* Submit it when a second has passed, or when the pool stops; never after that. */
+void worker_submit_later(struct job *job, struct lane *lane);
+
+/* Whether a thread runs a job, or will at once. */
+bool worker_is_busy(void);
 
 /* Finish all jobs and end the threads.  No job may be submitted from outside any more. */
 void worker_stop(void);

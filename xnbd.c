@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "buffer.h"
+#include "cache.h"
 #include "clients.h"
 #include "confine.h"
 #include "control.h"
@@ -14,6 +15,7 @@
 #include "listen.h"
 #include "log.h"
 #include "options.h"
+#include "origin.h"
 #include "stats.h"
 #include "util.h"
 #include "worker.h"
@@ -39,6 +41,7 @@ enum {
 	DESCRIPTORS_SEEN = 4096,	/* those from there on are not looked for */
 	EXPORT_FDS = 3,			/* for an image, and for a snapshot of it */
 	LOOP_FDS = 2,
+	OWN_FDS = 4,			/* for a client to refuse, the log, control connections */
 	PROXY_FDS = 6,			/* to look up a name, while it has a link already */
 	SPARE_FDS = 64,			/* for all that can wait until there are some, at most */
 	STOP_MS = 4500,
@@ -46,21 +49,17 @@ enum {
 	STOP_S = 5,			/* where even this thread is held up */
 	GIVE_UP_MS = 2000,		/* of that, for requests that wait for an origin */
 	LOOPS_MIN = 2,
-	LINKS_MAX = 40,
 };
 
 /* Everything that the server consists of.  The main thread's. */
 struct server {
 	struct options options;
-	struct listeners listeners;
 	int passed;			/* sockets that were opened for us */
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
-	struct confine_user user;	/* --user: who to become */
 	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
 	struct stat pid_file;		/* of our pidfile; all zero: there is none */
 	size_t connections_max;
-	struct loop loop;		/* of listeners and control connections */
 };
 
 static struct server server = { .single_fd = -1, .ready_fd = -1 };
@@ -72,7 +71,7 @@ static struct server server = { .single_fd = -1, .ready_fd = -1 };
 #define SIGRTMIN SIGINFO
 #endif
 
-static void accept_client(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
+static listen_accept accept_client;
 
 static volatile sig_atomic_t opening = 1;	/* nothing has been made that would have to be removed */
 static volatile sig_atomic_t stop_signals;
@@ -118,7 +117,7 @@ static bool setup_signals(void)
 	const int handled[] = {
 		SIGTERM, SIGINT, SIGALRM, SIGHUP, SIGUSR1, SIGUSR2, SIGRTMIN, SIGINFO,
 	};
-	int err = bell_init(&main_bell);
+	int err = loop_init(&main_loop);
 
 	if (err) {
 		log_failure("cannot make a pipe: %s", strerror(-err));
@@ -219,14 +218,14 @@ static bool setup_log(struct server *s)
 		log_keep_off((int)o->connected_fd);
 	log_limit(o->quiet ? LOG_ASKED : o->verbose ? LOG_DETAIL : LOG_EVENT);
 	if (!o->logpath) {
-		log_open(o->syslog || o->inetd || o->daemonize || log_would_disturb() ?
-				 LOG_TO_SYSLOG : LOG_TO_STDERR, NULL);
+		if (o->syslog || o->inetd || o->daemonize)
+			log_open(NULL);
 		return true;
 	}
 	if (is_image(o, o->logpath))
 		return false;
 	s->log_path = not_null(absolute_path(o->logpath));
-	error = log_open(LOG_TO_FILE, s->log_path);
+	error = log_open(s->log_path);
 	if (error)
 		log_failure("cannot open log file %s: %s", o->logpath, error);
 	return error == NULL;
@@ -261,8 +260,7 @@ static bool share_descriptors(struct server *s, unsigned *loops)
 {
 	const struct options *o = &s->options;
 	size_t images = o->exports + (o->image != NULL), spare, there = free_descriptors();
-	/* One client more is accepted before it is refused; the log is opened again. */
-	size_t needed = 2 + LOOP_FDS + EXPORT_FDS * images + (o->control ? 2 : 0) +
+	size_t needed = OWN_FDS + LOOP_FDS + EXPORT_FDS * images +
 			(o->mode == MODE_PROXY ? PROXY_FDS : 0);
 
 	if (there <= needed) {
@@ -287,8 +285,6 @@ static bool share_descriptors(struct server *s, unsigned *loops)
 /* Take the only client, and keep everything else off its socket. */
 static bool take_client(struct server *s, int fd, const char *option)
 {
-	bool disturbs = log_would_disturb();
-
 	if (!listen_check(fd, false, option))
 		return false;
 	s->single_fd = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
@@ -299,8 +295,6 @@ static bool take_client(struct server *s, int fd, const char *option)
 	close(fd);
 	close(STDIN_FILENO);
 	close(STDOUT_FILENO);
-	if (disturbs)
-		close(STDERR_FILENO);
 	occupy_standard_descriptors();
 	return true;
 }
@@ -308,10 +302,9 @@ static bool take_client(struct server *s, int fd, const char *option)
 /* Whether there can be clients with addresses, where only some of these may connect. */
 static bool allow_is_of_use(const struct server *s)
 {
-	bool of_use = !s->options.allows || (s->single_fd >= 0 && !is_unix_socket(s->single_fd));
+	bool of_use = !s->options.allows || listen_has_tcp() ||
+		      (s->single_fd >= 0 && !is_unix_socket(s->single_fd));
 
-	for (size_t i = 0; i < s->listeners.count; i++)
-		of_use |= !s->listeners.all[i].local;
 	if (!of_use)
 		log_failure("--allow is about TCP clients, and at a Unix socket there are none");
 	return of_use;
@@ -331,12 +324,12 @@ static bool open_sockets(struct server *s)
 		return false;
 	}
 	if (s->passed > 0)
-		return listen_passed(&s->listeners, s->passed);
+		return listen_passed(s->passed);
 	if ((!o->unix_path || o->lport_given || o->laddrs) &&
-	    !listen_tcp(&s->listeners, o->laddr, o->laddrs, (unsigned)o->lport))
+	    !listen_tcp(o->laddr, o->laddrs, (unsigned)o->lport))
 		return false;
 	opening = 0;
-	return !o->unix_path || listen_unix(&s->listeners, o->unix_path, (mode_t)o->unix_mode);
+	return !o->unix_path || listen_unix(o->unix_path, (mode_t)o->unix_mode, NULL);
 }
 
 /* Whether a file holds a number and a newline alone, as a pidfile does. */
@@ -349,30 +342,34 @@ static bool holds_number(int fd)
 	return digits > 0 && n == (ssize_t)digits + 1 && text[digits] == '\n';
 }
 
-/* Open and lock a pidfile, of which *own is known if it is one.  NULL, or why not. */
-static const char *open_pidfile(const char *path, int *fd, struct stat *own)
+/* Lock and write a pidfile, which stays open, and is *own if it is one.  NULL, or why not. */
+static const char *make_pidfile(const char *path, struct stat *own)
 {
+	const int flags = O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
 	struct stat st;
+	int fd;
 
-	*fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0644);
-	if (*fd < 0 || flock(*fd, LOCK_EX | LOCK_NB) < 0 || fstat(*fd, &st) < 0)
-		return errno == EWOULDBLOCK ? "the server of that pidfile runs already" :
-					      strerror(errno);
+	do {	/* until it is not one that another server has just removed */
+		fd = open(path, flags, 0644);
+		if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB) < 0 || fstat(fd, &st) < 0)
+			return errno == EWOULDBLOCK ? "the server of that pidfile runs already" :
+						      strerror(errno);
+	} while (st.st_nlink == 0 && close(fd) == 0);
 	if (!S_ISREG(st.st_mode))
 		return "it is not a file";
 	if (st.st_nlink > 1)
 		return "the file has another name";
-	if (st.st_size > 0 && !holds_number(*fd))
+	if (st.st_size > 0 && !holds_number(fd))
 		return "the file holds something else than a process id";
 	*own = st;
+	if (ftruncate(fd, 0) < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0)
+		return strerror(errno);
 	return NULL;
 }
 
-/* The pidfile stays open, since it is locked while this process lives. */
 static bool write_pidfile(struct server *s)
 {
 	const char *path = s->options.pidfile, *wrong;
-	int fd = -1;
 
 	if (!path)
 		return true;
@@ -383,136 +380,75 @@ static bool write_pidfile(struct server *s)
 		return false;
 	}
 	s->pid_path = absolute_path(path);
-	do	/* until it is not one that another server has just removed */
-		wrong = s->pid_path ? open_pidfile(path, &fd, &s->pid_file) : strerror(errno);
-	while (!wrong && s->pid_file.st_nlink == 0 && close(fd) == 0);
-	if (!wrong && (ftruncate(fd, 0) < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0))
-		wrong = strerror(errno);
+	wrong = s->pid_path ? make_pidfile(path, &s->pid_file) : strerror(errno);
 	if (wrong)
 		log_failure("cannot write pidfile %s: %s", path, wrong);
+	else
+		confine_keep_place("remove pidfile ", s->pid_path, CONFINE_REMOVE_FILE);
 	return !wrong;
 }
 
 static void remove_pidfile(const struct server *s)
 {
-	int err = s->pid_path ?
-			  remove_own(s->pid_path, s->pid_file.st_dev, s->pid_file.st_ino) : 0;
+	int err = remove_own(s->pid_path, &s->pid_file);
 
 	if (err)
 		log_line("cannot remove pidfile %s: %s", s->pid_path, strerror(-err));
-}
-
-/* Sockets are made by root, who may make them anywhere, and belong to who serves them. */
-static bool become_user(struct server *s)
-{
-	const char *control = s->options.control;
-
-	for (size_t i = 0; i < s->listeners.count; i++)
-		if (s->listeners.all[i].unix_path &&
-		    !confine_give_socket(s->listeners.all[i].unix_path, &s->user))
-			return false;
-	return (!control || confine_give_socket(control, &s->user)) && confine_become(&s->user);
-}
-
-/*
- * Keep rights on the directory of a file, if there is one, for what will be done there later.  The
- * log tells what a user, unless that is NULL, will not be able to do.
- */
-static void keep_place(struct confine *c, const char *user, const char *deed, const char *path,
-		       unsigned rights)
-{
-	char *dir = path ? not_null(directory_of(path)) : NULL;
-
-	if (dir && user && access(dir, W_OK | X_OK) < 0)
-		log_line("--user %s: cannot %s%s later: %s", user, deed, path, strerror(errno));
-	if (dir)
-		confine_keep(c, dir, rights);
-	free(dir);
 }
 
 /*
  * SIGHUP opens the log file again, which may be another one then; a terminal or the like stays what
  * it is, under any name.
  */
-static void keep_log(struct confine *c, const char *user, const char *path)
+static void keep_log(const char *path)
 {
 	struct stat st;
 
-	if (path && lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
-		confine_keep(c, path, CONFINE_APPEND | CONFINE_READ_FILE);
+	if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
+		confine_keep(path, CONFINE_APPEND | CONFINE_READ_FILE);
 	else
-		keep_place(c, path && access(path, W_OK) == 0 ? NULL : user, "open log file ", path,
-			   CONFINE_APPEND);
-}
-
-/*
- * A file that may be a link, to a link maybe: of each the directory, since others replace the file
- * now and then.
- */
-static void keep_links(struct confine *c, const char *file, int links_max)
-{
-	char target[4096], *next;
-	ssize_t len = readlink(file, target, sizeof(target) - 1);
-
-	keep_place(c, NULL, NULL, file, CONFINE_READ);
-	if (len <= 0 || links_max == 0)
-		return;
-	target[len] = '\0';
-	len = *target == '/' ? 0 : base_name(file) - file;
-	if (asprintf(&next, "%.*s%s", (int)len, file, target) < 0)
-		return;
-	keep_links(c, next, links_max - 1);
-	free(next);
+		confine_keep_place("open log file ", path, CONFINE_APPEND);
 }
 
 /* A proxy connects again to an origin that was away, and looks up its name for that. */
-static void keep_origin(struct confine *c, const struct options *o)
+static void keep_resolver(void)
 {
-	if (o->user && strncmp(o->host, "unix:", 5) == 0 && access(o->host + 5, W_OK) < 0)
-		log_error("--user %s: cannot connect to origin %s again: %s", o->user, o->host,
-			  strerror(errno));
-	keep_links(c, "/etc/hosts", LINKS_MAX);
-	keep_links(c, "/etc/resolv.conf", LINKS_MAX);
-	keep_links(c, "/etc/nsswitch.conf", LINKS_MAX);
-	keep_links(c, "/etc/gai.conf", LINKS_MAX);
+	static const char *const files[] = { "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf",
+					     "/etc/gai.conf" };
+
+	/* Of a link both directories, since others replace these files now and then. */
+	for (size_t i = 0; i < ARRAY_SIZE(files); i++) {
+		char *target = realpath(files[i], NULL);
+
+		confine_keep_place(NULL, files[i], CONFINE_READ);
+		if (target)
+			confine_keep_place(NULL, target, CONFINE_READ);
+		free(target);
+	}
 #ifdef __GLIBC__
-	confine_keep(c, "/usr", CONFINE_READ);		/* it may load libraries for that */
-	confine_keep(c, "/lib", CONFINE_READ);
-	confine_keep(c, "/lib64", CONFINE_READ);
+	confine_keep("/usr", CONFINE_READ);		/* it may load libraries for that */
+	confine_keep("/lib", CONFINE_READ);
+	confine_keep("/lib64", CONFINE_READ);
 #endif
 }
 
 /* What will be done with files after the start, and nothing else, stays possible. */
-static bool confine(struct server *s)
-{
-	const struct options *o = &s->options;
-	const char *supervisor = getenv("NOTIFY_SOCKET");
-	struct confine c = { .fd = -1 };
-
-	if (!o->no_sandbox)
-		confine_begin(&c, (o->mode == MODE_PROXY ? 0 : CONFINE_NO_CONNECT) |
-			      (supervisor && *supervisor == '@' ? 0 : CONFINE_NO_ABSTRACT));
-	for (size_t i = 0; i < exports.count; i++)
-		keep_place(&c, o->user, "make snapshots of ", exports_snapshots_beside(i),
-			   CONFINE_FILES);
-	for (size_t i = 0; i < s->listeners.count; i++)
-		keep_place(&c, o->user, "remove unix:", s->listeners.all[i].unix_path,
-			   CONFINE_REMOVE_FILE);
-	keep_place(&c, o->user, "remove unix:", o->control, CONFINE_REMOVE_FILE);
-	keep_place(&c, o->user, "remove pidfile ", s->pid_path, CONFINE_REMOVE_FILE);
-	keep_log(&c, o->user, s->log_path);
-	if (o->mode == MODE_PROXY)
-		keep_origin(&c, o);
-	return confine_enter(&c);
-}
-
-/* Called before there are threads or clients. */
 static bool give_up_rights(struct server *s)
 {
-	if (s->options.user && !become_user(s))
+	const struct options *o = &s->options;
+	bool is_proxy = o->mode == MODE_PROXY;
+
+	if (s->log_path)
+		keep_log(s->log_path);
+	if (is_proxy)
+		keep_resolver();
+	if (!confine_enter(!o->no_sandbox, is_proxy))
 		return false;
-	confine_no_new_privileges();
-	return confine(s);
+	if (is_proxy && o->user && strncmp(o->host, "unix:", 5) == 0 &&
+	    access(o->host + 5, W_OK) < 0)
+		log_error("--user %s: cannot connect to origin %s again: %s", o->user, o->host,
+			  strerror(errno));
+	return true;
 }
 
 /* Start the first loop and the first worker, which are needed to serve anybody. */
@@ -555,109 +491,90 @@ static void notify_supervisor(const char *state)
 	close(fd);
 }
 
-static bool start_listening(struct server *s)
-{
-	bool ok = loop_init(&s->loop, &main_bell) == 0 &&
-		  listen_start(&s->listeners, &s->loop, accept_client, NULL) &&
-		  (!s->options.control || ctl_start(&s->loop));
-
-	if (!ok)
-		log_failure("out of memory");
-	return ok;
-}
-
 static bool start(struct server *s)
 {
 	raise_limits();
-	stats_init((unsigned)s->options.stats, clients_survey);
-	if (s->options.user && !confine_find_user(s->options.user, &s->user))
+	stats_init((unsigned)s->options.stats);
+	if (s->options.user && !confine_find_user(s->options.user))
 		return false;
 	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) ||
 	    is_image(&s->options, s->options.logpath) || !open_sockets(s))
 		return false;
 	opening = 0;
 	if (!allow_is_of_use(s) || !control_open(&s->options) || !write_pidfile(s) ||
-	    !give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start() ||
-	    !start_listening(s))
+	    !give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start())
 		return false;
 	log_line("%s", confine_is_in_force() ? "confined to the files that are needed" :
 		 s->options.no_sandbox	     ? "not confined: --no-sandbox" :
 					       "not confined: this system has no Landlock");
-	for (size_t i = 0; i < s->listeners.count; i++)
-		log_line("listening on %s", s->listeners.all[i].address);
+	if (!listen_start(accept_client))
+		return false;
 	notify_supervisor("READY=1");
 	return s->ready_fd < 0 || detach(s);
 }
 
 /* Connections */
 
-/* Whether a client may connect, whose address is NULL at a Unix socket; the log says why not. */
+/* Whether a client may connect; the log says why not. */
 static bool may_connect(struct server *s, const struct sockaddr *sa, const char *peer)
 {
+	const struct options *o = &s->options;
 	char reason[64] = "no --allow has its address";
 
-	if (sa && s->options.allows &&
-	    !access_admits(s->options.allow, s->options.allows, sa)) {
-		log_peer(LOG_ERROR, "%s: refused: %s", peer, reason);
-		return false;
-	}
-	if (clients_present() >= s->connections_max)
+	if (sa->sa_family != AF_UNIX && o->allows && !access_admits(o->allow, o->allows, sa))
+		;
+	else if (access_guests(NULL) >= s->connections_max)
 		snprintf(reason, sizeof(reason), "there are %zu connections already",
 			 s->connections_max);
-	else if (sa && s->options.max_per_host && access_guests(sa) >= s->options.max_per_host)
+	else if (o->max_per_host && access_guests(sa) >= o->max_per_host)
 		snprintf(reason, sizeof(reason), "its host has %lu connections already",
-			 s->options.max_per_host);
+			 o->max_per_host);
 	else
 		return true;
 	log_peer(LOG_ERROR, "%s: refused: %s", peer, reason);
 	return false;
 }
 
-static enum greeting greeting_of(const struct options *o)
-{
-	return o->connected_fd >= 0 ? GREET_CONNECTED :
-	       o->oldstyle	    ? GREET_OLDSTYLE :
-				      GREET_NEWSTYLE;
-}
-
-/* Serve a client, or close its connection; its address is NULL at a Unix socket. */
+/* Serve a client, or close its connection. */
 static void admit_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
 {
+	const struct options *o = &s->options;
+	enum greeting greeting = o->connected_fd >= 0 ? GREET_CONNECTED :
+				 o->oldstyle	      ? GREET_OLDSTYLE :
+							GREET_NEWSTYLE;
 	struct conn *c;
 
 	if (!may_connect(s, sa, peer)) {
 		close(fd);
 		return;
 	}
-	c = conn_new(fd, greeting_of(&s->options), &exports.proto, peer,
-		     (unsigned)s->options.keepalive);
+	c = conn_new(fd, greeting, &exports.proto, peer, (unsigned)o->keepalive);
 	if (!c) {
 		log_peer(LOG_ERROR, "%s: refused: out of memory", peer);
 		close(fd);
 		return;
 	}
-	if (sa)
-		access_enter(&c->guest, sa);
+	access_enter(&c->guest, sa);
 	clients_add(c);
 }
 
-static void accept_client(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len)
+static void accept_client(int fd, const struct sockaddr *sa, socklen_t len)
 {
 	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
 	char peer[ADDRESS_MAX];
 
 	serial++;
-	if (l->local)
+	if (sa->sa_family == AF_UNIX)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(sa, len, peer);
-	admit_client(&server, fd, l->local ? NULL : sa, peer);
+	admit_client(&server, fd, sa, peer);
 }
 
 /* Something ended, or a signal came. */
-static void take_wakeups(struct server *s)
+static void take_wakeups(void)
 {
-	listen_resume(&s->listeners);
+	listen_resume();
 	if (take_signal(SIGHUP))
 		log_reopen();
 	if (take_signal(SIGUSR1) && !exports_snapshot())
@@ -675,21 +592,19 @@ static void serve(struct server *s)
 	bool single = s->single_fd >= 0;
 
 	while (!stop_signals && !(single && clients_count() == 0)) {
-		loop_poll(&s->loop, stats_due(clients_count() > 0));
-		if (loop_deliver(&s->loop))
-			take_wakeups(s);
-		while (stats_tend())
-			ctl_gathered();
+		loop_poll(&main_loop, stats_due(clients_count() > 0));
+		if (loop_deliver(&main_loop))
+			take_wakeups();
+		stats_tend();
 	}
 }
 
 static void add_single_client(struct server *s)
 {
-	union address address;
+	union address address = { .sa.sa_family = AF_UNSPEC };	/* of a client that has left */
 	socklen_t len = sizeof(address);
 	char peer[ADDRESS_MAX] = "client";
 
-	address.sa.sa_family = AF_UNSPEC;	/* of a client that has left, who is not let in then */
 	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
 		format_address(&address.sa, len, peer);
 	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
@@ -702,26 +617,30 @@ static void add_single_client(struct server *s)
 static void server_stop(struct server *s)
 {
 	uint64_t begun = now_ms(), past;
-	struct pollfd pfd;
 
-	listen_close(&s->listeners);
+	listen_close();
 	ctl_close();
 	exports_stop();
 	clients_stop();
-	while (clients_count() > 0 || exports_are_busy()) {
+	while (clients_count() > 0 || exports_are_busy() || worker_is_busy()) {
 		past = now_ms() - begun;
-		if (past >= GIVE_UP_MS)
-			exports_give_up();
+		if (past >= GIVE_UP_MS && exports.cache)
+			origin_cancel(cache_origin(exports.cache));
 		if (past >= STOP_MS) {
-			log_error("stopped, but %zu connections wait for the disk", clients_count());
+			if (clients_count() > 0)
+				log_error("stopped, but %zu connections wait for the disk",
+					  clients_count());
+			else
+				log_error("stopped, but a thread waits for the disk");
 			remove_pidfile(s);
 			end_at_once();
 		}
-		bell_poll(&main_bell, &pfd, 1, STOP_LOOK_MS);
-		bell_answer(&main_bell);
+		loop_poll(&main_loop, now_ms() + STOP_LOOK_MS);
+		loop_deliver(&main_loop);
 	}
 	clients_join();
-	exports_end();
+	if (exports.cache)
+		cache_end(exports.cache);
 	worker_stop();		/* one may be at its last words to a loop; a commit may be due */
 	clients_free();
 }
@@ -729,7 +648,7 @@ static void server_stop(struct server *s)
 /* exit() calls it, also where a start ends for lack of memory. */
 static void clean_up(void)
 {
-	listen_close(&server.listeners);
+	listen_close();
 	ctl_close();
 	remove_pidfile(&server);
 	log_flush();
@@ -742,6 +661,7 @@ int main(int argc, char **argv)
 	buffer_init();
 	log_name("xnbd-server");
 	occupy_standard_descriptors();
+	log_keep_off(STDIN_FILENO);
 	options_parse(&server.options, argc, argv);
 	server.passed = listen_count_passed();
 	if (server.passed < 0)

@@ -37,14 +37,16 @@ struct request {
 	bool lent;			/* it counts among those of its connection that are in flight */
 	bool absent;			/* blocks have to be brought from elsewhere first */
 	bool again;			/* it comes back to be carried out again */
-	bool fetched;			/* all that it needs has been brought once */
 	void (*done)(struct request *);	/* any thread may call it, see request_done() */
 	struct proto_request h;		/* off and len lie inside the export */
 	struct change change;		/* what changes the disk, and was not done at once */
 	struct span at;			/* what is not done, or not brought, yet; at first all */
-	struct miss *miss;		/* while it waits for the origin; guarded by the fetcher's lock */
+	struct fetch *fetch;		/* that it waits for; guarded by the fetcher's lock */
+	struct request *fellow;		/* the next one that waits for this fetch; likewise */
+	uint64_t lacks;			/* bytes of at, from its beginning, that this brings */
 	int error;			/* an errno, 0 for none */
 	bool refused;			/* error is the client's own */
+	uint64_t commits;		/* FLUSH: of its layer, that had begun when it came */
 	uint64_t begun;			/* stats_time() of the turn in which it came */
 
 	uint8_t *buf;			/* READ: where to put data; WRITE: the payload */
@@ -63,9 +65,7 @@ struct request {
 	 * a request of its own.
 	 */
 	struct request *whole;		/* in a piece: what it belongs to */
-	unsigned pieces;		/* in the whole: those that are with others */
-	struct request *next_piece;	/* the one behind this piece of a READ, ... */
-	bool finished;			/* ... which has come back */
+	unsigned pieces;		/* in the whole: those under way, and one while there will be more */
 };
 
 #endif

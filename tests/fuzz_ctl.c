@@ -33,15 +33,14 @@ static ssize_t fake_send(int fd, const void *buf, size_t len);
 static int fake_close(int fd);
 static uint64_t fake_now(void);
 static void *fake_realloc(void *p, size_t n);
-static bool fake_listen(struct listeners *l);
+static bool fake_listen(listen_accept *got);
 
 #define recv(fd, buf, len, flags) fake_recv(fd, buf, len)
 #define send(fd, buf, len, flags) fake_send(fd, buf, len)
 #define close fake_close
 #define now_ms fake_now
 #define realloc fake_realloc
-#define listen_unix(l, path, mode) fake_listen(l)
-#define listen_close(l) free((l)->all)
+#define listen_unix(path, mode, got) fake_listen(got)
 #include "../ctl.c"
 #undef recv
 #undef send
@@ -71,12 +70,12 @@ static bool no_memory;
 /* The loop, and the listener on it. */
 static struct source *source[PEERS];
 static size_t sources;
-static void (*accepted)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len);
-static bool (*is_full)(void);
+struct loop main_loop;
+static listen_accept *accepted;
 
 /* The proxy. */
 static unsigned copies;			/* started and not released */
-static bool copy_runs, copy_failed, switching, reconnecting, gathering, gather_again;
+static bool copy_runs, copy_failed, switching, reconnecting;
 static unsigned snapshots;		/* to be made; the first may be under way */
 static bool snapshot_runs;
 static const struct export *const this_export = (const void *)&snapshots;
@@ -107,16 +106,6 @@ void loop_remove(struct loop *l, struct source *s)
 	(void)l;
 	source[s->place] = source[--sources];
 	source[s->place]->place = s->place;
-}
-
-bool listen_start(struct listeners *l, struct loop *loop,
-		  void (*got)(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len),
-		  bool (*full)(void))
-{
-	(void)l, (void)loop;
-	accepted = got;
-	is_full = full;
-	return true;
 }
 
 static ssize_t fake_recv(int fd, void *buf, size_t len)
@@ -178,10 +167,9 @@ static void *fake_realloc(void *p, size_t n)
 	return realloc(p, n);
 }
 
-static bool fake_listen(struct listeners *l)
+static bool fake_listen(listen_accept *got)
 {
-	l->all = calloc(1, sizeof(*l->all));
-	assert(l->all);
+	accepted = got;
 	return true;
 }
 
@@ -199,19 +187,13 @@ static short events_of(int fd)
 
 /* What the proxy does */
 
-static void query(struct ctl_reply *reply)
+static void query(struct ctl_reply *reply, bool json)
 {
+	if (json)
+		ctl_put(reply, "json: {\njson: }\n");
 	ctl_say(reply, "mode", "%s", "proxy\nok\r\x7f");	/* it must not look like two lines */
 	for (unsigned i = 0; i < cached % 64; i++)
 		ctl_say(reply, "name", "%*u", (int)cached, i);
-}
-
-/* What was asked for meanwhile begins at the end of what is gathered. */
-static bool gather(void)
-{
-	gather_again = gathering;
-	gathering = true;
-	return gather_again;
 }
 
 /* One that was wanted begins at the end of the one before. */
@@ -270,9 +252,9 @@ static const char *tell(struct ctl_reply *reply, bool *runs)
 	return copy_failed ? "the origin\nis gone" : "the copy was stopped";
 }
 
-static const struct ctl_ops ops = { query, gather, snapshot, true, switch_over, reconnect,
+static const struct ctl_ops ops = { query, snapshot, true, switch_over, reconnect,
 				    start_copy, release_copy, tell };
-static const struct ctl_ops no_proxy = { .query = query, .gather = gather, .snapshot = snapshot };
+static const struct ctl_ops no_proxy = { .query = query, .snapshot = snapshot };
 
 /* Peers */
 
@@ -384,15 +366,6 @@ static void end_reconnect(unsigned how)
 	ctl_reconnected(how & 1 ? "another size" : NULL);
 }
 
-static void end_gather(void)
-{
-	if (!gathering)
-		return;
-	gathering = gather_again;
-	gather_again = false;
-	ctl_gathered();
-}
-
 static void tend_snapshot(unsigned how)
 {
 	if (snapshots > 0 && !snapshot_runs && (how & 1)) {
@@ -407,10 +380,10 @@ static void tend_snapshot(unsigned how)
 
 static bool accept_peer(void)
 {
-	if (arriving == peers || is_full())
+	if (arriving == peers)
 		return false;
 	peer[arriving].accepted = true;
-	accepted(ctl.listeners.all, FIRST_FD + (int)arriving++, NULL, 0);
+	accepted(FIRST_FD + (int)arriving++, NULL, 0);
 	return true;
 }
 
@@ -494,9 +467,6 @@ static void event(struct input *in)
 	case 12:
 		send_line(p, (unsigned)take(in, 1));
 		break;
-	case 16:
-		end_gather();
-		break;
 	case 17:
 		tend_snapshot(which);
 		break;
@@ -516,10 +486,9 @@ static void finish(void)
 			end_copy(0);
 		end_switch(0);
 		end_reconnect(0);
-		end_gather();
 		tend_snapshot(0);
 		settle();
-		if (!copy_runs && !switching && !reconnecting && !gathering && !snapshots)
+		if (!copy_runs && !switching && !reconnecting && !snapshots)
 			return;
 	}
 	assert(!"it comes to an end");
@@ -549,7 +518,7 @@ static void begin(void)
 	now = 1000;
 	no_memory = false;
 	copies = 0;
-	copy_runs = copy_failed = switching = reconnecting = gathering = gather_again = snapshot_runs = false;
+	copy_runs = copy_failed = switching = reconnecting = snapshot_runs = false;
 	snapshots = 0;
 	cached = 0;
 	total = 100;
@@ -579,7 +548,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 
 	begin();
 	opened = ctl_open("", n % 8 == 7 ? &no_proxy : &ops);
-	assert(opened && ctl_start(NULL));
+	assert(opened);
 	while (in.left > 0) {
 		event(&in);
 		settle();

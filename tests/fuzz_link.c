@@ -22,6 +22,7 @@ enum {
 	ALLOCATION_ID = 7,
 	WIRE_MAX = 1 << 20,
 	FRESH = 0xee,			/* in memory that was not written to */
+	HEAD_MAX = 32,			/* of a reply */
 };
 
 static ssize_t fake_recvmsg(const struct msghdr *msg);
@@ -110,8 +111,9 @@ static void check_request(void)
 {
 	static const struct proto_session compact;
 	struct proto_request r;
+	size_t size;
 
-	assert(proto_is_request(&compact, sent) && proto_get_request(&compact, sent, &r));
+	assert(!proto_get_request(&compact, sent, sizeof(sent), &r, &size) && size == sizeof(sent));
 	assert(r.flags == 0);
 	assert(r.cmd == NBD_CMD_READ || r.cmd == NBD_CMD_BLOCK_STATUS || r.cmd == NBD_CMD_DISC);
 	assert(r.len <= LEN_MAX && (r.len > 0 || r.cmd == NBD_CMD_DISC));
@@ -275,7 +277,7 @@ static void say_reply(const struct proto_offer *offer, struct input *in)
 	unsigned bits = (unsigned)take(in, 1), kind = bits % 8;
 	struct asked *k = &asked[asks ? take(in, 1) % asks : 0];
 	uint64_t cookie = k->r.cookie, off;
-	uint8_t head[PROTO_REPLY_HEAD_MAX], *p = head;
+	uint8_t head[HEAD_MAX], *p = head;
 	bool last = bits & 8;
 	unsigned n = 1 + bits / 32 % 8;
 	uint32_t len;
@@ -413,7 +415,6 @@ static struct link *begin(const struct proto_offer *offer)
 	assert(!origin_init(&origin, &(struct origin_options){
 		.host = "", .export_name = "", .connections = 1, .timeout_ms = 100,
 	}));
-	bell_free(&origin.bell);
 	l = origin.link[0];
 	l->source.fd = 0;
 	l->state = LINK_UP;

@@ -13,6 +13,8 @@
 enum {
 	LEN_MAX = 4096,
 	ALLOCATION_ID = 7,
+	HEAD_MAX = 32,			/* of a reply */
+	EXTENTS = 5,			/* room for them */
 };
 
 /* Handshake */
@@ -67,15 +69,20 @@ static void fuzz_handshake(struct input *in, const char *name)
 
 	proto_client_begin(&c, name, out);
 	while (next == PROTO_HAGGLE) {
+		struct input message = *in;
 		size_t n = c.want;
 		uint8_t *p;
 
-		assert(c.want > 0 && c.want <= PROTO_CLIENT_TAKE_MAX);
+		assert(c.want > c.have && c.want <= PROTO_CLIENT_WANT_MAX);
 		if (n > in->left)
 			return;
-		p = take_bytes(in, &n);
+		p = take_bytes(&message, &n);
+		c.have = n;
 		next = proto_client_take(&c, p);
 		free(p);
+		assert(c.have == 0 || c.have == n);
+		if (c.have == 0)
+			*in = message;
 		assert(c.out_len <= sizeof(out) && (c.out_len == 0 || next == PROTO_HAGGLE));
 		check_sent(out, c.out_len, first);
 		first = first && c.out_len == 0;
@@ -95,9 +102,15 @@ struct asked {
 	struct proto_answer a;
 	uint8_t came[LEN_MAX];		/* how often each byte of the request did */
 	uint64_t described;		/* bytes by extents */
+	struct extent extent[EXTENTS];
 	bool told;
 	bool failed;			/* an error came */
 };
+
+static bool is_status(const struct asked *k)
+{
+	return k->r.cmd == NBD_CMD_BLOCK_STATUS;
+}
 
 static void ask(struct asked *k, struct input *in)
 {
@@ -112,43 +125,7 @@ static void ask(struct asked *k, struct input *in)
 	k->r.off = offs[bits >> 3 & 3];
 	k->r.len = take(in, 2) % LEN_MAX + 1;
 	k->r.cookie = take(in, 1);
-	proto_answer_begin(&k->a, &k->r);
-}
-
-/*
- * Take the head of a reply as bytes arrive, in memory of exactly that size: it must be the same
- * as from all bytes at once.  False if it is bad, or does not come.
- */
-static bool take_reply(struct input *in, struct proto_reply *reply)
-{
-	struct proto_reply whole;
-	const char *wrong = proto_get_reply(in->p, in->left, &whole), *then = NULL;
-	size_t n = 0, had = 0;
-
-	if (in->left == 0)
-		return false;
-	reply->head = 1;
-	while (!then && reply->head > had && reply->head <= in->left) {
-		struct input copy = *in;
-		uint8_t *p;
-
-		had = n = reply->head;
-		p = take_bytes(&copy, &n);
-		then = proto_get_reply(p, n, reply);
-		free(p);
-		assert(then || (reply->head >= had && reply->head <= PROTO_REPLY_HEAD_MAX));
-	}
-	if (then || reply->head > in->left) {
-		assert(wrong == then);
-		return false;
-	}
-	assert(!wrong && reply->head == had && reply->type == whole.type);
-	assert(reply->simple == whole.simple);
-	assert(reply->cookie == whole.cookie && reply->off == whole.off);
-	assert(reply->len == whole.len && reply->payload == whole.payload);
-	in->p += had;
-	in->left -= had;
-	return true;
+	proto_answer_begin(&k->a, &k->r, is_status(k) ? k->extent : NULL, EXTENTS);
 }
 
 /* Whether the bytes are in the request, and came before. */
@@ -162,46 +139,98 @@ static bool is_fresh(const struct asked *k, uint64_t off, uint32_t len)
 	return !memchr(k->came + (off - k->r.off), 1, len);
 }
 
-/* How many runs of bytes have come. */
-static unsigned runs(const struct asked *k)
+/* How many gaps there are in what has come. */
+static unsigned gaps(const struct asked *k)
 {
 	unsigned n = 0;
 
 	for (size_t i = 0; i < k->r.len; i++)
-		n += k->came[i] && (i == 0 || !k->came[i - 1]);
+		n += !k->came[i] && (i == 0 || k->came[i - 1]);
 	return n;
 }
 
-/* What was refused: there must be a reason. */
-static void check_refusal(const struct asked *k, const struct proto_reply *reply)
+/* A whole head was refused: there must be a reason. */
+static void check_refusal(const struct asked *k, const uint8_t *p)
 {
-	bool data = reply->type == NBD_REPLY_TYPE_OFFSET_DATA ||
-		    reply->type == NBD_REPLY_TYPE_OFFSET_HOLE;
+	bool simple = get_be32(p) == NBD_SIMPLE_REPLY_MAGIC;
+	uint32_t type, len, bytes = 0;
 
-	if (data && k->offer.structured && !k->a.status && is_inside(k, reply->off, reply->len))
-		assert(!is_fresh(k, reply->off, reply->len) || runs(k) == PROTO_PIECES_MAX);
-	assert(reply->simple || reply->type != NBD_REPLY_TYPE_NONE || !k->offer.structured);
-	assert(reply->type != NBD_REPLY_TYPE_ERROR || !k->offer.structured);
-	if (reply->type == NBD_REPLY_TYPE_BLOCK_STATUS)
-		assert(!k->offer.structured || !k->a.status || k->told ||
-		       reply->context != ALLOCATION_ID);
-	if (reply->simple)
-		assert(!reply->error && (k->offer.structured || !is_fresh(k, k->r.off, 1)));
+	if (simple) {
+		assert(!get_be32(p + 4) && k->offer.structured);
+		return;
+	}
+	if (get_be32(p) != NBD_STRUCTURED_REPLY_MAGIC || !k->offer.structured)
+		return;
+	type = get_be16(p + 6);
+	len = get_be32(p + 16);
+	if (type == NBD_REPLY_TYPE_OFFSET_DATA && len > 8)
+		bytes = len - 8;
+	else if (type == NBD_REPLY_TYPE_OFFSET_HOLE && len == 12)
+		bytes = get_be32(p + 28);
+	if (bytes > 0 && bytes <= LEN_MAX && !is_status(k) && is_inside(k, get_be64(p + 20), bytes))
+		assert(!is_fresh(k, get_be64(p + 20), bytes) || gaps(k) == PROTO_GAPS_MAX);
+	assert(type != NBD_REPLY_TYPE_NONE || len > 0 || !(get_be16(p + 4) & NBD_REPLY_FLAG_DONE));
+	if (type == NBD_REPLY_TYPE_ERROR && len == 6)
+		assert(get_be32(p + 20) == 0 || get_be16(p + 24) > 0);
+	if (type == NBD_REPLY_TYPE_BLOCK_STATUS && len == 12)
+		assert(!is_status(k) || k->told || get_be32(p + 20) != ALLOCATION_ID);
 }
 
 /* What was taken. */
-static void check_reply(struct asked *k, const struct proto_reply *reply)
+static void check_reply(struct asked *k, const struct proto_reply *reply, const uint8_t *p)
 {
-	k->failed |= reply->error != 0;
+	k->failed |= reply->type == NBD_REPLY_TYPE_ERROR;
 	k->told |= reply->type == NBD_REPLY_TYPE_BLOCK_STATUS;
-	assert(k->offer.structured || reply->simple);
-	assert(reply->type != NBD_REPLY_TYPE_ERROR || reply->error);
-	assert(reply->type != NBD_REPLY_TYPE_BLOCK_STATUS || k->a.status);
+	assert(k->offer.structured == (get_be32(p) == NBD_STRUCTURED_REPLY_MAGIC) ||
+	       reply->type == NBD_REPLY_TYPE_ERROR);
+	assert(reply->type != NBD_REPLY_TYPE_ERROR || k->a.error);
+	assert(reply->type != NBD_REPLY_TYPE_BLOCK_STATUS || is_status(k));
 	if (reply->len == 0)
 		return;
-	assert(!k->a.status && !reply->error);
+	assert(!is_status(k) && reply->type != NBD_REPLY_TYPE_ERROR);
 	assert(is_inside(k, reply->off, reply->len) && is_fresh(k, reply->off, reply->len));
+	assert(reply->payload == (reply->type == NBD_REPLY_TYPE_OFFSET_DATA ? reply->len : 0));
 	memset(k->came + (reply->off - k->r.off), 1, reply->len);
+}
+
+/*
+ * Take the head of a reply as bytes arrive, in memory of exactly that size: it must be the same
+ * as from all bytes at once.  False if it is bad, or does not come.
+ */
+static bool take_reply(struct asked *k, struct proto_reply *reply, struct input *in)
+{
+	struct proto_answer before = k->a;
+	struct proto_reply whole;
+	const char *wrong = NULL;
+	size_t n = 0;
+	uint8_t *p = NULL;
+
+	reply->head = PROTO_REPLY_SIZE;
+	while (!wrong && reply->head > n && reply->head <= in->left) {
+		struct input copy = *in;
+
+		assert(n == 0 || memcmp(&before, &k->a, sizeof(before)) == 0);
+		free(p);
+		n = reply->head;
+		p = take_bytes(&copy, &n);
+		wrong = proto_get_reply(&k->a, &k->offer, p, n, reply);
+		assert(wrong || (reply->head >= n && reply->head <= HEAD_MAX));
+	}
+	free(p);
+	if (n == 0 || (!wrong && reply->head > n))
+		return false;
+	assert(proto_get_reply(&before, &k->offer, in->p, in->left, &whole) == wrong);
+	if (wrong) {
+		check_refusal(k, in->p);
+		return false;
+	}
+	assert(reply->type == whole.type && reply->last == whole.last && reply->off == whole.off);
+	assert(reply->len == whole.len && reply->payload == whole.payload);
+	assert(proto_reply_cookie(in->p) == get_be64(in->p + 8));
+	check_reply(k, reply, in->p);
+	in->p += n;
+	in->left -= n;
+	return true;
 }
 
 /* The payload of a STATUS.  False if it is bad. */
@@ -210,15 +239,19 @@ static bool take_extents(struct asked *k, uint32_t payload, struct input *in)
 	assert(payload > 0 && payload % PROTO_EXTENT_SIZE == 0);
 	for (; payload > 0 && in->left >= PROTO_EXTENT_SIZE; payload -= PROTO_EXTENT_SIZE) {
 		uint32_t len = get_be32(in->p), flags = get_be32(in->p + 4);
-		struct extent e;
+		uint64_t left = k->r.len - k->described;
+		unsigned had = k->a.extents;
 
-		if (proto_answer_extent(&k->a, in->p, &e)) {
+		if (proto_get_extents(&k->a, in->p, PROTO_EXTENT_SIZE)) {
 			assert(len == 0);
 			return false;
 		}
-		assert(len > 0 && e.len <= len && e.flags == (flags & 3));
-		k->described += e.len;
-		assert(k->described <= k->r.len && (e.len == len || k->described == k->r.len));
+		assert(len > 0 && k->a.extents == had + (had < EXTENTS && left > 0));
+		k->described += len < left ? len : left;
+		if (k->a.extents > had) {
+			assert(k->extent[had].len == (len < left ? len : left));
+			assert(k->extent[had].flags == (flags & 3));
+		}
 		take(in, PROTO_EXTENT_SIZE);
 	}
 	return payload == 0;
@@ -227,7 +260,7 @@ static bool take_extents(struct asked *k, uint32_t payload, struct input *in)
 /* After the last reply: an answer without an error is complete, and every byte came once. */
 static void check_end(const struct asked *k)
 {
-	bool complete = k->a.status ? k->told : !memchr(k->came, 0, k->r.len);
+	bool complete = is_status(k) ? k->told : !memchr(k->came, 0, k->r.len);
 
 	assert((proto_answer_end(&k->a) == NULL) == (complete || k->failed));
 	assert((k->a.error != 0) == k->failed);
@@ -236,11 +269,8 @@ static void check_end(const struct asked *k)
 /* One reply that is here.  False if there are no more. */
 static bool take_answer(struct asked *k, struct proto_reply *reply, struct input *in)
 {
-	if (proto_answer_add(&k->a, &k->offer, reply)) {
-		check_refusal(k, reply);
+	if (!take_reply(k, reply, in))
 		return false;
-	}
-	check_reply(k, reply);
 	if (reply->type == NBD_REPLY_TYPE_BLOCK_STATUS && !take_extents(k, reply->payload, in))
 		return false;
 	if (reply->last)
@@ -255,7 +285,7 @@ static void fuzz_bytes(struct input *in)
 	struct asked k;
 
 	ask(&k, in);
-	while (take_reply(in, &reply) && take_answer(&k, &reply, in)) {
+	while (take_answer(&k, &reply, in)) {
 		size_t text = reply.type == NBD_REPLY_TYPE_ERROR ? reply.payload : 0;
 
 		free(take_bytes(in, &text));
@@ -299,7 +329,7 @@ static size_t make_chunk(const struct asked *k, struct input *in, uint8_t *p)
 
 static void fuzz_chunks(struct input *in)
 {
-	uint8_t room[PROTO_REPLY_HEAD_MAX + PROTO_EXTENT_SIZE];
+	uint8_t room[HEAD_MAX + PROTO_EXTENT_SIZE];
 	struct proto_reply reply;
 	struct asked k;
 
@@ -307,7 +337,7 @@ static void fuzz_chunks(struct input *in)
 	while (in->left > 0) {
 		struct input chunk = { room, make_chunk(&k, in, room) };
 
-		if (!take_reply(&chunk, &reply) || !take_answer(&k, &reply, &chunk))
+		if (!take_answer(&k, &reply, &chunk))
 			return;
 	}
 }

@@ -365,40 +365,56 @@ static size_t shorten(const struct proto_request *r, uint8_t *p, size_t n)
 	return n - (cut - 20);
 }
 
-/* Decode what the server wrote at p, of n bytes, and see that it answers r. */
-static struct proto_reply decode(const struct proto_session *s, const struct proto_request *r,
-				 uint8_t *p, size_t n)
+/* What our own client has asked, and the server answers. */
+struct dialogue {
+	const struct proto_session *s;
+	const struct proto_request *r;
+	struct proto_answer a;
+	struct extent extent[RUNS_MAX];
+};
+
+static void begin(struct dialogue *d, const struct proto_session *s, const struct proto_request *r)
 {
+	d->s = s;
+	d->r = r;
+	proto_answer_begin(&d->a, r, r->cmd == NBD_CMD_BLOCK_STATUS ? d->extent : NULL, RUNS_MAX);
+}
+
+/* Decode what the server wrote at p, of n bytes, and see that it answers. */
+static struct proto_reply decode(struct dialogue *d, uint8_t *p, size_t n)
+{
+	const struct proto_offer offer = {
+		.structured = d->s->structured,
+		.allocation = d->s->allocation,
+		.allocation_id = ALLOCATION_ID,
+	};
 	struct proto_reply reply;
 
 	assert(n <= PROTO_REPLY_ROOM);
-	if (s->extended)
-		n = shorten(r, p, n);
-	assert(!proto_get_reply(p, n, &reply) && reply.head == n);
-	assert(reply.cookie == r->cookie);
+	if (d->s->extended)
+		n = shorten(d->r, p, n);
+	assert(!proto_get_reply(&d->a, &offer, p, n, &reply) && reply.head == n);
+	assert(proto_reply_cookie(p) == d->r->cookie);
 	return reply;
 }
 
 static void check_plain(const struct proto_session *s, const struct proto_request *r, int err)
 {
-	uint8_t room[PROTO_REPLY_ROOM];
-	struct proto_reply reply = decode(s, r, room, proto_put_reply(s, r, err, room));
 	bool chunk = s->extended || (s->structured && (r->cmd == NBD_CMD_READ ||
 						       r->cmd == NBD_CMD_BLOCK_STATUS));
+	uint8_t room[PROTO_REPLY_ROOM];
+	size_t n = proto_put_reply(s, r, err, room);
+	struct proto_reply reply;
+	struct dialogue d;
 
-	assert(reply.last && reply.payload == 0 && reply.error == proto_error(err));
-	assert(reply.simple == !chunk);
-}
-
-static void add(struct proto_answer *a, const struct proto_session *s, struct proto_reply *reply)
-{
-	const struct proto_offer offer = {
-		.structured = s->structured,
-		.allocation = s->allocation,
-		.allocation_id = ALLOCATION_ID,
-	};
-
-	assert(!proto_answer_add(a, &offer, reply));
+	begin(&d, s, r);
+	if (chunk || err) {
+		reply = decode(&d, room, n);
+		assert(reply.last && reply.payload == 0 && d.a.error == proto_error(err));
+	}
+	assert(chunk == (get_be32(room) != NBD_SIMPLE_REPLY_MAGIC));
+	assert(chunk || (n == 16 && get_be32(room + 4) == proto_error(err) &&
+			 get_be64(room + 8) == r->cookie));
 }
 
 /* A READ that succeeds, in runs as the input likes: our own client understands it. */
@@ -406,12 +422,12 @@ static void check_read(const struct proto_session *s, const struct proto_request
 		       struct input *in)
 {
 	uint8_t room[PROTO_REPLY_ROOM];
-	struct proto_answer a;
 	uint64_t at = 0, len;
+	struct dialogue d;
 
 	if (r->len > PROTO_MAX_PAYLOAD)		/* our own client does not ask for so much */
 		return;
-	proto_answer_begin(&a, r);
+	begin(&d, s, r);
 	for (unsigned i = 0; at < r->len; at += len, i++) {
 		bool hole = s->structured && take(in, 1) & 1, last;
 		struct proto_reply reply;
@@ -420,13 +436,12 @@ static void check_read(const struct proto_session *s, const struct proto_request
 		len = s->structured && i < RUNS_MAX ? take(in, 4) % (r->len - at) + 1 : r->len - at;
 		last = at + len == r->len;
 		run = (struct extent){ len, hole ? NBD_STATE_ZERO : 0 };
-		reply = decode(s, r, room, proto_put_run(s, r, r->off + at, &run, last, room));
-		assert(reply.last == last && !reply.error);
-		add(&a, s, &reply);
+		reply = decode(&d, room, proto_put_run(s, r, r->off + at, &run, last, room));
+		assert(reply.last == last && !d.a.error);
 		assert(reply.off == r->off + at && reply.len == len);
 		assert(reply.payload == (hole ? 0 : len));
 	}
-	assert(!proto_answer_end(&a));
+	assert(!proto_answer_end(&d.a));
 }
 
 static void check_status(const struct proto_session *s, const struct proto_request *r,
@@ -434,10 +449,10 @@ static void check_status(const struct proto_session *s, const struct proto_reque
 {
 	size_t size = s->extended ? PROTO_EXTENDED_EXTENT_SIZE : PROTO_EXTENT_SIZE, head;
 	uint8_t room[PROTO_REPLY_ROOM + RUNS_MAX * PROTO_EXTENDED_EXTENT_SIZE], *p;
-	unsigned n = 1 + (unsigned)take(in, 1) % RUNS_MAX;
-	struct extent extent[RUNS_MAX], got;
+	unsigned n = 1 + (unsigned)take(in, 1) % RUNS_MAX, got = 0;
+	struct extent extent[RUNS_MAX];
 	struct proto_reply reply;
-	struct proto_answer a;
+	struct dialogue d;
 	uint64_t told = 0;
 
 	if (r->len > UINT32_MAX)		/* our own client does not ask for so much */
@@ -446,9 +461,8 @@ static void check_status(const struct proto_session *s, const struct proto_reque
 		extent[i] = (struct extent){ 1 + take(in, 3), (uint32_t)take(in, 1) & 3 };
 	head = proto_put_status(s, r, extent, n, room) - n * size;
 	p = room + head;
-	reply = decode(s, r, room, head);
-	proto_answer_begin(&a, r);
-	add(&a, s, &reply);
+	begin(&d, s, r);
+	reply = decode(&d, room, head);
 	assert(reply.last && reply.payload == n * PROTO_EXTENT_SIZE);
 	for (unsigned i = 0; i < n; i++, p += size) {
 		const struct extent *e = &extent[i];
@@ -458,22 +472,27 @@ static void check_status(const struct proto_session *s, const struct proto_reque
 			assert(get_be64(p) == e->len && get_be64(p + 8) == e->flags);
 			put_be32(put_be32(p, (uint32_t)e->len), e->flags);
 		}
-		assert(!proto_answer_extent(&a, p, &got));
-		assert(got.flags == e->flags && got.len == (e->len < left ? e->len : left));
-		told += got.len;
+		assert(!proto_get_extents(&d.a, p, PROTO_EXTENT_SIZE));
+		got += left > 0;
+		assert(d.a.extents == got);
+		assert(left == 0 || (d.extent[i].flags == e->flags &&
+				     d.extent[i].len == (e->len < left ? e->len : left)));
+		told += e->len < left ? e->len : left;
 	}
-	assert(!proto_answer_end(&a));
+	assert(!proto_answer_end(&d.a));
 }
 
 /* The next request of a client.  False where there is none. */
 static bool request(const struct proto_session *s, struct input *in)
 {
-	size_t size = proto_request_size(s), n = size;
+	size_t whole = s->extended ? PROTO_EXTENDED_REQUEST_SIZE : PROTO_REQUEST_SIZE;
+	size_t n = whole, size;
 	uint8_t *p = take_bytes(in, &n), again[PROTO_REQUEST_SIZE];
 	struct proto_request r;
-	bool good = n == size && proto_is_request(s, p) && proto_get_request(s, p, &r);
+	bool good = !proto_get_request(s, p, n, &r, &size) && size > 0;
 	int err;
 
+	assert(size == (n < whole ? 0 : whole));
 	if (good) {
 		proto_put_request(&r, again);
 		assert(memcmp(p + 4, again + 4, 20) == 0);
@@ -564,8 +583,11 @@ static enum proto_next converse(const struct world *w, struct proto_client *c,
 		size_t want = c->want;
 
 		assert(want > 0 && want <= wire->len);
+		c->have = want;
 		next = proto_client_take(c, wire->p);
 		assert(c->out_len <= PROTO_CLIENT_ROOM);
+		if (next == PROTO_HAGGLE && c->have > 0)
+			continue;
 		wire->len -= want;
 		memmove(wire->p, wire->p + want, wire->len);
 		if (next != PROTO_HAGGLE || c->out_len == 0)

@@ -23,6 +23,7 @@ import pytest
 from conftest import (Server, arguments_of, make_disk, need_holes, need_punch,
                       raise_descriptor_limit)
 from nbd import *
+from test_control import bgctl, done
 from test_faults import EVER, HOLD, SLOW, Control as Calls, library
 from test_protocol import evict
 
@@ -1070,17 +1071,16 @@ def snapshot_of(server):
 
 
 @hazard("a snapshot is not of one instant")
-def test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not(server, image, calls):
+def test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not(server, image, calls, tmp_path):
     """The instant comes when the first is stored; who comes meanwhile waits for it."""
-    s = server(image, env=calls.environment)
+    s = server(image, "--ctl", tmp_path / "ctl", env=calls.environment)
     with s.client() as c:
         hold(calls, "pwrite")
         first = c.request(NBD_CMD_WRITE, 0, payload=b"1" * 4096)
         wait_held(calls)
-        before = calls.count("truncate")
         s.proc.send_signal(signal.SIGUSR1)
-        until(lambda: calls.count("truncate") > before, what="the file of the snapshot")
-        # The main thread makes it, then tries to take the snapshot, then accepts clients.
+        until(lambda: "snapshot: running\n" in done(bgctl("--query", tmp_path / "ctl"),
+                                                    out=None).stdout, what="the gate to be closed")
         later = s.client()
         second = request_and_turn(calls, later, NBD_CMD_WRITE, 3 * MIB, payload=b"2" * 4096)
         calls.release()
@@ -1108,6 +1108,28 @@ def test_block_is_copied_into_a_snapshot_once(server, image, calls):
         calls.release()
         assert snapshot_of(s) == expected
         assert c.pread(8192, edge - 4096) == b"2" * 8192
+
+
+@hazard("a start waits for a disk that is slow")
+def test_start_does_not_wait_for_a_slow_disk(server, image, calls):
+    """A server looks at what it serves; of a disk that does not answer it tells later."""
+    calls.arm("pread", HOLD)
+    s = server(image, env=calls.environment)
+    wait_held(calls)
+    with s.client() as c:
+        assert c.size == SIZE
+        calls.release()
+        assert c.pread(4096) == pattern(0, 4096)
+
+
+@hazard("a start waits for a disk that is slow")
+def test_look_at_a_disk_that_does_not_answer_holds_up_no_end(server, image, calls):
+    calls.arm("pread", HOLD)
+    s = server(image, env=calls.environment)
+    wait_held(calls)
+    s.expected_status = 1
+    s.stop()
+    assert "a thread waits for the disk" in s.log()
 
 
 @hazard("the search for a hole passes all extents of the rest of the disk")

@@ -1515,6 +1515,21 @@ def test_writes_to_a_block_that_is_being_fetched(origin, proxy):
     assert max(o.counts().values()) == 1
 
 
+def test_write_asks_for_both_edges_at_once(origin, proxy):
+    o = origin()
+    p = proxy(o)
+    o.hold()
+    data = bytes([7]) * (4 * BLOCK)
+    with p.client() as c:
+        cookie = c.request(NBD_CMD_WRITE, MIB + 100, payload=data)
+        p.expected[MIB + 100:MIB + 100 + len(data)] = data
+        o.wait(lambda r: r.command == NBD_CMD_READ, 2)
+        o.release()
+        assert c.collect(cookie).error == 0
+        assert o.counts() == {MIB // BLOCK: 1, MIB // BLOCK + 4: 1}
+        p.right(c)
+
+
 # Another origin by command
 
 def test_reconnect_leaves_a_hanging_origin(origin, proxy):

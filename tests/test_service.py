@@ -265,18 +265,21 @@ FORMATS = [("qcow2", b"QFI\xfb\0\0\0\3"), ("VMDK", b"KDMV\1\0\0\0"), ("VMDK", b"
 def test_image_of_another_format_is_told_and_served(server, disk, mode, name, head):
     image = disk(SIZE, head)
     s = server(args=[mode, *ANY_PORT, image])
-    assert re.search(f"image {image} looks like {name}: .* raw image\n", s.log())
+    until(lambda: re.search(f"image {image} looks like {name}: .* raw image\n", s.log()),
+          what="the remark")
     assert s.client().pread(len(head)) == head
 
 
 @pytest.mark.parametrize("mode", ["--target", "--cow-target"])
 def test_empty_image_is_told(server, disk, mode):
     s = server(args=[mode, *ANY_PORT, disk(0)])
-    assert "is empty" in s.log() and s.client().size == 0
+    until(lambda: "is empty" in s.log(), what="the remark")
+    assert s.client().size == 0
 
 
 def test_usual_image_is_not_remarked_on(server, image):
     s = server(image)
+    s.stop()
     assert "looks like" not in s.log() and "empty" not in s.log()
 
 

@@ -78,7 +78,6 @@ def test_silent_client_that_leaves_makes_room(parked, end):
     assert clients[5].pread(512) == pattern(0, 512)
 
 
-@hazard("a client that is parked is counted twice, or not")
 def test_each_request_counts_once_while_clients_come_and_go(parked, tmp_path):
     """Whoever asks meanwhile: a client is told by one thread or by another, never by two or none."""
     control = tmp_path / "ctl"
