@@ -314,8 +314,7 @@ static void read_boot_id(uint8_t *id)
 		close(fd);
 	for (int i = 0; i < BOOT_ID_SIZE; i++, p += 2) {
 		p += *p == '-';
-		if (sscanf(p, "%2hhx", &id[i]) != 1)
-			id[i] = 0;
+		id[i] = (uint8_t)strtoul((char[]){ p[0], p[1], '\0' }, NULL, 16);
 	}
 }
 
