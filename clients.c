@@ -28,7 +28,7 @@ enum {
 	SPIN_US = 50,
 	SPIN_ROUNDS = 16,	/* then poll(), for the sake of the others */
 	SPIN_CONNS = 4,		/* busy ones in a round; with more, poll() costs little each */
-	SPIN_SKIP = 8,		/* sleeps without spinning after it did not pay */
+	SPIN_SKIP = 32,		/* sleeps without spinning after it did not pay */
 
 	PARK_FROM = 16,		/* connections of a thread: to poll fewer costs nothing */
 	SWEEP_MS = 250,
