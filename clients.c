@@ -25,10 +25,10 @@ enum {
 	 * Spinning: after a request, look for the next one for a while before sleeping, since to
 	 * sleep and be woken costs more than most requests.  Only while that pays.
 	 */
-	SPIN_US = 50,
+	SPIN_US = 65,
 	SPIN_ROUNDS = 16,	/* then poll(), for the sake of the others */
 	SPIN_CONNS = 4,		/* busy ones in a round; with more, poll() costs little each */
-	SPIN_SKIP = 32,		/* sleeps without spinning after it did not pay */
+	SPIN_SKIP_MAX = 64,	/* sleeps without spinning after it did not pay, again and again */
 
 	PARK_FROM = 16,		/* connections of a thread: to poll fewer costs nothing */
 	SWEEP_MS = 250,
@@ -49,7 +49,7 @@ struct client_thread {
 	uint64_t sweep_due;		/* now_ms() at which it looks for silent clients */
 	struct conn *busy[SPIN_CONNS];	/* that had input in this round, and did not end */
 	unsigned busy_count;		/* how many had, also if that is more */
-	unsigned spin_skip;		/* see spin() */
+	unsigned spin_skip, spin_pause;	/* sleeps without, still; after the next time in vain */
 };
 
 /* The parking thread is the first; those that serve come behind it. */
@@ -345,15 +345,22 @@ static bool spin_for(struct client_thread *t)
 	return paid;
 }
 
-/* Spin if that has not just been in vain, and if a processor is left for those we wait for. */
+/* Spin if that has not been in vain lately, and if a processor is left for those we wait for. */
 static void spin(struct client_thread *t)
 {
 	if (t->spin_skip > 0) {
 		t->spin_skip--;
 		return;
 	}
-	if (atomic_fetch_add(&clients.spinners, 1) < clients.spinners_max && !spin_for(t))
-		t->spin_skip = SPIN_SKIP;
+	if (atomic_fetch_add(&clients.spinners, 1) < clients.spinners_max) {
+		if (spin_for(t)) {
+			t->spin_pause = 1;
+		} else {
+			if (t->spin_pause < SPIN_SKIP_MAX)
+				t->spin_pause *= 2;
+			t->spin_skip = t->spin_pause;
+		}
+	}
 	atomic_fetch_sub(&clients.spinners, 1);
 }
 
@@ -388,6 +395,7 @@ static int start_client_thread(struct client_thread *t)
 
 	memset(t, 0, sizeof(*t));
 	t->sweep_due = UINT64_MAX;
+	t->spin_pause = 1;
 	err = loop_init(&t->loop);
 	if (!workspace_init(&t->workspace, &t->loop) && !err)
 		err = -ENOMEM;

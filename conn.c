@@ -98,6 +98,7 @@ bool workspace_init(struct workspace *w, struct loop *loop)
 
 void workspace_free(struct workspace *w)
 {
+	free(w->spare);
 	free(w->rx);
 	tx_free(w->tx);
 }
@@ -181,7 +182,10 @@ static void free_request(struct conn *c, struct request *r)
 		order_remove(&r->change);
 	if (r->extent)
 		free(r->extent);
-	free(r);
+	if (c->workspace->spare)
+		free(r);
+	else
+		c->workspace->spare = r;
 }
 
 static void free_requests(struct conn *c, struct request **list)
@@ -721,8 +725,9 @@ static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 
 static struct request *new_request(struct conn *c, const struct proto_request *h)
 {
-	struct request *r = malloc(sizeof(*r));	/* faster than calloc(), with more than one C library */
+	struct request *r = c->workspace->spare ? c->workspace->spare : malloc(sizeof(*r));
 
+	c->workspace->spare = NULL;
 	if (r) {
 		memset(r, 0, sizeof(*r));
 		r->conn = c;

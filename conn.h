@@ -25,6 +25,7 @@ struct workspace {
 	struct loop *loop;
 	struct tx *tx;			/* empty between turns */
 	uint8_t *rx;
+	struct request *spare;		/* the last that was freed; most are done before the next one comes */
 };
 
 /* How a connection begins. */
