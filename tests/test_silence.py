@@ -39,10 +39,12 @@ def parked(server, image):
     """parked(*options, count=MANY): (server, clients), who have been silent until they were parked."""
     def start(*options, count=MANY):
         s = server(image, "--threads", "2", *options)
-        clients = [s.client() for _ in range(count)]
-        for i, c in enumerate(clients):
-            assert c.pread(512, 512 * i) == pattern(512 * i, 512)
-        threads = s.status("Threads")
+        clients = []
+        for i in range(count):
+            clients.append(s.client())
+            assert clients[i].pread(512, 512 * i) == pattern(512 * i, 512)
+            if i == 8:          # too few to be parked, and all other threads are there
+                threads = s.status("Threads")
         until(lambda: s.status("Threads") > threads, what="the thread for those who are silent")
         time.sleep(1)           # for all of them; what follows holds in any case
         return s, clients
