@@ -101,7 +101,7 @@ struct gate {
 
 /*
  * What all clients have asked for and not got yet, and how much that may be.  A client that has
- * nothing may ask all the same, until it is eight times as much.
+ * nothing may ask all the same.
  */
 struct load {
 	atomic_size_t requests;

@@ -61,7 +61,6 @@ enum {
 	TURN_BYTES = 4 * 1024 * 1024,	/* of replies and payloads; then it is another one's turn */
 	STEP_COST = 4096,		/* bytes that a request counts for besides */
 
-	CROWD = 8,			/* times the bound of all clients, where each has one request */
 	IN_FLIGHT_MAX = 512,
 	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more piece may pass it */
 
@@ -123,16 +122,14 @@ struct conn *conn_new(int fd, enum greeting greeting, const struct proto_exports
 }
 
 /*
- * Whether a client has enough: all of its own, or more than twice of what is left to others.  One that
- * has nothing may go over the bound, unless too many have.
+ * Whether a client has enough: all of its own, or more than twice of what is left to others.  One
+ * that has nothing may go over the bound: others may hold what they have for ever.
  */
 static bool is_enough(size_t own, size_t own_max, const atomic_size_t *total, size_t max)
 {
 	size_t now = atomic_load(total), room = now < max ? max - now : 0;
 
-	if (own == 0)
-		return now / CROWD >= max;
-	return own >= own_max || room == 0 || own / 2 > room;
+	return own > 0 && (own >= own_max || room == 0 || own / 2 > room);
 }
 
 /* Whether no more data may be on its way for that client. */
@@ -146,8 +143,7 @@ static void unload(atomic_size_t *total, size_t n, size_t max)
 {
 	size_t before = atomic_fetch_sub(total, n), after = before - n;
 
-	if ((before >= max / 2 && after < max / 2) || (before >= max && after < max) ||
-	    (before / CROWD >= max && after / CROWD < max))
+	if ((before >= max / 2 && after < max / 2) || (before >= max && after < max))
 		load.room();
 }
 
@@ -1048,6 +1044,11 @@ static bool put_piece(struct conn *c)
 			put_read_header(c, r);
 		put_read_data(c, r, piece);
 		return true;
+	}
+	if (has_data_enough(c)) {	/* what has been read is taken first, and is no more */
+		conn_flush(c);
+		if (c->state == CONN_DEAD || c->backlog)
+			return false;
 	}
 	piece = add_piece(c);
 	if (!piece)

@@ -32,6 +32,7 @@ enum {
 	AHEAD_MAX = 8 * 1024 * 1024,	/* bytes that are fetched ahead of a reader */
 	ZERO_PIECE = 64 * 1024,		/* zeros are looked for in pieces of this */
 	STORE_HERE = 256 * 1024,	/* by the origin's thread at most, if that does not block */
+	STORED_MS = 1000,		/* without a failure: what is fetched can be stored again */
 };
 
 struct fetch {
@@ -92,15 +93,19 @@ static int fetch_store(const struct fetch *fetch, enum how how)
 	return ret;
 }
 
-/* Once for each time that it begins to fail. */
+/*
+ * Once for each time that it begins to fail.  Zeros may find room where data does not, so it is over
+ * when nothing has failed for a while.
+ */
 static void log_store(struct fetcher *f, int error)
 {
-	if (atomic_exchange(&f->cannot_store, error != 0) == (error != 0))
-		return;
-	if (error)
+	uint64_t failed = atomic_load(&f->failed);
+
+	if (error && atomic_exchange(&f->failed, now_ms()) == 0)
 		log_error("cannot cache what is read from the origin: %s; going on without",
 			 strerror(-error));
-	else
+	else if (!error && failed && now_ms() - failed >= STORED_MS &&
+		 atomic_compare_exchange_strong(&f->failed, &failed, 0))
 		log_line("what is read from the origin is cached again");
 }
 

@@ -22,7 +22,7 @@ enum {
 struct fetcher {
 	struct layer *layer;
 	struct origin *origin;
-	atomic_bool cannot_store;	/* has been logged */
+	atomic_uint_least64_t failed;	/* now_ms() when storing failed last; 0: that is over */
 	atomic_uint demanded;		/* fetches for clients that wait */
 	pthread_mutex_t lock;		/* guards what follows, and requests that wait; a leaf */
 	struct fetch *bucket[FETCH_BUCKETS];	/* what is fetched for clients, by region */

@@ -497,8 +497,8 @@ static void check_together(const struct options *o)
 		usage_error("--ctl is not for a proxy: its last argument is CONTROL_SOCKET_PATH");
 	if (o->unix_mode && !o->unix_path)
 		usage_error("--unix-mode needs --unix");
-	if (o->allows && o->unix_path && !o->lport_given && !o->laddrs)
-		usage_error("--allow is about TCP clients, and with --unix alone there are none");
+	if (o->of_tcp && o->unix_path && !o->lport_given && !o->laddrs)
+		usage_error("%s is about TCP clients, and with --unix alone there are none", o->of_tcp);
 }
 
 static void take_proxy_arguments(struct options *o)
@@ -537,6 +537,8 @@ void options_parse(struct options *o, int argc, char **argv)
 	o->mode = line.chosen->modes;
 	o->lport_given = has("lport");
 	o->create = has("create");
+	o->of_tcp = o->allows ? "--allow" : o->max_per_host ? "--max-per-host" :
+		    has("keepalive") ? "--keepalive" : NULL;
 	check_together(o);
 	if (o->mode == MODE_PROXY)
 		take_proxy_arguments(o);

@@ -41,6 +41,7 @@ struct options {
 
 	unsigned long lport;
 	bool lport_given;
+	const char *of_tcp;	/* an option that is about TCP clients; or NULL */
 	const char **laddr;	/* laddrs of them */
 	unsigned laddrs;
 	const char *unix_path;

@@ -304,14 +304,15 @@ static bool take_client(struct server *s, int fd, const char *option)
 	return true;
 }
 
-/* Whether there can be clients with addresses, where only some of these may connect. */
-static bool allow_is_of_use(const struct server *s)
+/* Whether there can be clients with addresses, where an option is about these. */
+static bool options_are_of_use(const struct server *s)
 {
-	bool of_use = !s->options.allows || listen_has_tcp() ||
+	bool of_use = !s->options.of_tcp || listen_has_tcp() ||
 		      (s->single_fd >= 0 && !is_unix_socket(s->single_fd));
 
 	if (!of_use)
-		log_failure("--allow is about TCP clients, and at a Unix socket there are none");
+		log_failure("%s is about TCP clients, and at a Unix socket there are none",
+			    s->options.of_tcp);
 	return of_use;
 }
 
@@ -506,7 +507,7 @@ static bool start(struct server *s)
 	    is_image(&s->options, s->options.logpath) || !open_sockets(s))
 		return false;
 	opening = 0;
-	if (!allow_is_of_use(s) || !control_open(&s->options) || !write_pidfile(s) ||
+	if (!options_are_of_use(s) || !control_open(&s->options) || !write_pidfile(s) ||
 	    !give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start())
 		return false;
 	log_line("%s", confine_is_in_force() ? "confined to the files that are needed" :

@@ -610,12 +610,22 @@ mutant("READs are searched for holes again and again",
        "backend.c", "if (took > SLOW_LOOK_US)", "if (took > SLOW_LOOK_US && false)",
        tests="test_hazards.py::test_reads_are_not_searched_for_holes_where_that_takes_long")
 mutant("what waits counts as if it held memory", "requests that wait shut out those that need not",
+       "conn.c", "return own > 0 && (own >= own_max || room == 0 || own / 2 > room);",
+       "return own > 0 ? own >= own_max || room == 0 || own / 2 > room : now / 8 >= max;",
        "conn.c", "\tc->buffered += r->counted;",
        "\tc->buffered += r->counted;\n\tatomic_fetch_add(&load.bytes, r->counted);",
        "conn.c", "\tc->buffered -= r->counted;",
        "\tc->buffered -= r->counted;\n\tatomic_fetch_sub(&load.bytes, r->counted);",
        tests="test_control.py::test_reads_that_wait_for_the_origin_shut_nobody_out "
              "test_control.py::test_clients_that_take_no_replies_shut_nobody_out")
+mutant("clients that have nothing are shut out", "requests that wait shut out those that need not",
+       "conn.c", "return own > 0 && (own >= own_max || room == 0 || own / 2 > room);",
+       "return own > 0 ? own >= own_max || room == 0 || own / 2 > room : now / 8 >= max;",
+       tests="test_control.py::test_writes_that_wait_for_the_origin_shut_nobody_out "
+             "test_control.py::test_clients_that_take_no_replies_shut_nobody_out_of_a_full_disk")
+mutant("a stream has its next piece while nothing is taken", "requests that wait shut out those that need not",
+       "conn.c", "if (has_data_enough(c)) {\t/*", "if (false) {\t/*",
+       tests="test_control.py::test_clients_that_take_no_replies_shut_nobody_out_of_a_full_disk")
 mutant("a start looks at its images itself", "a start waits for a disk that is slow",
        "exports.c", "worker_submit(&e->look, &e->export.lane);", "look_at_image(&e->look);",
        tests="test_hazards.py::test_start_does_not_wait_for_a_slow_disk")

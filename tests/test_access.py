@@ -217,6 +217,8 @@ def test_clients_of_unix_sockets_are_not_asked(allowing, tmp_path):
 
 def test_allow_without_tcp_is_refused(run_server, image, tmp_path):
     refused(run_server("--target", "--unix", tmp_path / "sock", *allow("::1"), image), 2, "--allow")
+    for option in "--max-per-host", "--keepalive":
+        refused(run_server("--target", "--unix", tmp_path / "sock", option, "2", image), 2, option)
     assert os.listdir(tmp_path) == [image.name]
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import stat
@@ -250,6 +251,61 @@ def test_clients_that_take_no_replies_shut_nobody_out(run_proxy, length):
         done(bgctl("--switch", s.control), out=None)
         assert is_answered_beside(s, [60 << 20])
         assert state(s.control)["buffer-bytes"] <= 64 << 20
+
+
+@hazard("requests that wait shut out those that need not")
+def test_writes_that_wait_for_the_origin_shut_nobody_out(run_proxy):
+    """These do hold memory: more than may be, all together."""
+    with Origin(lambda at, length: pattern(at, length), size=256 << 20) as o:
+        s = run_proxy(o, "--origin-timeout", "600", "--max-buf-size", "64K")
+        s.client().pread(4096, 255 << 20)
+        o.freeze()
+        waiting = [s.client() for _ in range(40)]
+        for i, c in enumerate(waiting):
+            c.request(NBD_CMD_WRITE, (i << 20) + 1, 64 * 1024, payload=bytes(64 * 1024))
+        until(lambda: state(s.control)["pending-requests"] >= 40, what="all of them")
+        assert is_answered_beside(s, [255 << 20])
+        o.thaw()
+        for c in waiting:
+            assert not any(r.error for r in c.collect_all().values())
+
+
+@hazard("requests that wait shut out those that need not")
+def test_clients_that_take_no_replies_shut_nobody_out_of_a_full_disk(run_proxy):
+    """What they asked for cannot be stored: each holds one piece of it."""
+    with Origin(lambda at, length: pattern(at, length), size=256 << 20) as o:
+        s = run_proxy(o)
+        s.client().pread(4096, 0)
+        resource.prlimit(s.proc.pid, resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+        paused = [s.client() for _ in range(120)]
+        for i, c in enumerate(paused):
+            c.request(NBD_CMD_READ, (8 + i) << 20, 1 << 20)
+        until(lambda: state(s.control)["buffer-bytes"] >= 100 << 18, what="a piece of most of them")
+        with s.client(timeout=5) as c:
+            for at in 0, 4096, 200 << 20, 201 << 20:
+                assert c.pread(4096, at) == pattern(at, 4096)
+            c.pwrite(pattern(0, 4096), 0)
+        assert state(s.control)["buffer-bytes"] <= (3 << 20) + (121 << 18)
+
+
+def test_failure_to_cache_is_told_once_though_zeros_find_room(run_proxy):
+    """They become holes, which a full disk has room for."""
+    def content(at, length):
+        return pattern(at, length) if at >> 20 & 1 else bytes(length)
+
+    with Origin(content, size=64 << 20) as o:
+        s = run_proxy(o)
+        resource.prlimit(s.proc.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        with s.client() as c:
+            for i in range(400):
+                at = (1 + i % 60 << 20) + i * 4096
+                assert c.pread(4096, at) == content(at, 4096)
+            assert s.log().count("cannot cache what is read from the origin") == 1, s.log()
+            resource.prlimit(s.proc.pid, resource.RLIMIT_FSIZE,
+                             (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            time.sleep(1.1)         # without a failure
+            c.pread(4096, 63 << 20)
+            until(lambda: "is cached again" in s.log(), what="the end of it")
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "75845", "10809x", "http"])
