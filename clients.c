@@ -214,12 +214,14 @@ static void stop_clients(struct client_thread *t)
 
 static void take_mail(struct client_thread *t)
 {
-	bool admit, stop = atomic_load(&clients.stopped);	/* before what was posted before that */
+	bool admit;
 
 	loop_deliver(&t->loop);
 	admit = atomic_exchange(&t->admit, false);
-	if (stop && !t->stopping)
+	if (atomic_load(&clients.stopped) && !t->stopping) {
+		loop_deliver(&t->loop);		/* what was posted before that */
 		stop_clients(t);
+	}
 	for (size_t i = 0; i < t->loop.count && admit; i++)
 		if (conn_admit(conn_of(t->loop.source[i])))
 			t->loop.source[i]->due = 0;

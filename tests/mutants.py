@@ -626,6 +626,16 @@ mutant("clients that have nothing are shut out", "requests that wait shut out th
 mutant("a stream has its next piece while nothing is taken", "requests that wait shut out those that need not",
        "conn.c", "if (has_data_enough(c)) {\t/*", "if (false) {\t/*",
        tests="test_control.py::test_clients_that_take_no_replies_shut_nobody_out_of_a_full_disk")
+mutant("a thread looks whether to stop before it hears what it is woken for",
+       "a stop that comes while a client leaves is missed",
+       "clients.c", "\tbool admit;\n\n\tloop_deliver(&t->loop);",
+       "\tbool admit, stop = atomic_load(&clients.stopped);\n\n\tusleep(5000);\n\tloop_deliver(&t->loop);",
+       "clients.c", "if (atomic_load(&clients.stopped) && !t->stopping) {", "if (stop && !t->stopping) {",
+       "clients.c", "#include <errno.h>", "#include <errno.h>\n#include <unistd.h>",
+       tests="test_service.py::test_stop_while_a_client_leaves_ends_at_once")
+mutant("zeros that find room end a full disk", "a client floods the log",
+       "fetch.c", "now_ms() - failed >= STORED_MS &&", "true &&",
+       tests="test_control.py::test_failure_to_cache_is_told_once_though_zeros_find_room")
 mutant("a start looks at its images itself", "a start waits for a disk that is slow",
        "exports.c", "worker_submit(&e->look, &e->export.lane);", "look_at_image(&e->look);",
        tests="test_hazards.py::test_start_does_not_wait_for_a_slow_disk")

@@ -288,6 +288,7 @@ def test_clients_that_take_no_replies_shut_nobody_out_of_a_full_disk(run_proxy):
         assert state(s.control)["buffer-bytes"] <= (3 << 20) + (121 << 18)
 
 
+@hazard("a client floods the log")
 def test_failure_to_cache_is_told_once_though_zeros_find_room(run_proxy):
     """They become holes, which a full disk has room for."""
     def content(at, length):
@@ -295,7 +296,7 @@ def test_failure_to_cache_is_told_once_though_zeros_find_room(run_proxy):
 
     with Origin(content, size=64 << 20) as o:
         s = run_proxy(o)
-        resource.prlimit(s.proc.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        resource.prlimit(s.proc.pid, resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
         with s.client() as c:
             for i in range(400):
                 at = (1 + i % 60 << 20) + i * 4096

@@ -1210,6 +1210,18 @@ def test_connected_fd_that_is_not_open_is_refused(run_server, image):
     refused(run_server("--target", "--connected-fd", "777", image), 1, "777")
 
 
+@hazard("a stop that comes while a client leaves is missed")
+def test_stop_while_a_client_leaves_ends_at_once(server, image):
+    """At many moments: its thread may be about to sleep."""
+    for n in range(25):
+        s = server(image)
+        with s.client():
+            pass
+        time.sleep(n * 0.0004)
+        begun = time.monotonic()
+        assert s.stop() == 0 and time.monotonic() - begun < 3
+
+
 @pytest.mark.parametrize("options", ["--inetd", "--connected-fd {fd}"])
 def test_single_client_is_closed_when_the_server_is_stopped(single, options):
     s, c = single(options, stdin=THEIRS)
