@@ -1200,7 +1200,7 @@ def test_many_clients_hold_one_piece_each_beyond_the_bound(proxy, original):
         for i, c in enumerate(clients):
             for n in range(3):
                 c.request(WRITE, (3 * i + n) * 64 * KIB + 1, payload=bytes([i + 1]) * length)
-        until(lambda: p.query("buffer-bytes") >= 60 * length, what="one of each")
+        until(lambda: p.query("pending-requests") >= 60, what="one of each")
         for _ in range(30):
             assert p.query("buffer-bytes") <= 4 * 64 * KIB + 60 * length
             time.sleep(0.01)            # a measurement
