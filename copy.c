@@ -95,7 +95,8 @@ static void request_ended(struct copy *c, int error)
 	if (!c->status.error)
 		c->status.error = error;
 	c->under_way--;
-	pthread_cond_signal(&c->changed);
+	if (c->under_way <= c->window / 4 || copy_is_over(c))	/* of thirds: a quarter at a time */
+		pthread_cond_signal(&c->changed);
 	pthread_mutex_unlock(&c->lock);
 }
 

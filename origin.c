@@ -49,6 +49,8 @@ enum {
 
 	OWED_MAX = 512,			/* requests outstanding */
 	RX_BYTES = 256 * 1024,
+	LARGE = 32 * 1024,		/* answers of which only the heads go through the buffer */
+	HEADS_BYTES = 128,
 
 	KEEPALIVE_S = 120,		/* while it owes nothing */
 	PROGRESS = 1024,		/* bytes; less in the time allowed counts as silence */
@@ -584,15 +586,18 @@ static const char *take_replies(struct link *l)
 /* Receive once: what is left of the data straight to its place. */
 static const char *link_receive(struct link *l)
 {
+	const struct origin_request *r = l->owed.first;
 	size_t direct = l->place ? l->reply.payload : 0;
+	size_t most = r && !r->extent && r->len >= LARGE ? HEADS_BYTES : RX_BYTES;
 	struct iovec iov[2] = {
 		{ .iov_base = l->place, .iov_len = direct },
-		{ .iov_base = l->rx + l->rx_to, .iov_len = RX_BYTES - l->rx_to },
+		{ .iov_base = l->rx + l->rx_to, .iov_len = most - l->rx_to },
 	};
 	struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
 	ssize_t n = recvmsg(l->source.fd, &msg, 0);
 	const char *wrong = NULL;
 
+	assert(l->rx_to < HEADS_BYTES);		/* a part of a head, at most */
 	if (n == 0)
 		return "it closed the connection";
 	if (n < 0)
