@@ -45,55 +45,14 @@ static uint16_t transmission_flags(const struct backend *b)
 }
 
 void export_init(struct export *e, struct backend *backend, const char *name,
-		 const char *description, void (*emptied)(void), void (*opened)(void))
+		 const char *description)
 {
 	e->backend = backend;
 	e->proto.name = name;
 	e->proto.description = description;
 	e->proto.size = backend->size;
 	e->proto.flags = transmission_flags(backend);
-	atomic_init(&e->gate.inside, 0);
-	atomic_init(&e->gate.closed, false);
-	e->gate.emptied = emptied;
-	e->gate.opened = opened;
 	backend->name = name;
-}
-
-/*
- * Going in and closing meet on two variables: who goes in counts itself and then looks whether
- * the gate is closed, who closes sets the flag and then looks at the count.  One of them sees
- * the other.
- */
-bool gate_enter(struct gate *g)
-{
-	atomic_fetch_add(&g->inside, 1);
-	if (!atomic_load(&g->closed))
-		return true;
-	gate_leave(g);
-	return false;
-}
-
-void gate_hold(struct gate *g)
-{
-	atomic_fetch_add(&g->inside, 1);
-}
-
-void gate_leave(struct gate *g)
-{
-	if (atomic_fetch_sub(&g->inside, 1) == 1 && atomic_load(&g->closed))
-		g->emptied();
-}
-
-bool gate_close(struct gate *g)
-{
-	atomic_store(&g->closed, true);
-	return atomic_load(&g->inside) == 0;
-}
-
-void gate_open(struct gate *g)
-{
-	atomic_store(&g->closed, false);
-	g->opened();
 }
 
 /* Whether the extents of r describe all of its range, and there is a hole. */
@@ -241,13 +200,16 @@ static int apply(struct request *r, const struct span *s, enum how how)
 /* What is left of a change, step by step. */
 static int go_on_with_change(struct request *r, enum how how)
 {
-	struct span s;
+	struct order *order = r->backend->order;
+	struct span s = r->at;
 	int ret;
 
+	if (!r->change.order)
+		r->change.emptied = emptied;
 	do {
 		bool hint;
 
-		ret = order_begin(&r->change, STEP_BYTES_MAX, how == WAIT, &s);
+		ret = order_begin(order, &r->change, STEP_BYTES_MAX, how == WAIT, &s);
 		if (ret != 1)
 			break;
 		ret = request_is_abandoned(r) ? -ECANCELED : apply(r, &s, how);
@@ -277,14 +239,6 @@ static bool trim_to_blocks(struct request *r)
 		return false;
 	r->at = (struct span){ from, end - from };
 	return true;
-}
-
-/* A change that has just come: at once, or it keeps its place in the order. */
-static int begin_change(struct request *r)
-{
-	r->change.emptied = emptied;
-	order_add(r->backend->order, &r->change, r->at.len, r->at.off);
-	return go_on_with_change(r, TRY);
 }
 
 /* Whether a READ can be answered in pieces: its blocks are held, or have been brought once. */
@@ -319,28 +273,16 @@ static int request_run(struct request *r, enum how how)
 		assert(proto_cmd_writes(r->h.cmd));
 		if (r->h.cmd == NBD_CMD_TRIM && !trim_to_blocks(r))
 			return 0;
-		return r->change.order ? go_on_with_change(r, how) : begin_change(r);
+		return go_on_with_change(r, how);
 	}
 }
 
-static void leave_gate(struct request *r)
-{
-	if (r->inside) {
-		r->inside = false;
-		gate_leave(r->gate);
-	}
-}
-
-/*
- * The flush that FUA asks for; the flag is taken off, so that it happens once.  It may take
- * long, and does not hold up who closes the gate.
- */
+/* The flush that FUA asks for; the flag is taken off, so that it happens once. */
 int request_commit(struct request *r)
 {
 	if (!(r->h.flags & NBD_CMD_FLAG_FUA) || !proto_cmd_writes(r->h.cmd))
 		return 0;
 	r->h.flags &= (uint16_t)~NBD_CMD_FLAG_FUA;
-	leave_gate(r);
 	return r->backend->ops->flush(r->backend, r);
 }
 
@@ -379,17 +321,15 @@ static void submit(struct request *r)
 	worker_submit(&r->job, r->job.lane);
 }
 
-/* Bring what it lacks; it waits outside the gate. */
+/* Bring what it lacks. */
 static void fetch(struct request *r, enum how how)
 {
-	int ret;
+	int ret = r->backend->ops->fetch(r->backend, r, how);
 
-	leave_gate(r);
-	ret = r->backend->ops->fetch(r->backend, r, how);
 	if (ret == 0)
 		request_again(r);
 	else if (ret == -EAGAIN)
-		submit(r);	/* a READ, which changes nothing: it needs no place inside the gate */
+		submit(r);
 	else if (ret != PENDING)
 		request_done(r, ret);
 }
@@ -407,13 +347,10 @@ static void run_request_job(struct job *job)
 
 void request_queue(struct request *r)
 {
-	if (r->absent) {
+	if (r->absent)
 		fetch(r, TRY);
-		return;
-	}
-	r->inside = true;
-	gate_hold(r->gate);
-	submit(r);
+	else
+		submit(r);
 }
 
 bool request_take_back(struct request *r)

@@ -19,7 +19,7 @@ enum how {
 enum {
 	/*
 	 * Of flush and fetch: the backend keeps the request, and will call request_done() or
-	 * request_again() for it, from any thread.  It is outside the gate meanwhile.
+	 * request_again() for it, from any thread.
 	 */
 	PENDING = 1,
 
@@ -65,9 +65,9 @@ struct backend_ops {
 	bool (*holds)(struct backend *b, uint64_t len, uint64_t off);
 
 	/*
-	 * Begin to bring what the request lacks: a READ its range, others what r->at says.  Called
-	 * outside the gate.  PENDING, or -errno, -EAGAIN for TRY, or 0: try again.  Of a READ up to
-	 * READ_PIECE and of a BLOCK_STATUS that are PENDING the answer is made, of others not.
+	 * Begin to bring what the request lacks: a READ its range, others what r->at says.
+	 * PENDING, or -errno, -EAGAIN for TRY, or 0: try again.  Of a READ up to READ_PIECE and of
+	 * a BLOCK_STATUS that are PENDING the answer is made, of others not.
 	 */
 	int (*fetch)(struct backend *b, struct request *r, enum how how);
 
@@ -89,17 +89,6 @@ struct backend {
 };
 
 /*
- * A gate before a backend.  Whoever reads or changes the disk is inside.  The main thread may
- * close it; who then comes is turned away, and woken when it opens.
- */
-struct gate {
-	atomic_uint inside;
-	atomic_bool closed;
-	void (*emptied)(void);		/* closed, and nobody is inside any more; any thread */
-	void (*opened)(void);		/* wakes those who were turned away */
-};
-
-/*
  * What all clients have asked for and not got yet, and how much that may be.  A client that has
  * nothing may ask all the same.
  */
@@ -115,26 +104,11 @@ extern struct load load;
 struct export {
 	struct proto_export proto;
 	struct backend *backend;
-	struct gate gate;
 	struct lane lane;		/* of its requests, when they wait for the disk */
 };
 
 void export_init(struct export *e, struct backend *backend, const char *name,
-		 const char *description, void (*emptied)(void), void (*opened)(void));
-
-/* Go inside.  False if the gate is closed: then nobody has gone in. */
-bool gate_enter(struct gate *g);
-
-/* Stay inside once more, for a request that others complete.  The caller is inside. */
-void gate_hold(struct gate *g);
-void gate_leave(struct gate *g);
-
-/*
- * Main thread.  gate_close() does not wait: true if nobody is inside, else emptied is called
- * when that is so, and gate_close() may be called again to see.
- */
-bool gate_close(struct gate *g);
-void gate_open(struct gate *g);
+		 const char *description);
 
 enum {
 	READ_PIECE = 256 * 1024,	/* a READ of more is answered in pieces of this */
@@ -166,7 +140,7 @@ bool request_take_back(struct request *r);
 /* A backend completes a request that was PENDING, with 0 or -errno.  Any thread. */
 void request_done(struct request *r, int error);
 
-/* The same for one that is to be carried out again: it goes through the gate for that. */
+/* The same for one that is to be carried out again. */
 void request_again(struct request *r);
 
 /* The memory for the data of a READ or WRITE, counted, of its own from then on; or NULL. */

@@ -24,7 +24,7 @@ void clients_add(struct conn *c);
 /* How many connections there are, also of clients that are gone.  Any thread. */
 size_t clients_count(void);
 
-/* Let connections that a gate turned away, or that had no room, try again.  Any thread. */
+/* Let connections that had no room try again.  Any thread. */
 void clients_admit(void);
 
 /* Ask all connections to finish.  Does not wait. */

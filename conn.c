@@ -594,12 +594,9 @@ static void conn_settle(struct conn *c, struct request *r, int ret)
 
 static void conn_complete(struct conn *c, struct request *r)
 {
-	struct gate *gate = r->inside ? r->gate : NULL;
-
 	*r->back = r->sibling;
 	if (r->sibling)
 		r->sibling->back = r->back;
-	r->inside = false;
 	if (!r->again || c->state == CONN_DEAD) {
 		conn_settle(c, r, -r->error);
 	} else if (r->whole && r->h.cmd == NBD_CMD_READ) {
@@ -608,8 +605,6 @@ static void conn_complete(struct conn *c, struct request *r)
 	} else {
 		append(&c->back_end, r);
 	}
-	if (gate)
-		gate_leave(gate);
 }
 
 static void take_back_mail(struct mail *m)
@@ -729,7 +724,6 @@ static struct request *new_request(struct conn *c, const struct proto_request *h
 		r->conn = c;
 		r->job.lane = &c->export->lane;
 		r->backend = c->export->backend;
-		r->gate = &c->export->gate;
 		r->abandoned = &c->dead;
 		r->done = come_back;
 		r->mail.deliver = take_back_mail;
@@ -1064,7 +1058,6 @@ static bool put_piece(struct conn *c)
 	return true;
 }
 
-/* Go on with the stream, inside the gate. */
 static void go_on_with_stream(struct conn *c)
 {
 	while (c->stream && !c->tired) {
@@ -1114,15 +1107,6 @@ static size_t conn_step(struct conn *c, const uint8_t *p, size_t n)
 	}
 }
 
-/* Go through the gate, for the rest of this turn.  False if it is closed. */
-static bool go_inside(struct conn *c)
-{
-	if (!c->inside)
-		c->inside = gate_enter(&c->export->gate);
-	c->turned_away = !c->inside;
-	return c->inside;
-}
-
 /*
  * What has come back goes on, as long as the client takes replies: the stream first, then requests that
  * are answered, or carried out again.
@@ -1134,11 +1118,11 @@ static void go_on(struct conn *c)
 	for (;;) {
 		struct request *r;
 
-		if (c->stream && go_inside(c))
+		if (c->stream)
 			go_on_with_stream(c);
 		r = c->back;
 		if (!r || c->stream || !make_room(c, reply_bytes(&r->h), ENCODE_IOVS) ||
-		    (r->again && (c->tired || !go_inside(c))))
+		    (r->again && c->tired))
 			return;
 		take_first(&c->back, &c->back_end);
 		if (r->again) {
@@ -1157,7 +1141,7 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 
 	c->blocked = false;
 	while (pos < n) {
-		if ((in_transmission(c) && !go_inside(c)) || c->tired || !may_step(c)) {
+		if (c->tired || !may_step(c)) {
 			c->blocked = true;
 			break;
 		}
@@ -1253,8 +1237,8 @@ static void see_how_it_left(struct conn *c)
 /* Whether requests may be received now. */
 static bool takes_input(const struct conn *c)
 {
-	return c->state < CONN_FINISHING && !c->backlog && !c->stream && !c->turned_away &&
-	       !is_full(c) && (c->blocked || !c->stopping);
+	return c->state < CONN_FINISHING && !c->backlog && !c->stream && !is_full(c) &&
+	       (c->blocked || !c->stopping);
 }
 
 /* Receive behind what was kept, unless no more is taken, and take from it what can be taken. */
@@ -1315,9 +1299,6 @@ void conn_turn(struct conn *c, short revents)
 		go_on(c);
 		if ((revents & POLLIN || c->blocked) && takes_input(c))
 			input(c);
-		if (c->inside)
-			gate_leave(&c->export->gate);
-		c->inside = false;
 		if (!c->backlog)
 			conn_flush(c);
 		revents = 0;
@@ -1365,15 +1346,12 @@ bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes)
 bool conn_may_park(const struct conn *c)
 {
 	return c->state == CONN_REQUEST && is_idle(c) && c->kept_len == 0 && !c->gone &&
-	       !c->stopping && !c->turned_away && !c->stats->unsaid;
+	       !c->stopping && !c->stats->unsaid;
 }
 
 bool conn_admit(struct conn *c)
 {
-	bool waits = c->turned_away || (c->blocked && !c->backlog);
-
-	c->turned_away = false;
-	return waits;
+	return c->blocked && !c->backlog;
 }
 
 void conn_stop(struct conn *c)

@@ -77,8 +77,6 @@ struct conn {
 	bool gone;			/* the client has closed its side, or all of it */
 	bool orderly;			/* gone, and all that it sent is kept, with a DISC in it */
 	bool blocked;			/* kept may hold whole requests, taken when there is room */
-	bool inside;			/* the gate, in this turn */
-	bool turned_away;		/* by the gate: goes on when it opens */
 	bool lively;			/* had something to read in its last turn */
 	bool tired;			/* that has ended before all was done: another must follow */
 
@@ -116,7 +114,7 @@ bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes);
 /* Whether nothing is to be done until the client speaks. */
 bool conn_may_park(const struct conn *c);
 
-/* The gate has opened, or there is room again.  True if a conn_turn() must follow. */
+/* There is room again.  True if a conn_turn() must follow. */
 bool conn_admit(struct conn *c);
 
 /* The server stops: finish what has been received, and close. */

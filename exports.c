@@ -4,8 +4,8 @@
  * Each export has snapshots of its own, one at a time, each in these steps:
  *
  *	wanted		by a signal, for instance, which may come during the one before
- *	begun		when the gate is closed and nobody is inside: its instant; a thread copies
- *	over		when the gate is closed once more it is taken off the disk
+ *	begun		a thread takes its instant, and copies
+ *	over		it is freed, and the next one may begin
  */
 #include "exports.h"
 
@@ -103,7 +103,7 @@ static bool open_export(const struct options *o, const char *name, const char *i
 	e->path = not_null(absolute_path(image));
 	if (e->disk && e->disk->is_file)
 		confine_keep_place("make snapshots of ", e->path, CONFINE_FILES);
-	export_init(&e->export, backend, name, describe_image(image), wake_main, clients_admit);
+	export_init(&e->export, backend, name, describe_image(image));
 	exports.entry[exports.count++] = &e->export.proto;
 	return true;
 }
@@ -230,7 +230,6 @@ const char *exports_snapshot_of(const char *name, const struct export **e, bool 
 	return NULL;
 }
 
-/* Nobody reads or writes: this is the instant that the snapshot shows. */
 static void begin_snapshot(struct exported *e, exports_ended *ended)
 {
 	const char *error;
@@ -252,17 +251,10 @@ static void end_snapshot(struct exported *e, exports_ended *ended)
 
 static void tend_snapshot(struct exported *e, exports_ended *ended)
 {
-	bool over = e->snapshot && snapshot_is_over(e->snapshot);
-
-	if (!over && (e->snapshot || !e->wanted))
-		return;
-	if (!gate_close(&e->export.gate))
-		return;		/* called again when it is empty */
-	if (over)
+	if (e->snapshot && snapshot_is_over(e->snapshot))
 		end_snapshot(e, ended);
-	if (e->wanted)
+	if (e->wanted && !e->snapshot)
 		begin_snapshot(e, ended);
-	gate_open(&e->export.gate);
 }
 
 void exports_tend(exports_ended *ended)
@@ -275,13 +267,9 @@ void exports_tend(exports_ended *ended)
 
 void exports_stop(void)
 {
-	for (size_t i = 0; i < exports.count; i++) {
-		struct exported *e = &exports.all[i];
-
-		if (e->snapshot)
-			snapshot_abandon(e->snapshot);
-		gate_open(&e->export.gate);	/* nobody waits for it any more */
-	}
+	for (size_t i = 0; i < exports.count; i++)
+		if (exports.all[i].snapshot)
+			snapshot_abandon(exports.all[i].snapshot);
 	if (exports.cache)
 		cache_stop(exports.cache);
 }

@@ -18,7 +18,7 @@ struct exported {
 	struct job look;		/* at the image, by a worker */
 	struct disk *disk;		/* what snapshots are taken of; NULL: there are none */
 	struct snapshot *snapshot;	/* that is being made, or NULL */
-	bool wanted;			/* another one, when that is over and the gate is closed */
+	bool wanted;			/* another one, when that is over */
 };
 
 /* The table, for other rooms to read. */

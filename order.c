@@ -1,10 +1,5 @@
 /*
  * order.c - changes of an image that are under way: see order.h.
- *
- * They are in one list.  A change that finds it empty may be stored without it, so that loops need
- * no lock: a place has its blocks meanwhile.  It takes the place, and then looks at the others and
- * at the list; a change that comes to the list then looks at the places.  So of two changes one
- * sees the other.
  */
 #include "order.h"
 
@@ -15,10 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-	SPANS_MAX = 4096,	/* a change in more pieces is waited for, and not cut further */
-	COUNT_BITS = 12,	/* of a place: the number of blocks; above these, the first block */
-};
+enum { SPANS_MAX = 4096 };	/* a change in more pieces is waited for, and not cut further */
 
 void order_init(struct order *o)
 {
@@ -102,37 +94,22 @@ static void take(struct change *c, uint64_t len, uint64_t off)
 
 /* Conflicts.  All of these are called with the lock. */
 
-/* Whether a change without the list has I/O under way there; that with c's place does not count. */
-static bool place_is_taken(const struct change *c, uint64_t len, uint64_t off)
+/* Whether c, or an older one, has I/O under way there. */
+static bool io_is_under_way(const struct change *c, uint64_t len, uint64_t off)
 {
-	for (unsigned i = 0; i < ORDER_PLACES; i++) {
-		uint64_t place = atomic_load(&c->order->place[i].blocks);
-		uint64_t blocks = place & ((1 << COUNT_BITS) - 1);
-
-		if (place && &c->order->place[i] != c->place &&
-		    shares_block((place >> COUNT_BITS) * BLOCK_SIZE, blocks * BLOCK_SIZE, off, len))
+	for (; c; c = c->next)
+		if (shares_block(c->active.off, c->active.len, off, len))
 			return true;
-	}
 	return false;
 }
 
 /* Whether a change has to wait before it begins with I/O there. */
 static bool must_wait(const struct change *c, uint64_t len, uint64_t off)
 {
-	bool older = false;	/* those behind c are */
-
-	if (place_is_taken(c, len, off))
-		return true;
-	for (const struct change *i = c->order->first; i; i = i->next) {
-		if (i == c)
-			older = true;
-		else if (shares_block(i->active.off, i->active.len, off, len) &&
-			 (older || !i->pending))
+	for (const struct change *older = c->next; older; older = older->next)
+		if (older->count >= SPANS_MAX && has_left(older, len, off))
 			return true;
-		else if (older && i->count >= SPANS_MAX && has_left(i, len, off))
-			return true;
-	}
-	return false;
+	return io_is_under_way(c->order->first, len, off);
 }
 
 /* What is stored now is not to be stored by older changes any more. */
@@ -149,11 +126,11 @@ static void take_from_older(const struct change *c, uint64_t len, uint64_t off)
 	}
 }
 
-static void insert_change(struct change *c)
+static void insert_change(struct order *o, struct change *c)
 {
-	c->next = c->order->first;
-	c->order->first = c;
-	c->listed = true;
+	c->order = o;
+	c->next = o->first;
+	o->first = c;
 }
 
 static void remove_change(struct change *c)
@@ -168,78 +145,23 @@ static void remove_change(struct change *c)
 		newer->next = c->next;
 	}
 	c->order = NULL;
-	c->listed = false;
 	if (c->left != &c->one)
 		free(c->left);
 }
 
 /* Changes */
 
-void order_add(struct order *o, struct change *c, uint64_t len, uint64_t off)
+int order_begin(struct order *o, struct change *c, uint64_t max, bool wait, struct span *part)
 {
-	c->order = o;
-	c->one = (struct span){ off, len };
-	c->left = &c->one;
-	c->count = c->room = 1;
-}
-
-/* A free place for all of a change; NULL if there is none, or it does not fit. */
-static struct order_place *claim_place(struct order *o, const struct span *s)
-{
-	uint64_t block = s->off / BLOCK_SIZE, count = (s->off + s->len - 1) / BLOCK_SIZE - block + 1;
-
-	for (unsigned i = 0; i < ORDER_PLACES && count < 1 << COUNT_BITS; i++) {
-		uint64_t none = 0;
-
-		if (atomic_load(&o->place[i].blocks) == 0 &&
-		    atomic_compare_exchange_strong(&o->place[i].blocks, &none,
-						   block << COUNT_BITS | count))
-			return &o->place[i];
-	}
-	return NULL;
-}
-
-static void leave_place(struct change *c)
-{
-	struct order *o = c->order;
-
-	atomic_store(&c->place->blocks, 0);
-	c->place = NULL;
-	if (!atomic_load(&o->first))
-		return;
-	pthread_mutex_lock(&o->lock);
-	pthread_cond_broadcast(&o->ended);
-	pthread_mutex_unlock(&o->lock);
-}
-
-/* Begin with all of a change that has just come, without the list.  False if that cannot be. */
-static bool begin_at_once(struct change *c)
-{
-	struct order *o = c->order;
-
-	if (c->listed || atomic_load(&o->first))
-		return false;
-	c->place = claim_place(o, &c->one);
-	if (!c->place)
-		return false;
-	if (!atomic_load(&o->first) && !place_is_taken(c, c->one.len, c->one.off))
-		return true;
-	leave_place(c);
-	return false;
-}
-
-int order_begin(struct change *c, uint64_t max, bool wait, struct span *part)
-{
-	struct order *o = c->order;
 	int ret = 0;
 
-	if (!wait && begin_at_once(c)) {
-		*part = c->active = c->one;
-		return 1;
-	}
 	pthread_mutex_lock(&o->lock);
-	if (!c->listed)
-		insert_change(c);
+	if (!c->order) {
+		c->one = *part;
+		c->left = &c->one;
+		c->count = c->room = 1;
+		insert_change(o, c);
+	}
 	while (ret == 0 && c->count > 0) {
 		struct span s = c->left[0];
 
@@ -265,17 +187,7 @@ void order_end(struct change *c, bool done, bool stored)
 	struct order *o = c->order;
 	struct span s = c->active;
 
-	if (c->place && done) {
-		leave_place(c);
-		c->order = NULL;
-		return;
-	}
 	pthread_mutex_lock(&o->lock);
-	if (c->place) {		/* it is in the list before newer ones can begin */
-		insert_change(c);
-		atomic_store(&c->place->blocks, 0);
-		c->place = NULL;
-	}
 	c->active.len = 0;
 	if (done)
 		take(c, s.len, s.off);
@@ -303,13 +215,11 @@ bool order_hold(struct order *o, struct change *c, uint64_t len, uint64_t off, b
 {
 	bool alone;
 
-	*c = (struct change){ .order = o, .left = &c->one, .pending = true };
-	c->active = (struct span){ off, len };
+	*c = (struct change){ .left = &c->one, .active = { off, len } };
 	pthread_mutex_lock(&o->lock);
-	insert_change(c);	/* new ones wait for this one: it is its turn some time */
-	while (!(alone = !must_wait(c, len, off)) && wait)
+	insert_change(o, c);	/* nothing begins there any more: it is its turn some time */
+	while (!(alone = !io_is_under_way(c->next, len, off)) && wait)
 		pthread_cond_wait(&o->ended, &o->lock);
-	c->pending = false;
 	if (!alone)
 		remove_change(c);
 	pthread_mutex_unlock(&o->lock);

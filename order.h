@@ -23,20 +23,11 @@ struct span {
 	uint64_t off, len;		/* bytes */
 };
 
-/* Each in a cache line of its own: several threads use them all the time. */
-struct order_place {
-	atomic_uint_least64_t blocks;	/* see order.c; 0: it is free */
-	char space[64 - sizeof(atomic_uint_least64_t)];
-};
-
-enum { ORDER_PLACES = 4 };
-
 struct order {
 	pthread_mutex_t lock;		/* guards the list; emptied() is called with it */
 	pthread_cond_t ended;		/* some I/O has */
-	_Atomic(struct change *) first;	/* those that are under way, the newest first */
+	struct change *first;		/* those that are under way, the newest first */
 	atomic_uint clients;		/* connections by which changes may come */
-	struct order_place place[ORDER_PLACES];	/* of changes that are not in the list */
 };
 
 /* All zero is one that is not under way. */
@@ -55,9 +46,6 @@ struct change {
 	struct span one, *left;		/* what is not stored yet, by position; left may be &one */
 	unsigned count, room;
 	struct span active;		/* I/O is under way here; len is 0 if there is none */
-	bool listed;			/* it has its place in the order */
-	struct order_place *place;	/* its I/O is under way without the list; or NULL */
-	bool pending;			/* a hold that waits for older I/O to end */
 	int error;			/* it cannot go on, -errno */
 };
 
@@ -65,14 +53,12 @@ struct change {
 void order_init(struct order *o);
 void order_destroy(struct order *o);
 
-/* A change has come.  It takes its place in the order when it begins for the first time. */
-void order_add(struct order *o, struct change *c, uint64_t len, uint64_t off);
-
 /*
- * Begin with a part of what is left of a change, at most max bytes.  1, and the part; 0 if nothing
- * is left; -EAGAIN if it would have to wait for I/O and wait is not set; or an error.
+ * Begin with a part of what is left of a change, at most max bytes.  The first time it takes its
+ * place in the order, and *part has all of its range.  1, and the part; 0 if nothing is left;
+ * -EAGAIN if it would have to wait for I/O and wait is not set; or an error.
  */
-int order_begin(struct change *c, uint64_t max, bool wait, struct span *part);
+int order_begin(struct order *o, struct change *c, uint64_t max, bool wait, struct span *part);
 
 /*
  * That I/O has ended.  done: it need not be done again; stored: its data is in the image.  (A TRIM

@@ -1,11 +1,12 @@
 /*
  * snapshot.c - a copy of an image as it was at one instant: see snapshot.h.
  *
- * Where the file system can share blocks (reflink), that is all.  Elsewhere a thread copies the
- * image from its beginning to its end, and a client's change to a block that is not copied yet
- * copies it first.  A bit tells that a block is copied.  A copy of a block is alone with it
- * (order.h), so that it does not change in the middle.  The thread passes holes without setting
- * bits: a client's change finds them as they are, or has set them.
+ * A thread makes it.  Its instant is a moment in which that is alone with all blocks (order.h): what
+ * is being stored is in it, and no change that begins later.  Where the file system can share blocks
+ * (reflink), that is all.  Elsewhere the thread copies the image from its beginning to its end, and a
+ * client's change to a block that is not copied yet copies it first.  A bit tells that a block is
+ * copied.  A copy of a block is alone with it, so that it does not change in the middle.  The thread
+ * passes holes without setting bits: a client's change finds them as they are, or has set them.
  *
  * The file has no name, or a temporary one where that is not possible, until it is complete and
  * durable: fsync(), link(), fsync() of the directory.  A crash before the link leaves nothing, or a
@@ -200,15 +201,17 @@ static const char *explain(int err)
 	return err == -ECANCELED ? "the server stops" : strerror(-err);
 }
 
-/* With err 0: durable first, then visible.  What the image itself has lost is in no copy of it. */
-static void finish_snapshot(struct snapshot *s, int err)
+/* Durable first, then visible.  What the image itself has lost is in no copy of it. */
+static void finish_snapshot(struct snapshot *s)
 {
+	int err = atomic_load(&s->error);
+
 	if (!err && fsync(s->fd) < 0)
 		err = -errno;
 	if (!err)
 		err = disk_check(s->disk);
 	if (!err)
-		err = atomic_load(&s->error);	/* a client's copy may have failed at last */
+		err = atomic_load(&s->error);	/* it may have been given up */
 	if (!err)
 		err = publish(s);
 	if (err) {
@@ -219,13 +222,45 @@ static void finish_snapshot(struct snapshot *s, int err)
 	wake_main();
 }
 
+/* The instant: share the blocks, or see to it that each is copied before it changes. */
+static void take_instant(struct snapshot *s)
+{
+	struct change hold;
+	int err;
+
+	order_hold(&s->disk->order, &hold, s->size, 0, true);
+	err = disk_clone(s->disk, s->fd);
+	s->cloned = err != -EOPNOTSUPP;
+	if (!s->cloned)
+		s->disk->hook = &s->hook;
+	order_remove(&hold);
+	log_line("snapshot %s: started", s->name);
+	if (!err && ftruncate(s->fd, (off_t)s->size) < 0)	/* the image may be larger than the disk */
+		err = -errno;
+	if (s->cloned)
+		snapshot_fail(s, err);
+}
+
+/* Changes copy no more from then on. */
+static void take_hook_off(struct snapshot *s)
+{
+	struct change hold;
+
+	order_hold(&s->disk->order, &hold, s->size, 0, true);
+	s->disk->hook = NULL;
+	order_remove(&hold);
+}
+
 static void *snapshot_main(void *arg)
 {
 	struct snapshot *s = arg;
 
-	if (!s->cloned)
+	take_instant(s);
+	if (!s->cloned) {
 		copy_image(s);
-	finish_snapshot(s, atomic_load(&s->error));
+		take_hook_off(s);
+	}
+	finish_snapshot(s);
 	return NULL;
 }
 
@@ -243,27 +278,6 @@ static int make_file(struct snapshot *s)
 	return s->fd < 0 || ftruncate(s->fd, (off_t)s->size) < 0 ? -errno : 0;
 }
 
-/* The instant: share the blocks, or see to it that each is copied before it changes. */
-static void take_instant(struct snapshot *s)
-{
-	int err = disk_clone(s->disk, s->fd);
-
-	s->cloned = err != -EOPNOTSUPP;
-	if (!err && ftruncate(s->fd, (off_t)s->size) < 0)	/* the image may be larger than the disk */
-		err = -errno;
-	if (!s->cloned) {
-		s->hook.before_change = copy_before_change;
-		s->disk->hook = &s->hook;
-		err = 0;
-	}
-	log_line("snapshot %s: started", s->name);
-	if (!err)
-		err = -thread_start(&s->thread, SNAPSHOT_STACK, snapshot_main, s);
-	s->has_thread = err == 0;
-	if (err)
-		finish_snapshot(s, err);
-}
-
 struct snapshot *snapshot_new(struct disk *d, const char *image, const char **why)
 {
 	struct snapshot *s = calloc(1, sizeof(*s));
@@ -272,6 +286,7 @@ struct snapshot *snapshot_new(struct disk *d, const char *image, const char **wh
 	if (!s)
 		goto fail;
 	s->fd = -1;
+	s->hook.before_change = copy_before_change;
 	s->disk = d;
 	s->size = d->size;
 	s->started = now_ms();
@@ -282,10 +297,11 @@ struct snapshot *snapshot_new(struct disk *d, const char *image, const char **wh
 	err = d->is_file ? atomic_load(&d->error) : -ENODEV;
 	if (!err)
 		err = make_file(s);
-	if (err)
-		goto fail;
-	take_instant(s);
-	return s;
+	if (!err)
+		err = -thread_start(&s->thread, SNAPSHOT_STACK, snapshot_main, s);
+	s->has_thread = err == 0;
+	if (!err)
+		return s;
 fail:
 	*why = explain(err);
 	log_error("snapshot of %s: failed: %s", image, *why);
@@ -317,8 +333,6 @@ void snapshot_free(struct snapshot *s)
 		return;
 	if (s->has_thread)
 		pthread_join(s->thread, NULL);
-	if (s->disk->hook == &s->hook)
-		s->disk->hook = NULL;
 	if (*s->temporary && unlink(s->temporary) < 0)
 		log_error("snapshot %s: cannot remove %s: %s", s->name, s->temporary,
 			  strerror(errno));

@@ -16,8 +16,7 @@ struct snapshot;
 
 /*
  * Begin a snapshot IMAGE.snapshot.<seconds> of the disk, whose image has that path from the root.
- * Its instant is now, and nobody may be changing the disk: the gate is closed.  When it has ended
- * wake_main() is called.  NULL after logging why not, which *why says as well.
+ * When it has ended wake_main() is called.  NULL after logging why not, which *why says as well.
  */
 struct snapshot *snapshot_new(struct disk *d, const char *image, const char **why);
 
@@ -30,7 +29,7 @@ const char *snapshot_path(const struct snapshot *s, const char **why);
 /* Give up. */
 void snapshot_abandon(struct snapshot *s);
 
-/* Waits for its end.  Nobody may be changing the disk.  NULL is allowed. */
+/* Waits for its end.  NULL is allowed. */
 void snapshot_free(struct snapshot *s);
 
 #endif

@@ -31,9 +31,7 @@ struct request {
 	struct conn *conn;
 	struct request *sibling, **back;	/* the others of its connection that are in flight */
 	struct backend *backend;
-	struct gate *gate;		/* the export's */
 	const atomic_bool *abandoned;	/* its client is gone; NULL for what no client asked for */
-	bool inside;			/* the gate; whoever has the request leaves it */
 	bool lent;			/* it counts among those of its connection that are in flight */
 	bool absent;			/* blocks have to be brought from elsewhere first */
 	bool again;			/* it comes back to be carried out again */

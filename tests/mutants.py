@@ -523,13 +523,13 @@ mutant("nobody copies before a TRIM", "a snapshot is not of one instant",
        "int ret = fast ? 0 : before_change(d, len, off, WAIT);\n\n\tif (ret)",
        tests="test_snapshot.py::test_disk_cleared_as_a_whole_during_a_snapshot_is_in_it "
              "test_snapshot.py::test_zeroes_and_trims_during_a_snapshot_are_not_in_it")
-mutant("a snapshot does not wait for those inside", "a snapshot is not of one instant",
-       "backend.c", "return atomic_load(&g->inside) == 0;", "return true;",
+mutant("a snapshot does not wait for what is being stored", "a snapshot is not of one instant",
+       "snapshot.c", "order_hold(&s->disk->order, &hold, s->size, 0, true);\n\terr = disk_clone",
+       "order_hold(&s->disk->order, &hold, 0, 0, true);\n\terr = disk_clone",
        tests="test_hazards.py::test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not")
-mutant("a closed gate lets in", "a snapshot is not of one instant",
-       "backend.c",
-       "if (!atomic_load(&g->closed))\n\t\treturn true;\n\tgate_leave(g);\n\treturn false;",
-       "return true;",
+mutant("who comes before its instant does not wait for that", "a snapshot is not of one instant",
+       "order.c", ".active = { off, len } };", ".active = { off, 0 } };",
+       "order.c", "\tif (!alone)\n", "\tc->active.len = len;\n\tif (!alone)\n",
        tests="test_hazards.py::test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not")
 mutant("a block is copied a second time", "a snapshot is not of one instant",
        "snapshot.c", "if (!copied)\n\t\t\terr =", "if (true)\n\t\t\terr =",
@@ -596,15 +596,6 @@ mutant("a loop does not look at those that others store",
        "an aligned write during another's partial write",
        "order.c", "if (!must_wait(c, s.len, s.off)) {", "if (!wait || !must_wait(c, s.len, s.off)) {",
        tests="test_cow.py::test_clients_at_the_same_moment_all_win")
-mutant("changes of the list do not look at those without it",
-       "a write of a client that is gone lands over a newer one",
-       "order.c", "\tif (place_is_taken(c, len, off))\n\t\treturn true;\n", "",
-       tests="test_order.py::test_write_that_was_repeated_elsewhere_does_not_come_back")
-mutant("a change that could not be stored at once comes to the list late",
-       "a write of a client that is gone lands over a newer one",
-       "order.c", "newer ones can begin */\n\t\tinsert_change(c);\n", "newer ones can begin */\n",
-       tests="test_order.py::test_no_block_shows_what_is_older_than_what_was_acknowledged "
-             "test_order.py::test_write_that_was_repeated_elsewhere_does_not_come_back")
 mutant("READs are searched for holes again and again",
        "the search for a hole passes all extents of the rest of the disk",
        "backend.c", "if (took > SLOW_LOOK_US)", "if (took > SLOW_LOOK_US && false)",
@@ -901,8 +892,8 @@ mutant("a change that waited takes nothing from older ones", "lands after a newe
              "test_overlapping_writes_that_wait_end_in_the_order_of_their_arrival "
              "test_order.py::test_newer_change_outlives_one_that_the_disk_held_up_on_a_worker")
 mutant("a change that waits has no place in the order", "lands after a newer write",
-       "backend.c", "return go_on_with_change(r, TRY);",
-       "int ret = go_on_with_change(r, TRY);\n\n\torder_remove(&r->change);\n\treturn ret;",
+       "backend.c", "return go_on_with_change(r, how);",
+       "int ret = go_on_with_change(r, how);\n\n\torder_remove(&r->change);\n\treturn ret;",
        tests="test_order.py::test_newer_writes_outlive_those_that_waited_for_the_origin")
 mutant("a client is always there", "lands after a newer write",
        "conn.c", "uint64_t now;\n\n\tif (c->gone)\n\t\treturn c->orderly;",
@@ -1096,12 +1087,12 @@ mutant("what is missing is held as soon as it is zeros", "switch while a block i
 mutant("the switch leaves who waits for the origin", "a request in flight is never answered",
        "cache.c", "origin_cancel(c->origin);\n\tif (news->zeroed)", "if (news->zeroed)",
        tests="test_proxy.py::test_forced_switch_answers_those_who_wait_for_the_origin")
-mutant("who came during the switch is not called", "a client connecting meanwhile is lost",
-       "backend.c", "atomic_store(&g->closed, false);\n\tg->opened();",
-       "atomic_store(&g->closed, false);",
-       tests="test_proxy.py::test_switch_under_load_loses_no_request "
-             "test_proxy.py::test_clients_that_connect_during_the_switch_are_served")
-mutant("who was turned away by the gate is forgotten", "a request in flight is never answered",
+mutant("who comes during the switch gets errors", "a client connecting meanwhile is lost",
+       "layer.c", "int err = disk_sync(l->disk);\t/* most of it",
+       "int err = (atomic_store(&l->backend.failed, true), poll(NULL, 0, 200),\n"
+       "\t\t   atomic_store(&l->backend.failed, false), disk_sync(l->disk));\t/* most of it",
+       tests="test_proxy.py::test_clients_that_connect_during_the_switch_are_served")
+mutant("who had no room is forgotten", "a request in flight is never answered",
        "clients.c", "if (conn_admit(conn_of(t->loop.source[i])))", "if (false)",
        tests="test_proxy.py::test_switch_under_load_loses_no_request "
              "test_snapshot.py::test_ten_snapshots_under_load_are_each_one_instant")
@@ -1300,9 +1291,8 @@ mutant("late requests get ESHUTDOWN",
        "conn.c", "r->error = proto_check_request(&c->session, &h);",
        "r->error = c->stopping ? ESHUTDOWN : proto_check_request(&c->session, &h);",
        "conn.c", "return c->state < CONN_FINISHING && !c->backlog && !c->stream && "
-       "!c->turned_away &&\n\t       !is_full(c) && (c->blocked || !c->stopping);",
-       "return c->state < CONN_FINISHING && !c->backlog && !c->stream && "
-       "!c->turned_away &&\n\t       !is_full(c);",
+       "!is_full(c) &&\n\t       (c->blocked || !c->stopping);",
+       "return c->state < CONN_FINISHING && !c->backlog && !c->stream && !is_full(c);",
        "conn.c", "if (!c->gone && !c->stopping) {", "if (!c->gone) {",
        tests="test_restart.py::test_client_of_qemu_does_not_notice_restarts "
              "test_restart.py::test_client_that_goes_on_asking_loses_nothing")
@@ -1321,10 +1311,10 @@ mutant("what waits for the origin is not given up", "SIGTERM waits for a silent 
 # Replies in pieces
 
 mutant("replies wait for the next event", "a reply stays behind a READ in pieces",
-       "conn.c", "for (;;) {\n\t\tstruct request *r;\n\n\t\tif (c->stream && go_inside(c))\n"
+       "conn.c", "for (;;) {\n\t\tstruct request *r;\n\n\t\tif (c->stream)\n"
        "\t\t\tgo_on_with_stream(c);\n",
        "for (bool first = true;; first = false) {\n\t\tstruct request *r;\n\n\t\tif (c->stream) {\n"
-       "\t\t\tif (first && go_inside(c))\n\t\t\t\tgo_on_with_stream(c);\n\t\t\treturn;\n\t\t}\n",
+       "\t\t\tif (first)\n\t\t\t\tgo_on_with_stream(c);\n\t\t\treturn;\n\t\t}\n",
        tests="test_protocol.py::test_small_read_beside_one_in_pieces_is_answered")
 
 # Those who say nothing
@@ -1375,8 +1365,8 @@ mutant("a change takes nothing from older ones",
              "test_order.py::test_newer_writes_outlive_those_that_waited_for_the_origin")
 mutant("a change gives up its place when it is durable",
        "a FUA write holds up others until it is durable",
-       "backend.c", "return go_on_with_change(r, TRY);",
-       "return r->h.flags & NBD_CMD_FLAG_FUA ? -EAGAIN : go_on_with_change(r, TRY);",
+       "backend.c", "return go_on_with_change(r, how);",
+       "return how == TRY && r->h.flags & NBD_CMD_FLAG_FUA ? -EAGAIN : go_on_with_change(r, how);",
        "backend.c", "else if (ret != -EAGAIN)\n\t\torder_remove(&r->change);",
        "else if (ret != -EAGAIN && !(r->h.flags & NBD_CMD_FLAG_FUA))\n"
        "\t\torder_remove(&r->change);",
@@ -1393,7 +1383,7 @@ mutant("a payload has all of its range while it comes",
        "extern _Thread_local struct change *order_own;\nvoid order_init(struct order *o);",
        "order.c", "void order_destroy(struct order *o)",
        "_Thread_local struct change *order_own;\n\nvoid order_destroy(struct order *o)",
-       "order.c", "if (i == c)\n\t\t\tolder", "if (i == c || i == order_own)\n\t\t\tolder",
+       "order.c", "if (shares_block(c->active.off, ", "if (c != order_own && shares_block(c->active.off, ",
        "conn.c", "c->current = r;\n",
        "c->current = r;\n\tif (!r->error)\n"
        "\t\torder_hold(r->backend->order, &r->change, r->h.len, r->h.off, false);\n",
@@ -1405,8 +1395,7 @@ mutant("a payload has all of its range while it comes",
        tests="test_order.py::test_write_does_not_wait_for_the_payload_of_an_older_one")
 mutant("a change does not wait for one that is being stored",
        "a write that was repeated on another connection lands over a newer one",
-       "order.c", "shares_block(i->active.off, i->active.len, off, len) &&",
-       "false && shares_block(i->active.off, i->active.len, off, len) &&",
+       "order.c", "if (shares_block(c->active.off, ", "if (false && shares_block(c->active.off, ",
        tests="test_order.py::test_write_that_was_repeated_elsewhere_does_not_come_back")
 mutant("a hole in a change is not kept", "zeroing of a client that is gone destroys what is newer",
        "order.c", "struct span s = c->left[i], rest[2];\n",
@@ -1418,8 +1407,8 @@ mutant("a zeroing is one step", "one client's long zeroing holds up the misses o
        tests="test_order.py::test_misses_do_not_wait_for_a_long_zeroing")
 mutant("a change waits for older ones that have not begun",
        "a write of a whole block waits for an older one",
-       "order.c", "else if (older && i->count >= SPANS_MAX && has_left(i, len, off))",
-       "else if (older && has_left(i, len, off))",
+       "order.c", "if (older->count >= SPANS_MAX && has_left(older, len, off))",
+       "if (has_left(older, len, off))",
        tests="test_order.py::test_write_of_a_whole_block_does_not_wait_for_a_silent_origin")
 mutant("a change that a newer one touches is done",
        "a write that waits for the origin loses what a newer one has left of it",
@@ -1443,8 +1432,12 @@ mutant("a client stays until it is answered",
        tests="test_order.py::test_end_of_a_client_is_noticed_while_it_waits")
 mutant("the switch waits for changes that wait for the origin",
        "what waits for the origin holds up the switch, or a snapshot after it",
-       "order.c", "else if (older && i->count >= SPANS_MAX && has_left(i, len, off))",
-       "else if (older && (i->count >= SPANS_MAX || c->pending) && has_left(i, len, off))",
+       "order.c", "bool order_hold(",
+       "static bool is_left(const struct change *c, uint64_t len, uint64_t off)\n{\n"
+       "\tfor (; c; c = c->next)\n\t\tif (has_left(c, len, off))\n\t\t\treturn true;\n"
+       "\treturn false;\n}\n\nbool order_hold(",
+       "order.c", "!io_is_under_way(c->next, len, off)) && wait",
+       "!io_is_under_way(c->next, len, off) && !is_left(c->next, len, off)) && wait",
        tests="test_order.py::test_nothing_holds_up_a_forced_switch_or_a_snapshot_after_it")
 
 

@@ -1080,7 +1080,8 @@ def test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not(server, image
         wait_held(calls)
         s.proc.send_signal(signal.SIGUSR1)
         until(lambda: "snapshot: running\n" in done(bgctl("--query", tmp_path / "ctl"),
-                                                    out=None).stdout, what="the gate to be closed")
+                                                    out=None).stdout, what="its beginning")
+        until(s.is_asleep, what="the thread that waits for its instant")
         later = s.client()
         second = request_and_turn(calls, later, NBD_CMD_WRITE, 3 * MIB, payload=b"2" * 4096)
         calls.release()

@@ -658,6 +658,20 @@ def test_newer_writes_outlive_those_that_waited_for_the_origin(silent, how, tran
                     change, p.origin.pread(8 * MIB))[first + 2 * BLOCK:][:rest]
 
 
+@hazard("a request in flight is never answered: one of which newer ones have left many pieces")
+def test_change_that_was_cut_very_often_gets_what_it_waits_for(silent):
+    """Newer ones wait for it from some number on, but the blocks that it waits for do not."""
+    p, pieces = silent(size=40 * MIB), 4096
+    with p.client() as a, p.client() as b:
+        cookie, = pipeline(a, [(ZEROES, MIB + 1, 39 * MIB - 1, 0)])
+        is_asked(p, MIB)
+        pipeline(b, [write(MIB + 2 * i * BLOCK, b"B" * BLOCK) for i in range(1, pieces)])
+        assert not any(reply.error for reply in b.collect_all().values())
+        p.origin.release()
+        assert not a.collect(cookie).error
+        assert b.pread(4 * BLOCK, MIB + 2 * BLOCK) == (b"B" * BLOCK + bytes(BLOCK)) * 2
+
+
 @hazard("a write of a whole block waits for an older one that waits for the origin")
 @pytest.mark.parametrize("newer", ["write", "write, fua", "zero", "zero, no hole"])
 def test_write_of_a_whole_block_does_not_wait_for_a_silent_origin(silent, newer):
@@ -934,7 +948,7 @@ def test_end_of_a_client_is_noticed_while_it_waits(silent, how):
     assert read(p, BLOCK) == CONTENT[:BLOCK]
 
 
-# The gate
+# What waits
 
 @hazard("SIGTERM waits for a silent origin")
 def test_server_ends_soon_though_requests_wait_for_the_origin(silent):

@@ -430,7 +430,7 @@ def test_writer_in_the_middle_of_a_payload_does_not_delay_a_snapshot(server, dis
 
 
 def test_client_waiting_for_a_flush_does_not_stop_a_snapshot(loaded):
-    """The gate lets what is in flight finish, and nothing waits for ever."""
+    """What is being stored ends, and nothing waits for ever."""
     _, model, s, load, snapshots = loaded([NBD_CMD_WRITE, NBD_CMD_FLUSH], mib=8)
     for _ in range(3):
         path, before, after = snapshots.take(load)
