@@ -19,14 +19,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A READ shorter than this is not searched for holes: to send zeros costs no more. */
-enum { SPARSE_READ_MIN = 16 * 1024 };
-
-/* A READ is not answered in more pieces than this. */
-enum { SPARSE_READ_EXTENTS = 64 };
-
-/* To look for holes costs a hundredth of the time at most, where it costs more than SLOW_LOOK_US. */
-enum { SLOW_LOOK_US = 1000, LOOK_PAUSE = 100 };
+enum {
+	/* A shorter READ is not searched for holes: to send zeros costs no more. */
+	SPARSE_READ_MIN = 16 * 1024,
+	SPARSE_READ_EXTENTS = 64,	/* a READ is not answered in more pieces */
+	/* To look for holes costs a hundredth of the time, where it takes longer than this. */
+	SLOW_LOOK_US = 1000,
+	LOOK_PAUSE = 100,
+};
 
 /* A range of the disk that one reply describes at most, in a time that nobody notices. */
 static const uint64_t DESCRIBED_MAX = UINT64_C(64) << 30;
@@ -55,31 +55,27 @@ void export_init(struct export *e, struct backend *backend, const char *name,
 	backend->name = name;
 }
 
-/* Whether the extents of r describe all of its range, and there is a hole. */
-static bool has_holes(const struct request *r)
+/* How much of its range the extents of r describe. */
+static uint64_t described(const struct request *r)
 {
 	uint64_t len = 0;
-	bool hole = false;
 
-	for (unsigned i = 0; i < r->extents; i++) {
+	for (unsigned i = 0; i < r->extents; i++)
 		len += r->extent[i].len;
-		hole |= r->extent[i].flags & NBD_STATE_ZERO;
-	}
-	return hole && len >= r->h.len;
+	return len;
 }
 
 /* Describe the beginning of r's range in r->extent, which has room for max from then on. */
 static int get_extents(struct request *r, unsigned max)
 {
 	uint64_t len = r->h.len < DESCRIBED_MAX ? r->h.len : DESCRIBED_MAX;
-	int ret = 0;
 
 	if (!r->extent)
 		r->extent = calloc(max, sizeof(*r->extent));
 	if (!r->extent)
 		return -ENOMEM;
-	r->extents = r->backend->ops->extents(r->backend, r->extent, max, len, r->h.off, &ret);
-	return ret;
+	r->extents = max;
+	return r->backend->ops->extents(r->backend, r->extent, &r->extents, len, r->h.off);
 }
 
 /*
@@ -94,7 +90,7 @@ static void find_holes(struct request *r)
 	r->extents = 0;
 	if (r->h.len < SPARSE_READ_MIN || begun < atomic_load(&b->look_again))
 		return;
-	if (get_extents(r, SPARSE_READ_EXTENTS) != 0 || !has_holes(r))
+	if (get_extents(r, SPARSE_READ_EXTENTS) != 0 || described(r) < r->h.len)
 		r->extents = 0;
 	took = now_us() - begun;
 	if (took > SLOW_LOOK_US)
@@ -175,26 +171,15 @@ static void emptied(struct change *c)
 		request_again(r);
 }
 
-static bool is_whole(const struct backend *b, const struct span *s)
-{
-	uint64_t end = s->off + s->len;
-
-	return s->off % BLOCK_SIZE == 0 && (end % BLOCK_SIZE == 0 || end == b->size);
-}
-
 /* Carry out a part of a change. */
 static int apply(struct request *r, const struct span *s, enum how how)
 {
 	struct backend *b = r->backend;
+	unsigned flags = r->h.cmd == NBD_CMD_TRIM ? NBD_CMD_FLAG_FAST_ZERO : r->h.flags;
 
 	if (r->h.cmd == NBD_CMD_WRITE)
 		return b->ops->write(b, r->buf + (s->off - r->h.off), s->len, s->off, how);
-	if (how == TRY)
-		return -EAGAIN;
-	if (r->h.cmd == NBD_CMD_WRITE_ZEROES)
-		return b->ops->zero(b, s->len, s->off, r->h.flags);
-	/* Of a TRIM a newer change may have left parts of blocks: they are dropped, too. */
-	return is_whole(b, s) ? b->ops->trim(b, s->len, s->off) : b->ops->zero(b, s->len, s->off, 0);
+	return how == TRY ? -EAGAIN : b->ops->zero(b, s->len, s->off, flags);
 }
 
 /* What is left of a change, step by step. */

@@ -45,9 +45,6 @@ struct backend_ops {
 	/* Make the range read as zeros; flags may hold NO_HOLE and FAST_ZERO.  WAIT. */
 	int (*zero)(struct backend *b, uint64_t len, uint64_t off, unsigned flags);
 
-	/* Drop the contents of a range of whole blocks; -EOPNOTSUPP if nothing was done.  WAIT. */
-	int (*trim)(struct backend *b, uint64_t len, uint64_t off);
-
 	/* Make durable all that was done before. */
 	int (*flush)(struct backend *b, struct request *r);
 
@@ -55,11 +52,11 @@ struct backend_ops {
 	int (*cache)(struct backend *b, uint64_t *len, uint64_t off);
 
 	/*
-	 * Describe the range from its beginning, in room for max: how many extents, and they may
-	 * end before the range does; or ABSENT or -errno in *ret and 0.  WAIT.
+	 * Describe the range from its beginning, in room for *count extents, of which there are so
+	 * many then.  They may end before the range does.  WAIT.
 	 */
-	unsigned (*extents)(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
-			    uint64_t off, int *ret);
+	int (*extents)(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
+		       uint64_t off);
 
 	/* Whether the range can be read without fetch(). */
 	bool (*holds)(struct backend *b, uint64_t len, uint64_t off);

@@ -14,6 +14,7 @@
 enum {
 	SMALLEST = 64 * 1024,		/* what is smaller comes from malloc() warm enough */
 	LARGEST = 1024 * 1024,		/* what is larger is not kept */
+	KEPT_MAX = 4 * 1024 * 1024,
 };
 
 struct kept {
@@ -23,7 +24,7 @@ struct kept {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;	/* guards what follows; a leaf */
 static struct kept *kept;
-static size_t kept_bytes, kept_max = 2 * 1024 * 1024;
+static size_t kept_bytes;
 
 void buffer_init(void)
 {
@@ -74,7 +75,7 @@ void buffer_put(void *buffer, size_t len)
 		return;
 	}
 	pthread_mutex_lock(&lock);
-	if (kept_bytes + size <= kept_max) {
+	if (kept_bytes + size <= KEPT_MAX) {
 		k->size = size;
 		k->next = kept;
 		kept = k;
@@ -83,11 +84,6 @@ void buffer_put(void *buffer, size_t len)
 	}
 	pthread_mutex_unlock(&lock);
 	free(k);
-}
-
-void buffer_keep(size_t bytes)
-{
-	kept_max = bytes;
 }
 
 void buffer_trim(void)

@@ -17,9 +17,6 @@ void *buffer_get(size_t len);
 /* Give back what buffer_get(len) returned; NULL is allowed.  Any thread. */
 void buffer_put(void *buffer, size_t len);
 
-/* Keep that many bytes for use again, at most; else it is 2 MiB.  Before there are threads. */
-void buffer_keep(size_t bytes);
-
 /* Give back what is kept. */
 void buffer_trim(void);
 

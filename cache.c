@@ -12,7 +12,6 @@
 #define _GNU_SOURCE
 #include "cache.h"
 
-#include "buffer.h"
 #include "fetch.h"
 #include "layer.h"
 #include "log.h"
@@ -24,10 +23,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-enum {
-	BUFFERS_KEPT = 8 * 1024 * 1024,	/* what is fetched ahead of a reader */
-};
 
 struct cache {
 	struct layer layer;		/* the first */
@@ -131,15 +126,6 @@ static bool cache_holds(struct backend *b, uint64_t len, uint64_t off)
 	return layer_holds(&to_cache(b)->layer, len, off);
 }
 
-static int cache_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
-{
-	struct cache *c = to_cache(b);
-
-	if (!layer_holds(&c->layer, len, off))
-		return ABSENT;
-	return disk_read(c->layer.disk, buf, len, off, how);
-}
-
 /* Writing */
 
 static int cache_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off,
@@ -157,31 +143,6 @@ static int cache_zero(struct backend *b, uint64_t len, uint64_t off, unsigned fl
 	struct cache *c = to_cache(b);
 
 	return lacking_edge(c, len, off).len > 0 ? ABSENT : layer_zero(b, len, off, flags);
-}
-
-static int cache_prefetch(struct backend *b, uint64_t *len, uint64_t off)
-{
-	struct cache *c = to_cache(b);
-	bool held;
-	uint64_t n = layer_run(&c->layer, *len, off, &held);
-
-	*len = held ? n : 0;
-	if (held)
-		disk_prefetch(c->layer.disk, n, off);
-	return held ? 0 : ABSENT;
-}
-
-/* What is held, up to what is not; or else the origin has to be asked. */
-static unsigned cache_extents(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
-			      uint64_t off, int *ret)
-{
-	struct cache *c = to_cache(b);
-	bool held;
-	uint64_t n = layer_run(&c->layer, len, off, &held);
-
-	if (!held)
-		*ret = ABSENT;
-	return held ? layer_extents(b, extent, max, n, off, ret) : 0;
 }
 
 /* Opening and closing */
@@ -205,13 +166,12 @@ static int cache_close(struct backend *b)
 
 static const struct backend_ops cache_ops = {
 	.name = "cache",
-	.read = cache_read,
+	.read = layer_read,
 	.write = cache_write,
 	.zero = cache_zero,
-	.trim = layer_trim,
 	.flush = layer_flush,
-	.cache = cache_prefetch,
-	.extents = cache_extents,
+	.cache = layer_cache,
+	.extents = layer_extents,
 	.holds = cache_holds,
 	.fetch = cache_fetch,
 	.take_back = cache_take_back,
@@ -281,7 +241,6 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 {
 	struct cache *c = not_null(calloc(1, sizeof(*c)));
 
-	buffer_keep(BUFFERS_KEPT);
 	c->origin = origin;
 	layer_init(&c->layer, &cache_ops, origin_limits(origin)->size, o->readonly, "the cache");
 	c->layer.durable = true;

@@ -262,7 +262,7 @@ uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off)
 	return off + len == l->size ? len : len - len % BLOCK_SIZE;
 }
 
-/* Where the run at off lies, of at most *len bytes, and its length. */
+/* Where the run at off lies, of at most *len bytes, and its length; NULL: it is absent. */
 static struct disk *run_at(const struct layer *l, uint64_t *len, uint64_t off)
 {
 	bool held;
@@ -273,7 +273,7 @@ static struct disk *run_at(const struct layer *l, uint64_t *len, uint64_t off)
 
 int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	int ret = 0;
+	int ret = layer_of(b)->base || layer_holds(layer_of(b), len, off) ? 0 : ABSENT;
 
 	for (uint64_t n = len; len > 0 && ret == 0; n = len) {
 		struct disk *d = run_at(layer_of(b), &n, off);
@@ -290,22 +290,26 @@ int layer_cache(struct backend *b, uint64_t *len, uint64_t off)
 {
 	struct disk *d = run_at(layer_of(b), len, off);
 
-	disk_prefetch(d, *len, off);
-	return 0;
+	if (d)
+		disk_prefetch(d, *len, off);
+	else
+		*len = 0;
+	return d ? 0 : ABSENT;
 }
 
-unsigned layer_extents(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
-		       uint64_t off, int *ret)
+int layer_extents(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
+		  uint64_t off)
 {
 	uint64_t end = off + len;
-	unsigned n = 0;
+	unsigned n = 0, max = *count;
 	struct extent e;
 
-	(void)ret;
 	for (; off < end; off += e.len) {
 		uint64_t run = end - off;
 		struct disk *d = run_at(layer_of(b), &run, off);
 
+		if (!d)
+			break;
 		e = disk_extent(d, off, off + run);
 		if (n > 0 && extent[n - 1].flags == e.flags)
 			extent[n - 1].len += e.len;
@@ -314,7 +318,8 @@ unsigned layer_extents(struct backend *b, struct extent *extent, unsigned max, u
 		else
 			break;
 	}
-	return n;
+	*count = n;
+	return n > 0 ? 0 : ABSENT;
 }
 
 /* Changes */
@@ -434,13 +439,6 @@ int layer_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 	if (ret == 0 && tail > 0)
 		ret = write_range(l, zeros, tail, off + head + whole, WAIT);
 	return ret;
-}
-
-int layer_trim(struct backend *b, uint64_t len, uint64_t off)
-{
-	int ret = note_change(layer_of(b));
-
-	return ret ? ret : zero_whole(layer_of(b), len, off, NBD_CMD_FLAG_FAST_ZERO);
 }
 
 /* Filling */

@@ -63,17 +63,16 @@ uint64_t layer_written(const struct layer *l);
 uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off);
 
 /*
- * Operations of a backend, for those that hold all blocks or have a base.  A change may leave a
+ * Operations of a backend.  What is not held is ABSENT where there is no base.  A change may leave a
  * part of a block as it is if the block is held, or there is a base to take the rest from.
  */
 int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 int layer_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 int layer_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags);
-int layer_trim(struct backend *b, uint64_t len, uint64_t off);
 int layer_flush(struct backend *b, struct request *r);
 int layer_cache(struct backend *b, uint64_t *len, uint64_t off);
-unsigned layer_extents(struct backend *b, struct extent *extent, unsigned max, uint64_t len,
-		       uint64_t off, int *ret);
+int layer_extents(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
+		  uint64_t off);
 
 /*
  * Hold what is not held of a range of whole blocks; what is held stays as it is.  buf has the

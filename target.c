@@ -35,7 +35,6 @@ static const struct backend_ops target_ops = {
 	.read = layer_read,
 	.write = layer_write,
 	.zero = layer_zero,
-	.trim = layer_trim,
 	.flush = layer_flush,
 	.cache = layer_cache,
 	.extents = layer_extents,

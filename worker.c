@@ -171,18 +171,12 @@ int worker_begin(void)
 
 void worker_submit(struct job *job, struct lane *lane)
 {
-	bool here;
-
 	pthread_mutex_lock(&pool.lock);
 	job->lane = lane ? lane : &pool.common;
 	put_job(job);
 	keep_one_idle();
-	here = pool.count == 0;		/* of a start that failed: an origin may still answer */
-	while (here && pool.ready.first)
-		run_first();
 	pthread_mutex_unlock(&pool.lock);
-	if (!here)
-		pthread_cond_signal(&pool.wanted);
+	pthread_cond_signal(&pool.wanted);
 }
 
 bool worker_take_back(struct job *job)

@@ -37,8 +37,8 @@ struct job {
 int worker_begin(void);
 
 /*
- * Run the job on a worker, soon, in order of the lane; at once where there are no workers.  Any
- * thread; else it does not block.  Jobs that belong to no export have the lane NULL.
+ * Run the job on a worker, soon, in order of the lane.  Any thread; it does not block.  Jobs that
+ * belong to no export have the lane NULL.
  */
 void worker_submit(struct job *job, struct lane *lane);
 

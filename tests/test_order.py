@@ -966,6 +966,21 @@ def test_server_ends_soon_though_requests_wait_for_the_origin(silent):
         assert time.monotonic() - start < 2 + AT_ONCE
 
 
+@hazard("requests that wait shut out those that need not: others have left")
+def test_client_that_found_no_room_goes_on_when_others_have_left(silent):
+    p = silent("--max-queue-size", 8)
+    with p.client() as a, p.client() as b:
+        pipeline(a, [(READ, MIB + i * BLOCK, BLOCK, 0) for i in range(6)])
+        waiting(p, 6)
+        *_, cached = pipeline(b, [(READ, 2 * MIB + i * BLOCK, BLOCK, 0) for i in range(3)]
+                              + [(READ, 0, BLOCK, 0)])
+        waiting(p, 8)
+        a.close()
+        assert b.collect(cached).data == CONTENT[:BLOCK]
+        p.origin.release()
+        b.collect_all()
+
+
 @hazard("what waits for the origin holds up the switch, or a snapshot after it")
 def test_nothing_holds_up_a_forced_switch_or_a_snapshot_after_it(silent, ram):
     """There are requests that wait for the origin, and half a payload."""
