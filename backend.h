@@ -34,8 +34,6 @@ enum {
  * in the backend's order (order.h).
  */
 struct backend_ops {
-	const char *name;
-
 	/* Fill buf with the range. */
 	int (*read)(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 

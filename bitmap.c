@@ -207,15 +207,19 @@ static int sync_file(struct bitmap *b)
 }
 
 /*
- * Write the bytes of the live map that have these blocks, which lie in one page, as they will be.
- * Called with the lock, so that nobody writes older bytes over them.
+ * Set the bits of blocks that lie in one page, after they were written to the live map.  Called with
+ * the lock, so that nobody writes older bytes over them.  The page is marked after its bits: a commit
+ * that misses a bit finds the mark next time.
  */
-static int record(struct bitmap *b, uint64_t blk, uint64_t end)
+static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end)
 {
 	uint64_t first = blk / 8, bytes = (end - 1) / 8 - first + 1, page = first / MAP_PAGE;
 	uint8_t buf[MAP_PAGE] = { 0 };
 	int err = 0;
+	bool set;
 
+	if (bitmap_run(b, blk, end - blk, &set) == end - blk && set)
+		return 0;
 	if (!(atomic_load(&b->page[page]) & TAKEN)) {
 		err = write_map(b, buf, MAP_PAGE, HEADER_SIZE + page * MAP_PAGE);
 		if (err)
@@ -225,29 +229,12 @@ static int record(struct bitmap *b, uint64_t blk, uint64_t end)
 	for (uint64_t i = 0; i < bytes; i++)
 		buf[i] = atomic_load_explicit(&b->live[first + i], memory_order_relaxed) |
 			 bits_of(first + i, blk, end);
-	return write_map(b, buf, bytes, HEADER_SIZE + b->map_bytes + first);
-}
-
-/* The page is marked after its bits: a commit that misses a bit finds the mark next time. */
-static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end, bool wait)
-{
-	int err = 0;
-	bool set;
-
-	if (pthread_mutex_trylock(&b->lock) != 0) {
-		if (!wait)
-			return -EAGAIN;
-		pthread_mutex_lock(&b->lock);
-	}
-	if (bitmap_run(b, blk, end - blk, &set) < end - blk || !set) {
-		err = record(b, blk, end);
-		if (!err) {
-			set_bits(b, blk, end);
-			atomic_fetch_or(&b->page[blk / PAGE_BLOCKS], DIRTY);
-		}
-	}
-	pthread_mutex_unlock(&b->lock);
-	return err;
+	err = write_map(b, buf, bytes, HEADER_SIZE + b->map_bytes + first);
+	if (err)
+		return err;
+	set_bits(b, blk, end);
+	atomic_fetch_or(&b->page[page], DIRTY);
+	return 0;
 }
 
 int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait)
@@ -261,12 +248,18 @@ int bitmap_set(struct bitmap *b, uint64_t blk, uint64_t n, bool wait)
 		set_bits(b, blk, end);
 		return 0;
 	}
+	if (pthread_mutex_trylock(&b->lock) != 0) {
+		if (!wait)
+			return -EAGAIN;
+		pthread_mutex_lock(&b->lock);
+	}
 	for (; blk < end && !err; blk = to) {
 		to = (blk / PAGE_BLOCKS + 1) * PAGE_BLOCKS;
 		if (to > end)
 			to = end;
-		err = set_recorded(b, blk, to, wait);
+		err = set_recorded(b, blk, to);
 	}
+	pthread_mutex_unlock(&b->lock);
 	return err;
 }
 

@@ -165,7 +165,6 @@ static int cache_close(struct backend *b)
 }
 
 static const struct backend_ops cache_ops = {
-	.name = "cache",
 	.read = layer_read,
 	.write = cache_write,
 	.zero = cache_zero,
@@ -242,7 +241,7 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 	struct cache *c = not_null(calloc(1, sizeof(*c)));
 
 	c->origin = origin;
-	layer_init(&c->layer, &cache_ops, origin_limits(origin)->size, o->readonly, "the cache");
+	c->layer.size = origin_limits(origin)->size;
 	c->layer.durable = true;
 	fetcher_init(&c->fetcher, &c->layer, origin);
 	c->copy = copy_new(&c->fetcher);
@@ -250,7 +249,7 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 		free_cache(c);
 		return NULL;
 	}
-	layer_begin(&c->layer);
+	layer_begin(&c->layer, &cache_ops, o->readonly, "the cache");
 	return &c->layer.backend;
 }
 

@@ -109,29 +109,24 @@ int disk_write(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off, e
 
 /* Make durable */
 
-/* The first error, which err may be; 0 for none. */
-static int remember_error(struct disk *d, int err)
-{
-	int none = 0;
-
-	if (err)
-		atomic_compare_exchange_strong(&d->error, &none, err);
-	return atomic_load(&d->error);
-}
-
+/* One at a time: the kernel tells an error to one of them, and the others have to find it here. */
 int disk_sync(struct disk *d)
 {
-	int err = atomic_load(&d->error);
-
-	while (!err && fdatasync(d->fd) < 0)
+	pthread_mutex_lock(&d->syncing);
+	while (!d->error && fdatasync(d->fd) < 0)
 		if (errno != EINTR)
-			err = -errno;
-	return remember_error(d, err);
+			d->error = -errno;
+	pthread_mutex_unlock(&d->syncing);
+	return d->error;
 }
 
 int disk_check(struct disk *d)
 {
-	return remember_error(d, check_stored(d->fd));
+	pthread_mutex_lock(&d->syncing);
+	if (!d->error)
+		d->error = check_stored(d->fd);
+	pthread_mutex_unlock(&d->syncing);
+	return d->error;
 }
 
 /* Zeros and holes */
@@ -163,13 +158,6 @@ static int allocate(const struct disk *d, int how, uint64_t len, uint64_t off)
 	return -errno;
 }
 
-/* There may be holes in a range: of the remembered run of data what is before them stays. */
-static void forget_data(struct disk *d, uint64_t len, uint64_t off)
-{
-	if (off < atomic_load(&d->data_to) && off + len > atomic_load(&d->data_from))
-		atomic_store(&d->data_to, off);
-}
-
 /* Holes that cannot be made can be kept: then zeros are written only where there are none. */
 static int write_zeros(struct disk *d, uint64_t len, uint64_t off, bool keep_holes)
 {
@@ -199,7 +187,7 @@ int disk_zero(struct disk *d, uint64_t len, uint64_t off, unsigned flags)
 	ret = -EOPNOTSUPP;
 	if (holes) {
 		ret = allocate(d, PUNCH_HOLE, len, off);
-		forget_data(d, len, off);
+		atomic_store(&d->data_to, 0);	/* the remembered run may have a hole now */
 	}
 	/* On a device without the command, the kernel itself would write zeros: not fast. */
 	if (ret == -EOPNOTSUPP && (d->is_file || !fast))
@@ -254,6 +242,7 @@ void disk_close(struct disk *d)
 		return;
 	close(d->fd);
 	order_destroy(&d->order);
+	pthread_mutex_destroy(&d->syncing);
 	free(d);
 }
 
@@ -377,17 +366,16 @@ static int open_image(const char *path, bool readonly, bool hints)
 
 struct disk *disk_adopt(int fd)
 {
-	struct disk *d = calloc(1, sizeof(*d));
 	off_t size = lseek(fd, 0, SEEK_END);
 	struct stat st;
-	int err = !d ? ENOMEM : size < 0 || fstat(fd, &st) < 0 ? errno : 0;
+	struct disk *d;
 
-	if (err) {
-		log_failure("cannot serve an image: %s", strerror(err));
+	if (size < 0 || fstat(fd, &st) < 0) {
+		log_failure("cannot serve an image: %s", strerror(errno));
 		close(fd);
-		free(d);
 		return NULL;
 	}
+	d = not_null(calloc(1, sizeof(*d)));
 	d->fd = fd;
 	d->size = (uint64_t)size;
 	d->is_file = !S_ISBLK(st.st_mode);
@@ -399,6 +387,7 @@ struct disk *disk_adopt(int fd)
 	d->in_memory = fstatfs(fd, &fs) == 0 && fs.f_type == 0x01021994;	/* TMPFS_MAGIC */
 #endif
 	order_init(&d->order);
+	pthread_mutex_init(&d->syncing, NULL);
 	return d;
 }
 

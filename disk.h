@@ -26,6 +26,7 @@ struct disk {
 	atomic_int error;		/* -errno of the first fdatasync() that failed, or 0 */
 
 	/* disk.c's own. */
+	pthread_mutex_t syncing;
 	int fd;
 	dev_t dev;			/* of the file system; or of the device itself */
 	ino_t ino;			/* of the file; 0 for a device */

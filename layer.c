@@ -188,20 +188,15 @@ int layer_complete(struct layer *l, struct request *r)
 
 /* Beginning and end */
 
-void layer_init(struct layer *l, const struct backend_ops *ops, uint64_t size, bool readonly,
-		const char *what)
+void layer_begin(struct layer *l, const struct backend_ops *ops, bool readonly, const char *what)
 {
 	l->backend.ops = ops;
-	l->backend.size = l->size = size;
+	l->backend.size = l->size;
 	l->backend.readonly = readonly;
+	l->backend.order = &l->disk->order;
 	l->what = what;
 	l->commits.single = true;
 	l->timer.run = timer_due;
-}
-
-void layer_begin(struct layer *l)
-{
-	l->backend.order = &l->disk->order;
 	if (l->map)
 		atomic_init(&l->brought, bitmap_count(l->map));
 	if (l->durable)

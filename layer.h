@@ -34,12 +34,11 @@ struct layer {
 	struct job timer;
 };
 
-/* It is all zero before.  disk, map, base and durable are to be set before layer_begin(). */
-void layer_init(struct layer *l, const struct backend_ops *ops, uint64_t size, bool readonly,
-		const char *what);
-
-/* All is open: what a killed server set and did not commit is committed soon. */
-void layer_begin(struct layer *l);
+/*
+ * All is open, and size, disk, map, base and durable are set; the rest is zero.  What a killed server
+ * set and did not commit is committed soon.
+ */
+void layer_begin(struct layer *l, const struct backend_ops *ops, bool readonly, const char *what);
 
 /* Close the image, the map and the base, those that are there. */
 void layer_destroy(struct layer *l);

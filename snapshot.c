@@ -53,18 +53,11 @@ struct snapshot {
 	bool has_thread;
 	struct bitmap *copied;		/* a bit for each block */
 	atomic_uint_least64_t bytes;	/* that were copied, for the log */
-	atomic_int error;		/* -errno of the first failure: it has failed then */
+	atomic_int error;		/* -errno: it has failed, or will */
 	atomic_bool over;
 };
 
 /* Copying */
-
-static void snapshot_fail(struct snapshot *s, int err)
-{
-	int none = 0;
-
-	atomic_compare_exchange_strong(&s->error, &none, err);
-}
 
 /* Copy from off to end, or to the end of the disk, without holes, through buf of CHUNK bytes. */
 static int copy_range(struct snapshot *s, uint64_t off, uint64_t end, uint8_t *buf)
@@ -100,7 +93,7 @@ static void copy_blocks(struct snapshot *s, uint64_t blk, uint64_t end, uint8_t 
 			err = copy_range(s, at * BLOCK_SIZE, (at + n) * BLOCK_SIZE, buf);
 	}
 	if (err)
-		snapshot_fail(s, err);
+		atomic_store(&s->error, err);
 	else
 		bitmap_set(s->copied, blk, end - blk, true);
 }
@@ -214,10 +207,9 @@ static void finish_snapshot(struct snapshot *s)
 		err = atomic_load(&s->error);	/* it may have been given up */
 	if (!err)
 		err = publish(s);
-	if (err) {
-		snapshot_fail(s, err);
-		log_error("snapshot %s: failed: %s", s->name, explain(atomic_load(&s->error)));
-	}
+	atomic_store(&s->error, err);
+	if (err)
+		log_error("snapshot %s: failed: %s", s->name, explain(err));
 	atomic_store(&s->over, true);
 	wake_main();
 }
@@ -237,8 +229,8 @@ static void take_instant(struct snapshot *s)
 	log_line("snapshot %s: started", s->name);
 	if (!err && ftruncate(s->fd, (off_t)s->size) < 0)	/* the image may be larger than the disk */
 		err = -errno;
-	if (s->cloned)
-		snapshot_fail(s, err);
+	if (s->cloned && err)
+		atomic_store(&s->error, err);
 }
 
 /* Changes copy no more from then on. */
@@ -324,7 +316,7 @@ const char *snapshot_path(const struct snapshot *s, const char **why)
 
 void snapshot_abandon(struct snapshot *s)
 {
-	snapshot_fail(s, -ECANCELED);
+	atomic_store(&s->error, -ECANCELED);
 }
 
 void snapshot_free(struct snapshot *s)

@@ -31,7 +31,6 @@ static int target_close(struct backend *b)
 }
 
 static const struct backend_ops target_ops = {
-	.name = "target",
 	.read = layer_read,
 	.write = layer_write,
 	.zero = layer_zero,
@@ -47,9 +46,9 @@ struct backend *target_open(struct disk *d, bool readonly)
 {
 	struct layer *l = not_null(calloc(1, sizeof(*l)));
 
-	layer_init(l, &target_ops, d->size, readonly, "the image");
+	l->size = d->size;
 	l->disk = d;
-	layer_begin(l);
+	layer_begin(l, &target_ops, readonly, "the image");
 	return &l->backend;
 }
 
@@ -58,31 +57,28 @@ struct backend *target_open(struct disk *d, bool readonly)
 /* A file without a name, as large as the base. */
 static bool open_throw_away(struct layer *l, const struct cow_options *o)
 {
-	char *dir = not_null(o->dir ? strdup(o->dir) : directory_of(o->base));
-	int fd = -1;
+	char *dir;
+	int fd;
 
 	if (!o->dir && !l->base->is_file) {
 		log_failure("base image %s is a device: --cow-dir must say where the overlay goes",
 			    o->base);
-		goto out;
+		return false;
 	}
+	dir = not_null(o->dir ? strdup(o->dir) : directory_of(o->base));
 	fd = disk_make_file(dir, ".xnbd-overlay-", NULL);
-	if (fd < 0 || ftruncate(fd, (off_t)l->size) < 0) {
+	if (fd >= 0 && ftruncate(fd, (off_t)l->size) == 0) {
+		l->disk = disk_adopt(fd);
+		l->map = not_null(bitmap_new(bitmap_blocks(l->size)));
+	} else {
 		log_failure("cannot make an overlay of %llu bytes in %s: %s%s",
 			    (unsigned long long)l->size, dir, strerror(errno),
 			    o->dir ? "" : " (--cow-dir names another place)");
-		goto out;
+		if (fd >= 0)
+			close(fd);
 	}
-	l->disk = disk_adopt(fd);
-	fd = -1;
-	l->map = bitmap_new(bitmap_blocks(l->size));
-	if (!l->map)
-		log_failure("cannot make a bitmap: %s", strerror(ENOMEM));
-out:
-	if (fd >= 0)
-		close(fd);
 	free(dir);
-	return l->disk && l->map;
+	return l->disk;
 }
 
 /*
@@ -160,10 +156,10 @@ struct backend *cow_open(const struct cow_options *o)
 	if (!base)
 		return NULL;
 	l = not_null(calloc(1, sizeof(*l)));
-	layer_init(l, &target_ops, base->size, o->readonly, "the overlay");
+	l->size = base->size;
 	l->base = base;
 	if (o->file ? open_kept(l, o->file) : open_throw_away(l, o)) {
-		layer_begin(l);
+		layer_begin(l, &target_ops, o->readonly, "the overlay");
 		return &l->backend;
 	}
 	layer_destroy(l);

@@ -551,7 +551,7 @@ mutant("a snapshot's error is the client's", "a snapshot that failed is noticed 
        tests="test_snapshot.py::test_full_disk_fails_the_snapshot_and_nobody_else")
 
 mutant("a block that could not be copied counts as copied", "under a snapshot",
-       "snapshot.c", "if (err)\n\t\tsnapshot_fail(s, err);\n\telse\n\t\tbitmap_set(s->copied,",
+       "snapshot.c", "if (err)\n\t\tatomic_store(&s->error, err);\n\telse\n\t\tbitmap_set(s->copied,",
        "if (true)\n\t\tbitmap_set(s->copied,",
        tests=
        "test_faults.py::test_old_block_that_cannot_be_kept_fails_the_snapshot_and_not_the_write")
@@ -712,7 +712,7 @@ mutant("a change is told after it was made", "bitmap reaches the disk before the
        tests="test_cow.py::"
              "test_first_change_is_told_and_has_its_space_before_it_is_recorded")
 mutant("a set bit does not mark its page", "bitmap reaches the disk before the data",
-       "bitmap.c", "atomic_fetch_or(&b->page[blk / PAGE_BLOCKS], DIRTY);",
+       "bitmap.c", "atomic_fetch_or(&b->page[page], DIRTY);",
        "atomic_fetch_or(&b->page[0], DIRTY);",
        tests="test_cow.py::test_power_cut_keeps_a_write_across_pages_of_the_map "
              "test_powercut.py::test_a_flush_commits_all_pages_of_a_large_map")
@@ -747,8 +747,8 @@ mutant("the live map is never believed", "kill -9 loses what was acknowledged",
        tests="test_proxy.py::test_kill_loses_nothing "
              "test_cow.py::test_kill_without_a_power_cut_believes_the_live_map")
 mutant("bits are not recorded", "kill -9 loses what was acknowledged",
-       "bitmap.c", "return write_map(b, buf, bytes, HEADER_SIZE + b->map_bytes + first);",
-       "return 0;",
+       "bitmap.c", "err = write_map(b, buf, bytes, HEADER_SIZE + b->map_bytes + first);",
+       "err = 0;",
        tests="test_cow.py::test_kill_without_a_power_cut_believes_the_live_map "
              "test_proxy.py::test_kill_loses_nothing")
 mutant("bits are recorded before their data is stored", "block marked before its data arrived",
@@ -766,7 +766,9 @@ mutant("a record forgets its neighbours", "kill -9 loses what was acknowledged",
        tests="test_powercut.py::test_all_pairs_with_a_kill_between_them "
              "test_kill.py::test_kill_at_random_moments")
 mutant("a record that found no space counts", "overlay's disk full",
-       "bitmap.c", "err = record(b, blk, end);", "record(b, blk, end);",
+       "bitmap.c", "if (err)\n\t\t\treturn err;\n\t\tatomic_fetch_or(&b->page[page], TAKEN);",
+       "atomic_fetch_or(&b->page[page], TAKEN);",
+       "bitmap.c", "if (err)\n\t\treturn err;\n\tset_bits(b, blk, end);", "set_bits(b, blk, end);",
        tests="test_cow.py::test_record_that_finds_no_space_is_that_requests_error")
 mutant("the committed map takes no space before it is needed", "overlay's disk full",
        "bitmap.c", "if (!(atomic_load(&b->page[page]) & TAKEN)) {", "if (false) {",
@@ -798,9 +800,12 @@ mutant("FLUSH joins a commit that has begun", "bitmap reaches the disk before th
        "\tl->result = end_commit(l, make_durable(l), false);\n\tatomic_fetch_add(&l->begun, 1);\n",
        tests="test_powercut.py::test_random_operations_and_power_cuts")
 mutant("a failed fdatasync() is tried again", "fdatasync fails, the next one succeeds",
-       "disk.c", "int err = atomic_load(&d->error);\n\n\twhile (!err && fdatasync",
-       "int err = 0;\n\n\twhile (!err && fdatasync",
-       "disk.c", "return remember_error(d, err);\n}\n\nint disk_check", "return err;\n}\n\nint disk_check",
+       "disk.c", "\twhile (!d->error && fdatasync(d->fd) < 0)\n\t\tif (errno != EINTR)\n"
+       "\t\t\td->error = -errno;\n\tpthread_mutex_unlock(&d->syncing);\n\treturn d->error;\n}\n\n"
+       "int disk_check",
+       "\tint err = 0;\n\n\twhile (!err && fdatasync(d->fd) < 0)\n\t\tif (errno != EINTR)\n"
+       "\t\t\terr = -errno;\n\tpthread_mutex_unlock(&d->syncing);\n\treturn err;\n}\n\n"
+       "int disk_check",
        tests="test_faults.py::test_failed_sync_is_told_once_in_the_log_and_with_every_flush")
 mutant("a cache or an overlay goes on after a failed fdatasync()",
        "fdatasync fails, the next one succeeds",
@@ -825,7 +830,7 @@ mutant("a record that fails is no loss", "fdatasync fails, the next one succeeds
        tests="test_cow.py::test_record_that_fails_ends_the_export")
 mutant("a failed fdatasync() is no error", "fdatasync fails, the next one succeeds",
        "disk.c",
-       "while (!err && fdatasync(d->fd) < 0)\n\t\tif (errno != EINTR)\n\t\t\terr = -errno;",
+       "while (!d->error && fdatasync(d->fd) < 0)\n\t\tif (errno != EINTR)\n\t\t\td->error = -errno;",
        "while (!err && fdatasync(d->fd) < 0)\n\t\tif (errno != EINTR)\n\t\t\tbreak;",
        tests="test_cow.py::test_failed_sync_ends_the_export_and_its_data_is_never_committed")
 mutant("nothing is committed but by FLUSH", "what was not flushed is never committed",
@@ -1246,9 +1251,12 @@ mutant("an export goes on after an error of stable storage",
 mutant("an error is told to who met it",
        "the old committer eats the error of writeback, and FLUSH after a switch says 0",
        "layer.c", "layer_fail(l, err);\n\t\treturn err;", "return err;",
-       "disk.c", "int err = atomic_load(&d->error);\n\n\twhile (!err && fdatasync",
-       "int err = 0;\n\n\twhile (!err && fdatasync",
-       "disk.c", "return remember_error(d, err);\n}\n\nint disk_check", "return err;\n}\n\nint disk_check",
+       "disk.c", "\twhile (!d->error && fdatasync(d->fd) < 0)\n\t\tif (errno != EINTR)\n"
+       "\t\t\td->error = -errno;\n\tpthread_mutex_unlock(&d->syncing);\n\treturn d->error;\n}\n\n"
+       "int disk_check",
+       "\tint err = 0;\n\n\twhile (!err && fdatasync(d->fd) < 0)\n\t\tif (errno != EINTR)\n"
+       "\t\t\terr = -errno;\n\tpthread_mutex_unlock(&d->syncing);\n\treturn err;\n}\n\n"
+       "int disk_check",
        tests="test_durability.py::"
              "test_error_of_a_commit_that_was_due_before_a_switch_is_told_after_it")
 mutant("the sync of the map is not looked at",
@@ -1257,8 +1265,9 @@ mutant("the sync of the map is not looked at",
        tests="test_durability.py::test_writeback_that_fails_below_the_map")
 mutant("the live map is a mapping without room", "full disk under the bitmap file: SIGBUS",
        "bitmap.c", OPENED, "if (prepare_file(b, clear)) {" + MAPPED + "\t\treturn b;\n\t}",
-       "bitmap.c", "int err = 0;\n\n\tif (!(atomic_load(&b->page[page]) & TAKEN)) {",
-       "int err = 0;\n\n\tif (b->fd >= 0)\n\t\treturn 0;\n"
+       "bitmap.c", "\tif (!(atomic_load(&b->page[page]) & TAKEN)) {",
+       "\tif (b->fd >= 0) {\n\t\tset_bits(b, blk, end);\n"
+       "\t\tatomic_fetch_or(&b->page[page], DIRTY);\n\t\treturn 0;\n\t}\n"
        "\tif (!(atomic_load(&b->page[page]) & TAKEN)) {",
        tests="test_durability.py::test_full_file_system_under_the_map_is_enospc_of_a_write")
 mutant("the live map is a mapping", "the file of a mapping is truncated: SIGBUS",
