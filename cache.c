@@ -188,8 +188,8 @@ static unsigned cache_extents(struct backend *b, struct extent *extent, unsigned
 
 static void free_cache(struct cache *c)
 {
-	copy_free(c->copy);
 	origin_close(c->origin);
+	copy_free(c->copy);
 	layer_destroy(&c->layer);
 	free(c);
 }
@@ -389,7 +389,7 @@ void cache_tend(struct backend *b, struct cache_news *news)
 	struct cache *c = to_cache(b);
 	int err;
 
-	*news = (struct cache_news){ .copied = copy_has_ended(c->copy) };
+	*news = (struct cache_news){ 0 };
 	if (!atomic_exchange(&c->switch_done, false))
 		return;
 	err = c->commit.error;
@@ -429,6 +429,4 @@ void cache_end(struct backend *b)
 	struct cache *c = to_cache(b);
 
 	origin_end(c->origin);
-	copy_free(c->copy);
-	c->copy = NULL;
 }

@@ -48,7 +48,6 @@ const char *cache_switch(struct backend *b, bool force);
 bool cache_is_target(struct backend *b);
 
 struct cache_news {
-	bool copied;			/* a background copy has ended */
 	bool switched;			/* a switch has: */
 	char error[128];		/* why it failed; "": it did not */
 	uint64_t zeroed;		/* blocks that were missing and read as zeros now */
@@ -60,7 +59,7 @@ void cache_tend(struct backend *b, struct cache_news *news);
 /* The server stops: no more copying, nor switching. */
 void cache_stop(struct backend *b);
 
-/* End the origin, and then the copy: nothing is on its way any more, but with workers. */
+/* End the origin: nothing is on its way any more, but with workers. */
 void cache_end(struct backend *b);
 
 #endif

@@ -426,8 +426,8 @@ void control_tend(void)
 	if (atomic_exchange(&control.reconnect_done, false))
 		ctl_reconnected(*control.reconnect_error ? control.reconnect_error : NULL);
 	cache_tend(exports.cache, &news);
-	if (news.copied)
-		ctl_copied();
+	if (control.options->control)
+		ctl_copied();		/* it may have */
 	if (news.switched)
 		ctl_switched(*news.error ? news.error : NULL, news.zeroed);
 }

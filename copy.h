@@ -31,12 +31,13 @@ struct copy_status {
 /* At the start of the program. */
 struct copy *copy_new(struct fetcher *f);
 
-/* When the origin has ended; waits for its thread.  NULL is allowed. */
+/* When neither the origin nor workers are left. */
 void copy_free(struct copy *c);
 
 /*
  * Begin, or go on with, copying what is missing, in requests of at most that many bytes, 0 for
- * the default; until it has ended, or copy_release() was called as often.  Main thread.
+ * the default; until it has ended, or copy_release() was called as often.  The main thread is
+ * woken when it has ended.
  */
 void copy_start(struct copy *c, uint64_t request_bytes);
 void copy_release(struct copy *c);
@@ -45,8 +46,5 @@ void copy_release(struct copy *c);
 void copy_stop(struct copy *c);
 
 void copy_status(struct copy *c, struct copy_status *status);
-
-/* Whether one has ended since the last call; the main thread is woken for that. */
-bool copy_has_ended(struct copy *c);
 
 #endif

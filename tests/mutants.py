@@ -974,7 +974,7 @@ mutant("an extent may be empty", "extents that are wrong",
        "proto_client.c", "if (e.len == 0)", "if (false)",
        tests="test_origin.py::test_wrong_extents_cost_the_link_and_nothing_else")
 mutant("a hole counts as zeros in the copy", "extents that are wrong",
-       "copy.c", "!(e->flags & NBD_STATE_ZERO)", "!(e->flags & NBD_STATE_HOLE)",
+       "copy.c", "e->flags & NBD_STATE_ZERO", "e->flags & NBD_STATE_HOLE",
        tests="test_origin.py::test_unusual_extents_are_understood")
 mutant("what a lost link owed is not asked again", "origin closes at every byte",
        "origin.c", "request_add(l->origin, r);\n\t}", "}",
