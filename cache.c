@@ -13,8 +13,6 @@
 #include "cache.h"
 
 #include "buffer.h"
-#include "fetch.h"
-#include "layer.h"
 #include "log.h"
 #include "util.h"
 
@@ -27,25 +25,6 @@
 
 enum {
 	BUFFERS_KEPT = 8 * 1024 * 1024,	/* what is fetched ahead of a reader */
-};
-
-struct cache {
-	struct layer layer;		/* the first */
-	struct origin *origin;
-	struct fetcher fetcher;
-	struct copy *copy;
-
-	/*
-	 * The switch.  A worker stores zeros where nothing is held, which only force allows.  Then
-	 * all becomes durable, and all blocks are held; then the main thread lets the origin go.
-	 */
-	bool switching, switched;	/* the main thread's */
-	struct job switch_job;
-	struct request commit;		/* the flush that makes all durable */
-	const char *step;		/* the one that is under way, or has failed */
-	uint64_t zeroed;		/* blocks that were missing */
-	atomic_bool switch_done;
-	atomic_bool stopping;		/* zero no more */
 };
 
 static struct cache *to_cache(struct backend *b)
@@ -277,7 +256,7 @@ static bool open_layer(struct cache *c, const struct cache_options *o)
 	return l->disk && disk_limit(l->disk, o->image, l->size);
 }
 
-struct backend *cache_open(const struct cache_options *o, struct origin *origin)
+struct cache *cache_open(const struct cache_options *o, struct origin *origin)
 {
 	struct cache *c = not_null(calloc(1, sizeof(*c)));
 
@@ -292,31 +271,14 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 		return NULL;
 	}
 	layer_begin(&c->layer);
-	return &c->layer.backend;
+	return c;
 }
 
 /* Control */
 
-struct disk *cache_disk(struct backend *b)
+void cache_status(const struct cache *c, struct cache_status *status)
 {
-	return to_cache(b)->layer.disk;
-}
-
-struct origin *cache_origin(struct backend *b)
-{
-	return to_cache(b)->origin;
-}
-
-struct copy *cache_copy(struct backend *b)
-{
-	return to_cache(b)->copy;
-}
-
-void cache_status(struct backend *b, struct cache_status *status)
-{
-	struct cache *c = to_cache(b);
-
-	status->blocks = bitmap_blocks(b->size);
+	status->blocks = bitmap_blocks(c->layer.size);
 	status->held = status->blocks - layer_missing(&c->layer);
 	status->written = layer_written(&c->layer);
 	status->per_mille = 1000;
@@ -340,7 +302,7 @@ static void switch_ended(struct request *r)
 /* A worker. */
 static void zero_and_complete(struct job *job)
 {
-	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, switch_job));
+	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, commit.job));
 	int err;
 
 	c->zeroed = layer_missing(&c->layer);
@@ -354,17 +316,16 @@ static void zero_and_complete(struct job *job)
 	layer_complete(&c->layer, &c->commit);
 }
 
-const char *cache_switch(struct backend *b, bool force)
+const char *cache_switch(struct cache *c, bool force)
 {
 	static char why[128];
-	struct cache *c = to_cache(b);
 	struct cache_status s;
 
 	if (c->switched)
 		return "this is a target already";
 	if (c->switching)
 		return NULL;
-	cache_status(b, &s);
+	cache_status(c, &s);
 	if (s.held < s.blocks && !force) {
 		snprintf(why, sizeof(why), "%llu of %llu blocks are not here yet (%u.%u %% are)",
 			 (unsigned long long)(s.blocks - s.held), (unsigned long long)s.blocks,
@@ -374,59 +335,42 @@ const char *cache_switch(struct backend *b, bool force)
 	log_line("switching to target mode");
 	c->switching = true;
 	c->commit = (struct request){
-		.backend = b,
+		.job.run = zero_and_complete,
+		.backend = &c->layer.backend,
 		.done = switch_ended,
 		.h.cmd = NBD_CMD_FLUSH,
 	};
 	copy_stop(c->copy);
-	c->switch_job.run = zero_and_complete;
-	worker_submit(&c->switch_job, NULL);
+	worker_submit(&c->commit.job, NULL);
 	return NULL;
 }
 
-void cache_tend(struct backend *b, struct cache_news *news)
+bool cache_switch_ended(struct cache *c, const char **error)
 {
-	struct cache *c = to_cache(b);
-	int err;
+	static char why[128];
 
-	*news = (struct cache_news){ 0 };
 	if (!atomic_exchange(&c->switch_done, false))
-		return;
-	err = c->commit.error;
+		return false;
 	c->switching = false;
-	c->switched = !err;
-	news->switched = true;
-	news->zeroed = c->zeroed;
-	if (err) {
-		snprintf(news->error, sizeof(news->error), "cannot %s: %s", c->step, strerror(err));
-		log_error("cannot switch to target mode: %s", news->error);
-		return;
+	c->switched = !c->commit.error;
+	*error = c->switched ? NULL : why;
+	if (!c->switched) {
+		snprintf(why, sizeof(why), "cannot %s: %s", c->step, strerror(c->commit.error));
+		log_error("cannot switch to target mode: %s", why);
+		return true;
 	}
 	/* Nobody needs it any more; those who wait for it will find the blocks. */
 	origin_cancel(c->origin);
-	if (news->zeroed)
+	if (c->zeroed)
 		log_line("switched to target mode; %llu blocks were missing and read as zeros now",
-			 (unsigned long long)news->zeroed);
+			 (unsigned long long)c->zeroed);
 	else
 		log_line("switched to target mode; the origin is not needed any more");
+	return true;
 }
 
-bool cache_is_target(struct backend *b)
+void cache_stop(struct cache *c)
 {
-	return to_cache(b)->switched;
-}
-
-void cache_stop(struct backend *b)
-{
-	struct cache *c = to_cache(b);
-
 	copy_stop(c->copy);
 	atomic_store(&c->stopping, true);
-}
-
-void cache_end(struct backend *b)
-{
-	struct cache *c = to_cache(b);
-
-	origin_end(c->origin);
 }

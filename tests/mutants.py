@@ -1094,7 +1094,7 @@ mutant("what is missing is held as soon as it is zeros", "switch while a block i
        tests="test_kill.py::test_forced_switch_that_is_killed_has_happened_or_not "
              "test_proxy.py::test_forced_switch_whose_sync_fails_leaves_the_origins_blocks")
 mutant("the switch leaves who waits for the origin", "a request in flight is never answered",
-       "cache.c", "origin_cancel(c->origin);\n\tif (news->zeroed)", "if (news->zeroed)",
+       "cache.c", "origin_cancel(c->origin);\n\tif (c->zeroed)", "if (c->zeroed)",
        tests="test_proxy.py::test_forced_switch_answers_those_who_wait_for_the_origin")
 mutant("who came during the switch is not called", "a client connecting meanwhile is lost",
        "backend.c", "atomic_store(&g->closed, false);\n\tg->opened();",
@@ -1151,9 +1151,10 @@ mutant("the switch goes on though the image is not durable",
        tests="test_proxy.py::test_switch_is_refused_when_the_data_cannot_be_made_durable")
 mutant("the switch gives the disk the size of the image", "switch changes the disk's size",
        "disk.c", "d->size = size;\n\treturn true;", "return true;",
-       "control.c", "if (news.switched)\n",
-       "if (news.switched)\n"
-       "\t\texports.all[0].export.proto.size = exports.all[0].disk->size;\n\tif (news.switched)\n",
+       "control.c", "if (cache_switch_ended(exports.cache, &error))\n",
+       "if (exports.cache->switch_done)\n"
+       "\t\texports.all[0].export.proto.size = exports.all[0].disk->size;\n"
+       "\tif (cache_switch_ended(exports.cache, &error))\n",
        "control.c", '#include "ctl.h"\n', '#include "ctl.h"\n#include "disk.h"\n',
        tests="test_proxy.py::test_larger_cache_image_keeps_the_origins_size")
 mutant("a daemon forgets where it came from", "--daemonize: control acts on the wrong process",
@@ -1314,7 +1315,7 @@ mutant("a disk that keeps a thread is no loss", "exit status 0 though something 
        "remove_pidfile(s);\n\t\t\t_exit(EXIT_SUCCESS);",
        tests="test_restart.py::test_disk_that_keeps_a_thread_is_told_by_the_status")
 mutant("what waits for the origin is not given up", "SIGTERM waits for a silent origin",
-       "xnbd.c", "\t\t\torigin_cancel(cache_origin(exports.cache));", "\t\t\t;",
+       "xnbd.c", "\t\t\torigin_cancel(exports.cache->origin);", "\t\t\t;",
        "conn.c", "STOPPING_MS = 2500,", "STOPPING_MS = 25000,",
        tests="test_order.py::test_server_ends_soon_though_requests_wait_for_the_origin")
 
