@@ -22,8 +22,6 @@
 static struct {
 	const struct options *options;
 	char *bitmap;			/* of a proxy, its path from the root */
-	char reconnect_error[256];	/* "" for none */
-	atomic_bool reconnect_done;
 	uint64_t started;		/* now_ms() */
 	char snapshot[4096];		/* the path of the last one, or why it failed; "": none yet */
 	bool snapshot_failed;
@@ -382,20 +380,11 @@ static const char *say_progress(struct ctl_reply *reply, bool *runs)
 	return copy_error(&s);
 }
 
-/* The origin's thread, or ours. */
-static void reconnected(const char *error)
-{
-	snprintf(control.reconnect_error, sizeof(control.reconnect_error), "%s", error ? error : "");
-	atomic_store(&control.reconnect_done, true);
-	wake_main();
-}
-
 static const char *reconnect(const char *host, const char *port, const char *export_name)
 {
 	if (exports.cache->switched)
 		return "this is a target, it has no origin";
-	origin_redirect(exports.cache->origin, host, port, export_name, reconnected);
-	return NULL;
+	return origin_redirect(exports.cache->origin, host, port, export_name);
 }
 
 static const char *switch_over(bool force)
@@ -423,8 +412,8 @@ void control_tend(void)
 	exports_tend(snapshot_ended);
 	if (!exports.cache)
 		return;
-	if (atomic_exchange(&control.reconnect_done, false))
-		ctl_reconnected(*control.reconnect_error ? control.reconnect_error : NULL);
+	if (origin_redirected(exports.cache->origin, &error))
+		ctl_reconnected(error);
 	if (control.options->control)
 		ctl_copied();		/* it may have */
 	if (cache_switch_ended(exports.cache, &error))

@@ -141,9 +141,12 @@ struct origin {
 	struct queue queue[ORIGIN_PRIORITIES];
 	struct target target;		/* written by the thread, which reads it without the lock */
 	char reason[PROTO_REASON_MAX];	/* of the last failure, or ""; likewise */
-	struct target redirect;		/* another origin; the thread's while it is redirecting */
-	void (*redirect_done)(const char *error);
-	atomic_bool redirecting, cancelled;
+	atomic_bool cancelled;
+
+	/* Going over to another origin.  One side has it: the thread, while it is redirecting. */
+	struct target redirect;
+	char redirect_error[PROTO_REASON_MAX];	/* of the last time; "" if it went well */
+	atomic_bool redirecting, redirected;	/* redirected: origin_redirected() will tell */
 
 	struct loop loop;		/* of the links */
 	atomic_uint up;			/* links */
@@ -658,10 +661,10 @@ static void set_reason(struct origin *o, const char *reason)
 
 static void redirect_end(struct origin *o, const char *error)
 {
-	void (*done)(const char *error) = o->redirect_done;
-
+	snprintf(o->redirect_error, sizeof(o->redirect_error), "%s", error);
 	atomic_store(&o->redirecting, false);
-	done(error);
+	atomic_store(&o->redirected, true);
+	wake_main();
 }
 
 /* It is closed, and there is no other address to try: again later.  A reason is logged once. */
@@ -815,7 +818,7 @@ static const char *link_use(struct link *l)
 				 (unsigned long long)o->limits.size);
 	}
 	if (redirects)
-		redirect_end(o, NULL);
+		redirect_end(o, "");
 	return NULL;
 }
 
@@ -1048,25 +1051,25 @@ void origin_cancel(struct origin *o)
 	loop_wake(&o->loop);
 }
 
-void origin_redirect(struct origin *o, const char *host, const char *port,
-		     const char *export_name, void (*done)(const char *error))
+const char *origin_redirect(struct origin *o, const char *host, const char *port,
+			    const char *export_name)
 {
-	const char *wrong;
+	const char *wrong = target_set(&o->redirect, host, port,
+				       export_name ? export_name : o->target.export_name);
 
-	pthread_mutex_lock(&o->lock);
-	wrong = o->cancelled   ? "the origin is not needed any more" :
-		o->redirecting ? "another one is under way" :
-				 target_set(&o->redirect, host, port,
-					    export_name ? export_name : o->target.export_name);
 	if (!wrong) {
-		o->redirect_done = done;
 		atomic_store(&o->redirecting, true);
-	}
-	pthread_mutex_unlock(&o->lock);
-	if (wrong)
-		done(wrong);
-	else
 		loop_wake(&o->loop);
+	}
+	return wrong;
+}
+
+bool origin_redirected(struct origin *o, const char **error)
+{
+	if (!atomic_exchange(&o->redirected, false))
+		return false;
+	*error = *o->redirect_error ? o->redirect_error : NULL;
+	return true;
 }
 
 void origin_status(struct origin *o, struct origin_status *status)

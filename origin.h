@@ -92,12 +92,17 @@ void origin_cancel(struct origin *o);
 
 /*
  * Go over to another origin, once a link to it has been made and its size is the same; the old
- * link is used until then.  Without export_name the name stays as it is.  done is called by the
- * origin's thread, or by this call, with NULL, or with why not, in memory that lasts for that call.
- * One at a time.  Does not block.
+ * link is used until then.  Without export_name the name stays as it is.  NULL if that has begun, or
+ * why not.  One at a time, and none after origin_cancel().  Main thread.
  */
-void origin_redirect(struct origin *o, const char *host, const char *port,
-		     const char *export_name, void (*done)(const char *error));
+const char *origin_redirect(struct origin *o, const char *host, const char *port,
+			    const char *export_name);
+
+/*
+ * Whether a redirect has ended since the last call; the main thread is woken for that.  *error is
+ * NULL, or why it failed, until the next one.
+ */
+bool origin_redirected(struct origin *o, const char **error);
 
 struct origin_status {
 	char address[256];		/* "host:port", "[::1]:port" or "unix:/path" */
