@@ -46,7 +46,7 @@ static int fetch_status(struct cache *c, struct request *r, enum how how)
 	s->len = layer_run(&c->layer, s->len, s->off, &held);
 	if (held)
 		return 0;
-	if (origin_tells_extents(c->origin) && s->off % unit == 0 &&
+	if (s->off % unit == 0 &&
 	    (s->len % unit == 0 || s->off + s->len == c->layer.size)) {
 		r->extents = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
 		return fetch_wait(&c->fetcher, r, how);

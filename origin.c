@@ -7,8 +7,8 @@
  *	LINK_UP		transmission
  *
  * The links are on a loop of their own.  Other threads leave requests and wishes in the mailbox,
- * and wake it.  link_turn() is called when poll() has something for a link, or when its
- * deadline is there.  The function of a state returns NULL, or why the link is of no use any more,
+ * and wake it.  link_turn() is called when poll() has something for a link, when its
+ * deadline is there, and to send what was added.  The function of a state returns NULL, or why the link is of no use any more,
  * and then link_fail() is called.
  *
  * The first link that is up serves clients, the others the background copy; a single one serves
@@ -57,7 +57,7 @@ enum {
 };
 
 struct queue {
-	struct origin_request *first, **last;
+	struct origin_request *first, **last;	/* last: where the next one goes, if there is a first */
 };
 
 /* Where a server is, and which of its exports is meant. */
@@ -151,7 +151,6 @@ struct origin {
 	struct loop loop;		/* of the links */
 	atomic_uint up;			/* links */
 	atomic_uint_least64_t fetched;	/* bytes of data */
-	atomic_bool tells_extents;
 	atomic_size_t unstored;		/* bytes delivered, and not put away */
 	atomic_uint waiting;		/* requests that are not done */
 
@@ -165,16 +164,10 @@ struct origin {
 
 /* Queues */
 
-static void queue_init(struct queue *q)
-{
-	q->first = NULL;
-	q->last = &q->first;
-}
-
 static void queue_add(struct queue *q, struct origin_request *r)
 {
 	r->next = NULL;
-	*q->last = r;
+	*(q->first ? q->last : &q->first) = r;
 	q->last = &r->next;
 }
 
@@ -413,7 +406,7 @@ static void link_ask(struct link *l, struct origin_request *r)
 	};
 
 	if (r->extent && !l->client.offer.allocation) {
-		request_finish(l->origin, r, -ENOTSUP);
+		request_finish(l->origin, r, -EIO);
 		return;
 	}
 	if (l->count++ == 0)
@@ -461,22 +454,12 @@ static void drop_data(struct origin_request *r)
 	r->buf = NULL;
 }
 
-/* What an error on the wire means for the request. */
-static int error_of(const struct origin_request *r)
-{
-	uint32_t error = r->answer.error;
-
-	if (r->extent && (error == NBD_EINVAL || error == NBD_ENOTSUP))
-		return -ENOTSUP;
-	return error ? -EIO : 0;
-}
-
 /* The last of an answer is here. */
 static const char *end_answer(struct link *l, struct origin_request *r)
 {
 	const char *wrong = proto_answer_end(&r->answer);
 	uint64_t sent = r->sent / 1000;
-	int error = error_of(r);
+	int error = r->answer.error ? -EIO : 0;
 
 	if (wrong)
 		return wrong;
@@ -810,7 +793,6 @@ static const char *link_use(struct link *l)
 		redirect_go(o);
 	l->state = LINK_UP;
 	l->answered = false;
-	atomic_store(&o->tells_extents, l->client.offer.allocation);
 	if (atomic_fetch_add(&o->up, 1) == 0) {
 		set_reason(o, "");
 		if (o->started)
@@ -907,6 +889,8 @@ static void link_turn(struct source *s, short revents)
 		wrong = link_take(l, revents);
 	else if (!revents && link_deadline(l) <= now_ms())
 		wrong = link_expire(l);		/* unless an earlier turn has put it off */
+	else if (l->state == LINK_UP)
+		wrong = link_send(l);
 	if (wrong)
 		link_fail(l, wrong);
 	s->due = link_deadline(l);
@@ -925,14 +909,8 @@ static void origin_turn(struct origin *o)
 	feed_links(o);
 	if (atomic_load(&o->waiting) > 0)
 		o->trim = now_ms() + IDLE_MS;
-	for (unsigned i = 0; i < o->links; i++) {
-		struct link *l = o->link[i];
-		const char *wrong = l->state == LINK_UP ? link_send(l) : NULL;
-
-		if (wrong)
-			link_fail(l, wrong);
-		l->source.due = link_deadline(l);
-	}
+	for (unsigned i = 0; i < o->links; i++)
+		link_turn(&o->link[i]->source, 0);
 	loop_poll(&o->loop, o->trim);
 	loop_deliver(&o->loop);
 	if (now_ms() >= o->trim) {
@@ -967,18 +945,13 @@ static const char *origin_init(struct origin *o, const struct origin_options *op
 	o->timeout_ms = options->timeout_ms;
 	if (loop_init(&o->loop) < 0)
 		return strerror(errno);
-	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
-		queue_init(&o->queue[i]);
 	while (o->links <= options->connections) {
-		struct link *l = calloc(1, sizeof(*l));
+		struct link *l = not_null(calloc(1, sizeof(*l)));
 
-		if (!l)
-			return strerror(ENOMEM);
 		o->link[o->links++] = l;
 		l->origin = o;
 		l->source = (struct source){ .ops = &link_ops, .fd = -1, .due = UINT64_MAX };
 		l->backoff = BACKOFF_MIN;
-		queue_init(&l->owed);
 		if (!loop_add(&o->loop, &l->source))
 			return strerror(ENOMEM);
 	}
@@ -987,8 +960,8 @@ static const char *origin_init(struct origin *o, const struct origin_options *op
 
 struct origin *origin_open(const struct origin_options *options)
 {
-	struct origin *o = calloc(1, sizeof(*o));
-	const char *wrong = o ? origin_init(o, options) : strerror(ENOMEM);
+	struct origin *o = not_null(calloc(1, sizeof(*o)));
+	const char *wrong = origin_init(o, options);
 
 	while (!wrong && !first_link(o)) {
 		origin_turn(o);
@@ -997,7 +970,7 @@ struct origin *origin_open(const struct origin_options *options)
 	if (!wrong)
 		return o;
 	log_failure("cannot reach origin %s%s%.255s: %s",
-		    o && *o->target.address ? o->target.address : options->host,
+		    *o->target.address ? o->target.address : options->host,
 		    *options->export_name ? ", export " : "", options->export_name, wrong);
 	origin_close(o);
 	return NULL;
@@ -1019,11 +992,6 @@ bool origin_start(struct origin *o)
 const struct proto_offer *origin_limits(const struct origin *o)
 {
 	return &o->limits;
-}
-
-bool origin_tells_extents(struct origin *o)
-{
-	return atomic_load(&o->tells_extents);
 }
 
 void origin_submit(struct origin *o, struct origin_request *r)
@@ -1097,8 +1065,6 @@ void origin_end(struct origin *o)
 
 void origin_close(struct origin *o)
 {
-	if (!o)
-		return;
 	origin_end(o);
 	close_links(o, 0);
 	for (unsigned i = 0; i < o->links; i++)

@@ -42,7 +42,7 @@ struct origin_request {
 
 	/*
 	 * Called by the origin's thread, or within origin_submit(); must not block.  error is 0;
-	 * -EIO, the origin cannot; -ENOTSUP, it does not tell extents; -ECANCELED.
+	 * -EIO, the origin cannot, or does not tell extents; -ECANCELED.
 	 */
 	void (*done)(struct origin_request *);
 	int error;
@@ -71,9 +71,6 @@ bool origin_start(struct origin *o);
 
 /* What the first link was told: its size and block sizes hold while the program runs. */
 const struct proto_offer *origin_limits(const struct origin *o);
-
-/* Whether the origin tells extents now; it may be another one after a reconnect.  Any thread. */
-bool origin_tells_extents(struct origin *o);
 
 /* Ask.  Any thread; does not block. */
 void origin_submit(struct origin *o, struct origin_request *r);
@@ -122,7 +119,7 @@ void origin_status(struct origin *o, struct origin_status *status);
  */
 void origin_end(struct origin *o);
 
-/* End it, and free it.  NULL is allowed. */
+/* End it, and free it. */
 void origin_close(struct origin *o);
 
 #endif

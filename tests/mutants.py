@@ -1024,7 +1024,7 @@ mutant("an error of the origin is for all who wait", "one EIO of the origin",
        tests="test_origin.py::test_error_is_for_the_block_and_not_for_what_came_with_it "
              "test_proxy.py::test_error_of_a_long_fetch_is_not_for_who_needs_a_part_of_it")
 mutant("an error of the origin is not told", "one EIO of the origin",
-       "origin.c", "return error ? -EIO : 0;", "return 0;",
+       "origin.c", "int error = r->answer.error ? -EIO : 0;", "int error = 0;",
        tests="test_origin.py::test_error_concerns_only_those_who_need_the_block "
              "test_proxy.py::test_error_of_the_origin_is_eio_for_who_needs_that_block")
 mutant("an origin of another size is taken", "reconnect to a disk of another size",
