@@ -20,7 +20,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 enum {
@@ -35,7 +34,7 @@ static struct cache *to_cache(struct backend *b)
 /* Fetching */
 
 /* The origin tells of what begins and ends where its smallest blocks do; else all is data. */
-static int fetch_status(struct cache *c, struct request *r, enum how how)
+static int fetch_status(struct cache *c, struct request *r)
 {
 	uint64_t unit = origin_limits(c->origin)->min_block;
 	struct span *s = &r->at;
@@ -46,11 +45,8 @@ static int fetch_status(struct cache *c, struct request *r, enum how how)
 	s->len = layer_run(&c->layer, s->len, s->off, &held);
 	if (held)
 		return 0;
-	if (s->off % unit == 0 &&
-	    (s->len % unit == 0 || s->off + s->len == c->layer.size)) {
-		r->extents = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
-		return fetch_wait(&c->fetcher, r, how);
-	}
+	if (s->off % unit == 0 && (s->len % unit == 0 || s->off + s->len == c->layer.size))
+		return fetch_extents(&c->fetcher, r);
 	r->extent[0] = (struct extent){ s->len, 0 };
 	r->extents = 1;
 	request_done(r, 0);
@@ -75,16 +71,14 @@ static struct span lacking_edge(const struct cache *c, uint64_t len, uint64_t of
 /* Both edges are asked for at once; the change waits for one after the other. */
 static int fetch_edges(struct cache *c, struct request *r, enum how how)
 {
-	struct span first = lacking_edge(c, r->at.len, r->at.off), last;
-	uint64_t next = (first.off / BLOCK_SIZE + 1) * BLOCK_SIZE, end = r->at.off + r->at.len;
+	uint64_t end = r->at.off + r->at.len;
+	struct span edge = lacking_edge(c, r->at.len, r->at.off);
 
-	if (first.len == 0)
+	if (edge.len == 0)
 		return 0;
-	if (next < end) {
-		last = lacking_edge(c, end - next, next);
-		fetch_begin(&c->fetcher, last.len, last.off);
-	}
-	r->at = first;
+	if (end % BLOCK_SIZE != 0 && end != c->layer.size)
+		fetch_begin(&c->fetcher, 1, end - 1);
+	r->at = edge;
 	return fetch_wait(&c->fetcher, r, how);
 }
 
@@ -92,10 +86,10 @@ static int cache_fetch(struct backend *b, struct request *r, enum how how)
 {
 	struct cache *c = to_cache(b);
 
-	if (proto_cmd_writes(r->h.cmd))
-		return fetch_edges(c, r, how);
-	return r->h.cmd == NBD_CMD_BLOCK_STATUS ? fetch_status(c, r, how) :
-						  fetch_wait(&c->fetcher, r, how);
+	if (r->h.cmd == NBD_CMD_BLOCK_STATUS)
+		return fetch_status(c, r);
+	return proto_cmd_writes(r->h.cmd) ? fetch_edges(c, r, how) :
+					    fetch_wait(&c->fetcher, r, how);
 }
 
 static bool cache_take_back(struct backend *b, struct request *r)
@@ -145,9 +139,7 @@ static int cache_prefetch(struct backend *b, uint64_t *len, uint64_t off)
 	uint64_t n = layer_run(&c->layer, *len, off, &held);
 
 	*len = held ? n : 0;
-	if (held)
-		disk_prefetch(c->layer.disk, n, off);
-	return held ? 0 : ABSENT;
+	return held ? layer_cache(b, len, off) : ABSENT;
 }
 
 /* What is held, up to what is not; or else the origin has to be asked. */
@@ -197,13 +189,6 @@ static const struct backend_ops cache_ops = {
 	.close = cache_close,
 };
 
-static bool refuse_image(const char *path, const char *what, uint64_t held)
-{
-	log_failure("cache image %s %s, but the bitmap says that it holds %llu blocks "
-		    "(--clear-bitmap begins afresh)", path, what, (unsigned long long)held);
-	return false;
-}
-
 static bool are_one_file(const char *image, const char *bitmap)
 {
 	bool same = is_same_file(image, bitmap);
@@ -214,26 +199,24 @@ static bool are_one_file(const char *image, const char *bitmap)
 }
 
 /* Create the image, or extend one that holds nothing as yet.  False after logging why not. */
-static bool prepare_image(const char *path, uint64_t size, uint64_t held)
+static bool prepare_image(const struct layer *l, const char *path)
 {
-	struct stat st;
-	char found[64];
+	const struct disk *d = l->disk;
+	unsigned long long size = l->size, held = bitmap_count(l->map);
 
-	if (stat(path, &st) < 0) {
-		if (errno == ENOENT && held > 0)
-			return refuse_image(path, "does not exist", held);
-		return disk_create(path, size);
-	}
-	if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size >= size)
+	if (d && (!d->is_file || d->size >= size))
 		return true;
-	snprintf(found, sizeof(found), "has %llu of %llu bytes", (unsigned long long)st.st_size,
-		 (unsigned long long)size);
-	if (held > 0)
-		return refuse_image(path, found, held);
+	if (held > 0) {
+		log_failure("cache image %s has %llu of %llu bytes, but the bitmap says that it "
+			    "holds %llu blocks (--clear-bitmap begins afresh)", path,
+			    d ? (unsigned long long)d->size : 0, size, held);
+		return false;
+	}
+	if (!d)
+		return disk_create(path, size);
 	if (truncate(path, (off_t)size) == 0)
 		return true;
-	log_failure("cannot extend cache image %s to %llu bytes: %s", path,
-		    (unsigned long long)size, strerror(errno));
+	log_failure("cannot extend cache image %s to %llu bytes: %s", path, size, strerror(errno));
 	return false;
 }
 
@@ -249,7 +232,7 @@ static bool open_layer(struct cache *c, const struct cache_options *o)
 	}
 	l->map = bitmap_open(o->bitmap, &id, o->clear);
 	if (!l->map || are_one_file(o->image, o->bitmap) ||
-	    !prepare_image(o->image, l->size, bitmap_count(l->map)))
+	    !prepare_image(l, o->image))
 		return false;
 	disk_close(l->disk);
 	l->disk = disk_open(o->image, false, false);

@@ -480,8 +480,7 @@ static int pass_held(struct fetcher *f, struct request *r, enum how how)
 	return 0;
 }
 
-/* Let a BLOCK_STATUS wait for the origin's answer about all of r->at. */
-static int ask_extents(struct fetcher *f, struct request *r)
+int fetch_extents(struct fetcher *f, struct request *r)
 {
 	struct fetch *fetch = fetch_new(f, 0, r->at.off, 0, ORIGIN_DEMAND);
 	int ret;
@@ -491,7 +490,7 @@ static int ask_extents(struct fetcher *f, struct request *r)
 	fetch->ask.off = r->at.off;
 	fetch->ask.len = r->at.len;
 	fetch->ask.extent = r->extent;	/* it comes back with the answer */
-	fetch->ask.extents = r->extents;
+	fetch->ask.extents = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
 	r->extent = NULL;
 	pthread_mutex_lock(&f->lock);
 	ret = fetch_join(fetch, r, r->at.len);
@@ -512,8 +511,6 @@ int fetch_wait(struct fetcher *f, struct request *r, enum how how)
 	uint64_t off, len, n;
 	int ret;
 
-	if (h.cmd == NBD_CMD_BLOCK_STATUS)
-		return ask_extents(f, r);
 	ret = pass_held(f, r, how);
 	if (ret == 0 && r->at.len == 0 && takes_data(r)) {
 		request_done(r, 0);

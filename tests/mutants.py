@@ -871,10 +871,10 @@ mutant("two servers have one bitmap", "another server uses the cache",
        "bitmap.c", "|| flock(b->fd, LOCK_EX | LOCK_NB) < 0 ", "",
        tests="test_proxy.py::test_second_server_on_a_bitmap_is_refused")
 mutant("a lost cache image is made anew", "cache image deleted or shorter, bitmap kept",
-       "cache.c", "if (errno == ENOENT && held > 0)", "if (false)",
+       "cache.c", "if (held > 0) {", "if (held > 0 && d) {",
        tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
 mutant("a short cache image is extended", "cache image deleted or shorter, bitmap kept",
-       "cache.c", "if (held > 0)\n\t\treturn refuse_image(path, found, held);", "",
+       "cache.c", "if (held > 0) {", "if (held > 0 && !d) {",
        tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
 
 # The proxy
