@@ -62,33 +62,23 @@ static uint64_t fetch_unit(const struct fetcher *f)
 
 /* Storing */
 
-/* Whether the piece at that place is zeros.  Most data shows at its first bytes that it is not. */
-static bool is_zero_piece(const struct origin_request *ask, uint64_t at)
-{
-	const uint8_t *p = ask->buf + at;
-	uint64_t len = ask->len - at < ZERO_PIECE ? ask->len - at : ZERO_PIECE;
-
-	return p[0] == 0 && memcmp(p, p + 1, len - 1) == 0;
-}
-
-/* Zeros become holes, which may block. */
+/*
+ * Zeros become holes, which may block.  Most data shows at its first bytes that it is none.  A second
+ * try finds what the first one has stored.
+ */
 static int fetch_store(const struct fetch *fetch, enum how how)
 {
 	const struct origin_request *ask = &fetch->ask;
-	uint64_t end;
 	int ret = 0;
 
-	for (uint64_t at = 0; at < ask->len && ret == 0; at = end) {
-		bool zero = is_zero_piece(ask, at);
+	for (uint64_t at = 0; at < ask->len && ret == 0; at += ZERO_PIECE) {
+		const uint8_t *p = ask->buf + at;
+		uint64_t len = ask->len - at < ZERO_PIECE ? ask->len - at : ZERO_PIECE;
+		bool zero = p[0] == 0 && memcmp(p, p + 1, len - 1) == 0;
 
-		for (end = at + ZERO_PIECE; end < ask->len && is_zero_piece(ask, end) == zero;)
-			end += ZERO_PIECE;
-		if (end > ask->len)
-			end = ask->len;
 		if (zero && how == TRY)
 			return -EAGAIN;
-		ret = layer_fill(fetch->f->layer, zero ? NULL : ask->buf + at, end - at,
-				 ask->off + at, how);
+		ret = layer_fill(fetch->f->layer, zero ? NULL : p, len, ask->off + at, how);
 	}
 	return ret;
 }
