@@ -31,6 +31,11 @@ static struct cache *to_cache(struct backend *b)
 	return (struct cache *)b;
 }
 
+static bool cache_holds(struct backend *b, uint64_t len, uint64_t off)
+{
+	return layer_holds(&to_cache(b)->layer, len, off);
+}
+
 /* Fetching */
 
 /* The origin tells of what begins and ends where its smallest blocks do; else all is data. */
@@ -56,14 +61,13 @@ static int fetch_status(struct cache *c, struct request *r)
 /*
  * A place in a block that is not held, and of which a change keeps a part; empty if there is none.
  */
-static struct span lacking_edge(const struct cache *c, uint64_t len, uint64_t off)
+static struct span lacking_edge(struct backend *b, uint64_t len, uint64_t off)
 {
-	const struct layer *l = &c->layer;
 	uint64_t end = off + len;
 
-	if (off % BLOCK_SIZE != 0 && !layer_holds(l, 1, off))
+	if (off % BLOCK_SIZE != 0 && !cache_holds(b, 1, off))
 		return (struct span){ off, 1 };
-	if (end % BLOCK_SIZE != 0 && end != l->size && !layer_holds(l, 1, end - 1))
+	if (end % BLOCK_SIZE != 0 && end != b->size && !cache_holds(b, 1, end - 1))
 		return (struct span){ end - 1, 1 };
 	return (struct span){ off, 0 };
 }
@@ -72,7 +76,7 @@ static struct span lacking_edge(const struct cache *c, uint64_t len, uint64_t of
 static int fetch_edges(struct cache *c, struct request *r, enum how how)
 {
 	uint64_t end = r->at.off + r->at.len;
-	struct span edge = lacking_edge(c, r->at.len, r->at.off);
+	struct span edge = lacking_edge(r->backend, r->at.len, r->at.off);
 
 	if (edge.len == 0)
 		return 0;
@@ -99,18 +103,9 @@ static bool cache_take_back(struct backend *b, struct request *r)
 
 /* Reading */
 
-static bool cache_holds(struct backend *b, uint64_t len, uint64_t off)
-{
-	return layer_holds(&to_cache(b)->layer, len, off);
-}
-
 static int cache_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	struct cache *c = to_cache(b);
-
-	if (!layer_holds(&c->layer, len, off))
-		return ABSENT;
-	return disk_read(c->layer.disk, buf, len, off, how);
+	return cache_holds(b, len, off) ? layer_read(b, buf, len, off, how) : ABSENT;
 }
 
 /* Writing */
@@ -118,18 +113,12 @@ static int cache_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t of
 static int cache_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off,
 		       enum how how)
 {
-	struct cache *c = to_cache(b);
-
-	if (lacking_edge(c, len, off).len > 0)
-		return ABSENT;
-	return layer_write(b, buf, len, off, how);
+	return lacking_edge(b, len, off).len > 0 ? ABSENT : layer_write(b, buf, len, off, how);
 }
 
 static int cache_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
-	struct cache *c = to_cache(b);
-
-	return lacking_edge(c, len, off).len > 0 ? ABSENT : layer_zero(b, len, off, flags);
+	return lacking_edge(b, len, off).len > 0 ? ABSENT : layer_zero(b, len, off, flags);
 }
 
 static int cache_prefetch(struct backend *b, uint64_t *len, uint64_t off)
@@ -160,7 +149,6 @@ static unsigned cache_extents(struct backend *b, struct extent *extent, unsigned
 static void free_cache(struct cache *c)
 {
 	origin_close(c->origin);
-	copy_free(c->copy);
 	layer_destroy(&c->layer);
 	free(c);
 }
@@ -248,7 +236,7 @@ struct cache *cache_open(const struct cache_options *o, struct origin *origin)
 	layer_init(&c->layer, &cache_ops, origin_limits(origin)->size, o->readonly, "the cache");
 	c->layer.durable = true;
 	fetcher_init(&c->fetcher, &c->layer, origin);
-	c->copy = copy_new(&c->fetcher);
+	copy_init(&c->copy, &c->fetcher);
 	if (!open_layer(c, o)) {
 		free_cache(c);
 		return NULL;
@@ -323,7 +311,7 @@ const char *cache_switch(struct cache *c, bool force)
 		.done = switch_ended,
 		.h.cmd = NBD_CMD_FLUSH,
 	};
-	copy_stop(c->copy);
+	copy_stop(&c->copy);
 	worker_submit(&c->commit.job, NULL);
 	return NULL;
 }
@@ -354,6 +342,6 @@ bool cache_switch_ended(struct cache *c, const char **error)
 
 void cache_stop(struct cache *c)
 {
-	copy_stop(c->copy);
+	copy_stop(&c->copy);
 	atomic_store(&c->stopping, true);
 }

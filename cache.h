@@ -7,16 +7,13 @@
 #include <stdbool.h>
 
 #include "copy.h"
-#include "fetch.h"
-#include "layer.h"
-#include "origin.h"
 
 /* The main thread may look at all of it but for what belongs to the switch. */
 struct cache {
 	struct layer layer;		/* the first: its backend is the export's */
 	struct origin *origin;
 	struct fetcher fetcher;
-	struct copy *copy;
+	struct copy copy;
 
 	/*
 	 * The switch.  A worker stores zeros where nothing is held, which only force allows.  Then

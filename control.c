@@ -272,7 +272,7 @@ static void say_copy(struct report *r)
 					    [COPY_DONE] = "done", [COPY_FAILED] = "failed" };
 	static struct copy_status s;
 
-	copy_status(exports.cache->copy, &s);
+	copy_status(&exports.cache->copy, &s);
 	say_text(r, "copy", name[s.state]);
 	say_number(r, "copy-rate", s.rate);
 	say_number(r, "copy-failed-blocks", s.failed_blocks);
@@ -348,12 +348,12 @@ static void snapshot_ended(const struct export *e, const char *path, const char 
 
 static void start_copy(unsigned blocks)
 {
-	copy_start(exports.cache->copy, (uint64_t)blocks * BLOCK_SIZE);
+	copy_start(&exports.cache->copy, (uint64_t)blocks * BLOCK_SIZE);
 }
 
 static void release_copy(void)
 {
-	copy_release(exports.cache->copy);
+	copy_release(&exports.cache->copy);
 }
 
 static const char *say_progress(struct ctl_reply *reply, bool *runs)
@@ -362,7 +362,7 @@ static const char *say_progress(struct ctl_reply *reply, bool *runs)
 	struct origin_status o;
 	struct cache_status c;
 
-	copy_status(exports.cache->copy, &s);
+	copy_status(&exports.cache->copy, &s);
 	*runs = s.state == COPY_RUNNING;
 	if (!reply)
 		return NULL;

@@ -12,20 +12,13 @@
  */
 #include "copy.h"
 
-#include "fetch.h"
-#include "layer.h"
-#include "log.h"
-#include "origin.h"
 #include "util.h"
 
 #include <errno.h>
 #include <pthread.h>
-#include <stdlib.h>
-#include <string.h>
 
 enum {
 	REQUEST_BYTES = 256 * 1024,	/* the default */
-	MAP_EXTENTS = 1024,
 	MAP_BYTES = 1024 * 1024 * 1024,	/* asked about at once */
 
 	WINDOW_MIN = 2 * 3,		/* thirds of requests under way */
@@ -34,28 +27,6 @@ enum {
 	QUEUE_US = 2000,		/* of delay that is allowed besides twice the least one */
 
 	RATE_MS = 500,			/* the rate is that of so much time, at least */
-};
-
-struct copy {
-	struct fetcher *fetcher;
-	struct layer *layer;		/* the fetcher's */
-	struct lane lane;		/* of the job, which is alone there */
-	struct job job;
-
-	pthread_mutex_t lock;		/* guards what follows; a leaf */
-	unsigned wanted;		/* by so many */
-	struct copy_status status;
-	uint64_t request_bytes;
-	unsigned under_way, window;	/* requests; the window counts in thirds */
-	bool rests;			/* the job: it is to be submitted when requests have ended */
-	uint64_t least_delay;		/* microseconds; 0: not known */
-	uint64_t copied, rate_copied, rate_since;	/* bytes, and now_ms() */
-
-	/* The job's own. */
-	uint64_t off;			/* this pass has asked for what lies before */
-	bool by_units;			/* it is the second one */
-	struct origin_request question;	/* about what follows, with the last answer */
-	struct extent extent[MAP_EXTENTS];	/* of that */
 };
 
 /* Called with the lock. */
@@ -68,7 +39,7 @@ static bool copy_is_over(const struct copy *c)
 
 /*
  * Congestion shows in the delay.  A request without it lets one more be under way, so that the
- * window doubles in each round; one with it lets the window shrink a little.
+ * window doubles in each round; one with it lets the window shrink a little.  Called with the lock.
  */
 static void adapt_window(struct copy *c, uint64_t delay)
 {
@@ -80,14 +51,18 @@ static void adapt_window(struct copy *c, uint64_t delay)
 		c->window += c->window < WINDOW_MAX ? 3 : 0;
 }
 
-/* A request has ended; an error, an errno, ends the copy. */
-static void request_ended(struct copy *c, int error)
+/* A request has ended, for data or NULL.  An error, an errno, ends the copy. */
+static void request_ended(struct copy *c, const struct origin_request *data, int error)
 {
 	bool go_on;
 
 	pthread_mutex_lock(&c->lock);
 	if (!c->status.error)
 		c->status.error = error;
+	if (data && !data->error && !error) {
+		c->copied += data->len;
+		adapt_window(c, now_us() - data->sent);
+	}
 	c->under_way--;
 	go_on = c->rests && c->under_way <= c->window / 4;	/* of thirds: a quarter at a time */
 	if (go_on)
@@ -99,17 +74,9 @@ static void request_ended(struct copy *c, int error)
 
 static void data_copied(void *copy, const struct origin_request *ask, int error)
 {
-	struct copy *c = copy;
-
-	if (!error) {
-		pthread_mutex_lock(&c->lock);
-		c->copied += ask->len;
-		adapt_window(c, now_us() - ask->sent);
-		pthread_mutex_unlock(&c->lock);
-	}
 	if (ask->error == -EIO)
 		error = 0;	/* the next pass asks again, or tells it */
-	request_ended(c, error == -ECANCELED ? ESHUTDOWN : -error);
+	request_ended(copy, ask, error == -ECANCELED ? ESHUTDOWN : -error);
 }
 
 /* Maps */
@@ -136,7 +103,7 @@ static void map_answered(struct origin_request *q)
 		q->extents = 1;
 		c->extent[0] = (struct extent){ q->len, 0 };
 	}
-	request_ended(c, 0);
+	request_ended(c, NULL, 0);
 	worker_submit(&c->job, &c->lane);
 }
 
@@ -151,7 +118,7 @@ static void ask_map(struct copy *c)
 		.off = off,
 		.len = left < MAP_BYTES ? left : MAP_BYTES,
 		.extent = c->extent,
-		.extents = MAP_EXTENTS,
+		.extents = COPY_EXTENTS,
 		.done = map_answered,
 	};
 	origin_submit(c->fetcher->origin, &c->question);
@@ -228,13 +195,13 @@ static bool copy_part(struct copy *c, uint64_t len, uint64_t most)
 		len = end - c->off;
 	whole = layer_whole(c->layer, len, c->off);
 	if (e->flags & NBD_STATE_ZERO && whole > 0) {
-		request_ended(c, -layer_fill(c->layer, NULL, whole, c->off, WAIT));
+		request_ended(c, NULL, -layer_fill(c->layer, NULL, whole, c->off, WAIT));
 		c->off += whole;
 		return true;
 	}
 	len = fetch_copy(c->fetcher, len, c->off, most);
 	if (len == 0)
-		request_ended(c, ENOMEM);
+		request_ended(c, NULL, ENOMEM);
 	c->off += len;
 	return true;
 }
@@ -251,7 +218,7 @@ static void copy_job(struct job *job)
 
 		n = layer_run(c->layer, left < STEP_BYTES_MAX ? left : STEP_BYTES_MAX, c->off, &held);
 		if (held) {
-			request_ended(c, 0);
+			request_ended(c, NULL, 0);
 			c->off += n;
 		} else {
 			here = copy_part(c, n, most);
@@ -261,10 +228,8 @@ static void copy_job(struct job *job)
 
 /* Control */
 
-struct copy *copy_new(struct fetcher *f)
+void copy_init(struct copy *c, struct fetcher *f)
 {
-	struct copy *c = not_null(calloc(1, sizeof(*c)));
-
 	c->fetcher = f;
 	f->copied = data_copied;
 	f->copy = c;
@@ -272,13 +237,6 @@ struct copy *copy_new(struct fetcher *f)
 	c->lane.single = true;
 	c->job.run = copy_job;
 	pthread_mutex_init(&c->lock, NULL);
-	return c;
-}
-
-void copy_free(struct copy *c)
-{
-	pthread_mutex_destroy(&c->lock);
-	free(c);
 }
 
 /* From the beginning of the disk.  Called with the lock; there is no job. */

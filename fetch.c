@@ -485,12 +485,7 @@ int fetch_extents(struct fetcher *f, struct request *r)
 	pthread_mutex_lock(&f->lock);
 	ret = fetch_join(fetch, r, r->at.len);
 	pthread_mutex_unlock(&f->lock);
-	if (ret == PENDING) {
-		fetch_submit(fetch);
-	} else {
-		free(fetch->ask.extent);
-		free(fetch);
-	}
+	fetch_submit(fetch);
 	return ret;
 }
 

@@ -7,9 +7,9 @@
  *	LINK_UP		transmission
  *
  * The links are on a loop of their own.  Other threads leave requests and wishes in the mailbox,
- * and wake it.  link_turn() is called when poll() has something for a link, when its
- * deadline is there, and to send what was added.  The function of a state returns NULL, or why the link is of no use any more,
- * and then link_fail() is called.
+ * and wake it.  link_turn() is called when poll() has something for a link, when its deadline is
+ * there, and to send what was added.  The function of a state returns NULL, or why the link is of
+ * no use any more, and then link_fail() is called.
  *
  * The first link that is up serves clients, the others the background copy; a single one serves
  * all.  Requests that a lost link owed go back to the queues.
@@ -869,27 +869,18 @@ static const char *link_expire(struct link *l)
 	return l->client.reason;
 }
 
-static const char *link_take(struct link *l, short revents)
-{
-	const char *wrong = NULL;
-
-	if (l->state == LINK_DIAL)
-		return l->found.count == 0 ? link_resolved(l) : link_negotiate(l);
-	if (revents & ~POLLOUT && !l->origin->clogged)
-		wrong = link_receive(l);
-	return wrong ? wrong : link_send(l);
-}
-
 static void link_turn(struct source *s, short revents)
 {
 	struct link *l = link_of(s);
 	const char *wrong = NULL;
 
-	if (revents && l->state != LINK_DOWN)
-		wrong = link_take(l, revents);
-	else if (!revents && link_deadline(l) <= now_ms())
+	if (!revents && link_deadline(l) <= now_ms())
 		wrong = link_expire(l);		/* unless an earlier turn has put it off */
-	else if (l->state == LINK_UP)
+	else if (revents && l->state == LINK_DIAL)
+		wrong = l->found.count == 0 ? link_resolved(l) : link_negotiate(l);
+	else if (revents & ~POLLOUT && l->state == LINK_UP && !l->origin->clogged)
+		wrong = link_receive(l);
+	if (!wrong && l->state == LINK_UP)
 		wrong = link_send(l);
 	if (wrong)
 		link_fail(l, wrong);

@@ -1013,11 +1013,10 @@ mutant("a lost origin is tried again at once", "origin that is always wrong",
        tests="test_origin.py::test_origin_that_is_always_wrong_is_not_asked_all_the_time "
              "test_origin.py::test_attempts_back_off")
 mutant("a cached read waits for the origin", "one dead origin stalls every client",
-       "cache.c", "if (!layer_holds(&c->layer, len, off))\n\t\treturn ABSENT;\n\treturn disk_read",
-       "struct origin_status s;\n\n"
-       "\tif (!layer_holds(&c->layer, len, off))\n\t\treturn ABSENT;\n"
-       "\tfor (origin_status(c->origin, &s); !s.links; origin_status(c->origin, &s))\n"
-       "\t\tusleep(1000);\n\treturn disk_read",
+       "cache.c", "return cache_holds(b, len, off) ? layer_read(",
+       "struct origin *o = to_cache(b)->origin;\n\tstruct origin_status s;\n\n"
+       "\tfor (origin_status(o, &s); cache_holds(b, len, off) && !s.links; origin_status(o, &s))\n"
+       "\t\tusleep(1000);\n\treturn cache_holds(b, len, off) ? layer_read(",
        tests="test_proxy.py::test_cached_blocks_need_no_origin_and_others_wait_for_it")
 mutant("an error of the origin is for all who wait", "one EIO of the origin",
        "fetch.c", "(fetch->ask.error == -EIO && wider) ||", "(false && wider) ||",
