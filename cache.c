@@ -81,7 +81,7 @@ static int fetch_edges(struct cache *c, struct request *r, enum how how)
 	if (edge.len == 0)
 		return 0;
 	if (end % BLOCK_SIZE != 0 && end != c->layer.size)
-		fetch_begin(&c->fetcher, 1, end - 1);
+		fetch_begin(&c->fetcher, 1, end - 1, ORIGIN_DEMAND);
 	r->at = edge;
 	return fetch_wait(&c->fetcher, r, how);
 }
@@ -262,11 +262,7 @@ void cache_status(const struct cache *c, struct cache_status *status)
 /* It is done, or a step has failed.  A worker. */
 static void switch_ended(struct request *r)
 {
-	struct cache *c = to_cache(r->backend);
-
-	if (!r->error && layer_missing(&c->layer) > 0)
-		r->error = EAGAIN;
-	atomic_store(&c->switch_done, true);
+	atomic_store(&to_cache(r->backend)->switch_done, true);
 	wake_main();
 }
 

@@ -245,7 +245,7 @@ static void copy_begin(struct copy *c)
 	c->status = (struct copy_status){ .state = COPY_RUNNING };
 	c->window = WINDOW_START;
 	c->least_delay = 0;
-	c->copied = c->rate_copied = 0;
+	c->copied = 0;
 	c->rate_since = now_ms();
 	c->off = 0;
 	c->by_units = false;
@@ -289,8 +289,8 @@ void copy_status(struct copy *c, struct copy_status *status)
 
 	pthread_mutex_lock(&c->lock);
 	if (now - c->rate_since >= RATE_MS) {
-		c->status.rate = (c->copied - c->rate_copied) * 1000 / (now - c->rate_since);
-		c->rate_copied = c->copied;
+		c->status.rate = c->copied * 1000 / (now - c->rate_since);
+		c->copied = 0;
 		c->rate_since = now;
 	}
 	*status = c->status;

@@ -41,7 +41,7 @@ struct copy {
 	unsigned under_way, window;	/* requests; the window counts in thirds */
 	bool rests;			/* the job: it is to be submitted when requests have ended */
 	uint64_t least_delay;		/* microseconds; 0: not known */
-	uint64_t copied, rate_copied, rate_since;	/* bytes, and now_ms() */
+	uint64_t copied, rate_since;	/* bytes since then; now_ms() */
 
 	/* The job's own. */
 	uint64_t off;			/* this pass has asked for what lies before */

@@ -45,7 +45,6 @@ struct fetch {
 
 void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
 {
-	memset(f, 0, sizeof(*f));
 	f->layer = layer;
 	f->origin = origin;
 	f->lane.single = true;	/* more would take the processor from those who bring the data */
@@ -390,8 +389,7 @@ static int bring(struct fetcher *f, struct request *r, uint64_t *len, uint64_t o
 	return ret;
 }
 
-/* The same for all of a range, for which nobody waits yet. */
-static void bring_all(struct fetcher *f, uint64_t len, uint64_t off, enum origin_priority priority)
+void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off, enum origin_priority priority)
 {
 	uint64_t end = off + len;
 
@@ -400,11 +398,6 @@ static void bring_all(struct fetcher *f, uint64_t len, uint64_t off, enum origin
 		if (bring(f, NULL, &len, off, priority) < 0)
 			break;
 	}
-}
-
-void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off)
-{
-	bring_all(f, len, off, ORIGIN_DEMAND);
 }
 
 /* Reading ahead */
@@ -443,7 +436,7 @@ static void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off)
 	if (ahead > f->layer->size - next)
 		ahead = f->layer->size - next;
 	if (!is_here_soon(f, ahead / 2, next))
-		bring_all(f, ahead, next, ORIGIN_AHEAD);
+		fetch_begin(f, ahead, next, ORIGIN_AHEAD);
 }
 
 /* Waiting */
@@ -507,7 +500,7 @@ int fetch_wait(struct fetcher *f, struct request *r, enum how how)
 	n = len = r->at.len < WANTED_MAX ? r->at.len : WANTED_MAX;
 	ret = bring(f, r, &n, off, ORIGIN_DEMAND);
 	if (ret == PENDING) {
-		bring_all(f, len - n, off + n, ORIGIN_DEMAND);
+		fetch_begin(f, len - n, off + n, ORIGIN_DEMAND);
 		if (h.cmd == NBD_CMD_READ)
 			fetch_ahead(f, h.len, h.off);
 	}

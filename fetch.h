@@ -36,6 +36,7 @@ struct fetcher {
 	void *copy;
 };
 
+/* It is all zero before. */
 void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin);
 
 /*
@@ -44,8 +45,8 @@ void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
  */
 uint64_t fetch_copy(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max);
 
-/* Begin to fetch what is not held of a range, since a client's request will wait for it. */
-void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off);
+/* Begin to fetch what is neither held nor on its way of a range that a client will want. */
+void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off, enum origin_priority priority);
 
 /*
  * Let a client's request wait for the first of r->at that is not held.  The origin's error is its

@@ -1146,7 +1146,8 @@ mutant("a switch that fails undoes an earlier one", "fdatasync fails, the next o
        tests="test_proxy.py::test_second_switch_that_fails_takes_nothing_from_the_first")
 mutant("the switch goes on though the image is not durable",
        "fdatasync fails, the next one succeeds",
-       "cache.c", "if (!r->error && layer_missing", "r->error = 0;\n\tif (layer_missing",
+       "cache.c", "atomic_store(&to_cache(r->backend)->switch_done", 
+       "r->error = 0;\n\tatomic_store(&to_cache(r->backend)->switch_done",
        tests="test_proxy.py::test_switch_is_refused_when_the_data_cannot_be_made_durable")
 mutant("the switch gives the disk the size of the image", "switch changes the disk's size",
        "disk.c", "d->size = size;\n\treturn true;", "return true;",
