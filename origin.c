@@ -749,19 +749,16 @@ static const char *link_resolved(struct link *l)
 static const char *find_change(struct link *l)
 {
 	const struct proto_offer *limits = &l->origin->limits, *offer = &l->client.offer;
-	char *reason = l->client.reason;
 
-	if (offer->size != limits->size)
-		snprintf(reason, PROTO_REASON_MAX, "its size is %llu bytes, and must be %llu",
-			 (unsigned long long)offer->size, (unsigned long long)limits->size);
-	else if (offer->min_block > limits->min_block || offer->max_block < limits->max_block)
-		snprintf(reason, PROTO_REASON_MAX,
-			 "its block sizes are %lu to %lu bytes, and must allow %lu to %lu",
-			 (unsigned long)offer->min_block, (unsigned long)offer->max_block,
-			 (unsigned long)limits->min_block, (unsigned long)limits->max_block);
-	else
+	if (offer->size == limits->size && offer->min_block <= limits->min_block &&
+	    offer->max_block >= limits->max_block)
 		return NULL;
-	return reason;
+	snprintf(l->client.reason, PROTO_REASON_MAX,
+		 "it has %llu bytes and block sizes of %lu to %lu, and must have %llu and %lu to %lu",
+		 (unsigned long long)offer->size, (unsigned long)offer->min_block,
+		 (unsigned long)offer->max_block, (unsigned long long)limits->size,
+		 (unsigned long)limits->min_block, (unsigned long)limits->max_block);
+	return l->client.reason;
 }
 
 /* There is a link to another origin: leave the old one. */

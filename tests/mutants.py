@@ -1027,7 +1027,7 @@ mutant("an error of the origin is not told", "one EIO of the origin",
        tests="test_origin.py::test_error_concerns_only_those_who_need_the_block "
              "test_proxy.py::test_error_of_the_origin_is_eio_for_who_needs_that_block")
 mutant("an origin of another size is taken", "reconnect to a disk of another size",
-       "origin.c", "if (offer->size != limits->size)", "if (false)",
+       "origin.c", "if (offer->size == limits->size &&", "if (",
        tests="test_origin.py::test_another_size_after_a_reconnect_is_refused "
              "test_origin.py::test_reconnect_to_another_size_is_refused")
 mutant("a request has 31 missing pieces at most",
