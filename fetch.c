@@ -190,18 +190,13 @@ static bool may_try_again(const struct fetch *fetch, uint64_t len, uint64_t off)
 	return (fetch->ask.error == -EIO && wider) || layer_holds(fetch->f->layer, len, off);
 }
 
-/* Whether a READ can be answered from the image when there is memory for it again. */
-static bool may_wait_for_memory(const struct request *r, int error)
-{
-	return !error && takes_data(r) && !r->buf && atomic_load(&load.bytes) >= load.bytes_max;
-}
-
 /* What a request waited for has arrived, or failed with error.  It is not in the table any more. */
 static void deliver(struct fetch *fetch, struct request *r, int error)
 {
 	struct span part = { r->at.off, r->lacks };
 
-	if (may_wait_for_memory(r, error)) {
+	/* It can be answered from the image when there is memory for it again. */
+	if (!error && takes_data(r) && !r->buf && atomic_load(&load.bytes) >= load.bytes_max) {
 		request_again(r);
 		return;
 	}
@@ -255,25 +250,17 @@ static void store_job(struct job *job)
 }
 
 /*
- * Whether the origin's thread is to store it, in whose processor's cache it is.  What a client
+ * The origin's thread, in whose processor's cache the data is: it stores a little.  What a client
  * waits for would come later by the time that the background copy's data takes.
  */
-static bool is_stored_here(const struct fetch *fetch)
-{
-	const struct origin_request *ask = &fetch->ask;
-
-	return ask->len <= STORE_HERE &&
-	       (ask->priority != ORIGIN_COPY || atomic_load(&fetch->f->demanded) == 0);
-}
-
-/* The origin's thread. */
 static void arrived(struct origin_request *ask)
 {
 	struct fetch *fetch = (struct fetch *)ask;
+	bool yields = ask->priority == ORIGIN_COPY && atomic_load(&fetch->f->demanded) > 0;
 	int error = ask->error;
 
 	if (!error && !ask->extent)
-		error = is_stored_here(fetch) ? fetch_store(fetch, TRY) : -EAGAIN;
+		error = yields || ask->len > STORE_HERE ? -EAGAIN : fetch_store(fetch, TRY);
 	if (error != -EAGAIN)
 		fetch_settle(fetch, error);
 	else
@@ -428,11 +415,8 @@ static void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off)
 {
 	uint64_t ahead = 0, next = off + len;
 
-	for (uint64_t n = 2 * len; n <= off && n <= AHEAD_MAX; n *= 2) {
-		if (!is_here_soon(f, n, off - n))
-			break;
+	for (uint64_t n = 2 * len; n <= off && n <= AHEAD_MAX && is_here_soon(f, n, off - n); n *= 2)
 		ahead = n;
-	}
 	if (ahead > f->layer->size - next)
 		ahead = f->layer->size - next;
 	if (!is_here_soon(f, ahead / 2, next))
@@ -444,10 +428,11 @@ static void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off)
 /* Go on behind what is held; of a READ that is to be answered it is read. */
 static int pass_held(struct fetcher *f, struct request *r, enum how how)
 {
-	while (r->at.len > 0) {
+	int ret = 0;
+
+	while (r->at.len > 0 && ret == 0) {
 		bool held;
 		uint64_t n = layer_run(f->layer, r->at.len, r->at.off, &held);
-		int ret = 0;
 
 		if (!held)
 			break;
@@ -456,11 +441,10 @@ static int pass_held(struct fetcher *f, struct request *r, enum how how)
 		if (takes_data(r))
 			ret = disk_read(f->layer->disk, r->buf + (r->at.off - r->h.off), n,
 					r->at.off, how);
-		if (ret)
-			return ret;
-		pass(r, n);
+		if (ret == 0)
+			pass(r, n);
 	}
-	return 0;
+	return ret;
 }
 
 int fetch_extents(struct fetcher *f, struct request *r)
