@@ -251,7 +251,6 @@ void cache_status(const struct cache *c, struct cache_status *status)
 {
 	status->blocks = bitmap_blocks(c->layer.size);
 	status->held = status->blocks - layer_missing(&c->layer);
-	status->written = layer_written(&c->layer);
 	status->per_mille = 1000;
 	if (status->blocks > 0)
 		status->per_mille = (unsigned)(status->held * 1000 / status->blocks);

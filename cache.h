@@ -39,7 +39,6 @@ struct cache *cache_open(const struct cache_options *o, struct origin *origin);
 
 struct cache_status {
 	uint64_t blocks, held;		/* of the disk; in the image */
-	uint64_t written;		/* by clients of this run, and held since */
 	unsigned per_mille;		/* held, rounded down: 1000 means all */
 };
 

@@ -246,7 +246,7 @@ static void say_blocks(struct report *r)
 	say_number(r, "cached-blocks", s.held);
 	snprintf(percent, sizeof(percent), "%u.%u", share / 10, share % 10);
 	put_field(r, "cached-percent", percent);
-	say_number(r, "written-blocks", s.written);
+	say_number(r, "written-blocks", layer_written(&exports.cache->layer));
 }
 
 /* Why a copy ended early; NULL if it did not. */

@@ -286,7 +286,7 @@ static uint64_t fetch_fit(const struct fetcher *f, uint64_t off, uint64_t end, u
 	return (end < size ? end : size) - off;
 }
 
-/* Ask for whole units, of which the first has off.  NULL if out of memory. */
+/* For whole units, of which the first has off; origin_submit() is due.  NULL if out of memory. */
 static struct fetch *fetch_new(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max,
 			       enum origin_priority priority)
 {
@@ -300,15 +300,9 @@ static struct fetch *fetch_new(struct fetcher *f, uint64_t len, uint64_t off, ui
 	fetch->ask.priority = priority;
 	fetch->ask.off = off - off % fetch_unit(f);
 	fetch->ask.len = fetch_fit(f, fetch->ask.off, off + len, max);
+	if (priority == ORIGIN_DEMAND)
+		atomic_fetch_add(&f->demanded, 1);
 	return fetch;
-}
-
-/* Not with the lock: it may have settled when this returns. */
-static void fetch_submit(struct fetch *fetch)
-{
-	if (fetch->ask.priority == ORIGIN_DEMAND)
-		atomic_fetch_add(&fetch->f->demanded, 1);
-	origin_submit(fetch->f->origin, &fetch->ask);
 }
 
 uint64_t fetch_copy(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max)
@@ -318,7 +312,7 @@ uint64_t fetch_copy(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max)
 	if (!fetch)
 		return 0;
 	len = end_of(fetch) - off;
-	fetch_submit(fetch);
+	origin_submit(f->origin, &fetch->ask);
 	return len;
 }
 
@@ -371,8 +365,8 @@ static int bring(struct fetcher *f, struct request *r, uint64_t *len, uint64_t o
 	else if (!held)
 		ret = r ? fetch_join(fetch, r, *len) : PENDING;
 	pthread_mutex_unlock(&f->lock);
-	if (begun)
-		fetch_submit(begun);
+	if (begun)	/* without the lock: it may have settled when this returns */
+		origin_submit(f->origin, &begun->ask);
 	return ret;
 }
 
@@ -462,7 +456,7 @@ int fetch_extents(struct fetcher *f, struct request *r)
 	pthread_mutex_lock(&f->lock);
 	ret = fetch_join(fetch, r, r->at.len);
 	pthread_mutex_unlock(&f->lock);
-	fetch_submit(fetch);
+	origin_submit(f->origin, &fetch->ask);
 	return ret;
 }
 
