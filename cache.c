@@ -306,7 +306,7 @@ const char *cache_switch(struct cache *c, bool force)
 		.done = switch_ended,
 		.h.cmd = NBD_CMD_FLUSH,
 	};
-	copy_stop(&c->copy);
+	copy_release(&c->copy, true);
 	worker_submit(&c->commit.job, NULL);
 	return NULL;
 }
@@ -337,6 +337,6 @@ bool cache_switch_ended(struct cache *c, const char **error)
 
 void cache_stop(struct cache *c)
 {
-	copy_stop(&c->copy);
+	copy_release(&c->copy, true);
 	atomic_store(&c->stopping, true);
 }

@@ -353,7 +353,7 @@ static void start_copy(unsigned blocks)
 
 static void release_copy(void)
 {
-	copy_release(&exports.cache->copy);
+	copy_release(&exports.cache->copy, false);
 }
 
 static const char *say_progress(struct ctl_reply *reply, bool *runs)

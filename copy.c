@@ -268,18 +268,10 @@ void copy_start(struct copy *c, uint64_t request_bytes)
 }
 
 /* The job sees that when it goes on, or when what is under way has ended. */
-void copy_release(struct copy *c)
+void copy_release(struct copy *c, bool all)
 {
 	pthread_mutex_lock(&c->lock);
-	if (c->wanted > 0)
-		c->wanted--;
-	pthread_mutex_unlock(&c->lock);
-}
-
-void copy_stop(struct copy *c)
-{
-	pthread_mutex_lock(&c->lock);
-	c->wanted = 0;
+	c->wanted -= all ? c->wanted : c->wanted > 0;
 	pthread_mutex_unlock(&c->lock);
 }
 

@@ -59,10 +59,9 @@ void copy_init(struct copy *c, struct fetcher *f);
  * woken when it has ended.
  */
 void copy_start(struct copy *c, uint64_t request_bytes);
-void copy_release(struct copy *c);
 
-/* End it, whoever wants it. */
-void copy_stop(struct copy *c);
+/* One who has started it does not want it any more; or, all, nobody does. */
+void copy_release(struct copy *c, bool all);
 
 void copy_status(struct copy *c, struct copy_status *status);
 

@@ -993,9 +993,7 @@ void origin_submit(struct origin *o, struct origin_request *r)
 
 void origin_stored(struct origin *o, uint64_t bytes)
 {
-	size_t before = atomic_fetch_sub(&o->unstored, (size_t)bytes);
-
-	if (before > UNSTORED_MAX && before - bytes <= UNSTORED_MAX)
+	if (atomic_fetch_sub(&o->unstored, (size_t)bytes) > UNSTORED_MAX)
 		loop_wake(&o->loop);
 }
 
