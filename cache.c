@@ -12,8 +12,6 @@
 #define _GNU_SOURCE
 #include "cache.h"
 
-#include "fetch.h"
-#include "layer.h"
 #include "log.h"
 #include "util.h"
 
@@ -21,37 +19,22 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
-
-struct cache {
-	struct layer layer;		/* the first */
-	struct origin *origin;
-	struct fetcher fetcher;
-	struct copy *copy;
-
-	/*
-	 * The switch.  A worker stores zeros where nothing is held, which only force allows.  Then
-	 * all becomes durable, and all blocks are held; then the main thread lets the origin go.
-	 */
-	bool switching, switched;	/* the main thread's */
-	struct job switch_job;
-	struct request commit;		/* the flush that makes all durable */
-	const char *step;		/* the one that is under way, or has failed */
-	uint64_t zeroed;		/* blocks that were missing */
-	atomic_bool switch_done;
-	atomic_bool stopping;		/* zero no more */
-};
 
 static struct cache *to_cache(struct backend *b)
 {
 	return (struct cache *)b;
 }
 
+static bool cache_holds(struct backend *b, uint64_t len, uint64_t off)
+{
+	return layer_holds(&to_cache(b)->layer, len, off);
+}
+
 /* Fetching */
 
 /* The origin tells of what begins and ends where its smallest blocks do; else all is data. */
-static int fetch_status(struct cache *c, struct request *r, enum how how)
+static int fetch_status(struct cache *c, struct request *r)
 {
 	uint64_t unit = origin_limits(c->origin)->min_block;
 	struct span *s = &r->at;
@@ -62,11 +45,8 @@ static int fetch_status(struct cache *c, struct request *r, enum how how)
 	s->len = layer_run(&c->layer, s->len, s->off, &held);
 	if (held)
 		return 0;
-	if (origin_tells_extents(c->origin) && s->off % unit == 0 &&
-	    (s->len % unit == 0 || s->off + s->len == c->layer.size)) {
-		r->extents = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
-		return fetch_wait(&c->fetcher, r, how);
-	}
+	if (s->off % unit == 0 && (s->len % unit == 0 || s->off + s->len == c->layer.size))
+		return fetch_extents(&c->fetcher, r);
 	r->extent[0] = (struct extent){ s->len, 0 };
 	r->extents = 1;
 	request_done(r, 0);
@@ -76,14 +56,13 @@ static int fetch_status(struct cache *c, struct request *r, enum how how)
 /*
  * A place in a block that is not held, and of which a change keeps a part; empty if there is none.
  */
-static struct span lacking_edge(const struct cache *c, uint64_t len, uint64_t off)
+static struct span lacking_edge(struct backend *b, uint64_t len, uint64_t off)
 {
-	const struct layer *l = &c->layer;
 	uint64_t end = off + len;
 
-	if (off % BLOCK_SIZE != 0 && !layer_holds(l, 1, off))
+	if (off % BLOCK_SIZE != 0 && !cache_holds(b, 1, off))
 		return (struct span){ off, 1 };
-	if (end % BLOCK_SIZE != 0 && end != l->size && !layer_holds(l, 1, end - 1))
+	if (end % BLOCK_SIZE != 0 && end != b->size && !cache_holds(b, 1, end - 1))
 		return (struct span){ end - 1, 1 };
 	return (struct span){ off, 0 };
 }
@@ -91,16 +70,14 @@ static struct span lacking_edge(const struct cache *c, uint64_t len, uint64_t of
 /* Both edges are asked for at once; the change waits for one after the other. */
 static int fetch_edges(struct cache *c, struct request *r, enum how how)
 {
-	struct span first = lacking_edge(c, r->at.len, r->at.off), last;
-	uint64_t next = (first.off / BLOCK_SIZE + 1) * BLOCK_SIZE, end = r->at.off + r->at.len;
+	uint64_t end = r->at.off + r->at.len;
+	struct span edge = lacking_edge(r->backend, r->at.len, r->at.off);
 
-	if (first.len == 0)
+	if (edge.len == 0)
 		return 0;
-	if (next < end) {
-		last = lacking_edge(c, end - next, next);
-		fetch_begin(&c->fetcher, last.len, last.off);
-	}
-	r->at = first;
+	if (end % BLOCK_SIZE != 0 && end != c->layer.size)
+		fetch_begin(&c->fetcher, 1, end - 1, ORIGIN_DEMAND);
+	r->at = edge;
 	return fetch_wait(&c->fetcher, r, how);
 }
 
@@ -108,10 +85,10 @@ static int cache_fetch(struct backend *b, struct request *r, enum how how)
 {
 	struct cache *c = to_cache(b);
 
-	if (proto_cmd_writes(r->h.cmd))
-		return fetch_edges(c, r, how);
-	return r->h.cmd == NBD_CMD_BLOCK_STATUS ? fetch_status(c, r, how) :
-						  fetch_wait(&c->fetcher, r, how);
+	if (r->h.cmd == NBD_CMD_BLOCK_STATUS)
+		return fetch_status(c, r);
+	return proto_cmd_writes(r->h.cmd) ? fetch_edges(c, r, how) :
+					    fetch_wait(&c->fetcher, r, how);
 }
 
 static bool cache_take_back(struct backend *b, struct request *r)
@@ -119,37 +96,23 @@ static bool cache_take_back(struct backend *b, struct request *r)
 	return fetch_take_back(&to_cache(b)->fetcher, r);
 }
 
-/* Reading */
-
-static bool cache_holds(struct backend *b, uint64_t len, uint64_t off)
-{
-	return layer_holds(&to_cache(b)->layer, len, off);
-}
-
 /* Writing */
 
 static int cache_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off,
 		       enum how how)
 {
-	struct cache *c = to_cache(b);
-
-	if (lacking_edge(c, len, off).len > 0)
-		return ABSENT;
-	return layer_write(b, buf, len, off, how);
+	return lacking_edge(b, len, off).len > 0 ? ABSENT : layer_write(b, buf, len, off, how);
 }
 
 static int cache_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
-	struct cache *c = to_cache(b);
-
-	return lacking_edge(c, len, off).len > 0 ? ABSENT : layer_zero(b, len, off, flags);
+	return lacking_edge(b, len, off).len > 0 ? ABSENT : layer_zero(b, len, off, flags);
 }
 
 /* Opening and closing */
 
 static void free_cache(struct cache *c)
 {
-	copy_free(c->copy);
 	origin_close(c->origin);
 	layer_destroy(&c->layer);
 	free(c);
@@ -177,13 +140,6 @@ static const struct backend_ops cache_ops = {
 	.close = cache_close,
 };
 
-static bool refuse_image(const char *path, const char *what, uint64_t held)
-{
-	log_failure("cache image %s %s, but the bitmap says that it holds %llu blocks "
-		    "(--clear-bitmap begins afresh)", path, what, (unsigned long long)held);
-	return false;
-}
-
 static bool are_one_file(const char *image, const char *bitmap)
 {
 	bool same = is_same_file(image, bitmap);
@@ -194,26 +150,24 @@ static bool are_one_file(const char *image, const char *bitmap)
 }
 
 /* Create the image, or extend one that holds nothing as yet.  False after logging why not. */
-static bool prepare_image(const char *path, uint64_t size, uint64_t held)
+static bool prepare_image(const struct layer *l, const char *path)
 {
-	struct stat st;
-	char found[64];
+	const struct disk *d = l->disk;
+	unsigned long long size = l->size, held = bitmap_count(l->map);
 
-	if (stat(path, &st) < 0) {
-		if (errno == ENOENT && held > 0)
-			return refuse_image(path, "does not exist", held);
-		return disk_create(path, size);
-	}
-	if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size >= size)
+	if (d && (!d->is_file || d->size >= size))
 		return true;
-	snprintf(found, sizeof(found), "has %llu of %llu bytes", (unsigned long long)st.st_size,
-		 (unsigned long long)size);
-	if (held > 0)
-		return refuse_image(path, found, held);
+	if (held > 0) {
+		log_failure("cache image %s has %llu of %llu bytes, but the bitmap says that it "
+			    "holds %llu blocks (--clear-bitmap begins afresh)", path,
+			    d ? (unsigned long long)d->size : 0, size, held);
+		return false;
+	}
+	if (!d)
+		return disk_create(path, size);
 	if (truncate(path, (off_t)size) == 0)
 		return true;
-	log_failure("cannot extend cache image %s to %llu bytes: %s", path,
-		    (unsigned long long)size, strerror(errno));
+	log_failure("cannot extend cache image %s to %llu bytes: %s", path, size, strerror(errno));
 	return false;
 }
 
@@ -229,14 +183,14 @@ static bool open_layer(struct cache *c, const struct cache_options *o)
 	}
 	l->map = bitmap_open(o->bitmap, &id, o->clear);
 	if (!l->map || are_one_file(o->image, o->bitmap) ||
-	    !prepare_image(o->image, l->size, bitmap_count(l->map)))
+	    !prepare_image(l, o->image))
 		return false;
 	disk_close(l->disk);
 	l->disk = disk_open(o->image, false, false);
 	return l->disk && disk_limit(l->disk, o->image, l->size);
 }
 
-struct backend *cache_open(const struct cache_options *o, struct origin *origin)
+struct cache *cache_open(const struct cache_options *o, struct origin *origin)
 {
 	struct cache *c = not_null(calloc(1, sizeof(*c)));
 
@@ -244,39 +198,21 @@ struct backend *cache_open(const struct cache_options *o, struct origin *origin)
 	c->layer.size = origin_limits(origin)->size;
 	c->layer.durable = true;
 	fetcher_init(&c->fetcher, &c->layer, origin);
-	c->copy = copy_new(&c->fetcher);
+	copy_init(&c->copy, &c->fetcher);
 	if (!open_layer(c, o)) {
 		free_cache(c);
 		return NULL;
 	}
 	layer_begin(&c->layer, &cache_ops, o->readonly, "the cache");
-	return &c->layer.backend;
+	return c;
 }
 
 /* Control */
 
-struct disk *cache_disk(struct backend *b)
+void cache_status(const struct cache *c, struct cache_status *status)
 {
-	return to_cache(b)->layer.disk;
-}
-
-struct origin *cache_origin(struct backend *b)
-{
-	return to_cache(b)->origin;
-}
-
-struct copy *cache_copy(struct backend *b)
-{
-	return to_cache(b)->copy;
-}
-
-void cache_status(struct backend *b, struct cache_status *status)
-{
-	struct cache *c = to_cache(b);
-
-	status->blocks = bitmap_blocks(b->size);
+	status->blocks = bitmap_blocks(c->layer.size);
 	status->held = status->blocks - layer_missing(&c->layer);
-	status->written = layer_written(&c->layer);
 	status->per_mille = 1000;
 	if (status->blocks > 0)
 		status->per_mille = (unsigned)(status->held * 1000 / status->blocks);
@@ -287,18 +223,14 @@ void cache_status(struct backend *b, struct cache_status *status)
 /* It is done, or a step has failed.  A worker. */
 static void switch_ended(struct request *r)
 {
-	struct cache *c = to_cache(r->backend);
-
-	if (!r->error && layer_missing(&c->layer) > 0)
-		r->error = EAGAIN;
-	atomic_store(&c->switch_done, true);
+	atomic_store(&to_cache(r->backend)->switch_done, true);
 	wake_main();
 }
 
 /* A worker. */
 static void zero_and_complete(struct job *job)
 {
-	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, switch_job));
+	struct cache *c = (struct cache *)((char *)job - offsetof(struct cache, commit.job));
 	int err;
 
 	c->zeroed = layer_missing(&c->layer);
@@ -312,17 +244,16 @@ static void zero_and_complete(struct job *job)
 	layer_complete(&c->layer, &c->commit);
 }
 
-const char *cache_switch(struct backend *b, bool force)
+const char *cache_switch(struct cache *c, bool force)
 {
 	static char why[128];
-	struct cache *c = to_cache(b);
 	struct cache_status s;
 
 	if (c->switched)
 		return "this is a target already";
 	if (c->switching)
 		return NULL;
-	cache_status(b, &s);
+	cache_status(c, &s);
 	if (s.held < s.blocks && !force) {
 		snprintf(why, sizeof(why), "%llu of %llu blocks are not here yet (%u.%u %% are)",
 			 (unsigned long long)(s.blocks - s.held), (unsigned long long)s.blocks,
@@ -332,61 +263,42 @@ const char *cache_switch(struct backend *b, bool force)
 	log_line("switching to target mode");
 	c->switching = true;
 	c->commit = (struct request){
-		.backend = b,
+		.job.run = zero_and_complete,
+		.backend = &c->layer.backend,
 		.done = switch_ended,
 		.h.cmd = NBD_CMD_FLUSH,
 	};
-	copy_stop(c->copy);
-	c->switch_job.run = zero_and_complete;
-	worker_submit(&c->switch_job, NULL);
+	copy_release(&c->copy, true);
+	worker_submit(&c->commit.job, NULL);
 	return NULL;
 }
 
-void cache_tend(struct backend *b, struct cache_news *news)
+bool cache_switch_ended(struct cache *c, const char **error)
 {
-	struct cache *c = to_cache(b);
-	int err;
+	static char why[128];
 
-	*news = (struct cache_news){ .copied = copy_has_ended(c->copy) };
 	if (!atomic_exchange(&c->switch_done, false))
-		return;
-	err = c->commit.error;
+		return false;
 	c->switching = false;
-	c->switched = !err;
-	news->switched = true;
-	news->zeroed = c->zeroed;
-	if (err) {
-		snprintf(news->error, sizeof(news->error), "cannot %s: %s", c->step, strerror(err));
-		log_error("cannot switch to target mode: %s", news->error);
-		return;
+	c->switched = !c->commit.error;
+	*error = c->switched ? NULL : why;
+	if (!c->switched) {
+		snprintf(why, sizeof(why), "cannot %s: %s", c->step, strerror(c->commit.error));
+		log_error("cannot switch to target mode: %s", why);
+		return true;
 	}
 	/* Nobody needs it any more; those who wait for it will find the blocks. */
 	origin_cancel(c->origin);
-	if (news->zeroed)
+	if (c->zeroed)
 		log_line("switched to target mode; %llu blocks were missing and read as zeros now",
-			 (unsigned long long)news->zeroed);
+			 (unsigned long long)c->zeroed);
 	else
 		log_line("switched to target mode; the origin is not needed any more");
+	return true;
 }
 
-bool cache_is_target(struct backend *b)
+void cache_stop(struct cache *c)
 {
-	return to_cache(b)->switched;
-}
-
-void cache_stop(struct backend *b)
-{
-	struct cache *c = to_cache(b);
-
-	copy_stop(c->copy);
+	copy_release(&c->copy, true);
 	atomic_store(&c->stopping, true);
-}
-
-void cache_end(struct backend *b)
-{
-	struct cache *c = to_cache(b);
-
-	origin_end(c->origin);
-	copy_free(c->copy);
-	c->copy = NULL;
 }

@@ -6,9 +6,26 @@
 
 #include <stdbool.h>
 
-#include "backend.h"
 #include "copy.h"
-#include "origin.h"
+
+/* The main thread may look at all of it but for what belongs to the switch. */
+struct cache {
+	struct layer layer;		/* the first: its backend is the export's */
+	struct origin *origin;
+	struct fetcher fetcher;
+	struct copy copy;
+
+	/*
+	 * The switch.  A worker stores zeros where nothing is held, which only force allows.  Then
+	 * all becomes durable, and all blocks are held; then the main thread lets the origin go.
+	 */
+	bool switching, switched;	/* the main thread's; switched: it is a target */
+	struct request commit;		/* the flush that makes all durable */
+	const char *step;		/* the one that is under way, or has failed */
+	uint64_t zeroed;		/* blocks that were missing, and read as zeros now */
+	atomic_bool switch_done;
+	atomic_bool stopping;		/* zero no more */
+};
 
 struct cache_options {
 	const char *image;		/* path of the cache image, a file or a block device */
@@ -18,23 +35,14 @@ struct cache_options {
 };
 
 /* Takes origin over, also when it fails.  NULL after logging why not. */
-struct backend *cache_open(const struct cache_options *o, struct origin *origin);
-
-/* All of these are for the backend that cache_open() returned. */
-
-/* The image, which the backend keeps; when all blocks are held it is the disk. */
-struct disk *cache_disk(struct backend *b);
-
-struct origin *cache_origin(struct backend *b);
-struct copy *cache_copy(struct backend *b);
+struct cache *cache_open(const struct cache_options *o, struct origin *origin);
 
 struct cache_status {
 	uint64_t blocks, held;		/* of the disk; in the image */
-	uint64_t written;		/* by clients of this run, and held since */
 	unsigned per_mille;		/* held, rounded down: 1000 means all */
 };
 
-void cache_status(struct backend *b, struct cache_status *status);
+void cache_status(const struct cache *c, struct cache_status *status);
 
 /* The following are the main thread's. */
 
@@ -42,25 +50,15 @@ void cache_status(struct backend *b, struct cache_status *status);
  * Become a target, if all blocks are held, or, by force, as if the others were zeros.  NULL if that
  * has begun, or was under way, or why not.
  */
-const char *cache_switch(struct backend *b, bool force);
+const char *cache_switch(struct cache *c, bool force);
 
-/* Whether it has become a target. */
-bool cache_is_target(struct backend *b);
-
-struct cache_news {
-	bool copied;			/* a background copy has ended */
-	bool switched;			/* a switch has: */
-	char error[128];		/* why it failed; "": it did not */
-	uint64_t zeroed;		/* blocks that were missing and read as zeros now */
-};
-
-/* What has ended since the last call; the main thread is woken for that. */
-void cache_tend(struct backend *b, struct cache_news *news);
+/*
+ * Whether a switch has ended since the last call; the main thread is woken for that.  *error is
+ * NULL, or why it failed.
+ */
+bool cache_switch_ended(struct cache *c, const char **error);
 
 /* The server stops: no more copying, nor switching. */
-void cache_stop(struct backend *b);
-
-/* End the origin, and then the copy: nothing is on its way any more, but with workers. */
-void cache_end(struct backend *b);
+void cache_stop(struct cache *c);
 
 #endif

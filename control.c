@@ -22,8 +22,6 @@
 static struct {
 	const struct options *options;
 	char *bitmap;			/* of a proxy, its path from the root */
-	char reconnect_error[256];	/* "" for none */
-	atomic_bool reconnect_done;
 	uint64_t started;		/* now_ms() */
 	char snapshot[4096];		/* the path of the last one, or why it failed; "": none yet */
 	bool snapshot_failed;
@@ -32,7 +30,7 @@ static struct {
 /* Whether there is a proxy that is no target yet. */
 static bool is_proxy(void)
 {
-	return exports.cache && !cache_is_target(exports.cache);
+	return exports.cache && !exports.cache->switched;
 }
 
 /* A query's fields */
@@ -248,7 +246,7 @@ static void say_blocks(struct report *r)
 	say_number(r, "cached-blocks", s.held);
 	snprintf(percent, sizeof(percent), "%u.%u", share / 10, share % 10);
 	put_field(r, "cached-percent", percent);
-	say_number(r, "written-blocks", s.written);
+	say_number(r, "written-blocks", layer_written(&exports.cache->layer));
 }
 
 /* Why a copy ended early; NULL if it did not. */
@@ -274,7 +272,7 @@ static void say_copy(struct report *r)
 					    [COPY_DONE] = "done", [COPY_FAILED] = "failed" };
 	static struct copy_status s;
 
-	copy_status(cache_copy(exports.cache), &s);
+	copy_status(&exports.cache->copy, &s);
 	say_text(r, "copy", name[s.state]);
 	say_number(r, "copy-rate", s.rate);
 	say_number(r, "copy-failed-blocks", s.failed_blocks);
@@ -287,7 +285,7 @@ static void say_proxy(struct report *r)
 	struct origin_status s;
 	const char *link = "closed";
 
-	origin_status(cache_origin(exports.cache), &s);
+	origin_status(exports.cache->origin, &s);
 	if (is_proxy())
 		link = s.links ? "up" : "down";
 	say_text(r, "bitmap", control.bitmap);
@@ -350,12 +348,12 @@ static void snapshot_ended(const struct export *e, const char *path, const char 
 
 static void start_copy(unsigned blocks)
 {
-	copy_start(cache_copy(exports.cache), (uint64_t)blocks * BLOCK_SIZE);
+	copy_start(&exports.cache->copy, (uint64_t)blocks * BLOCK_SIZE);
 }
 
 static void release_copy(void)
 {
-	copy_release(cache_copy(exports.cache));
+	copy_release(&exports.cache->copy, false);
 }
 
 static const char *say_progress(struct ctl_reply *reply, bool *runs)
@@ -364,11 +362,11 @@ static const char *say_progress(struct ctl_reply *reply, bool *runs)
 	struct origin_status o;
 	struct cache_status c;
 
-	copy_status(cache_copy(exports.cache), &s);
+	copy_status(&exports.cache->copy, &s);
 	*runs = s.state == COPY_RUNNING;
 	if (!reply)
 		return NULL;
-	origin_status(cache_origin(exports.cache), &o);
+	origin_status(exports.cache->origin, &o);
 	cache_status(exports.cache, &c);
 	if (o.links == 0 && is_proxy())
 		ctl_say(reply, "origin-reason", "%s", o.reason);
@@ -382,20 +380,11 @@ static const char *say_progress(struct ctl_reply *reply, bool *runs)
 	return copy_error(&s);
 }
 
-/* The origin's thread, or ours. */
-static void reconnected(const char *error)
-{
-	snprintf(control.reconnect_error, sizeof(control.reconnect_error), "%s", error ? error : "");
-	atomic_store(&control.reconnect_done, true);
-	wake_main();
-}
-
 static const char *reconnect(const char *host, const char *port, const char *export_name)
 {
-	if (cache_is_target(exports.cache))
+	if (exports.cache->switched)
 		return "this is a target, it has no origin";
-	origin_redirect(cache_origin(exports.cache), host, port, export_name, reconnected);
-	return NULL;
+	return origin_redirect(exports.cache->origin, host, port, export_name);
 }
 
 static const char *switch_over(bool force)
@@ -418,18 +407,17 @@ void control_switch(void)
 
 void control_tend(void)
 {
-	struct cache_news news;
+	const char *error;
 
 	exports_tend(snapshot_ended);
 	if (!exports.cache)
 		return;
-	if (atomic_exchange(&control.reconnect_done, false))
-		ctl_reconnected(*control.reconnect_error ? control.reconnect_error : NULL);
-	cache_tend(exports.cache, &news);
-	if (news.copied)
-		ctl_copied();
-	if (news.switched)
-		ctl_switched(*news.error ? news.error : NULL, news.zeroed);
+	if (origin_redirected(exports.cache->origin, &error))
+		ctl_reconnected(error);
+	if (control.options->control)
+		ctl_copied();		/* it may have */
+	if (cache_switch_ended(exports.cache, &error))
+		ctl_switched(error, exports.cache->zeroed);
 }
 
 /* Life */

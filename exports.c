@@ -75,8 +75,10 @@ static struct backend *open_proxy(const struct options *o, struct exported *e)
 	struct origin *origin = origin_open(&remote);
 
 	exports.cache = origin ? cache_open(&cache, origin) : NULL;
-	e->disk = exports.cache ? cache_disk(exports.cache) : NULL;
-	return exports.cache;
+	if (!exports.cache)
+		return NULL;
+	e->disk = exports.cache->layer.disk;
+	return &exports.cache->layer.backend;
 }
 
 static struct backend *open_backend(const struct options *o, struct exported *e, const char *image)
@@ -185,10 +187,10 @@ bool exports_start(void)
 	}
 	if (!exports.cache)
 		return true;
-	origin_status(cache_origin(exports.cache), &status);
+	origin_status(exports.cache->origin, &status);
 	log_line("origin %s: connected, %llu bytes", status.address,
-		 (unsigned long long)exports.cache->size);
-	return origin_start(cache_origin(exports.cache));
+		 (unsigned long long)exports.cache->layer.size);
+	return origin_start(exports.cache->origin);
 }
 
 /* Snapshots */
@@ -196,7 +198,7 @@ bool exports_start(void)
 /* Those of a proxy are of its cache, when that is the whole disk. */
 static bool has_snapshots(const struct exported *e)
 {
-	return e->disk && (!exports.cache || cache_is_target(exports.cache));
+	return e->disk && (!exports.cache || exports.cache->switched);
 }
 
 bool exports_snapshot(void)

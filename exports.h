@@ -27,7 +27,7 @@ extern struct exports {
 	size_t count;
 	const struct proto_export **entry;
 	struct proto_exports proto;	/* for the handshake */
-	struct backend *cache;		/* of a proxy, which is that of its only export; else NULL */
+	struct cache *cache;		/* of a proxy, the backend of its only export; else NULL */
 } exports;
 
 /* Open what the options name.  False after logging why not; exports_close() is due then, too. */

@@ -45,7 +45,6 @@ struct fetch {
 
 void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
 {
-	memset(f, 0, sizeof(*f));
 	f->layer = layer;
 	f->origin = origin;
 	f->lane.single = true;	/* more would take the processor from those who bring the data */
@@ -62,33 +61,23 @@ static uint64_t fetch_unit(const struct fetcher *f)
 
 /* Storing */
 
-/* Whether the piece at that place is zeros.  Most data shows at its first bytes that it is not. */
-static bool is_zero_piece(const struct origin_request *ask, uint64_t at)
-{
-	const uint8_t *p = ask->buf + at;
-	uint64_t len = ask->len - at < ZERO_PIECE ? ask->len - at : ZERO_PIECE;
-
-	return p[0] == 0 && memcmp(p, p + 1, len - 1) == 0;
-}
-
-/* Zeros become holes, which may block. */
+/*
+ * Zeros become holes, which may block.  Most data shows at its first bytes that it is none.  A second
+ * try finds what the first one has stored.
+ */
 static int fetch_store(const struct fetch *fetch, enum how how)
 {
 	const struct origin_request *ask = &fetch->ask;
-	uint64_t end;
 	int ret = 0;
 
-	for (uint64_t at = 0; at < ask->len && ret == 0; at = end) {
-		bool zero = is_zero_piece(ask, at);
+	for (uint64_t at = 0; at < ask->len && ret == 0; at += ZERO_PIECE) {
+		const uint8_t *p = ask->buf + at;
+		uint64_t len = ask->len - at < ZERO_PIECE ? ask->len - at : ZERO_PIECE;
+		bool zero = p[0] == 0 && memcmp(p, p + 1, len - 1) == 0;
 
-		for (end = at + ZERO_PIECE; end < ask->len && is_zero_piece(ask, end) == zero;)
-			end += ZERO_PIECE;
-		if (end > ask->len)
-			end = ask->len;
 		if (zero && how == TRY)
 			return -EAGAIN;
-		ret = layer_fill(fetch->f->layer, zero ? NULL : ask->buf + at, end - at,
-				 ask->off + at, how);
+		ret = layer_fill(fetch->f->layer, zero ? NULL : p, len, ask->off + at, how);
 	}
 	return ret;
 }
@@ -201,18 +190,13 @@ static bool may_try_again(const struct fetch *fetch, uint64_t len, uint64_t off)
 	return (fetch->ask.error == -EIO && wider) || layer_holds(fetch->f->layer, len, off);
 }
 
-/* Whether a READ can be answered from the image when there is memory for it again. */
-static bool may_wait_for_memory(const struct request *r, int error)
-{
-	return !error && takes_data(r) && !r->buf && atomic_load(&load.bytes) >= load.bytes_max;
-}
-
 /* What a request waited for has arrived, or failed with error.  It is not in the table any more. */
 static void deliver(struct fetch *fetch, struct request *r, int error)
 {
 	struct span part = { r->at.off, r->lacks };
 
-	if (may_wait_for_memory(r, error)) {
+	/* It can be answered from the image when there is memory for it again. */
+	if (!error && takes_data(r) && !r->buf && atomic_load(&load.bytes) >= load.bytes_max) {
 		request_again(r);
 		return;
 	}
@@ -266,25 +250,17 @@ static void store_job(struct job *job)
 }
 
 /*
- * Whether the origin's thread is to store it, in whose processor's cache it is.  What a client
+ * The origin's thread, in whose processor's cache the data is: it stores a little.  What a client
  * waits for would come later by the time that the background copy's data takes.
  */
-static bool is_stored_here(const struct fetch *fetch)
-{
-	const struct origin_request *ask = &fetch->ask;
-
-	return ask->len <= STORE_HERE &&
-	       (ask->priority != ORIGIN_COPY || atomic_load(&fetch->f->demanded) == 0);
-}
-
-/* The origin's thread. */
 static void arrived(struct origin_request *ask)
 {
 	struct fetch *fetch = (struct fetch *)ask;
+	bool yields = ask->priority == ORIGIN_COPY && atomic_load(&fetch->f->demanded) > 0;
 	int error = ask->error;
 
 	if (!error && !ask->extent)
-		error = is_stored_here(fetch) ? fetch_store(fetch, TRY) : -EAGAIN;
+		error = yields || ask->len > STORE_HERE ? -EAGAIN : fetch_store(fetch, TRY);
 	if (error != -EAGAIN)
 		fetch_settle(fetch, error);
 	else
@@ -310,7 +286,7 @@ static uint64_t fetch_fit(const struct fetcher *f, uint64_t off, uint64_t end, u
 	return (end < size ? end : size) - off;
 }
 
-/* Ask for whole units, of which the first has off.  NULL if out of memory. */
+/* For whole units, of which the first has off; origin_submit() is due.  NULL if out of memory. */
 static struct fetch *fetch_new(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max,
 			       enum origin_priority priority)
 {
@@ -324,15 +300,9 @@ static struct fetch *fetch_new(struct fetcher *f, uint64_t len, uint64_t off, ui
 	fetch->ask.priority = priority;
 	fetch->ask.off = off - off % fetch_unit(f);
 	fetch->ask.len = fetch_fit(f, fetch->ask.off, off + len, max);
+	if (priority == ORIGIN_DEMAND)
+		atomic_fetch_add(&f->demanded, 1);
 	return fetch;
-}
-
-/* Not with the lock: it may have settled when this returns. */
-static void fetch_submit(struct fetch *fetch)
-{
-	if (fetch->ask.priority == ORIGIN_DEMAND)
-		atomic_fetch_add(&fetch->f->demanded, 1);
-	origin_submit(fetch->f->origin, &fetch->ask);
 }
 
 uint64_t fetch_copy(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max)
@@ -342,7 +312,7 @@ uint64_t fetch_copy(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max)
 	if (!fetch)
 		return 0;
 	len = end_of(fetch) - off;
-	fetch_submit(fetch);
+	origin_submit(f->origin, &fetch->ask);
 	return len;
 }
 
@@ -395,13 +365,12 @@ static int bring(struct fetcher *f, struct request *r, uint64_t *len, uint64_t o
 	else if (!held)
 		ret = r ? fetch_join(fetch, r, *len) : PENDING;
 	pthread_mutex_unlock(&f->lock);
-	if (begun)
-		fetch_submit(begun);
+	if (begun)	/* without the lock: it may have settled when this returns */
+		origin_submit(f->origin, &begun->ask);
 	return ret;
 }
 
-/* The same for all of a range, for which nobody waits yet. */
-static void bring_all(struct fetcher *f, uint64_t len, uint64_t off, enum origin_priority priority)
+void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off, enum origin_priority priority)
 {
 	uint64_t end = off + len;
 
@@ -410,11 +379,6 @@ static void bring_all(struct fetcher *f, uint64_t len, uint64_t off, enum origin
 		if (bring(f, NULL, &len, off, priority) < 0)
 			break;
 	}
-}
-
-void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off)
-{
-	bring_all(f, len, off, ORIGIN_DEMAND);
 }
 
 /* Reading ahead */
@@ -445,15 +409,12 @@ static void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off)
 {
 	uint64_t ahead = 0, next = off + len;
 
-	for (uint64_t n = 2 * len; n <= off && n <= AHEAD_MAX; n *= 2) {
-		if (!is_here_soon(f, n, off - n))
-			break;
+	for (uint64_t n = 2 * len; n <= off && n <= AHEAD_MAX && is_here_soon(f, n, off - n); n *= 2)
 		ahead = n;
-	}
 	if (ahead > f->layer->size - next)
 		ahead = f->layer->size - next;
 	if (!is_here_soon(f, ahead / 2, next))
-		bring_all(f, ahead, next, ORIGIN_AHEAD);
+		fetch_begin(f, ahead, next, ORIGIN_AHEAD);
 }
 
 /* Waiting */
@@ -461,10 +422,11 @@ static void fetch_ahead(struct fetcher *f, uint64_t len, uint64_t off)
 /* Go on behind what is held; of a READ that is to be answered it is read. */
 static int pass_held(struct fetcher *f, struct request *r, enum how how)
 {
-	while (r->at.len > 0) {
+	int ret = 0;
+
+	while (r->at.len > 0 && ret == 0) {
 		bool held;
 		uint64_t n = layer_run(f->layer, r->at.len, r->at.off, &held);
-		int ret = 0;
 
 		if (!held)
 			break;
@@ -473,15 +435,13 @@ static int pass_held(struct fetcher *f, struct request *r, enum how how)
 		if (takes_data(r))
 			ret = disk_read(f->layer->disk, r->buf + (r->at.off - r->h.off), n,
 					r->at.off, how);
-		if (ret)
-			return ret;
-		pass(r, n);
+		if (ret == 0)
+			pass(r, n);
 	}
-	return 0;
+	return ret;
 }
 
-/* Let a BLOCK_STATUS wait for the origin's answer about all of r->at. */
-static int ask_extents(struct fetcher *f, struct request *r)
+int fetch_extents(struct fetcher *f, struct request *r)
 {
 	struct fetch *fetch = fetch_new(f, 0, r->at.off, 0, ORIGIN_DEMAND);
 	int ret;
@@ -491,17 +451,12 @@ static int ask_extents(struct fetcher *f, struct request *r)
 	fetch->ask.off = r->at.off;
 	fetch->ask.len = r->at.len;
 	fetch->ask.extent = r->extent;	/* it comes back with the answer */
-	fetch->ask.extents = r->extents;
+	fetch->ask.extents = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
 	r->extent = NULL;
 	pthread_mutex_lock(&f->lock);
 	ret = fetch_join(fetch, r, r->at.len);
 	pthread_mutex_unlock(&f->lock);
-	if (ret == PENDING) {
-		fetch_submit(fetch);
-	} else {
-		free(fetch->ask.extent);
-		free(fetch);
-	}
+	origin_submit(f->origin, &fetch->ask);
 	return ret;
 }
 
@@ -512,8 +467,6 @@ int fetch_wait(struct fetcher *f, struct request *r, enum how how)
 	uint64_t off, len, n;
 	int ret;
 
-	if (h.cmd == NBD_CMD_BLOCK_STATUS)
-		return ask_extents(f, r);
 	ret = pass_held(f, r, how);
 	if (ret == 0 && r->at.len == 0 && takes_data(r)) {
 		request_done(r, 0);
@@ -525,7 +478,7 @@ int fetch_wait(struct fetcher *f, struct request *r, enum how how)
 	n = len = r->at.len < WANTED_MAX ? r->at.len : WANTED_MAX;
 	ret = bring(f, r, &n, off, ORIGIN_DEMAND);
 	if (ret == PENDING) {
-		bring_all(f, len - n, off + n, ORIGIN_DEMAND);
+		fetch_begin(f, len - n, off + n, ORIGIN_DEMAND);
 		if (h.cmd == NBD_CMD_READ)
 			fetch_ahead(f, h.len, h.off);
 	}

@@ -36,6 +36,7 @@ struct fetcher {
 	void *copy;
 };
 
+/* It is all zero before. */
 void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin);
 
 /*
@@ -44,8 +45,8 @@ void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
  */
 uint64_t fetch_copy(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max);
 
-/* Begin to fetch what is not held of a range, since a client's request will wait for it. */
-void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off);
+/* Begin to fetch what is neither held nor on its way of a range that a client will want. */
+void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off, enum origin_priority priority);
 
 /*
  * Let a client's request wait for the first of r->at that is not held.  The origin's error is its
@@ -53,14 +54,18 @@ void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off);
  *
  *	READ up to READ_PIECE	goes on behind that, and is done with its data at the end
  *	longer READ, CACHE	go on behind that, and are carried out again
- *	BLOCK_STATUS		is done with what the origin tells, in r->extent, with room for
- *				r->extents; r->at is a multiple of its smallest block
  *	others			are carried out again
  *
  * What a sequential reader will want next is fetched ahead of it.  Returns the outcome of r's fetch
  * operation.
  */
 int fetch_wait(struct fetcher *f, struct request *r, enum how how);
+
+/*
+ * Let a BLOCK_STATUS wait for what the origin tells of r->at, a multiple of its smallest block, in
+ * r->extent.  Returns as above.
+ */
+int fetch_extents(struct fetcher *f, struct request *r);
 
 /* Let a request that waits go.  False if it is on its way back, or does not wait.  Any thread. */
 bool fetch_take_back(struct fetcher *f, struct request *r);

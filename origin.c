@@ -7,9 +7,9 @@
  *	LINK_UP		transmission
  *
  * The links are on a loop of their own.  Other threads leave requests and wishes in the mailbox,
- * and wake it.  link_turn() is called when poll() has something for a link, or when its
- * deadline is there.  The function of a state returns NULL, or why the link is of no use any more,
- * and then link_fail() is called.
+ * and wake it.  link_turn() is called when poll() has something for a link, when its deadline is
+ * there, and to send what was added.  The function of a state returns NULL, or why the link is of
+ * no use any more, and then link_fail() is called.
  *
  * The first link that is up serves clients, the others the background copy; a single one serves
  * all.  Requests that a lost link owed go back to the queues.
@@ -57,7 +57,7 @@ enum {
 };
 
 struct queue {
-	struct origin_request *first, **last;
+	struct origin_request *first, **last;	/* last: where the next one goes, if there is a first */
 };
 
 /* Where a server is, and which of its exports is meant. */
@@ -141,14 +141,16 @@ struct origin {
 	struct queue queue[ORIGIN_PRIORITIES];
 	struct target target;		/* written by the thread, which reads it without the lock */
 	char reason[PROTO_REASON_MAX];	/* of the last failure, or ""; likewise */
-	struct target redirect;		/* another origin; the thread's while it is redirecting */
-	void (*redirect_done)(const char *error);
-	atomic_bool redirecting, cancelled;
+	atomic_bool cancelled;
+
+	/* Going over to another origin.  One side has it: the thread, while it is redirecting. */
+	struct target redirect;
+	char redirect_error[PROTO_REASON_MAX];	/* of the last time; "" if it went well */
+	atomic_bool redirecting, redirected;	/* redirected: origin_redirected() will tell */
 
 	struct loop loop;		/* of the links */
 	atomic_uint up;			/* links */
 	atomic_uint_least64_t fetched;	/* bytes of data */
-	atomic_bool tells_extents;
 	atomic_size_t unstored;		/* bytes delivered, and not put away */
 	atomic_uint waiting;		/* requests that are not done */
 
@@ -162,16 +164,10 @@ struct origin {
 
 /* Queues */
 
-static void queue_init(struct queue *q)
-{
-	q->first = NULL;
-	q->last = &q->first;
-}
-
 static void queue_add(struct queue *q, struct origin_request *r)
 {
 	r->next = NULL;
-	*q->last = r;
+	*(q->first ? q->last : &q->first) = r;
 	q->last = &r->next;
 }
 
@@ -410,7 +406,7 @@ static void link_ask(struct link *l, struct origin_request *r)
 	};
 
 	if (r->extent && !l->client.offer.allocation) {
-		request_finish(l->origin, r, -ENOTSUP);
+		request_finish(l->origin, r, -EIO);
 		return;
 	}
 	if (l->count++ == 0)
@@ -458,22 +454,12 @@ static void drop_data(struct origin_request *r)
 	r->buf = NULL;
 }
 
-/* What an error on the wire means for the request. */
-static int error_of(const struct origin_request *r)
-{
-	uint32_t error = r->answer.error;
-
-	if (r->extent && (error == NBD_EINVAL || error == NBD_ENOTSUP))
-		return -ENOTSUP;
-	return error ? -EIO : 0;
-}
-
 /* The last of an answer is here. */
 static const char *end_answer(struct link *l, struct origin_request *r)
 {
 	const char *wrong = proto_answer_end(&r->answer);
 	uint64_t sent = r->sent / 1000;
-	int error = error_of(r);
+	int error = r->answer.error ? -EIO : 0;
 
 	if (wrong)
 		return wrong;
@@ -658,10 +644,10 @@ static void set_reason(struct origin *o, const char *reason)
 
 static void redirect_end(struct origin *o, const char *error)
 {
-	void (*done)(const char *error) = o->redirect_done;
-
+	snprintf(o->redirect_error, sizeof(o->redirect_error), "%s", error);
 	atomic_store(&o->redirecting, false);
-	done(error);
+	atomic_store(&o->redirected, true);
+	wake_main();
 }
 
 /* It is closed, and there is no other address to try: again later.  A reason is logged once. */
@@ -763,19 +749,16 @@ static const char *link_resolved(struct link *l)
 static const char *find_change(struct link *l)
 {
 	const struct proto_offer *limits = &l->origin->limits, *offer = &l->client.offer;
-	char *reason = l->client.reason;
 
-	if (offer->size != limits->size)
-		snprintf(reason, PROTO_REASON_MAX, "its size is %llu bytes, and must be %llu",
-			 (unsigned long long)offer->size, (unsigned long long)limits->size);
-	else if (offer->min_block > limits->min_block || offer->max_block < limits->max_block)
-		snprintf(reason, PROTO_REASON_MAX,
-			 "its block sizes are %lu to %lu bytes, and must allow %lu to %lu",
-			 (unsigned long)offer->min_block, (unsigned long)offer->max_block,
-			 (unsigned long)limits->min_block, (unsigned long)limits->max_block);
-	else
+	if (offer->size == limits->size && offer->min_block <= limits->min_block &&
+	    offer->max_block >= limits->max_block)
 		return NULL;
-	return reason;
+	snprintf(l->client.reason, PROTO_REASON_MAX,
+		 "it has %llu bytes and block sizes of %lu to %lu, and must have %llu and %lu to %lu",
+		 (unsigned long long)offer->size, (unsigned long)offer->min_block,
+		 (unsigned long)offer->max_block, (unsigned long long)limits->size,
+		 (unsigned long)limits->min_block, (unsigned long)limits->max_block);
+	return l->client.reason;
 }
 
 /* There is a link to another origin: leave the old one. */
@@ -807,7 +790,6 @@ static const char *link_use(struct link *l)
 		redirect_go(o);
 	l->state = LINK_UP;
 	l->answered = false;
-	atomic_store(&o->tells_extents, l->client.offer.allocation);
 	if (atomic_fetch_add(&o->up, 1) == 0) {
 		set_reason(o, "");
 		if (o->started)
@@ -815,7 +797,7 @@ static const char *link_use(struct link *l)
 				 (unsigned long long)o->limits.size);
 	}
 	if (redirects)
-		redirect_end(o, NULL);
+		redirect_end(o, "");
 	return NULL;
 }
 
@@ -884,26 +866,19 @@ static const char *link_expire(struct link *l)
 	return l->client.reason;
 }
 
-static const char *link_take(struct link *l, short revents)
-{
-	const char *wrong = NULL;
-
-	if (l->state == LINK_DIAL)
-		return l->found.count == 0 ? link_resolved(l) : link_negotiate(l);
-	if (revents & ~POLLOUT && !l->origin->clogged)
-		wrong = link_receive(l);
-	return wrong ? wrong : link_send(l);
-}
-
 static void link_turn(struct source *s, short revents)
 {
 	struct link *l = link_of(s);
 	const char *wrong = NULL;
 
-	if (revents && l->state != LINK_DOWN)
-		wrong = link_take(l, revents);
-	else if (!revents && link_deadline(l) <= now_ms())
+	if (!revents && link_deadline(l) <= now_ms())
 		wrong = link_expire(l);		/* unless an earlier turn has put it off */
+	else if (revents && l->state == LINK_DIAL)
+		wrong = l->found.count == 0 ? link_resolved(l) : link_negotiate(l);
+	else if (revents & ~POLLOUT && l->state == LINK_UP && !l->origin->clogged)
+		wrong = link_receive(l);
+	if (!wrong && l->state == LINK_UP)
+		wrong = link_send(l);
 	if (wrong)
 		link_fail(l, wrong);
 	s->due = link_deadline(l);
@@ -922,14 +897,8 @@ static void origin_turn(struct origin *o)
 	feed_links(o);
 	if (atomic_load(&o->waiting) > 0)
 		o->trim = now_ms() + IDLE_MS;
-	for (unsigned i = 0; i < o->links; i++) {
-		struct link *l = o->link[i];
-		const char *wrong = l->state == LINK_UP ? link_send(l) : NULL;
-
-		if (wrong)
-			link_fail(l, wrong);
-		l->source.due = link_deadline(l);
-	}
+	for (unsigned i = 0; i < o->links; i++)
+		link_turn(&o->link[i]->source, 0);
 	loop_poll(&o->loop, o->trim);
 	loop_deliver(&o->loop);
 	if (now_ms() >= o->trim) {
@@ -964,18 +933,13 @@ static const char *origin_init(struct origin *o, const struct origin_options *op
 	o->timeout_ms = options->timeout_ms;
 	if (loop_init(&o->loop) < 0)
 		return strerror(errno);
-	for (unsigned i = 0; i < ORIGIN_PRIORITIES; i++)
-		queue_init(&o->queue[i]);
 	while (o->links <= options->connections) {
-		struct link *l = calloc(1, sizeof(*l));
+		struct link *l = not_null(calloc(1, sizeof(*l)));
 
-		if (!l)
-			return strerror(ENOMEM);
 		o->link[o->links++] = l;
 		l->origin = o;
 		l->source = (struct source){ .ops = &link_ops, .fd = -1, .due = UINT64_MAX };
 		l->backoff = BACKOFF_MIN;
-		queue_init(&l->owed);
 		if (!loop_add(&o->loop, &l->source))
 			return strerror(ENOMEM);
 	}
@@ -984,8 +948,8 @@ static const char *origin_init(struct origin *o, const struct origin_options *op
 
 struct origin *origin_open(const struct origin_options *options)
 {
-	struct origin *o = calloc(1, sizeof(*o));
-	const char *wrong = o ? origin_init(o, options) : strerror(ENOMEM);
+	struct origin *o = not_null(calloc(1, sizeof(*o)));
+	const char *wrong = origin_init(o, options);
 
 	while (!wrong && !first_link(o)) {
 		origin_turn(o);
@@ -994,7 +958,7 @@ struct origin *origin_open(const struct origin_options *options)
 	if (!wrong)
 		return o;
 	log_failure("cannot reach origin %s%s%.255s: %s",
-		    o && *o->target.address ? o->target.address : options->host,
+		    *o->target.address ? o->target.address : options->host,
 		    *options->export_name ? ", export " : "", options->export_name, wrong);
 	origin_close(o);
 	return NULL;
@@ -1018,11 +982,6 @@ const struct proto_offer *origin_limits(const struct origin *o)
 	return &o->limits;
 }
 
-bool origin_tells_extents(struct origin *o)
-{
-	return atomic_load(&o->tells_extents);
-}
-
 void origin_submit(struct origin *o, struct origin_request *r)
 {
 	assert(r->len > 0 && r->len <= (r->extent ? PROTO_STATUS_MAX : o->limits.max_block));
@@ -1034,9 +993,7 @@ void origin_submit(struct origin *o, struct origin_request *r)
 
 void origin_stored(struct origin *o, uint64_t bytes)
 {
-	size_t before = atomic_fetch_sub(&o->unstored, (size_t)bytes);
-
-	if (before > UNSTORED_MAX && before - bytes <= UNSTORED_MAX)
+	if (atomic_fetch_sub(&o->unstored, (size_t)bytes) > UNSTORED_MAX)
 		loop_wake(&o->loop);
 }
 
@@ -1048,25 +1005,25 @@ void origin_cancel(struct origin *o)
 	loop_wake(&o->loop);
 }
 
-void origin_redirect(struct origin *o, const char *host, const char *port,
-		     const char *export_name, void (*done)(const char *error))
+const char *origin_redirect(struct origin *o, const char *host, const char *port,
+			    const char *export_name)
 {
-	const char *wrong;
+	const char *wrong = target_set(&o->redirect, host, port,
+				       export_name ? export_name : o->target.export_name);
 
-	pthread_mutex_lock(&o->lock);
-	wrong = o->cancelled   ? "the origin is not needed any more" :
-		o->redirecting ? "another one is under way" :
-				 target_set(&o->redirect, host, port,
-					    export_name ? export_name : o->target.export_name);
 	if (!wrong) {
-		o->redirect_done = done;
 		atomic_store(&o->redirecting, true);
-	}
-	pthread_mutex_unlock(&o->lock);
-	if (wrong)
-		done(wrong);
-	else
 		loop_wake(&o->loop);
+	}
+	return wrong;
+}
+
+bool origin_redirected(struct origin *o, const char **error)
+{
+	if (!atomic_exchange(&o->redirected, false))
+		return false;
+	*error = *o->redirect_error ? o->redirect_error : NULL;
+	return true;
 }
 
 void origin_status(struct origin *o, struct origin_status *status)
@@ -1094,8 +1051,6 @@ void origin_end(struct origin *o)
 
 void origin_close(struct origin *o)
 {
-	if (!o)
-		return;
 	origin_end(o);
 	close_links(o, 0);
 	for (unsigned i = 0; i < o->links; i++)

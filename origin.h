@@ -42,7 +42,7 @@ struct origin_request {
 
 	/*
 	 * Called by the origin's thread, or within origin_submit(); must not block.  error is 0;
-	 * -EIO, the origin cannot; -ENOTSUP, it does not tell extents; -ECANCELED.
+	 * -EIO, the origin cannot, or does not tell extents; -ECANCELED.
 	 */
 	void (*done)(struct origin_request *);
 	int error;
@@ -72,9 +72,6 @@ bool origin_start(struct origin *o);
 /* What the first link was told: its size and block sizes hold while the program runs. */
 const struct proto_offer *origin_limits(const struct origin *o);
 
-/* Whether the origin tells extents now; it may be another one after a reconnect.  Any thread. */
-bool origin_tells_extents(struct origin *o);
-
 /* Ask.  Any thread; does not block. */
 void origin_submit(struct origin *o, struct origin_request *r);
 
@@ -92,12 +89,17 @@ void origin_cancel(struct origin *o);
 
 /*
  * Go over to another origin, once a link to it has been made and its size is the same; the old
- * link is used until then.  Without export_name the name stays as it is.  done is called by the
- * origin's thread, or by this call, with NULL, or with why not, in memory that lasts for that call.
- * One at a time.  Does not block.
+ * link is used until then.  Without export_name the name stays as it is.  NULL if that has begun, or
+ * why not.  One at a time, and none after origin_cancel().  Main thread.
  */
-void origin_redirect(struct origin *o, const char *host, const char *port,
-		     const char *export_name, void (*done)(const char *error));
+const char *origin_redirect(struct origin *o, const char *host, const char *port,
+			    const char *export_name);
+
+/*
+ * Whether a redirect has ended since the last call; the main thread is woken for that.  *error is
+ * NULL, or why it failed, until the next one.
+ */
+bool origin_redirected(struct origin *o, const char **error);
 
 struct origin_status {
 	char address[256];		/* "host:port", "[::1]:port" or "unix:/path" */
@@ -117,7 +119,7 @@ void origin_status(struct origin *o, struct origin_status *status);
  */
 void origin_end(struct origin *o);
 
-/* End it, and free it.  NULL is allowed. */
+/* End it, and free it. */
 void origin_close(struct origin *o);
 
 #endif

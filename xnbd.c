@@ -631,7 +631,7 @@ static void server_stop(struct server *s)
 	while (clients_count() > 0 || exports_are_busy() || worker_is_busy()) {
 		past = now_ms() - begun;
 		if (past >= GIVE_UP_MS && exports.cache)
-			origin_cancel(cache_origin(exports.cache));
+			origin_cancel(exports.cache->origin);
 		if (past >= STOP_MS) {
 			if (clients_count() > 0)
 				log_error("stopped, but %zu connections wait for the disk",
@@ -646,7 +646,7 @@ static void server_stop(struct server *s)
 	}
 	clients_join();
 	if (exports.cache)
-		cache_end(exports.cache);
+		origin_end(exports.cache->origin);
 	worker_stop();		/* one may be at its last words to a loop; a commit may be due */
 	clients_free();
 }

@@ -180,7 +180,7 @@ static void finished(struct origin_request *r)
 	assert(k >= asked && k < asked + asks && !k->done);
 	k->done = true;
 	if (r->error)
-		assert(!r->buf && (r->error == -EIO || (r->error == -ENOTSUP && r->extent)));
+		assert(!r->buf && r->error == -EIO);
 	else if (r->extent)
 		check_extents(k);
 	else
