@@ -70,7 +70,7 @@ enum {
 	STEP_BYTES = 32 * 1024 + PROTO_REPLY_ROOM,
 	READ_BYTES = READ_PIECE + PROTO_REPLY_ROOM,
 	ENCODE_IOVS = 512,
-	STREAM_IOVS = 64,		/* holes of a piece, whose zeros are sent */
+	PIECE_RUNS = 64,		/* of data and holes, each with a header */
 };
 
 #ifndef POLLRDHUP
@@ -83,9 +83,6 @@ _Static_assert(STEP_BYTES >= PROTO_REPLY_ROOM + (int)EXTENTS_MAX * PROTO_EXTENDE
 _Static_assert(TX_BYTES >= (int)READ_BYTES, "so does a piece of a READ");
 _Static_assert(RX_CHUNK >= (int)BLOCK_SIZE + PROTO_EXTENDED_REQUEST_SIZE,
 	       "a block can be kept");
-
-/* What a READ finds in a hole, sent by reference: bss, and never written. */
-static uint8_t zeros[128 * 1024];
 
 /* Workspaces */
 
@@ -318,7 +315,8 @@ static void set_deadline(struct conn *c, unsigned ms)
 		c->deadline = deadline;
 }
 
-void conn_expire(struct conn *c)
+/* Its deadline has passed. */
+static void conn_expire(struct conn *c)
 {
 	if (c->state == CONN_LINGERING)
 		conn_kill(c, c->end);
@@ -381,40 +379,30 @@ static void lose(struct conn *c, const char *why)
 	}
 }
 
-/* Send what the workspace's tx holds.  What is left becomes the backlog. */
-static void conn_flush(struct conn *c)
+/*
+ * Send the backlog, or what the workspace's tx holds.  What the client does not take is the backlog.
+ * False if there is one, or the connection is dead.
+ */
+static bool conn_flush(struct conn *c)
 {
-	struct tx *tx = c->workspace->tx;
+	struct tx *tx = c->backlog ? c->backlog : c->workspace->tx;
 	enum tx_result result = c->state == CONN_DEAD ? TX_SENT : tx_send(tx, c->source.fd);
 
-	if (result == TX_MORE) {
+	if (result == TX_MORE && !c->backlog)
 		c->backlog = tx_rest(tx);
-		if (c->backlog)
-			return;
-	}
+	if (result == TX_MORE && c->backlog)
+		return false;
 	free_requests(c, &tx->held);
-	tx_reset(tx);
+	if (c->backlog) {
+		tx_free(c->backlog);
+		c->backlog = NULL;
+	} else {
+		tx_reset(tx);
+	}
 	if (result == TX_DEAD)
 		lose(c, "cannot send");
 	else if (result == TX_MORE)
 		conn_kill(c, "out of memory");
-}
-
-/* Send more of the backlog.  True if there is none any more. */
-static bool send_backlog(struct conn *c)
-{
-	enum tx_result result;
-
-	if (!c->backlog)
-		return true;
-	result = tx_send(c->backlog, c->source.fd);
-	if (result == TX_MORE)
-		return false;
-	free_requests(c, &c->backlog->held);
-	tx_free(c->backlog);
-	c->backlog = NULL;
-	if (result == TX_DEAD)
-		lose(c, "cannot send");
 	return c->state != CONN_DEAD;
 }
 
@@ -423,64 +411,30 @@ static bool make_room(struct conn *c, size_t bytes, unsigned iovs)
 {
 	if (c->backlog)
 		return false;
-	if (tx_has_room(c->workspace->tx, bytes, iovs))
-		return true;
-	conn_flush(c);
-	return c->state != CONN_DEAD && !c->backlog;
+	return tx_has_room(c->workspace->tx, bytes, iovs) || conn_flush(c);
 }
 
 /* Replies */
 
-static void put_zeros(struct tx *tx, uint64_t len)
-{
-	for (; len > sizeof(zeros); len -= sizeof(zeros))
-		tx_refer(tx, zeros, sizeof(zeros));
-	tx_refer(tx, zeros, len);
-}
-
-/* Whether data is sent in chunks that each say where they belong. */
-static bool in_chunks(const struct conn *c, const struct request *r)
-{
-	return c->session.structured && !(r->h.flags & NBD_CMD_FLAG_DF);
-}
-
-/* One run of the READ whole: of its piece r, which may be all of it, at r->buf + pos, or a hole. */
-static void put_run(struct conn *c, const struct request *whole, const struct request *r,
-		    uint64_t pos, const struct extent *e)
-{
-	uint64_t off = r->h.off + pos;
-	bool last = off + e->len == whole->h.off + whole->h.len, hole = e->flags & NBD_STATE_ZERO;
-	struct tx *tx = c->workspace->tx;
-
-	if (in_chunks(c, whole))
-		tx_add(tx, proto_put_run(&c->session, &whole->h, off, e, last, tx_tail(tx)));
-	if (!hole)
-		tx_refer(tx, r->buf + pos, e->len);
-	else if (!in_chunks(c, whole))
-		put_zeros(tx, e->len);
-}
-
-/* What precedes all data of a READ, where it is not in chunks. */
-static void put_read_header(struct conn *c, const struct request *r)
-{
-	const struct extent all = { r->h.len, 0 };
-	struct tx *tx = c->workspace->tx;
-
-	if (!in_chunks(c, r))
-		tx_add(tx, proto_put_run(&c->session, &r->h, r->h.off, &all, true, tx_tail(tx)));
-}
-
-/* The data of a READ, or of a piece of it, that is in r->buf, which is held until it is sent. */
+/*
+ * The data of a READ, or of its piece r, that is in r->buf, which is held until it is sent.  Where
+ * the reply has no chunks for holes they are zeros, which r->buf does not have yet.
+ */
 static void put_read_data(struct conn *c, const struct request *whole, struct request *r)
 {
 	const struct extent all = { r->h.len, 0 };
-	const struct extent *e = r->extents ? r->extent : &all;
-	unsigned n = r->extents ? r->extents : 1;
+	const struct extent *e = r->extents ? r->extent : &all, *end = e + (r->extents ? r->extents : 1);
 	struct tx *tx = c->workspace->tx;
+	bool chunks = proto_in_chunks(&c->session, &whole->h);
 	uint64_t pos = 0;
 
-	for (unsigned i = 0; i < n; pos += e[i++].len)
-		put_run(c, whole, r, pos, &e[i]);
+	for (; e < end; pos += e++->len) {
+		tx_add(tx, proto_put_run(&c->session, &whole->h, r->h.off + pos, e, tx_tail(tx)));
+		if (e->flags & NBD_STATE_ZERO && !chunks)
+			memset(r->buf + pos, 0, e->len);
+		if (!(e->flags & NBD_STATE_ZERO) || !chunks)
+			tx_refer(tx, r->buf + pos, e->len);
+	}
 	r->next = tx->held;
 	tx->held = r;
 }
@@ -508,7 +462,6 @@ static void put_reply(struct conn *c, struct request *r)
 		tx_add(tx, proto_put_status(&c->session, &r->h, r->extent, r->extents, tx_tail(tx)));
 		free_request(c, r);
 	} else {
-		put_read_header(c, r);
 		put_read_data(c, r, r);
 	}
 }
@@ -665,36 +618,15 @@ static size_t step_client_flags(struct conn *c, const uint8_t *p, size_t n)
 	return PROTO_CLIENT_FLAGS_SIZE;
 }
 
-static void option_answered(struct conn *c, enum proto_next next, const struct proto_out *out)
-{
-	if (out->unknown)
-		log_peer(LOG_ERROR, "%s: refused: there is no export '%.*s'", c->peer,
-			 (int)out->unknown_len, (const char *)out->unknown);
-	tx_add(c->workspace->tx, out->len);
-	switch (next) {
-	case PROTO_HAGGLE:
-		c->state = CONN_OPTION;
-		break;
-	case PROTO_TRANSMIT:
-		conn_enter_transmission(c);
-		break;
-	case PROTO_CLOSE:
-		finish(c, "handshake ended");
-		break;
-	}
-}
-
 static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 {
 	struct proto_out out = { .p = tx_tail(c->workspace->tx), .cap = PROTO_OPTION_REPLY_ROOM };
 	uint32_t opt, len;
+	enum proto_next next;
 
 	if (c->skip > 0) {
 		n = n < c->skip ? n : c->skip;
 		c->skip -= (uint32_t)n;
-		if (c->skip == 0)	/* the answer is the same for all that are too large */
-			option_answered(c, proto_option(&c->session, c->exports, c->skipped, NULL,
-							PROTO_OPTION_MAX + 1, &out), &out);
 		return n;
 	}
 	if (n < PROTO_OPTION_SIZE)
@@ -707,16 +639,21 @@ static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 		conn_kill(c, "option with too much data");
 		return n;
 	}
-	if (len > PROTO_OPTION_MAX) {
-		c->skipped = opt;
-		c->skip = len;
-		return PROTO_OPTION_SIZE;
-	}
-	if (n < PROTO_OPTION_SIZE + len)
+	if (len <= PROTO_OPTION_MAX && n < PROTO_OPTION_SIZE + len)
 		return 0;
-	option_answered(c, proto_option(&c->session, c->exports, opt, p + PROTO_OPTION_SIZE, len,
-					&out), &out);
-	return PROTO_OPTION_SIZE + len;
+	next = proto_option(&c->session, c->exports, opt, p + PROTO_OPTION_SIZE, len, &out);
+	if (out.unknown)
+		log_peer(LOG_ERROR, "%s: refused: there is no export '%.*s'", c->peer,
+			 (int)out.unknown_len, (const char *)out.unknown);
+	tx_add(c->workspace->tx, out.len);
+	if (next == PROTO_TRANSMIT)
+		conn_enter_transmission(c);
+	else if (next == PROTO_CLOSE)
+		finish(c, "handshake ended");
+	if (len <= PROTO_OPTION_MAX)
+		return PROTO_OPTION_SIZE + len;
+	c->skip = len;
+	return PROTO_OPTION_SIZE;
 }
 
 static struct request *new_request(struct conn *c, const struct proto_request *h)
@@ -754,12 +691,9 @@ static void spend(struct conn *c, size_t bytes)
 static int read_copied(struct conn *c, const struct request *whole, struct request *r)
 {
 	struct tx *tx = c->workspace->tx;
+	const struct extent run = { r->h.len, 0 };
+	size_t head = proto_put_run(&c->session, &whole->h, r->h.off, &run, tx_tail(tx));
 	uint8_t *own = r->buf;
-	bool header = in_chunks(c, whole) || r->h.off == whole->h.off;
-	bool last = r->h.off + r->h.len == whole->h.off + whole->h.len;
-	const struct extent run = { in_chunks(c, whole) ? r->h.len : whole->h.len, 0 };
-	size_t head = header ? proto_put_run(&c->session, &whole->h, r->h.off, &run,
-					     last || !in_chunks(c, whole), tx_tail(tx)) : 0;
 	int ret;
 
 	r->buf = tx_tail(tx) + head;
@@ -791,18 +725,6 @@ static void start_read(struct conn *c, struct request *r)
 		stats_count(c->stats, r);
 		free_request(c, r);
 	}
-}
-
-/* A WRITE, or what was refused: its payload has to be taken in any case. */
-static void start_payload(struct conn *c, struct request *r)
-{
-	assert(r->error || r->h.cmd == NBD_CMD_WRITE);
-	if (r->h.len == 0) {
-		conn_settle(c, r, commit_write(r));
-		return;
-	}
-	r->pieces = 1;
-	c->current = r;
 }
 
 /* Carry out a request, also a piece of a WRITE, that has all that it needs; there is room. */
@@ -880,12 +802,14 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 	}
 	r->error = proto_check_request(&c->session, &h);
 	r->refused = r->error != 0;
-	if (h.payload)
-		start_payload(c, r);
-	else if (r->error)
+	if (h.payload && h.len > 0) {	/* also of what was refused */
+		r->pieces = 1;
+		c->current = r;
+	} else if (r->error) {
 		conn_settle(c, r, -r->error);
-	else
+	} else {
 		start_request(c, r);
+	}
 	return size;
 }
 
@@ -956,12 +880,9 @@ static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 		c->blocked = true;
 		return 0;
 	}
-	if (n == r->h.len) {
+	if (n == r->h.len && !r->error) {
 		c->current = NULL;
-		if (r->error)
-			conn_settle(c, r, -r->error);
-		else
-			store_payload(c, r, p);
+		store_payload(c, r, p);
 		return n;
 	}
 	if (!r->error) {
@@ -1018,7 +939,7 @@ static void end_stream(struct conn *c)
 	if (!r->error) {
 		stats_count(c->stats, r);
 		free_request(c, r);
-	} else if (next == r->h.off || in_chunks(c, r)) {
+	} else if (next == r->h.off || proto_in_chunks(&c->session, &r->h)) {
 		append(&c->back_end, r);
 	} else {
 		if (r->error != ECANCELED)
@@ -1040,16 +961,11 @@ static bool put_piece(struct conn *c)
 	}
 	if (piece) {
 		take_first(&c->piece, &c->piece_end);
-		if (piece->h.off == r->h.off)
-			put_read_header(c, r);
 		put_read_data(c, r, piece);
 		return true;
 	}
-	if (has_data_enough(c)) {	/* what has been read is taken first, and is no more */
-		conn_flush(c);
-		if (c->state == CONN_DEAD || c->backlog)
-			return false;
-	}
+	if (has_data_enough(c) && !conn_flush(c))	/* what has been read is taken first, and is no more */
+		return false;
 	piece = add_piece(c);
 	if (!piece)
 		return true;
@@ -1072,7 +988,7 @@ static void go_on_with_stream(struct conn *c)
 			if (c->stream->pieces > 1)
 				return;
 			end_stream(c);
-		} else if (!make_room(c, READ_BYTES + STREAM_IOVS * PROTO_REPLY_ROOM, ENCODE_IOVS) ||
+		} else if (!make_room(c, READ_BYTES + PIECE_RUNS * PROTO_REPLY_ROOM, ENCODE_IOVS) ||
 			   !put_piece(c)) {
 			return;
 		}
@@ -1081,23 +997,12 @@ static void go_on_with_stream(struct conn *c)
 
 /* Input */
 
-static bool in_transmission(const struct conn *c)
-{
-	return c->state == CONN_REQUEST;
-}
-
 /* Whether no more may be in flight.  Who is gone has sent all that it ever will. */
 static bool is_full(const struct conn *c)
 {
 	return c->export && !c->gone &&
 	       (is_enough(c->in_flight, IN_FLIGHT_MAX, &load.requests, load.requests_max) ||
 		has_data_enough(c));
-}
-
-/* Whether a step may be taken: room for its reply, and not too much in flight. */
-static bool may_step(struct conn *c)
-{
-	return !c->stream && !is_full(c) && make_room(c, STEP_BYTES, 1);
 }
 
 static size_t conn_step(struct conn *c, const uint8_t *p, size_t n)
@@ -1157,7 +1062,8 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 
 	c->blocked = false;
 	while (pos < n) {
-		if ((in_transmission(c) && !go_inside(c)) || c->tired || !may_step(c)) {
+		if ((c->state == CONN_REQUEST && !go_inside(c)) || c->tired ||
+		    c->stream || is_full(c) || !make_room(c, STEP_BYTES, 1)) {
 			c->blocked = true;
 			break;
 		}
@@ -1175,8 +1081,9 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 /* Whether what is kept has a DISC behind requests that are whole. */
 static bool has_disc(const struct conn *c)
 {
-	size_t size, pos = c->current ? c->current->at.len : 0;
+	uint64_t pos = c->current ? c->current->at.len : 0;
 	struct proto_request h;
+	size_t size;
 
 	while (pos < c->kept_len) {
 		if (proto_get_request(&c->session, c->kept + pos, c->kept_len - pos, &h, &size) ||
@@ -1184,11 +1091,7 @@ static bool has_disc(const struct conn *c)
 			return false;
 		if (h.cmd == NBD_CMD_DISC)
 			return true;
-		pos += size;
-		if (h.payload && h.len > c->kept_len - pos)
-			return false;
-		if (h.payload)
-			pos += h.len;
+		pos += size + (h.payload ? h.len : 0);
 	}
 	return false;
 }
@@ -1212,7 +1115,7 @@ static size_t conn_receive(struct conn *c, uint8_t *p, size_t room)
 	c->gone = true;
 	if (n < 0 && !c->end)
 		c->end = strerror(errno);
-	if (!in_transmission(c))
+	if (c->state != CONN_REQUEST)
 		conn_kill(c, c->end ? c->end : "client left during the handshake");
 	return 0;
 }
@@ -1237,7 +1140,7 @@ static bool receive_rest(struct conn *c)
 /* The client is gone: in order, or nothing that has not begun will. */
 static void see_how_it_left(struct conn *c)
 {
-	if (!in_transmission(c) || c->orderly)
+	if (c->state != CONN_REQUEST || c->orderly)
 		return;
 	c->orderly = receive_rest(c) && has_disc(c);
 	c->blocked = c->orderly;
@@ -1280,14 +1183,6 @@ static void input(struct conn *c)
 	free(kept);
 }
 
-static void discard_input(struct conn *c)
-{
-	ssize_t n = recv(c->source.fd, c->workspace->rx, RX_CHUNK, MSG_DONTWAIT);
-
-	if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
-		conn_kill(c, c->end);
-}
-
 /* Whether there is nothing that we owe the client. */
 static bool is_idle(const struct conn *c)
 {
@@ -1296,21 +1191,23 @@ static bool is_idle(const struct conn *c)
 
 void conn_turn(struct conn *c, short revents)
 {
-	c->lively = c->tired = false;
+	c->lively = c->tired = c->turned_away = false;
 	c->spent = 0;
+	if (!revents && c->deadline && c->deadline <= now_ms())
+		conn_expire(c);
 	if (c->state == CONN_LINGERING) {
-		discard_input(c);
+		conn_receive(c, c->workspace->rx, RX_CHUNK);
 		return;
 	}
-	if (in_transmission(c) && revents & (POLLRDHUP | POLLHUP | POLLERR))
+	if (c->state == CONN_REQUEST && revents & (POLLRDHUP | POLLHUP | POLLERR))
 		c->gone = true;
-	if (c->state == CONN_DEAD || (!c->gone && !send_backlog(c)))
+	if (c->state == CONN_DEAD || (c->backlog && !c->gone && !conn_flush(c)))
 		return;
 	/* What is sent makes room for what was blocked. */
 	do {
 		if (c->gone)
 			see_how_it_left(c);
-		if (c->state == CONN_DEAD || !send_backlog(c))
+		if (c->state == CONN_DEAD || (c->backlog && !conn_flush(c)))
 			return;
 		go_on(c);
 		if ((revents & POLLIN || c->blocked) && takes_input(c))
@@ -1321,7 +1218,7 @@ void conn_turn(struct conn *c, short revents)
 		if (!c->backlog)
 			conn_flush(c);
 		revents = 0;
-	} while ((c->gone && !c->orderly && in_transmission(c)) ||
+	} while ((c->gone && !c->orderly && c->state == CONN_REQUEST) ||
 		 (c->blocked && !c->tired && takes_input(c)));
 	if (c->stats && c->stats->now)
 		stats_end_turn(c->stats);
@@ -1341,7 +1238,7 @@ short conn_events(const struct conn *c)
 		return 0;
 	if (c->state == CONN_LINGERING)
 		return POLLIN;
-	return takes_input(c) ? POLLIN | POLLRDHUP : in_transmission(c) ? POLLRDHUP : 0;
+	return takes_input(c) ? POLLIN | POLLRDHUP : c->state == CONN_REQUEST ? POLLRDHUP : 0;
 }
 
 bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes)
@@ -1366,14 +1263,6 @@ bool conn_may_park(const struct conn *c)
 {
 	return c->state == CONN_REQUEST && is_idle(c) && c->kept_len == 0 && !c->gone &&
 	       !c->stopping && !c->turned_away && !c->stats->unsaid;
-}
-
-bool conn_admit(struct conn *c)
-{
-	bool waits = c->turned_away || (c->blocked && !c->backlog);
-
-	c->turned_away = false;
-	return waits;
 }
 
 void conn_stop(struct conn *c)

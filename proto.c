@@ -545,15 +545,24 @@ size_t proto_put_reply(const struct proto_session *s, const struct proto_request
 	return (size_t)(p - start);
 }
 
+bool proto_in_chunks(const struct proto_session *s, const struct proto_request *r)
+{
+	return s->structured && !(r->flags & NBD_CMD_FLAG_DF);
+}
+
 size_t proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		     const struct extent *run, bool last, uint8_t *p)
+		     const struct extent *run, uint8_t *p)
 {
 	uint8_t *start = p;
-	uint32_t len = (uint32_t)run->len;
+	bool chunks = proto_in_chunks(s, r);
+	uint32_t len = (uint32_t)(chunks ? run->len : r->len);
+	bool last = off + len == r->off + r->len;
 
+	if (!chunks && off != r->off)
+		return 0;
 	if (!s->structured)
 		return put_simple(r, 0, p);
-	if (run->flags & NBD_STATE_ZERO) {
+	if (chunks && run->flags & NBD_STATE_ZERO) {
 		p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_HOLE, last, 8 + 4, p);
 		p = put_be32(put_be64(p, off), len);
 	} else {

@@ -281,12 +281,16 @@ uint32_t proto_error(int err);
 size_t proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
 		       uint8_t *p);
 
+/* Whether data of the READ r is sent in chunks that each say where they belong. */
+bool proto_in_chunks(const struct proto_session *s, const struct proto_request *r);
+
 /*
- * What precedes a run of data at off of a READ; of structured replies also all that there is to a
- * hole, which NBD_STATE_ZERO means.  last: the reply ends with it.
+ * What precedes a run of data at off of a READ: a chunk's header; where there are no chunks the
+ * header of all of it before the first run, and nothing before others.  In chunks it is also all that
+ * there is to a hole, which NBD_STATE_ZERO means.
  */
 size_t proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		     const struct extent *run, bool last, uint8_t *p);
+		     const struct extent *run, uint8_t *p);
 
 /* The reply to a BLOCK_STATUS: p has room for n extents of PROTO_EXTENDED_EXTENT_SIZE as well. */
 size_t proto_put_status(const struct proto_session *s, const struct proto_request *r,

@@ -429,14 +429,14 @@ static void check_read(const struct proto_session *s, const struct proto_request
 		return;
 	begin(&d, s, r);
 	for (unsigned i = 0; at < r->len; at += len, i++) {
-		bool hole = s->structured && take(in, 1) & 1, last;
+		bool chunks = proto_in_chunks(s, r), hole = chunks && take(in, 1) & 1, last;
 		struct proto_reply reply;
 		struct extent run;
 
-		len = s->structured && i < RUNS_MAX ? take(in, 4) % (r->len - at) + 1 : r->len - at;
+		len = chunks && i < RUNS_MAX ? take(in, 4) % (r->len - at) + 1 : r->len - at;
 		last = at + len == r->len;
 		run = (struct extent){ len, hole ? NBD_STATE_ZERO : 0 };
-		reply = decode(&d, room, proto_put_run(s, r, r->off + at, &run, last, room));
+		reply = decode(&d, room, proto_put_run(s, r, r->off + at, &run, room));
 		assert(reply.last == last && !d.a.error);
 		assert(reply.off == r->off + at && reply.len == len);
 		assert(reply.payload == (hole ? 0 : len));
