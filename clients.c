@@ -26,7 +26,7 @@ enum {
 	 */
 	SPIN_US = 65,
 	SPIN_ROUNDS = 16,	/* then poll(), which sees also what is no input */
-	SPIN_SKIP_MAX = 64,	/* sleeps without spinning after it did not pay, again and again */
+	SPIN_SKIP_MAX = 63,	/* sleeps without spinning after it did not pay, again and again */
 
 	/*
 	 * A thread with so many connections spins, looking at each of them, and lets them stay.  Of more
@@ -59,12 +59,11 @@ static struct {
 	atomic_uint count;		/* with the place of the parking thread */
 	unsigned max, spinners_max;
 	unsigned keepalive;		/* seconds */
-	pthread_mutex_t moving;		/* a connection changes threads, or all are to stop */
 	atomic_bool parks;		/* there is the parking thread */
-	atomic_bool stopped;		/* clients_stop(); set with that lock */
+	atomic_bool stopped;		/* clients_stop() */
 	atomic_uint spinners;
-	atomic_size_t total;		/* connections */
-} clients = { .moving = PTHREAD_MUTEX_INITIALIZER };
+	atomic_size_t total;		/* connections; threads end when they stop and there are none */
+} clients;
 
 static struct conn *conn_of(struct source *s)
 {
@@ -75,6 +74,18 @@ static struct client_thread *thread_of(const struct conn *c)
 {
 	return (struct client_thread *)((char *)c->workspace -
 					offsetof(struct client_thread, workspace));
+}
+
+/* The first of all threads that there are. */
+static unsigned first_thread(void)
+{
+	return clients.parks ? PARKED : SERVING;
+}
+
+static void wake_threads(void)
+{
+	for (unsigned i = first_thread(); i < clients.count; i++)
+		loop_wake(&clients.thread[i].loop);
 }
 
 void clients_admit(void)
@@ -99,7 +110,8 @@ static void end_client(struct client_thread *t, struct conn *c)
 	give_up_place(c);
 	conn_free(c);
 	atomic_fetch_sub(&t->load, 1);
-	atomic_fetch_sub(&clients.total, 1);
+	if (atomic_fetch_sub(&clients.total, 1) == 1 && atomic_load(&clients.stopped))
+		wake_threads();
 	wake_main();
 }
 
@@ -119,10 +131,8 @@ static void serve_client(struct client_thread *t, struct conn *c, short revents)
 		give_up_place(c);
 	if (conn_is_over(c)) {
 		loop_remove(&t->loop, &c->source);
-		if (t->loop.count == 0) {
+		if (t->loop.count == 0)
 			t->sweep_due = UINT64_MAX;
-			loop_wake(&t->loop);	/* it may be about to sleep, and has to end if the server stops */
-		}
 		end_client(t, c);
 		return;
 	}
@@ -134,7 +144,7 @@ static void serve_client(struct client_thread *t, struct conn *c, short revents)
 	c->source.due = c->tired ? 0 : due;
 }
 
-static bool move_client(struct client_thread *from, struct conn *c, struct client_thread *to);
+static void move_client(struct client_thread *from, struct conn *c, struct client_thread *to);
 static struct client_thread *least_loaded(void);
 
 static void client_turn(struct source *s, short revents)
@@ -191,10 +201,7 @@ static void take_mail(struct client_thread *t)
 	loop_deliver(&t->loop);
 	admit = atomic_exchange(&t->admit, false);
 	stop = atomic_load(&clients.stopped) && !t->stopping;
-	if (stop) {
-		loop_deliver(&t->loop);		/* what was posted before that */
-		t->stopping = true;
-	}
+	t->stopping |= stop;
 	for (size_t i = 0; i < t->loop.count && (admit || stop); i++) {
 		if (stop)
 			conn_stop(conn_of(t->loop.source[i]));
@@ -204,27 +211,22 @@ static void take_mail(struct client_thread *t)
 
 /* Parking */
 
-/* Give a connection to another thread, with all that it has done.  False if that has to wait. */
-static bool move_client(struct client_thread *from, struct conn *c, struct client_thread *to)
+/* Give a connection to another thread, whose it is from then on, with all that it has done. */
+static void move_client(struct client_thread *from, struct conn *c, struct client_thread *to)
 {
-	bool may;
-
-	pthread_mutex_lock(&clients.moving);
-	may = !clients.stopped;
-	if (may) {
-		loop_remove(&from->loop, &c->source);
-		give_client(to, c);
-		atomic_fetch_sub(&from->load, 1);
-	}
-	pthread_mutex_unlock(&clients.moving);
-	return may;
+	loop_remove(&from->loop, &c->source);
+	give_client(to, c);
+	atomic_fetch_sub(&from->load, 1);
 }
 
-/* Whether it was parked; from then on it is another thread's. */
+/* Whether it was parked. */
 static bool park(struct client_thread *t, struct conn *c)
 {
-	return t->loop.polled / 1000 - c->active >= SILENT_MS && conn_may_park(c) &&
-	       atomic_load(&clients.parks) && move_client(t, c, &clients.thread[PARKED]);
+	if (t->loop.polled / 1000 - c->active < SILENT_MS || !conn_may_park(c) ||
+	    !atomic_load(&clients.parks))
+		return false;
+	move_client(t, c, &clients.thread[PARKED]);
+	return true;
 }
 
 /* End those whose hosts are gone, and park those who have been silent for long. */
@@ -301,13 +303,11 @@ static void spin(struct client_thread *t)
 		return;
 	}
 	if (atomic_fetch_add(&clients.spinners, 1) < clients.spinners_max) {
-		if (spin_for(t)) {
-			t->spin_pause = 1;
-		} else {
-			if (t->spin_pause < SPIN_SKIP_MAX)
-				t->spin_pause *= 2;
-			t->spin_skip = t->spin_pause;
-		}
+		if (spin_for(t))
+			t->spin_pause = 0;
+		else if (t->spin_pause < SPIN_SKIP_MAX)
+			t->spin_pause = 2 * t->spin_pause + 1;
+		t->spin_skip = t->spin_pause;
 	}
 	atomic_fetch_sub(&clients.spinners, 1);
 }
@@ -320,7 +320,7 @@ static void *client_main(void *arg)
 
 	for (;;) {
 		take_mail(t);
-		if (t->stopping && t->loop.count == 0)
+		if (t->stopping && atomic_load(&clients.total) == 0)
 			return NULL;
 		t->lively = false;
 		loop_poll(&t->loop, t->sweep_due);
@@ -342,7 +342,6 @@ static int start_client_thread(struct client_thread *t)
 	int err;
 
 	t->sweep_due = UINT64_MAX;
-	t->spin_pause = 1;
 	err = loop_init(&t->loop);
 	if (!workspace_init(&t->workspace, &t->loop) && !err)
 		err = -ENOMEM;
@@ -393,12 +392,6 @@ void clients_add(struct conn *c)
 	give_client(choose_thread(), c);
 }
 
-/* The first of all threads that there are. */
-static unsigned first_thread(void)
-{
-	return clients.parks ? PARKED : SERVING;
-}
-
 size_t clients_count(void)
 {
 	return atomic_load(&clients.total);
@@ -406,11 +399,8 @@ size_t clients_count(void)
 
 void clients_stop(void)
 {
-	pthread_mutex_lock(&clients.moving);
 	atomic_store(&clients.stopped, true);
-	for (unsigned i = first_thread(); i < clients.count; i++)
-		loop_wake(&clients.thread[i].loop);
-	pthread_mutex_unlock(&clients.moving);
+	wake_threads();
 }
 
 void clients_join(void)

@@ -191,20 +191,20 @@ static void free_requests(struct conn *c, struct request **list)
 	}
 }
 
-static void set_kept(struct conn *c, const uint8_t *p, size_t len)
+/* Keep what is not taken yet, behind what is kept already.  False if out of memory. */
+static bool keep(struct conn *c, const uint8_t *p, size_t len)
 {
-	uint8_t *kept = NULL;
+	uint8_t *kept;
 
-	if (len > 0) {
-		kept = malloc(len);
-		if (!kept) {
-			conn_kill(c, "out of memory");
-			return;
-		}
-		memcpy(kept, p, len);
-	}
+	if (len == 0)
+		return true;
+	kept = realloc(c->kept, c->kept_len + len);
+	if (!kept)
+		return false;
+	memcpy(kept + c->kept_len, p, len);
 	c->kept = kept;
-	c->kept_len = len;
+	c->kept_len += len;
+	return true;
 }
 
 /* One that uses the whole request less.  It is freed with the last of them, if its client is gone. */
@@ -242,16 +242,6 @@ static void drop_pieces(struct conn *c)
 	c->piece_end = &c->piece;
 }
 
-/* With what it did, if it did something. */
-static void tell_end(struct conn *c, const char *why)
-{
-	char did[STATS_LINE] = "";
-
-	if (c->stats)
-		stats_end(c->stats, did);
-	log_peer(LOG_EVENT, "%s: disconnected: %s%s%s", c->peer, why, *did ? "; " : "", did);
-}
-
 static void conn_complete(struct conn *c, struct request *r);
 
 /* Give back what has not begun; the rest comes back by itself. */
@@ -268,9 +258,13 @@ static void take_all_back(struct conn *c)
 
 void conn_kill(struct conn *c, const char *why)
 {
+	char did[STATS_LINE] = "";
+
 	if (c->state == CONN_DEAD)
 		return;
-	tell_end(c, why);
+	if (c->stats)
+		stats_end(c->stats, did);
+	log_peer(LOG_EVENT, "%s: disconnected: %s%s%s", c->peer, why, *did ? "; " : "", did);
 	if (c->export)
 		atomic_fetch_sub(&c->export->backend->order->clients, 1);
 	atomic_store(&c->dead, true);	/* before the client can know, and come back */
@@ -1000,7 +994,7 @@ static void go_on_with_stream(struct conn *c)
 /* Whether no more may be in flight.  Who is gone has sent all that it ever will. */
 static bool is_full(const struct conn *c)
 {
-	return c->export && !c->gone &&
+	return !c->gone &&
 	       (is_enough(c->in_flight, IN_FLIGHT_MAX, &load.requests, load.requests_max) ||
 		has_data_enough(c));
 }
@@ -1123,17 +1117,11 @@ static size_t conn_receive(struct conn *c, uint8_t *p, size_t room)
 /* Receive all that there is of a client that is gone.  False if out of memory. */
 static bool receive_rest(struct conn *c)
 {
-	uint8_t *rx = c->workspace->rx, *kept;
 	size_t n;
 
-	while ((n = conn_receive(c, rx, RX_CHUNK)) > 0) {
-		kept = realloc(c->kept, c->kept_len + n);
-		if (!kept)
+	while ((n = conn_receive(c, c->workspace->rx, RX_CHUNK)) > 0)
+		if (!keep(c, c->workspace->rx, n))
 			return false;
-		memcpy(kept + c->kept_len, rx, n);
-		c->kept = kept;
-		c->kept_len += n;
-	}
 	return true;
 }
 
@@ -1178,8 +1166,8 @@ static void input(struct conn *c)
 	c->kept = NULL;		/* so that it outlives the connection's end */
 	c->kept_len = 0;
 	taken = take_steps(c, p, len);
-	if (c->state != CONN_DEAD)
-		set_kept(c, p + taken, len - taken);
+	if (c->state != CONN_DEAD && !keep(c, p + taken, len - taken))
+		conn_kill(c, "out of memory");
 	free(kept);
 }
 
@@ -1262,7 +1250,7 @@ bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes)
 bool conn_may_park(const struct conn *c)
 {
 	return c->state == CONN_REQUEST && is_idle(c) && c->kept_len == 0 && !c->gone &&
-	       !c->stopping && !c->turned_away && !c->stats->unsaid;
+	       !c->stopping && !c->stats->unsaid;
 }
 
 void conn_stop(struct conn *c)
@@ -1277,17 +1265,13 @@ void conn_start(struct conn *c)
 {
 	struct tx *tx = c->workspace->tx;
 
-	if (c->greeting == GREET_NEWSTYLE) {
-		proto_put_greeting(tx_tail(tx));
-		tx_add(tx, PROTO_GREETING_SIZE);
-		set_deadline(c, HANDSHAKE_MS);
-	} else {	/* it gets the default export without asking */
+	if (c->greeting != GREET_NEWSTYLE)	/* it gets the default export without asking */
 		c->session.export = c->exports->entry[0];
-		if (c->greeting == GREET_OLDSTYLE) {
-			proto_put_oldstyle(tx_tail(tx), c->session.export);
-			tx_add(tx, PROTO_OLDSTYLE_SIZE);
-		}
+	if (c->greeting != GREET_CONNECTED)
+		tx_add(tx, proto_put_greeting(c->session.export, tx_tail(tx)));
+	if (c->session.export)
 		conn_enter_transmission(c);
-	}
+	else
+		set_deadline(c, HANDSHAKE_MS);
 	conn_flush(c);
 }

@@ -233,11 +233,11 @@ enum proto_next {
 /* Whether s may be sent as a string: "Conventions". */
 bool proto_is_string(const char *s);
 
-/* Write the server's first words to p, of PROTO_GREETING_SIZE bytes. */
-void proto_put_greeting(uint8_t *p);
-
-/* Write the oldstyle greeting to p, of PROTO_OLDSTYLE_SIZE bytes: "Oldstyle negotiation". */
-void proto_put_oldstyle(uint8_t *p, const struct proto_export *e);
+/*
+ * Write the server's first words to p, and return the bytes: PROTO_GREETING_SIZE, or, with an export,
+ * PROTO_OLDSTYLE_SIZE: "Oldstyle negotiation".
+ */
+size_t proto_put_greeting(const struct proto_export *e, uint8_t *p);
 
 /* Take the client's flags.  False if it wants what was not offered: drop the connection. */
 bool proto_client_flags(struct proto_session *s, const uint8_t *p);

@@ -610,11 +610,8 @@ static void fuzz_handshake(const struct world *w, struct input *in, bool oldstyl
 
 	if (proto_is_string(name)) {
 		proto_client_begin(&c, name, sent);
-		wire.len = oldstyle ? PROTO_OLDSTYLE_SIZE : PROTO_GREETING_SIZE;
-		if (oldstyle)
-			proto_put_oldstyle(wire.p, e);
-		else
-			proto_put_greeting(wire.p);
+		wire.len = proto_put_greeting(oldstyle ? e : NULL, wire.p);
+		assert(wire.len == (oldstyle ? PROTO_OLDSTYLE_SIZE : PROTO_GREETING_SIZE));
 		if (converse(w, &c, &s, &wire) == PROTO_TRANSMIT) {
 			assert(e && c.offer.size == e->size && wire.len == 0);
 			assert(oldstyle || s.export == e);

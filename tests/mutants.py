@@ -124,8 +124,8 @@ mutant("every name means the first export", "a client reaches an export that it 
        tests="test_exports.py::test_name_that_is_not_there_is_refused")
 mutant("all exports have the size of the first",
        "a client reaches an export that it did not name: its range",
-       "proto.c", "put_export(o->s, e, numbers);",
-       "put_export(o->s, o->exports->entry[0], numbers);",
+       "proto.c", "case NBD_INFO_EXPORT:\n\t\tout_export(o, e);",
+       "case NBD_INFO_EXPORT:\n\t\tout_export(o, o->exports->entry[0]);",
        tests="test_exports.py::test_ranges_are_those_of_the_export")
 mutant("EXPORT_NAME gets the first export",
        "a client reaches an export that it did not name: a thousand clients",
@@ -156,8 +156,8 @@ mutant("a request needs no magic number", "GO twice",
        "proto.c", "return \"wrong magic of a request\";", ";",
        tests="test_hazards.py::test_second_go_is_no_request")
 mutant("an oldstyle client is awaited to greet", "oldstyle",
-       "conn.c", "tx_add(tx, PROTO_OLDSTYLE_SIZE);\n\t\t}\n\t\tconn_enter_transmission(c);",
-       "tx_add(tx, PROTO_OLDSTYLE_SIZE);\n\t\t}",
+       "conn.c", "if (c->session.export)\n\t\tconn_enter_transmission(c);",
+       "if (c->greeting == GREET_CONNECTED)\n\t\tconn_enter_transmission(c);",
        tests="test_hazards.py::test_oldstyle_session_cut_off_at_every_byte")
 mutant("junk ends the server", "handshake followed by junk",
        "conn.c", 'conn_kill(c, "wrong magic of an option");', "abort();",
@@ -332,8 +332,8 @@ mutant("pages that were read stay resident", "large reads leave the image reside
        "static uint64_t round_down(uint64_t off);\n\n/* Reading */",
        tests="test_hazards.py::test_pass_over_the_image_does_not_stay_resident")
 mutant("half a request is thrown away", "one byte at a time",
-       "conn.c", "set_kept(c, p + taken, len - taken);",
-       "set_kept(c, p + taken, c->state == CONN_REQUEST && !c->current ? 0 : len - taken);",
+       "conn.c", "keep(c, p + taken, len - taken)",
+       "keep(c, p + taken, c->state == CONN_REQUEST && !c->current ? 0 : len - taken)",
        tests="test_hazards.py::test_session_one_byte_at_a_time")
 mutant("a connection is freed while its requests are in flight", "closes with 64 reads in flight",
        "conn.c", "return c->state == CONN_DEAD && c->in_flight == 0;",
