@@ -45,9 +45,8 @@ struct client_thread {
 
 	/* Its own. */
 	struct workspace workspace;
-	bool stopping;
 	bool lively;			/* a connection had input in this round */
-	uint64_t sweep_due;		/* now_ms() at which it looks for silent clients */
+	uint64_t sweep_due;		/* now_ms(); UINT64_MAX while all are silent */
 	unsigned spin_skip, spin_pause;	/* sleeps without, still; after the next time in vain */
 };
 
@@ -124,15 +123,11 @@ static void serve_client(struct client_thread *t, struct conn *c, short revents)
 	if (c->lively) {
 		t->lively = true;
 		c->active = t->loop.polled / 1000;
-		if (t->sweep_due > c->active + SWEEP_MS)
-			t->sweep_due = c->active + SWEEP_MS;
 	}
 	if (c->state == CONN_DEAD)
 		give_up_place(c);
 	if (conn_is_over(c)) {
 		loop_remove(&t->loop, &c->source);
-		if (t->loop.count == 0)
-			t->sweep_due = UINT64_MAX;
 		end_client(t, c);
 		return;
 	}
@@ -152,7 +147,7 @@ static void client_turn(struct source *s, short revents)
 	struct conn *c = conn_of(s);
 	struct client_thread *t = thread_of(c);
 
-	if (revents && t == &clients.thread[PARKED] && !t->stopping)
+	if (revents && t == &clients.thread[PARKED] && !clients.stopped)
 		move_client(t, c, least_loaded());
 	else
 		serve_client(t, c, revents);
@@ -166,7 +161,7 @@ static short client_events(const struct source *s)
 static const struct source_ops client_ops = { client_events, client_turn };
 
 /* A connection has come, from another thread or a new one. */
-static void take_client(struct mail *m)
+static void take_arrival(struct mail *m)
 {
 	struct conn *c = (struct conn *)((char *)m - offsetof(struct conn, mail));
 	struct client_thread *t = thread_of(c);
@@ -181,7 +176,7 @@ static void take_client(struct mail *m)
 		return;
 	}
 	c->source.due = 0;
-	if (t->stopping)
+	if (clients.stopped)
 		conn_stop(c);
 }
 
@@ -189,24 +184,25 @@ static void give_client(struct client_thread *t, struct conn *c)
 {
 	atomic_fetch_add(&t->load, 1);
 	c->workspace = &t->workspace;
-	c->mail.deliver = take_client;
+	c->mail.deliver = take_arrival;
 	loop_post(&t->loop, &c->mail);
 }
 
-/* Take what was posted, and see what the thread is asked for. */
-static void take_mail(struct client_thread *t)
+/* Take what was posted, and do what all threads are asked for.  False if there is nothing new. */
+static bool take_mail(struct client_thread *t)
 {
 	bool admit, stop;
 
-	loop_deliver(&t->loop);
+	if (!loop_deliver(&t->loop))
+		return false;
 	admit = atomic_exchange(&t->admit, false);
-	stop = atomic_load(&clients.stopped) && !t->stopping;
-	t->stopping |= stop;
+	stop = atomic_load(&clients.stopped);
 	for (size_t i = 0; i < t->loop.count && (admit || stop); i++) {
 		if (stop)
 			conn_stop(conn_of(t->loop.source[i]));
 		t->loop.source[i]->due = 0;
 	}
+	return true;
 }
 
 /* Parking */
@@ -269,8 +265,7 @@ static bool look_at_all(struct client_thread *t)
 		if (conn_events(c) & POLLIN)
 			serve_client(t, c, POLLIN);
 	}
-	if (loop_is_rung(&t->loop)) {
-		take_mail(t);
+	if (take_mail(t)) {
 		loop_turn_due(&t->loop);
 		t->lively = true;
 	}
@@ -320,10 +315,12 @@ static void *client_main(void *arg)
 
 	for (;;) {
 		take_mail(t);
-		if (t->stopping && atomic_load(&clients.total) == 0)
+		if (clients.stopped && clients.total == 0)
 			return NULL;
 		t->lively = false;
 		loop_poll(&t->loop, t->sweep_due);
+		if (t->lively && t->sweep_due == UINT64_MAX)
+			t->sweep_due = t->loop.polled / 1000 + SWEEP_MS;
 		if (t->lively && t->loop.count <= FEW_CONNS)
 			spin(t);
 		if (t->loop.polled / 1000 >= t->sweep_due)

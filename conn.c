@@ -88,7 +88,7 @@ _Static_assert(RX_CHUNK >= (int)BLOCK_SIZE + PROTO_EXTENDED_REQUEST_SIZE,
 
 bool workspace_init(struct workspace *w, struct loop *loop)
 {
-	*w = (struct workspace){ .loop = loop, .tx = tx_new(), .rx = malloc(RX_BYTES) };
+	*w = (struct workspace){ .loop = loop, .tx = tx_new(TX_BYTES), .rx = malloc(RX_BYTES) };
 	return w->tx && w->rx;
 }
 
@@ -294,8 +294,6 @@ bool conn_is_over(const struct conn *c)
 
 void conn_free(struct conn *c)
 {
-	if (!c)
-		return;
 	assert(conn_is_over(c) && c->buffered == 0);
 	free(c->stats);
 	free(c);

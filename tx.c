@@ -13,12 +13,13 @@
 #include <string.h>
 #include <sys/socket.h>
 
-struct tx *tx_new(void)
+struct tx *tx_new(size_t bytes)
 {
-	struct tx *tx = buffer_get(sizeof(*tx));
+	size_t size = offsetof(struct tx, bytes) + bytes;
+	struct tx *tx = buffer_get(size);
 
 	if (tx) {
-		tx->size = sizeof(*tx);
+		tx->size = size;
 		tx->held = NULL;
 		tx_reset(tx);
 	}
@@ -52,12 +53,9 @@ struct tx *tx_rest(struct tx *tx)
 
 	for (unsigned i = tx->first; i < tx->iovs; i++)
 		own += is_own(tx, &tx->iov[i]) ? tx->iov[i].iov_len : 0;
-	rest = buffer_get(offsetof(struct tx, bytes) + own);
+	rest = tx_new(own);
 	if (!rest)
 		return NULL;
-	rest->size = offsetof(struct tx, bytes) + own;
-	rest->held = NULL;
-	tx_reset(rest);
 	for (unsigned i = tx->first; i < tx->iovs; i++) {
 		struct iovec v = tx->iov[i];
 

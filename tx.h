@@ -32,8 +32,8 @@ struct tx {
 
 enum tx_result { TX_SENT, TX_MORE, TX_DEAD };
 
-/* NULL if out of memory. */
-struct tx *tx_new(void);
+/* With room for so many bytes of its own, TX_BYTES but for tx_rest().  NULL if out of memory. */
+struct tx *tx_new(size_t bytes);
 
 /*
  * What is not sent yet, in memory of just that size; nothing is in tx any more.  NULL if out of
