@@ -40,6 +40,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 enum {
@@ -60,6 +61,9 @@ enum {
 
 	TURN_BYTES = 4 * 1024 * 1024,	/* of replies and payloads; then it is another one's turn */
 	STEP_COST = 4096,		/* bytes that a request counts for besides */
+
+	TX_IOVS = 1024,			/* IOV_MAX of every system that we know */
+	TX_BYTES = 516 * 1024,		/* two pieces of READs, with their headers */
 
 	IN_FLIGHT_MAX = 512,
 	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more piece may pass it */
@@ -83,6 +87,155 @@ _Static_assert(STEP_BYTES >= PROTO_REPLY_ROOM + (int)EXTENTS_MAX * PROTO_EXTENDE
 _Static_assert(TX_BYTES >= (int)READ_BYTES, "so does a piece of a READ");
 _Static_assert(RX_CHUNK >= (int)BLOCK_SIZE + PROTO_EXTENDED_REQUEST_SIZE,
 	       "a block can be kept");
+
+/* Replies on their way out */
+
+/*
+ * What is to be sent: bytes of its own, and references to memory of others, in order.
+ * Only the part of it that was used is ever touched, so that an idle one costs address space only.
+ */
+struct tx {
+	struct request *held;		/* own the memory referred to; freed when all is sent */
+	unsigned first, iovs;		/* iov[first] to iov[iovs - 1] are not sent yet */
+	size_t size;			/* of this memory, in bytes */
+	size_t used;			/* of bytes */
+	struct iovec iov[TX_IOVS];
+	uint8_t bytes[TX_BYTES];	/* of tx_rest(): as many as there are */
+};
+
+enum tx_result { TX_SENT, TX_MORE, TX_DEAD };
+
+/* Forget what is in it.  The caller has taken care of held. */
+static void tx_reset(struct tx *tx)
+{
+	assert(!tx->held);
+	tx->first = tx->iovs = 0;
+	tx->used = 0;
+}
+
+/* With room for so many bytes of its own: TX_BYTES, but for tx_rest().  NULL if out of memory. */
+static struct tx *tx_new(size_t bytes)
+{
+	size_t size = offsetof(struct tx, bytes) + bytes;
+	struct tx *tx = buffer_get(size);
+
+	if (tx) {
+		tx->size = size;
+		tx->held = NULL;
+		tx_reset(tx);
+	}
+	return tx;
+}
+
+static void tx_free(struct tx *tx)
+{
+	if (tx)
+		buffer_put(tx, tx->size);
+}
+
+/* Room for bytes, and for iovs references to memory. */
+static bool tx_has_room(const struct tx *tx, size_t bytes, unsigned iovs)
+{
+	return TX_BYTES - tx->used >= bytes && TX_IOVS - tx->iovs >= iovs;
+}
+
+/* Where the next bytes go; write there, then tx_add() them. */
+static uint8_t *tx_tail(struct tx *tx)
+{
+	return tx->bytes + tx->used;
+}
+
+/* Add memory that stays valid until it is sent. */
+static void tx_refer(struct tx *tx, const void *p, size_t len)
+{
+	struct iovec *last = tx->iovs > 0 ? &tx->iov[tx->iovs - 1] : NULL;
+
+	if (len == 0)
+		return;
+	if (last && (const uint8_t *)last->iov_base + last->iov_len == p) {
+		last->iov_len += len;
+		return;
+	}
+	assert(tx->iovs < TX_IOVS);
+	tx->iov[tx->iovs].iov_base = (void *)(uintptr_t)p;
+	tx->iov[tx->iovs].iov_len = len;
+	tx->iovs++;
+}
+
+static void tx_add(struct tx *tx, size_t len)
+{
+	assert(len <= TX_BYTES - tx->used);
+	tx_refer(tx, tx_tail(tx), len);
+	tx->used += len;
+}
+
+static bool is_own(const struct tx *tx, const struct iovec *v)
+{
+	const uint8_t *p = v->iov_base;
+
+	return p >= tx->bytes && p < tx->bytes + tx->used;
+}
+
+/*
+ * What is not sent yet, in memory of just that size; nothing is in tx any more.  NULL if out of
+ * memory.
+ */
+static struct tx *tx_rest(struct tx *tx)
+{
+	size_t own = 0;
+	struct tx *rest;
+
+	for (unsigned i = tx->first; i < tx->iovs; i++)
+		own += is_own(tx, &tx->iov[i]) ? tx->iov[i].iov_len : 0;
+	rest = tx_new(own);
+	if (!rest)
+		return NULL;
+	for (unsigned i = tx->first; i < tx->iovs; i++) {
+		struct iovec v = tx->iov[i];
+
+		if (is_own(tx, &v)) {
+			v.iov_base = memcpy(tx_tail(rest), v.iov_base, v.iov_len);
+			rest->used += v.iov_len;
+		}
+		tx_refer(rest, v.iov_base, v.iov_len);
+	}
+	rest->held = tx->held;
+	tx->held = NULL;
+	tx_reset(tx);
+	return rest;
+}
+
+/* Take n sent bytes off the front. */
+static void consume(struct tx *tx, size_t n)
+{
+	while (tx->first < tx->iovs && n >= tx->iov[tx->first].iov_len)
+		n -= tx->iov[tx->first++].iov_len;
+	if (n > 0) {
+		tx->iov[tx->first].iov_base = (uint8_t *)tx->iov[tx->first].iov_base + n;
+		tx->iov[tx->first].iov_len -= n;
+	}
+}
+
+/* Send as much as the socket, which does not block, takes. */
+static enum tx_result tx_send(struct tx *tx, int fd)
+{
+	while (tx->first < tx->iovs) {
+		struct msghdr msg = { .msg_iov = tx->iov + tx->first,
+				      .msg_iovlen = tx->iovs - tx->first };
+		ssize_t n = sendmsg(fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+		if (n >= 0) {
+			consume(tx, (size_t)n);
+			if (tx->first < tx->iovs)	/* there is no more room */
+				return TX_MORE;
+		} else if (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS) {
+			return TX_MORE;
+		} else if (errno != EINTR) {
+			return TX_DEAD;
+		}
+	}
+	return TX_SENT;
+}
 
 /* Workspaces */
 

@@ -14,11 +14,11 @@
 #include "access.h"
 #include "loop.h"
 #include "proto.h"
-#include "tx.h"
 #include "util.h"
 
 struct request;
 struct stats;
+struct tx;
 
 /* What the connections of one thread share, for the current turn. */
 struct workspace {

@@ -242,7 +242,7 @@ mutant("an extent is told in 32 bits", "extents are cut down to 32 bits",
        "put_be64(put_be64(p, (uint32_t)extent->len), extent->flags)",
        tests="test_extended.py::test_extent_of_more_than_4_gib_is_told_as_one")
 mutant("more is sent at once than the system takes", "READ longer than IOV_MAX pieces",
-       "tx.h", "TX_IOVS = 1024,", "TX_IOVS = 4096,",
+       "conn.c", "TX_IOVS = 1024,", "TX_IOVS = 4096,",
        tests="test_hazards.py::test_burst_of_large_reads")
 mutant("zeroing ends after 16 MiB",
        "WRITE_ZEROES or TRIM of more than 64 MiB clears only the first part",
@@ -312,11 +312,11 @@ mutant("replies are gathered without bound", "client that does not read its repl
        "conn.c", "BUFFERED_MAX = 2 * 1024 * 1024,", "BUFFERED_MAX = 0x7fffffff,",
        tests="test_hazards.py::test_unread_replies_cost_bounded_memory")
 mutant("a deaf client stops its thread", "ten of them, others unaffected",
-       "tx.c", "MSG_DONTWAIT | MSG_NOSIGNAL", "MSG_NOSIGNAL",
+       "conn.c", "MSG_DONTWAIT | MSG_NOSIGNAL", "MSG_NOSIGNAL",
        "listen.c", "&len, SOCK_CLOEXEC | SOCK_NONBLOCK", "&len, SOCK_CLOEXEC",
        tests="test_hazards.py::test_ten_deaf_clients_do_not_disturb_others")
 mutant("what is sent in part is sent again", "it may begin to",
-       "tx.c", "tx->iov[tx->first].iov_base = (uint8_t *)tx->iov[tx->first].iov_base + n;", "",
+       "conn.c", "tx->iov[tx->first].iov_base = (uint8_t *)tx->iov[tx->first].iov_base + n;", "",
        tests="test_hazards.py::test_replies_are_complete_when_they_are_read_late")
 mutant("pages that were read stay resident", "large reads leave the image resident",
        "disk.c",
