@@ -162,8 +162,11 @@ static void tx_refer(struct tx *tx, const void *p, size_t len)
 	tx->iovs++;
 }
 
-static void tx_add(struct tx *tx, size_t len)
+/* What was written at tx_tail(), up to end. */
+static void tx_add(struct tx *tx, const uint8_t *end)
 {
+	size_t len = (size_t)(end - tx_tail(tx));
+
 	assert(len <= TX_BYTES - tx->used);
 	tx_refer(tx, tx_tail(tx), len);
 	tx->used += len;
@@ -790,7 +793,7 @@ static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 	if (out.unknown)
 		log_peer(LOG_ERROR, "%s: refused: there is no export '%.*s'", c->peer,
 			 (int)out.unknown_len, (const char *)out.unknown);
-	tx_add(c->workspace->tx, out.len);
+	tx_add(c->workspace->tx, out.p + out.len);
 	if (next == PROTO_TRANSMIT)
 		conn_enter_transmission(c);
 	else if (next == PROTO_CLOSE)
@@ -837,15 +840,15 @@ static int read_copied(struct conn *c, const struct request *whole, struct reque
 {
 	struct tx *tx = c->workspace->tx;
 	const struct extent run = { r->h.len, 0 };
-	size_t head = proto_put_run(&c->session, &whole->h, r->h.off, &run, tx_tail(tx));
+	uint8_t *data = proto_put_run(&c->session, &whole->h, r->h.off, &run, tx_tail(tx));
 	uint8_t *own = r->buf;
 	int ret;
 
-	r->buf = tx_tail(tx) + head;
+	r->buf = data;
 	ret = request_try(r);
 	r->buf = own;
 	if (ret == 0) {
-		tx_add(tx, head + r->h.len);
+		tx_add(tx, data + r->h.len);
 		spend(c, r->h.len);
 	}
 	return ret;

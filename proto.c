@@ -67,19 +67,18 @@ static void out_be(struct proto_out *out, size_t size, uint64_t v)
 
 /* Handshake */
 
-size_t proto_put_greeting(const struct proto_export *e, uint8_t *p)
+uint8_t *proto_put_greeting(const struct proto_export *e, uint8_t *p)
 {
 	p = put_be64(p, NBD_INIT_PASSWD);
 	if (!e) {
 		p = put_be64(p, NBD_IHAVEOPT);
-		put_be16(p, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
-		return PROTO_GREETING_SIZE;
+		return put_be16(p, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
 	}
 	p = put_be64(p, NBD_OLDSTYLE_MAGIC);
 	p = put_be64(p, e->size);
 	p = put_be32(p, e->flags);
 	memset(p, 0, PROTO_ZEROES_SIZE);
-	return PROTO_OLDSTYLE_SIZE;
+	return p + PROTO_ZEROES_SIZE;
 }
 
 bool proto_client_flags(struct proto_session *s, const uint8_t *p)
@@ -506,12 +505,11 @@ uint32_t proto_error(int err)
 }
 
 /* "Simple reply message" */
-static size_t put_simple(const struct proto_request *r, int err, uint8_t *p)
+static uint8_t *put_simple(const struct proto_request *r, int err, uint8_t *p)
 {
 	p = put_be32(p, NBD_SIMPLE_REPLY_MAGIC);
 	p = put_be32(p, proto_error(err));
-	put_be64(p, r->cookie);
-	return 16;
+	return put_be64(p, r->cookie);
 }
 
 /*
@@ -531,20 +529,16 @@ static uint8_t *put_chunk(const struct proto_session *s, const struct proto_requ
 	return put_be64(p, len);
 }
 
-size_t proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
-		       uint8_t *p)
+uint8_t *proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
+			 uint8_t *p)
 {
-	uint8_t *start = p;
-
 	if (!s->structured ||
 	    (!s->extended && r->cmd != NBD_CMD_READ && r->cmd != NBD_CMD_BLOCK_STATUS))
 		return put_simple(r, err, p);
 	if (!err)
-		return (size_t)(put_chunk(s, r, NBD_REPLY_TYPE_NONE, true, 0, p) - start);
+		return put_chunk(s, r, NBD_REPLY_TYPE_NONE, true, 0, p);
 	p = put_chunk(s, r, NBD_REPLY_TYPE_ERROR, true, 6, p);
-	p = put_be32(p, proto_error(err));
-	p = put_be16(p, 0);
-	return (size_t)(p - start);
+	return put_be16(put_be32(p, proto_error(err)), 0);
 }
 
 bool proto_in_chunks(const struct proto_session *s, const struct proto_request *r)
@@ -552,33 +546,28 @@ bool proto_in_chunks(const struct proto_session *s, const struct proto_request *
 	return s->structured && !(r->flags & NBD_CMD_FLAG_DF);
 }
 
-size_t proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		     const struct extent *run, uint8_t *p)
+uint8_t *proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		       const struct extent *run, uint8_t *p)
 {
-	uint8_t *start = p;
 	bool chunks = proto_in_chunks(s, r);
 	uint32_t len = (uint32_t)(chunks ? run->len : r->len);
 	bool last = off + len == r->off + r->len;
 
 	if (!chunks && off != r->off)
-		return 0;
+		return p;
 	if (!s->structured)
 		return put_simple(r, 0, p);
 	if (chunks && run->flags & NBD_STATE_ZERO) {
 		p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_HOLE, last, 8 + 4, p);
-		p = put_be32(put_be64(p, off), len);
-	} else {
-		p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
-		p = put_be64(p, off);
+		return put_be32(put_be64(p, off), len);
 	}
-	return (size_t)(p - start);
+	p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
+	return put_be64(p, off);
 }
 
-size_t proto_put_status(const struct proto_session *s, const struct proto_request *r,
-			const struct extent *extent, uint32_t n, uint8_t *p)
+uint8_t *proto_put_status(const struct proto_session *s, const struct proto_request *r,
+			  const struct extent *extent, uint32_t n, uint8_t *p)
 {
-	uint8_t *start = p;
-
 	assert(s->allocation && n > 0);
 	if (s->extended) {
 		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, true,
@@ -592,5 +581,5 @@ size_t proto_put_status(const struct proto_session *s, const struct proto_reques
 	for (; n > 0; n--, extent++)
 		p = s->extended ? put_be64(put_be64(p, extent->len), extent->flags) :
 				  put_be32(put_be32(p, (uint32_t)extent->len), extent->flags);
-	return (size_t)(p - start);
+	return p;
 }

@@ -234,10 +234,10 @@ enum proto_next {
 bool proto_is_string(const char *s);
 
 /*
- * Write the server's first words to p, and return the bytes: PROTO_GREETING_SIZE, or, with an export,
- * PROTO_OLDSTYLE_SIZE: "Oldstyle negotiation".
+ * Write the server's first words to p, of PROTO_GREETING_SIZE bytes, or, with an export, those of
+ * "Oldstyle negotiation", of PROTO_OLDSTYLE_SIZE.  Returns where they end.
  */
-size_t proto_put_greeting(const struct proto_export *e, uint8_t *p);
+uint8_t *proto_put_greeting(const struct proto_export *e, uint8_t *p);
 
 /* Take the client's flags.  False if it wants what was not offered: drop the connection. */
 bool proto_client_flags(struct proto_session *s, const uint8_t *p);
@@ -273,13 +273,13 @@ bool proto_cmd_writes(uint16_t cmd);
 uint32_t proto_error(int err);
 
 /*
- * Replies.  Each writes at p, which has PROTO_REPLY_ROOM bytes, and returns the bytes used.
+ * Replies.  Each writes at p, which has PROTO_REPLY_ROOM bytes, and returns where what it wrote ends.
  * They choose the form by what the session negotiated.
  */
 
 /* The reply to a request without data, or with an error (an errno, 0 for none). */
-size_t proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
-		       uint8_t *p);
+uint8_t *proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
+			 uint8_t *p);
 
 /* Whether data of the READ r is sent in chunks that each say where they belong. */
 bool proto_in_chunks(const struct proto_session *s, const struct proto_request *r);
@@ -289,11 +289,11 @@ bool proto_in_chunks(const struct proto_session *s, const struct proto_request *
  * header of all of it before the first run, and nothing before others.  In chunks it is also all that
  * there is to a hole, which NBD_STATE_ZERO means.
  */
-size_t proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		     const struct extent *run, uint8_t *p);
+uint8_t *proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		       const struct extent *run, uint8_t *p);
 
 /* The reply to a BLOCK_STATUS: p has room for n extents of PROTO_EXTENDED_EXTENT_SIZE as well. */
-size_t proto_put_status(const struct proto_session *s, const struct proto_request *r,
-			const struct extent *extent, uint32_t n, uint8_t *p);
+uint8_t *proto_put_status(const struct proto_session *s, const struct proto_request *r,
+			  const struct extent *extent, uint32_t n, uint8_t *p);
 
 #endif
