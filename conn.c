@@ -659,7 +659,7 @@ static void queue(struct conn *c, struct request *r)
 	request_queue(r);
 }
 
-/* All of a WRITE's payload has come, and its pieces are done. */
+/* All of a WRITE is stored, if there was anything to store. */
 static int commit_write(struct request *r)
 {
 	return r->error ? -r->error : request_commit(r);
@@ -695,11 +695,11 @@ static void conn_settle(struct conn *c, struct request *r, int ret)
 
 static void conn_complete(struct conn *c, struct request *r)
 {
-	struct gate *gate = r->inside ? r->gate : NULL;
-
 	*r->back = r->sibling;
 	if (r->sibling)
 		r->sibling->back = r->back;
+	if (r->inside)
+		gate_leave(r->gate);
 	r->inside = false;
 	if (!r->again || c->state == CONN_DEAD) {
 		conn_settle(c, r, -r->error);
@@ -709,8 +709,6 @@ static void conn_complete(struct conn *c, struct request *r)
 	} else {
 		append(&c->back_end, r);
 	}
-	if (gate)
-		gate_leave(gate);
 }
 
 static void take_back_mail(struct mail *m)
@@ -881,7 +879,7 @@ static void start_request(struct conn *c, struct request *r)
 	int ret;
 
 	if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {
-		conn_settle(c, r, 0);
+		conn_settle(c, r, commit_write(r));
 		return;
 	}
 	if (r->h.cmd == NBD_CMD_READ) {

@@ -173,13 +173,13 @@ mutant("a length is rounded up in 32 bits", "lengths near 2^32",
        "uint32_t up = ((uint32_t)r->len + 511) & ~511u;\n\n\tif (up > size || r->off > size - up)",
        tests="test_hazards.py::test_ranges_that_wrap_change_nothing")
 mutant("length 0 takes the rest of the disk", "length 0 at offset 0",
-       "conn.c", "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {\n\t\tconn_settle(c, r, 0);\n"
+       "conn.c", "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {\n\t\tconn_settle(c, r, commit_write(r));\n"
        "\t\treturn;\n\t}",
        "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH)\n"
        "\t\tr->at.len = r->h.len = c->export->proto.size - r->h.off;",
        tests="test_hazards.py::test_length_0_touches_nothing")
 mutant("length 0 marks the whole cache", "zero-length request marks the whole disk",
-       "conn.c", "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {\n\t\tconn_settle(c, r, 0);\n"
+       "conn.c", "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {\n\t\tconn_settle(c, r, commit_write(r));\n"
        "\t\treturn;\n\t}",
        "if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH)\n"
        "\t\tr->at.len = r->h.len = c->export->proto.size - r->h.off;",
