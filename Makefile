@@ -45,7 +45,7 @@ endif
 # Atomic 64-bit numbers on processors that have none: an archive, of which is taken what is used.
 LIBATOMIC = $(filter /%,$(shell $(CC) -print-file-name=libatomic.a))
 
-SERVER_OBJS = xnbd.o options.o exports.o access.o confine.o listen.o clients.o conn.o loop.o tx.o \
+SERVER_OBJS = xnbd.o options.o exports.o access.o confine.o listen.o clients.o conn.o loop.o \
 	proto.o backend.o disk.o snapshot.o stats.o target.o layer.o bitmap.o order.o worker.o \
 	buffer.o log.o util.o control.o ctl.o cache.o fetch.o copy.o origin.o proto_client.o
 BGCTL_OBJS = bgctl.o options.o access.o proto.o stats.o loop.o log.o util.o

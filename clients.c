@@ -5,7 +5,7 @@
  *
  * To poll many silent clients would slow down the few that are busy.  Where there are many, those that
  * have been silent for a while are parked: one more thread, the first of the list, polls them and
- * gives them back when they speak.  A client that comes back soon is parked later the next time.
+ * gives them back when they speak.
  */
 #define _GNU_SOURCE
 #include "clients.h"
@@ -16,7 +16,6 @@
 
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 
 enum {
 	CLIENTS_STACK = 128 * 1024,
@@ -26,15 +25,16 @@ enum {
 	 * sleep and be woken costs more than most requests.  Only while that pays.
 	 */
 	SPIN_US = 65,
-	SPIN_ROUNDS = 16,	/* then poll(), for the sake of the others */
-	SPIN_CONNS = 4,		/* busy ones in a round; with more, poll() costs little each */
-	SPIN_SKIP_MAX = 64,	/* sleeps without spinning after it did not pay, again and again */
+	SPIN_ROUNDS = 16,	/* then poll(), which sees also what is no input */
+	SPIN_SKIP_MAX = 63,	/* sleeps without spinning after it did not pay, again and again */
 
-	PARK_FROM = 16,		/* connections of a thread: to poll fewer costs nothing */
+	/*
+	 * A thread with so many connections spins, looking at each of them, and lets them stay.  Of more
+	 * those that are silent are parked, and to poll the others costs little each.
+	 */
+	FEW_CONNS = 8,
+	SILENT_MS = 250,
 	SWEEP_MS = 250,
-	PATIENCE_MS = 250,	/* of silence, then it is parked; twice as much if it came back soon */
-	PATIENCE_MAX_MS = 256 * PATIENCE_MS,
-	CHECK_MS = 100,		/* a tenth of the time that a host may be silent, for each second of it */
 };
 
 struct client_thread {
@@ -45,10 +45,8 @@ struct client_thread {
 
 	/* Its own. */
 	struct workspace workspace;
-	bool stopping;
-	uint64_t sweep_due;		/* now_ms() at which it looks for silent clients */
-	struct conn *busy[SPIN_CONNS];	/* that had input in this round, and did not end */
-	unsigned busy_count;		/* how many had, also if that is more */
+	bool lively;			/* a connection had input in this round */
+	uint64_t sweep_due;		/* now_ms(); UINT64_MAX while all are silent */
 	unsigned spin_skip, spin_pause;	/* sleeps without, still; after the next time in vain */
 };
 
@@ -59,13 +57,12 @@ static struct {
 	struct client_thread *thread;
 	atomic_uint count;		/* with the place of the parking thread */
 	unsigned max, spinners_max;
-	uint64_t keepalive;		/* seconds */
-	pthread_mutex_t moving;		/* a connection changes threads; all are asked something */
-	bool parks;			/* there is the parking thread; with that lock */
-	atomic_bool stopped;		/* clients_stop(); set with that lock */
+	unsigned keepalive;		/* seconds */
+	atomic_bool parks;		/* there is the parking thread */
+	atomic_bool stopped;		/* clients_stop() */
 	atomic_uint spinners;
-	atomic_size_t total;		/* connections */
-} clients = { .moving = PTHREAD_MUTEX_INITIALIZER };
+	atomic_size_t total;		/* connections; threads end when they stop and there are none */
+} clients;
 
 static struct conn *conn_of(struct source *s)
 {
@@ -76,6 +73,18 @@ static struct client_thread *thread_of(const struct conn *c)
 {
 	return (struct client_thread *)((char *)c->workspace -
 					offsetof(struct client_thread, workspace));
+}
+
+/* The first of all threads that there are. */
+static unsigned first_thread(void)
+{
+	return clients.parks ? PARKED : SERVING;
+}
+
+static void wake_threads(void)
+{
+	for (unsigned i = first_thread(); i < clients.count; i++)
+		loop_wake(&clients.thread[i].loop);
 }
 
 void clients_admit(void)
@@ -98,67 +107,50 @@ static void give_up_place(struct conn *c)
 static void end_client(struct client_thread *t, struct conn *c)
 {
 	give_up_place(c);
-	for (unsigned i = 0; i < SPIN_CONNS; i++)
-		if (t->busy[i] == c)
-			t->busy[i] = NULL;
 	conn_free(c);
 	atomic_fetch_sub(&t->load, 1);
-	atomic_fetch_sub(&clients.total, 1);
+	if (atomic_fetch_sub(&clients.total, 1) == 1 && atomic_load(&clients.stopped))
+		wake_threads();
 	wake_main();
 }
 
-/* Set when its next turn is due; or end it, if it is over.  Whether it is still there. */
-static bool settle_client(struct client_thread *t, struct conn *c)
+/* Give it a turn, and set when the next one is due; or end it, if it is over. */
+static void serve_client(struct client_thread *t, struct conn *c, short revents)
 {
-	uint64_t due = c->deadline ? c->deadline : UINT64_MAX, say = 0;
+	uint64_t due, say = 0;
 
+	conn_turn(c, revents);
+	if (c->lively) {
+		t->lively = true;
+		c->active = t->loop.polled / 1000;
+	}
 	if (c->state == CONN_DEAD)
 		give_up_place(c);
 	if (conn_is_over(c)) {
 		loop_remove(&t->loop, &c->source);
-		if (t->loop.count == 0) {
-			t->sweep_due = UINT64_MAX;
-			loop_wake(&t->loop);	/* it may be about to sleep, and has to end if the server stops */
-		}
 		end_client(t, c);
-		return false;
+		return;
 	}
+	due = c->deadline ? c->deadline : UINT64_MAX;
 	if (c->stats && c->stats->unsaid)
 		say = stats_catch_up(c->stats, c->peer, now_ms());
 	if (say && say < due)
 		due = say;
 	c->source.due = c->tired ? 0 : due;
-	return true;
 }
 
-/* Whether it is still there, and had something to read. */
-static bool serve_client(struct client_thread *t, struct conn *c, short revents)
-{
-	bool lively;
-
-	if (!revents && c->deadline && c->deadline <= now_ms())
-		conn_expire(c);
-	conn_turn(c, revents);
-	lively = c->lively;
-	if (lively) {
-		c->active = t->loop.polled / 1000;
-		if (t->sweep_due > c->active + SWEEP_MS)
-			t->sweep_due = c->active + SWEEP_MS;
-	}
-	return settle_client(t, c) && lively;
-}
-
-static void unpark(struct client_thread *t, struct conn *c);
+static void move_client(struct client_thread *from, struct conn *c, struct client_thread *to);
+static struct client_thread *least_loaded(void);
 
 static void client_turn(struct source *s, short revents)
 {
 	struct conn *c = conn_of(s);
 	struct client_thread *t = thread_of(c);
 
-	if (revents && t == &clients.thread[PARKED] && !t->stopping)
-		unpark(t, c);
-	else if (serve_client(t, c, revents) && revents && t->busy_count++ < SPIN_CONNS)
-		t->busy[t->busy_count - 1] = c;
+	if (revents && t == &clients.thread[PARKED] && !clients.stopped)
+		move_client(t, c, least_loaded());
+	else
+		serve_client(t, c, revents);
 }
 
 static short client_events(const struct source *s)
@@ -168,124 +160,87 @@ static short client_events(const struct source *s)
 
 static const struct source_ops client_ops = { client_events, client_turn };
 
-/* A connection has come from another thread. */
-static void take_moved(struct mail *m)
+/* A connection has come, from another thread or a new one. */
+static void take_arrival(struct mail *m)
 {
 	struct conn *c = (struct conn *)((char *)m - offsetof(struct conn, mail));
 	struct client_thread *t = thread_of(c);
 
+	if (c->active == 0) {
+		c->active = now_ms();
+		conn_start(c);
+	}
 	if (!loop_add(&t->loop, &c->source)) {
 		conn_kill(c, "out of memory");
 		end_client(t, c);
 		return;
 	}
 	c->source.due = 0;
-	if (t->stopping)
+	if (clients.stopped)
 		conn_stop(c);
 }
 
-static void take_new(struct mail *m)
-{
-	struct conn *c = (struct conn *)((char *)m - offsetof(struct conn, mail));
-
-	c->active = now_ms();
-	conn_start(c);
-	take_moved(m);
-}
-
-static void give_client(struct client_thread *t, struct conn *c, void (*take)(struct mail *))
+static void give_client(struct client_thread *t, struct conn *c)
 {
 	atomic_fetch_add(&t->load, 1);
 	c->workspace = &t->workspace;
-	c->mail.deliver = take;
+	c->mail.deliver = take_arrival;
 	loop_post(&t->loop, &c->mail);
 }
 
-/* What a thread is asked for */
-
-static void stop_clients(struct client_thread *t)
+/* Take what was posted, and do what all threads are asked for.  False if there is nothing new. */
+static bool take_mail(struct client_thread *t)
 {
-	t->stopping = true;
-	for (size_t i = 0; i < t->loop.count; i++) {
-		conn_stop(conn_of(t->loop.source[i]));
+	bool admit, stop;
+
+	if (!loop_deliver(&t->loop))
+		return false;
+	admit = atomic_exchange(&t->admit, false);
+	stop = atomic_load(&clients.stopped);
+	for (size_t i = 0; i < t->loop.count && (admit || stop); i++) {
+		if (stop)
+			conn_stop(conn_of(t->loop.source[i]));
 		t->loop.source[i]->due = 0;
 	}
-}
-
-static void take_mail(struct client_thread *t)
-{
-	bool admit;
-
-	loop_deliver(&t->loop);
-	admit = atomic_exchange(&t->admit, false);
-	if (atomic_load(&clients.stopped) && !t->stopping) {
-		loop_deliver(&t->loop);		/* what was posted before that */
-		stop_clients(t);
-	}
-	for (size_t i = 0; i < t->loop.count && admit; i++)
-		if (conn_admit(conn_of(t->loop.source[i])))
-			t->loop.source[i]->due = 0;
+	return true;
 }
 
 /* Parking */
 
-/* Give a connection to another thread, with all that it has done.  False if that has to wait. */
-static bool move_client(struct client_thread *from, struct conn *c, struct client_thread *to)
+/* Give a connection to another thread, whose it is from then on, with all that it has done. */
+static void move_client(struct client_thread *from, struct conn *c, struct client_thread *to)
 {
-	bool may;
-
-	pthread_mutex_lock(&clients.moving);
-	may = !clients.stopped;
-	if (may) {
-		loop_remove(&from->loop, &c->source);
-		give_client(to, c, take_moved);
-		atomic_fetch_sub(&from->load, 1);
-	}
-	pthread_mutex_unlock(&clients.moving);
-	return may;
+	loop_remove(&from->loop, &c->source);
+	give_client(to, c);
+	atomic_fetch_sub(&from->load, 1);
 }
 
-static int start_client_thread(struct client_thread *t);
-
-/* Whether there is the parking thread; it is made when it is needed first. */
-static bool can_park(void)
-{
-	bool can;
-
-	pthread_mutex_lock(&clients.moving);
-	if (!clients.parks && !clients.stopped)
-		clients.parks = start_client_thread(&clients.thread[PARKED]) == 0;
-	can = clients.parks;
-	pthread_mutex_unlock(&clients.moving);
-	return can;
-}
-
-/* Whether it was parked; from then on it is another thread's. */
+/* Whether it was parked. */
 static bool park(struct client_thread *t, struct conn *c)
 {
-	return t->loop.polled / 1000 - c->active >= c->patience && conn_may_park(c) && can_park() &&
-	       move_client(t, c, &clients.thread[PARKED]);
+	if (t->loop.polled / 1000 - c->active < SILENT_MS || !conn_may_park(c) ||
+	    !atomic_load(&clients.parks))
+		return false;
+	move_client(t, c, &clients.thread[PARKED]);
+	return true;
 }
 
 /* End those whose hosts are gone, and park those who have been silent for long. */
 static void sweep(struct client_thread *t)
 {
-	uint64_t wait = UINT64_MAX;
+	bool again = false;
 
 	for (size_t i = t->loop.count; i-- > 0;) {
 		struct conn *c = conn_of(t->loop.source[i]);
-		bool owes, vanished = conn_has_vanished(c, (unsigned)clients.keepalive, &owes);
+		bool owes;
 
-		if (vanished)
+		if (conn_has_vanished(c, clients.keepalive, &owes)) {
 			conn_kill(c, "its host does not answer any more");
-		if (owes && wait > clients.keepalive * CHECK_MS)
-			wait = clients.keepalive * CHECK_MS;
-		if (t->loop.count > PARK_FROM && (owes || !park(t, c)))
-			wait = SWEEP_MS;
-		if (vanished)
-			settle_client(t, c);
+			c->source.due = 0;
+		}
+		again |= owes || (t->loop.count > FEW_CONNS && !park(t, c));
 	}
-	t->sweep_due = wait < UINT64_MAX ? t->loop.polled / 1000 + wait : UINT64_MAX;
+	t->sweep_due = again ? t->loop.polled / 1000 + SWEEP_MS : UINT64_MAX;
 }
 
 static struct client_thread *least_loaded(void)
@@ -298,35 +253,23 @@ static struct client_thread *least_loaded(void)
 	return best;
 }
 
-/* It has spoken. */
-static void unpark(struct client_thread *t, struct conn *c)
-{
-	bool soon = t->loop.polled / 1000 - c->active < 4 * c->patience;
-
-	c->patience = !soon ? PATIENCE_MS :
-		      c->patience < PATIENCE_MAX_MS ? 2 * c->patience : PATIENCE_MAX_MS;
-	move_client(t, c, least_loaded());
-}
-
 /* Spinning */
 
-/* One look at each busy connection.  True if one of them had something. */
-static bool look_at_busy(struct client_thread *t)
+/* One look at each connection.  True if one of them had something. */
+static bool look_at_all(struct client_thread *t)
 {
-	bool found = false;
+	t->lively = false;
+	for (size_t i = t->loop.count; i-- > 0;) {
+		struct conn *c = conn_of(t->loop.source[i]);
 
-	for (unsigned i = 0; i < t->busy_count; i++) {
-		struct conn *c = t->busy[i];
-
-		if (c && conn_events(c) & POLLIN)
-			found |= serve_client(t, c, POLLIN);
+		if (conn_events(c) & POLLIN)
+			serve_client(t, c, POLLIN);
 	}
-	if (loop_is_rung(&t->loop)) {
-		take_mail(t);
+	if (take_mail(t)) {
 		loop_turn_due(&t->loop);
-		found = true;
+		t->lively = true;
 	}
-	return found;
+	return t->lively;
 }
 
 /* Look for more for a while; true if there was something. */
@@ -336,7 +279,7 @@ static bool spin_for(struct client_thread *t)
 	bool paid = false;
 
 	for (unsigned rounds = 0; rounds < SPIN_ROUNDS;) {
-		if (look_at_busy(t)) {
+		if (look_at_all(t)) {
 			paid = true;
 			rounds++;
 			until = now_us() + SPIN_US;
@@ -355,13 +298,11 @@ static void spin(struct client_thread *t)
 		return;
 	}
 	if (atomic_fetch_add(&clients.spinners, 1) < clients.spinners_max) {
-		if (spin_for(t)) {
-			t->spin_pause = 1;
-		} else {
-			if (t->spin_pause < SPIN_SKIP_MAX)
-				t->spin_pause *= 2;
-			t->spin_skip = t->spin_pause;
-		}
+		if (spin_for(t))
+			t->spin_pause = 0;
+		else if (t->spin_pause < SPIN_SKIP_MAX)
+			t->spin_pause = 2 * t->spin_pause + 1;
+		t->spin_skip = t->spin_pause;
 	}
 	atomic_fetch_sub(&clients.spinners, 1);
 }
@@ -374,11 +315,13 @@ static void *client_main(void *arg)
 
 	for (;;) {
 		take_mail(t);
-		if (t->stopping && t->loop.count == 0)
+		if (clients.stopped && clients.total == 0)
 			return NULL;
-		t->busy_count = 0;
+		t->lively = false;
 		loop_poll(&t->loop, t->sweep_due);
-		if (t->busy_count > 0 && t->busy_count <= SPIN_CONNS)
+		if (t->lively && t->sweep_due == UINT64_MAX)
+			t->sweep_due = t->loop.polled / 1000 + SWEEP_MS;
+		if (t->lively && t->loop.count <= FEW_CONNS)
 			spin(t);
 		if (t->loop.polled / 1000 >= t->sweep_due)
 			sweep(t);
@@ -395,9 +338,7 @@ static int start_client_thread(struct client_thread *t)
 {
 	int err;
 
-	memset(t, 0, sizeof(*t));
 	t->sweep_due = UINT64_MAX;
-	t->spin_pause = 1;
 	err = loop_init(&t->loop);
 	if (!workspace_init(&t->workspace, &t->loop) && !err)
 		err = -ENOMEM;
@@ -424,29 +365,28 @@ int clients_begin(unsigned max, unsigned keepalive)
 	return err;
 }
 
-/* The thread with the fewest connections; a new one while there may be more and none is idle. */
+/*
+ * The thread with the fewest connections; a new one while there may be more and none is idle.  When
+ * all have many, there is the parking thread, too.
+ */
 static struct client_thread *choose_thread(void)
 {
 	struct client_thread *best = least_loaded();
+	size_t load = atomic_load(&best->load);
 
-	if (atomic_load(&best->load) == 0 || clients.count == clients.max ||
-	    start_client_thread(&clients.thread[clients.count]))
-		return best;
-	return &clients.thread[clients.count++];
+	if (load > 0 && clients.count < clients.max &&
+	    start_client_thread(&clients.thread[clients.count]) == 0)
+		return &clients.thread[clients.count++];
+	if (load >= FEW_CONNS && !clients.parks)
+		clients.parks = start_client_thread(&clients.thread[PARKED]) == 0;
+	return best;
 }
 
 void clients_add(struct conn *c)
 {
 	c->source.ops = &client_ops;
-	c->patience = PATIENCE_MS;
 	atomic_fetch_add(&clients.total, 1);
-	give_client(choose_thread(), c, take_new);
-}
-
-/* The first of all threads that there are. */
-static unsigned first_thread(void)
-{
-	return clients.parks ? PARKED : SERVING;
+	give_client(choose_thread(), c);
 }
 
 size_t clients_count(void)
@@ -456,11 +396,8 @@ size_t clients_count(void)
 
 void clients_stop(void)
 {
-	pthread_mutex_lock(&clients.moving);
 	atomic_store(&clients.stopped, true);
-	for (unsigned i = first_thread(); i < clients.count; i++)
-		loop_wake(&clients.thread[i].loop);
-	pthread_mutex_unlock(&clients.moving);
+	wake_threads();
 }
 
 void clients_join(void)

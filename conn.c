@@ -40,6 +40,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 enum {
@@ -61,6 +62,9 @@ enum {
 	TURN_BYTES = 4 * 1024 * 1024,	/* of replies and payloads; then it is another one's turn */
 	STEP_COST = 4096,		/* bytes that a request counts for besides */
 
+	TX_IOVS = 1024,			/* IOV_MAX of every system that we know */
+	TX_BYTES = 516 * 1024,		/* two pieces of READs, with their headers */
+
 	IN_FLIGHT_MAX = 512,
 	BUFFERED_MAX = 2 * 1024 * 1024,	/* one more piece may pass it */
 
@@ -70,7 +74,7 @@ enum {
 	STEP_BYTES = 32 * 1024 + PROTO_REPLY_ROOM,
 	READ_BYTES = READ_PIECE + PROTO_REPLY_ROOM,
 	ENCODE_IOVS = 512,
-	STREAM_IOVS = 64,		/* holes of a piece, whose zeros are sent */
+	PIECE_RUNS = 64,		/* of data and holes, each with a header */
 };
 
 #ifndef POLLRDHUP
@@ -84,14 +88,163 @@ _Static_assert(TX_BYTES >= (int)READ_BYTES, "so does a piece of a READ");
 _Static_assert(RX_CHUNK >= (int)BLOCK_SIZE + PROTO_EXTENDED_REQUEST_SIZE,
 	       "a block can be kept");
 
-/* What a READ finds in a hole, sent by reference: bss, and never written. */
-static uint8_t zeros[128 * 1024];
+/* Replies on their way out */
+
+/*
+ * What is to be sent: bytes of its own, and references to memory of others, in order.
+ * Only the part of it that was used is ever touched, so that an idle one costs address space only.
+ */
+struct tx {
+	struct request *held;		/* own the memory referred to; freed when all is sent */
+	unsigned first, iovs;		/* iov[first] to iov[iovs - 1] are not sent yet */
+	size_t size;			/* of this memory, in bytes */
+	size_t used;			/* of bytes */
+	struct iovec iov[TX_IOVS];
+	uint8_t bytes[TX_BYTES];	/* of tx_rest(): as many as there are */
+};
+
+enum tx_result { TX_SENT, TX_MORE, TX_DEAD };
+
+/* Forget what is in it.  The caller has taken care of held. */
+static void tx_reset(struct tx *tx)
+{
+	assert(!tx->held);
+	tx->first = tx->iovs = 0;
+	tx->used = 0;
+}
+
+/* With room for so many bytes of its own: TX_BYTES, but for tx_rest().  NULL if out of memory. */
+static struct tx *tx_new(size_t bytes)
+{
+	size_t size = offsetof(struct tx, bytes) + bytes;
+	struct tx *tx = buffer_get(size);
+
+	if (tx) {
+		tx->size = size;
+		tx->held = NULL;
+		tx_reset(tx);
+	}
+	return tx;
+}
+
+static void tx_free(struct tx *tx)
+{
+	if (tx)
+		buffer_put(tx, tx->size);
+}
+
+/* Room for bytes, and for iovs references to memory. */
+static bool tx_has_room(const struct tx *tx, size_t bytes, unsigned iovs)
+{
+	return TX_BYTES - tx->used >= bytes && TX_IOVS - tx->iovs >= iovs;
+}
+
+/* Where the next bytes go; write there, then tx_add() them. */
+static uint8_t *tx_tail(struct tx *tx)
+{
+	return tx->bytes + tx->used;
+}
+
+/* Add memory that stays valid until it is sent. */
+static void tx_refer(struct tx *tx, const void *p, size_t len)
+{
+	struct iovec *last = tx->iovs > 0 ? &tx->iov[tx->iovs - 1] : NULL;
+
+	if (len == 0)
+		return;
+	if (last && (const uint8_t *)last->iov_base + last->iov_len == p) {
+		last->iov_len += len;
+		return;
+	}
+	assert(tx->iovs < TX_IOVS);
+	tx->iov[tx->iovs].iov_base = (void *)(uintptr_t)p;
+	tx->iov[tx->iovs].iov_len = len;
+	tx->iovs++;
+}
+
+/* What was written at tx_tail(), up to end. */
+static void tx_add(struct tx *tx, const uint8_t *end)
+{
+	size_t len = (size_t)(end - tx_tail(tx));
+
+	assert(len <= TX_BYTES - tx->used);
+	tx_refer(tx, tx_tail(tx), len);
+	tx->used += len;
+}
+
+static bool is_own(const struct tx *tx, const struct iovec *v)
+{
+	const uint8_t *p = v->iov_base;
+
+	return p >= tx->bytes && p < tx->bytes + tx->used;
+}
+
+/*
+ * What is not sent yet, in memory of just that size; nothing is in tx any more.  NULL if out of
+ * memory.
+ */
+static struct tx *tx_rest(struct tx *tx)
+{
+	size_t own = 0;
+	struct tx *rest;
+
+	for (unsigned i = tx->first; i < tx->iovs; i++)
+		own += is_own(tx, &tx->iov[i]) ? tx->iov[i].iov_len : 0;
+	rest = tx_new(own);
+	if (!rest)
+		return NULL;
+	for (unsigned i = tx->first; i < tx->iovs; i++) {
+		struct iovec v = tx->iov[i];
+
+		if (is_own(tx, &v)) {
+			v.iov_base = memcpy(tx_tail(rest), v.iov_base, v.iov_len);
+			rest->used += v.iov_len;
+		}
+		tx_refer(rest, v.iov_base, v.iov_len);
+	}
+	rest->held = tx->held;
+	tx->held = NULL;
+	tx_reset(tx);
+	return rest;
+}
+
+/* Take n sent bytes off the front. */
+static void consume(struct tx *tx, size_t n)
+{
+	while (tx->first < tx->iovs && n >= tx->iov[tx->first].iov_len)
+		n -= tx->iov[tx->first++].iov_len;
+	if (n > 0) {
+		tx->iov[tx->first].iov_base = (uint8_t *)tx->iov[tx->first].iov_base + n;
+		tx->iov[tx->first].iov_len -= n;
+	}
+}
+
+/* Send as much as the socket, which does not block, takes. */
+static enum tx_result tx_send(struct tx *tx, int fd)
+{
+	while (tx->first < tx->iovs) {
+		struct msghdr msg = { .msg_iov = tx->iov + tx->first,
+				      .msg_iovlen = tx->iovs - tx->first };
+		ssize_t n = sendmsg(fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+		if (n >= 0) {
+			consume(tx, (size_t)n);
+			if (tx->first < tx->iovs)	/* there is no more room */
+				return TX_MORE;
+		} else if (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS) {
+			return TX_MORE;
+		} else if (errno != EINTR) {
+			return TX_DEAD;
+		}
+	}
+	return TX_SENT;
+}
 
 /* Workspaces */
 
 bool workspace_init(struct workspace *w, struct loop *loop)
 {
-	*w = (struct workspace){ .loop = loop, .tx = tx_new(), .rx = malloc(RX_BYTES) };
+	*w = (struct workspace){ .loop = loop, .tx = tx_new(TX_BYTES), .rx = malloc(RX_BYTES) };
 	return w->tx && w->rx;
 }
 
@@ -194,20 +347,20 @@ static void free_requests(struct conn *c, struct request **list)
 	}
 }
 
-static void set_kept(struct conn *c, const uint8_t *p, size_t len)
+/* Keep what is not taken yet, behind what is kept already.  False if out of memory. */
+static bool keep(struct conn *c, const uint8_t *p, size_t len)
 {
-	uint8_t *kept = NULL;
+	uint8_t *kept;
 
-	if (len > 0) {
-		kept = malloc(len);
-		if (!kept) {
-			conn_kill(c, "out of memory");
-			return;
-		}
-		memcpy(kept, p, len);
-	}
+	if (len == 0)
+		return true;
+	kept = realloc(c->kept, c->kept_len + len);
+	if (!kept)
+		return false;
+	memcpy(kept + c->kept_len, p, len);
 	c->kept = kept;
-	c->kept_len = len;
+	c->kept_len += len;
+	return true;
 }
 
 /* One that uses the whole request less.  It is freed with the last of them, if its client is gone. */
@@ -245,16 +398,6 @@ static void drop_pieces(struct conn *c)
 	c->piece_end = &c->piece;
 }
 
-/* With what it did, if it did something. */
-static void tell_end(struct conn *c, const char *why)
-{
-	char did[STATS_LINE] = "";
-
-	if (c->stats)
-		stats_end(c->stats, did);
-	log_peer(LOG_EVENT, "%s: disconnected: %s%s%s", c->peer, why, *did ? "; " : "", did);
-}
-
 static void conn_complete(struct conn *c, struct request *r);
 
 /* Give back what has not begun; the rest comes back by itself. */
@@ -271,9 +414,13 @@ static void take_all_back(struct conn *c)
 
 void conn_kill(struct conn *c, const char *why)
 {
+	char did[STATS_LINE] = "";
+
 	if (c->state == CONN_DEAD)
 		return;
-	tell_end(c, why);
+	if (c->stats)
+		stats_end(c->stats, did);
+	log_peer(LOG_EVENT, "%s: disconnected: %s%s%s", c->peer, why, *did ? "; " : "", did);
 	if (c->export)
 		atomic_fetch_sub(&c->export->backend->order->clients, 1);
 	atomic_store(&c->dead, true);	/* before the client can know, and come back */
@@ -303,8 +450,6 @@ bool conn_is_over(const struct conn *c)
 
 void conn_free(struct conn *c)
 {
-	if (!c)
-		return;
 	assert(conn_is_over(c) && c->buffered == 0);
 	free(c->stats);
 	free(c);
@@ -318,7 +463,8 @@ static void set_deadline(struct conn *c, unsigned ms)
 		c->deadline = deadline;
 }
 
-void conn_expire(struct conn *c)
+/* Its deadline has passed. */
+static void conn_expire(struct conn *c)
 {
 	if (c->state == CONN_LINGERING)
 		conn_kill(c, c->end);
@@ -381,40 +527,30 @@ static void lose(struct conn *c, const char *why)
 	}
 }
 
-/* Send what the workspace's tx holds.  What is left becomes the backlog. */
-static void conn_flush(struct conn *c)
+/*
+ * Send the backlog, or what the workspace's tx holds.  What the client does not take is the backlog.
+ * False if there is one, or the connection is dead.
+ */
+static bool conn_flush(struct conn *c)
 {
-	struct tx *tx = c->workspace->tx;
+	struct tx *tx = c->backlog ? c->backlog : c->workspace->tx;
 	enum tx_result result = c->state == CONN_DEAD ? TX_SENT : tx_send(tx, c->source.fd);
 
-	if (result == TX_MORE) {
+	if (result == TX_MORE && !c->backlog)
 		c->backlog = tx_rest(tx);
-		if (c->backlog)
-			return;
-	}
+	if (result == TX_MORE && c->backlog)
+		return false;
 	free_requests(c, &tx->held);
-	tx_reset(tx);
+	if (c->backlog) {
+		tx_free(c->backlog);
+		c->backlog = NULL;
+	} else {
+		tx_reset(tx);
+	}
 	if (result == TX_DEAD)
 		lose(c, "cannot send");
 	else if (result == TX_MORE)
 		conn_kill(c, "out of memory");
-}
-
-/* Send more of the backlog.  True if there is none any more. */
-static bool send_backlog(struct conn *c)
-{
-	enum tx_result result;
-
-	if (!c->backlog)
-		return true;
-	result = tx_send(c->backlog, c->source.fd);
-	if (result == TX_MORE)
-		return false;
-	free_requests(c, &c->backlog->held);
-	tx_free(c->backlog);
-	c->backlog = NULL;
-	if (result == TX_DEAD)
-		lose(c, "cannot send");
 	return c->state != CONN_DEAD;
 }
 
@@ -423,64 +559,30 @@ static bool make_room(struct conn *c, size_t bytes, unsigned iovs)
 {
 	if (c->backlog)
 		return false;
-	if (tx_has_room(c->workspace->tx, bytes, iovs))
-		return true;
-	conn_flush(c);
-	return c->state != CONN_DEAD && !c->backlog;
+	return tx_has_room(c->workspace->tx, bytes, iovs) || conn_flush(c);
 }
 
 /* Replies */
 
-static void put_zeros(struct tx *tx, uint64_t len)
-{
-	for (; len > sizeof(zeros); len -= sizeof(zeros))
-		tx_refer(tx, zeros, sizeof(zeros));
-	tx_refer(tx, zeros, len);
-}
-
-/* Whether data is sent in chunks that each say where they belong. */
-static bool in_chunks(const struct conn *c, const struct request *r)
-{
-	return c->session.structured && !(r->h.flags & NBD_CMD_FLAG_DF);
-}
-
-/* One run of the READ whole: of its piece r, which may be all of it, at r->buf + pos, or a hole. */
-static void put_run(struct conn *c, const struct request *whole, const struct request *r,
-		    uint64_t pos, const struct extent *e)
-{
-	uint64_t off = r->h.off + pos;
-	bool last = off + e->len == whole->h.off + whole->h.len, hole = e->flags & NBD_STATE_ZERO;
-	struct tx *tx = c->workspace->tx;
-
-	if (in_chunks(c, whole))
-		tx_add(tx, proto_put_run(&c->session, &whole->h, off, e, last, tx_tail(tx)));
-	if (!hole)
-		tx_refer(tx, r->buf + pos, e->len);
-	else if (!in_chunks(c, whole))
-		put_zeros(tx, e->len);
-}
-
-/* What precedes all data of a READ, where it is not in chunks. */
-static void put_read_header(struct conn *c, const struct request *r)
-{
-	const struct extent all = { r->h.len, 0 };
-	struct tx *tx = c->workspace->tx;
-
-	if (!in_chunks(c, r))
-		tx_add(tx, proto_put_run(&c->session, &r->h, r->h.off, &all, true, tx_tail(tx)));
-}
-
-/* The data of a READ, or of a piece of it, that is in r->buf, which is held until it is sent. */
+/*
+ * The data of a READ, or of its piece r, that is in r->buf, which is held until it is sent.  Where
+ * the reply has no chunks for holes they are zeros, which r->buf does not have yet.
+ */
 static void put_read_data(struct conn *c, const struct request *whole, struct request *r)
 {
 	const struct extent all = { r->h.len, 0 };
-	const struct extent *e = r->extents ? r->extent : &all;
-	unsigned n = r->extents ? r->extents : 1;
+	const struct extent *e = r->extents ? r->extent : &all, *end = e + (r->extents ? r->extents : 1);
 	struct tx *tx = c->workspace->tx;
+	bool chunks = proto_in_chunks(&c->session, &whole->h);
 	uint64_t pos = 0;
 
-	for (unsigned i = 0; i < n; pos += e[i++].len)
-		put_run(c, whole, r, pos, &e[i]);
+	for (; e < end; pos += e++->len) {
+		tx_add(tx, proto_put_run(&c->session, &whole->h, r->h.off + pos, e, tx_tail(tx)));
+		if (e->flags & NBD_STATE_ZERO && !chunks)
+			memset(r->buf + pos, 0, e->len);
+		if (!(e->flags & NBD_STATE_ZERO) || !chunks)
+			tx_refer(tx, r->buf + pos, e->len);
+	}
 	r->next = tx->held;
 	tx->held = r;
 }
@@ -508,7 +610,6 @@ static void put_reply(struct conn *c, struct request *r)
 		tx_add(tx, proto_put_status(&c->session, &r->h, r->extent, r->extents, tx_tail(tx)));
 		free_request(c, r);
 	} else {
-		put_read_header(c, r);
 		put_read_data(c, r, r);
 	}
 }
@@ -558,7 +659,7 @@ static void queue(struct conn *c, struct request *r)
 	request_queue(r);
 }
 
-/* All of a WRITE's payload has come, and its pieces are done. */
+/* All of a WRITE is stored, if there was anything to store. */
 static int commit_write(struct request *r)
 {
 	return r->error ? -r->error : request_commit(r);
@@ -660,36 +761,15 @@ static size_t step_client_flags(struct conn *c, const uint8_t *p, size_t n)
 	return PROTO_CLIENT_FLAGS_SIZE;
 }
 
-static void option_answered(struct conn *c, enum proto_next next, const struct proto_out *out)
-{
-	if (out->unknown)
-		log_peer(LOG_ERROR, "%s: refused: there is no export '%.*s'", c->peer,
-			 (int)out->unknown_len, (const char *)out->unknown);
-	tx_add(c->workspace->tx, out->len);
-	switch (next) {
-	case PROTO_HAGGLE:
-		c->state = CONN_OPTION;
-		break;
-	case PROTO_TRANSMIT:
-		conn_enter_transmission(c);
-		break;
-	case PROTO_CLOSE:
-		finish(c, "handshake ended");
-		break;
-	}
-}
-
 static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 {
 	struct proto_out out = { .p = tx_tail(c->workspace->tx), .cap = PROTO_OPTION_REPLY_ROOM };
 	uint32_t opt, len;
+	enum proto_next next;
 
 	if (c->skip > 0) {
 		n = n < c->skip ? n : c->skip;
 		c->skip -= (uint32_t)n;
-		if (c->skip == 0)	/* the answer is the same for all that are too large */
-			option_answered(c, proto_option(&c->session, c->exports, c->skipped, NULL,
-							PROTO_OPTION_MAX + 1, &out), &out);
 		return n;
 	}
 	if (n < PROTO_OPTION_SIZE)
@@ -702,16 +782,21 @@ static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 		conn_kill(c, "option with too much data");
 		return n;
 	}
-	if (len > PROTO_OPTION_MAX) {
-		c->skipped = opt;
-		c->skip = len;
-		return PROTO_OPTION_SIZE;
-	}
-	if (n < PROTO_OPTION_SIZE + len)
+	if (len <= PROTO_OPTION_MAX && n < PROTO_OPTION_SIZE + len)
 		return 0;
-	option_answered(c, proto_option(&c->session, c->exports, opt, p + PROTO_OPTION_SIZE, len,
-					&out), &out);
-	return PROTO_OPTION_SIZE + len;
+	next = proto_option(&c->session, c->exports, opt, p + PROTO_OPTION_SIZE, len, &out);
+	if (out.unknown)
+		log_peer(LOG_ERROR, "%s: refused: there is no export '%.*s'", c->peer,
+			 (int)out.unknown_len, (const char *)out.unknown);
+	tx_add(c->workspace->tx, out.p + out.len);
+	if (next == PROTO_TRANSMIT)
+		conn_enter_transmission(c);
+	else if (next == PROTO_CLOSE)
+		finish(c, "handshake ended");
+	if (len <= PROTO_OPTION_MAX)
+		return PROTO_OPTION_SIZE + len;
+	c->skip = len;
+	return PROTO_OPTION_SIZE;
 }
 
 static struct request *new_request(struct conn *c, const struct proto_request *h)
@@ -748,19 +833,16 @@ static void spend(struct conn *c, size_t bytes)
 static int read_copied(struct conn *c, const struct request *whole, struct request *r)
 {
 	struct tx *tx = c->workspace->tx;
+	const struct extent run = { r->h.len, 0 };
+	uint8_t *data = proto_put_run(&c->session, &whole->h, r->h.off, &run, tx_tail(tx));
 	uint8_t *own = r->buf;
-	bool header = in_chunks(c, whole) || r->h.off == whole->h.off;
-	bool last = r->h.off + r->h.len == whole->h.off + whole->h.len;
-	const struct extent run = { in_chunks(c, whole) ? r->h.len : whole->h.len, 0 };
-	size_t head = header ? proto_put_run(&c->session, &whole->h, r->h.off, &run,
-					     last || !in_chunks(c, whole), tx_tail(tx)) : 0;
 	int ret;
 
-	r->buf = tx_tail(tx) + head;
+	r->buf = data;
 	ret = request_try(r);
 	r->buf = own;
 	if (ret == 0) {
-		tx_add(tx, head + r->h.len);
+		tx_add(tx, data + r->h.len);
 		spend(c, r->h.len);
 	}
 	return ret;
@@ -787,25 +869,13 @@ static void start_read(struct conn *c, struct request *r)
 	}
 }
 
-/* A WRITE, or what was refused: its payload has to be taken in any case. */
-static void start_payload(struct conn *c, struct request *r)
-{
-	assert(r->error || r->h.cmd == NBD_CMD_WRITE);
-	if (r->h.len == 0) {
-		conn_settle(c, r, commit_write(r));
-		return;
-	}
-	r->pieces = 1;
-	c->current = r;
-}
-
 /* Carry out a request, also a piece of a WRITE, that has all that it needs; there is room. */
 static void start_request(struct conn *c, struct request *r)
 {
 	int ret;
 
 	if (r->h.len == 0 && r->h.cmd != NBD_CMD_FLUSH) {
-		conn_settle(c, r, 0);
+		conn_settle(c, r, commit_write(r));
 		return;
 	}
 	if (r->h.cmd == NBD_CMD_READ) {
@@ -874,12 +944,14 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 	}
 	r->error = proto_check_request(&c->session, &h);
 	r->refused = r->error != 0;
-	if (h.payload)
-		start_payload(c, r);
-	else if (r->error)
+	if (h.payload && h.len > 0) {	/* also of what was refused */
+		r->pieces = 1;
+		c->current = r;
+	} else if (r->error) {
 		conn_settle(c, r, -r->error);
-	else
+	} else {
 		start_request(c, r);
+	}
 	return size;
 }
 
@@ -950,12 +1022,9 @@ static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 		c->blocked = true;
 		return 0;
 	}
-	if (n == r->h.len) {
+	if (n == r->h.len && !r->error) {
 		c->current = NULL;
-		if (r->error)
-			conn_settle(c, r, -r->error);
-		else
-			store_payload(c, r, p);
+		store_payload(c, r, p);
 		return n;
 	}
 	if (!r->error) {
@@ -1012,7 +1081,7 @@ static void end_stream(struct conn *c)
 	if (!r->error) {
 		stats_count(c->stats, r);
 		free_request(c, r);
-	} else if (next == r->h.off || in_chunks(c, r)) {
+	} else if (next == r->h.off || proto_in_chunks(&c->session, &r->h)) {
 		append(&c->back_end, r);
 	} else {
 		if (r->error != ECANCELED)
@@ -1034,16 +1103,11 @@ static bool put_piece(struct conn *c)
 	}
 	if (piece) {
 		take_first(&c->piece, &c->piece_end);
-		if (piece->h.off == r->h.off)
-			put_read_header(c, r);
 		put_read_data(c, r, piece);
 		return true;
 	}
-	if (has_data_enough(c)) {	/* what has been read is taken first, and is no more */
-		conn_flush(c);
-		if (c->state == CONN_DEAD || c->backlog)
-			return false;
-	}
+	if (has_data_enough(c) && !conn_flush(c))	/* what has been read is taken first, and is no more */
+		return false;
 	piece = add_piece(c);
 	if (!piece)
 		return true;
@@ -1065,7 +1129,7 @@ static void go_on_with_stream(struct conn *c)
 			if (c->stream->pieces > 1)
 				return;
 			end_stream(c);
-		} else if (!make_room(c, READ_BYTES + STREAM_IOVS * PROTO_REPLY_ROOM, ENCODE_IOVS) ||
+		} else if (!make_room(c, READ_BYTES + PIECE_RUNS * PROTO_REPLY_ROOM, ENCODE_IOVS) ||
 			   !put_piece(c)) {
 			return;
 		}
@@ -1074,23 +1138,12 @@ static void go_on_with_stream(struct conn *c)
 
 /* Input */
 
-static bool in_transmission(const struct conn *c)
-{
-	return c->state == CONN_REQUEST;
-}
-
 /* Whether no more may be in flight.  Who is gone has sent all that it ever will. */
 static bool is_full(const struct conn *c)
 {
-	return c->export && !c->gone &&
+	return !c->gone &&
 	       (is_enough(c->in_flight, IN_FLIGHT_MAX, &load.requests, load.requests_max) ||
 		has_data_enough(c));
-}
-
-/* Whether a step may be taken: room for its reply, and not too much in flight. */
-static bool may_step(struct conn *c)
-{
-	return !c->stream && !is_full(c) && make_room(c, STEP_BYTES, 1);
 }
 
 static size_t conn_step(struct conn *c, const uint8_t *p, size_t n)
@@ -1141,7 +1194,7 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 
 	c->blocked = false;
 	while (pos < n) {
-		if (c->tired || !may_step(c)) {
+		if (c->tired || c->stream || is_full(c) || !make_room(c, STEP_BYTES, 1)) {
 			c->blocked = true;
 			break;
 		}
@@ -1159,8 +1212,9 @@ static size_t take_steps(struct conn *c, const uint8_t *p, size_t n)
 /* Whether what is kept has a DISC behind requests that are whole. */
 static bool has_disc(const struct conn *c)
 {
-	size_t size, pos = c->current ? c->current->at.len : 0;
+	uint64_t pos = c->current ? c->current->at.len : 0;
 	struct proto_request h;
+	size_t size;
 
 	while (pos < c->kept_len) {
 		if (proto_get_request(&c->session, c->kept + pos, c->kept_len - pos, &h, &size) ||
@@ -1168,11 +1222,7 @@ static bool has_disc(const struct conn *c)
 			return false;
 		if (h.cmd == NBD_CMD_DISC)
 			return true;
-		pos += size;
-		if (h.payload && h.len > c->kept_len - pos)
-			return false;
-		if (h.payload)
-			pos += h.len;
+		pos += size + (h.payload ? h.len : 0);
 	}
 	return false;
 }
@@ -1196,7 +1246,7 @@ static size_t conn_receive(struct conn *c, uint8_t *p, size_t room)
 	c->gone = true;
 	if (n < 0 && !c->end)
 		c->end = strerror(errno);
-	if (!in_transmission(c))
+	if (c->state != CONN_REQUEST)
 		conn_kill(c, c->end ? c->end : "client left during the handshake");
 	return 0;
 }
@@ -1204,24 +1254,18 @@ static size_t conn_receive(struct conn *c, uint8_t *p, size_t room)
 /* Receive all that there is of a client that is gone.  False if out of memory. */
 static bool receive_rest(struct conn *c)
 {
-	uint8_t *rx = c->workspace->rx, *kept;
 	size_t n;
 
-	while ((n = conn_receive(c, rx, RX_CHUNK)) > 0) {
-		kept = realloc(c->kept, c->kept_len + n);
-		if (!kept)
+	while ((n = conn_receive(c, c->workspace->rx, RX_CHUNK)) > 0)
+		if (!keep(c, c->workspace->rx, n))
 			return false;
-		memcpy(kept + c->kept_len, rx, n);
-		c->kept = kept;
-		c->kept_len += n;
-	}
 	return true;
 }
 
 /* The client is gone: in order, or nothing that has not begun will. */
 static void see_how_it_left(struct conn *c)
 {
-	if (!in_transmission(c) || c->orderly)
+	if (c->state != CONN_REQUEST || c->orderly)
 		return;
 	c->orderly = receive_rest(c) && has_disc(c);
 	c->blocked = c->orderly;
@@ -1259,17 +1303,9 @@ static void input(struct conn *c)
 	c->kept = NULL;		/* so that it outlives the connection's end */
 	c->kept_len = 0;
 	taken = take_steps(c, p, len);
-	if (c->state != CONN_DEAD)
-		set_kept(c, p + taken, len - taken);
+	if (c->state != CONN_DEAD && !keep(c, p + taken, len - taken))
+		conn_kill(c, "out of memory");
 	free(kept);
-}
-
-static void discard_input(struct conn *c)
-{
-	ssize_t n = recv(c->source.fd, c->workspace->rx, RX_CHUNK, MSG_DONTWAIT);
-
-	if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
-		conn_kill(c, c->end);
 }
 
 /* Whether there is nothing that we owe the client. */
@@ -1282,19 +1318,21 @@ void conn_turn(struct conn *c, short revents)
 {
 	c->lively = c->tired = false;
 	c->spent = 0;
+	if (!revents && c->deadline && c->deadline <= now_ms())
+		conn_expire(c);
 	if (c->state == CONN_LINGERING) {
-		discard_input(c);
+		conn_receive(c, c->workspace->rx, RX_CHUNK);
 		return;
 	}
-	if (in_transmission(c) && revents & (POLLRDHUP | POLLHUP | POLLERR))
+	if (c->state == CONN_REQUEST && revents & (POLLRDHUP | POLLHUP | POLLERR))
 		c->gone = true;
-	if (c->state == CONN_DEAD || (!c->gone && !send_backlog(c)))
+	if (c->state == CONN_DEAD || (c->backlog && !c->gone && !conn_flush(c)))
 		return;
 	/* What is sent makes room for what was blocked. */
 	do {
 		if (c->gone)
 			see_how_it_left(c);
-		if (c->state == CONN_DEAD || !send_backlog(c))
+		if (c->state == CONN_DEAD || (c->backlog && !conn_flush(c)))
 			return;
 		go_on(c);
 		if ((revents & POLLIN || c->blocked) && takes_input(c))
@@ -1302,7 +1340,7 @@ void conn_turn(struct conn *c, short revents)
 		if (!c->backlog)
 			conn_flush(c);
 		revents = 0;
-	} while ((c->gone && !c->orderly && in_transmission(c)) ||
+	} while ((c->gone && !c->orderly && c->state == CONN_REQUEST) ||
 		 (c->blocked && !c->tired && takes_input(c)));
 	if (c->stats && c->stats->now)
 		stats_end_turn(c->stats);
@@ -1322,7 +1360,7 @@ short conn_events(const struct conn *c)
 		return 0;
 	if (c->state == CONN_LINGERING)
 		return POLLIN;
-	return takes_input(c) ? POLLIN | POLLRDHUP : in_transmission(c) ? POLLRDHUP : 0;
+	return takes_input(c) ? POLLIN | POLLRDHUP : c->state == CONN_REQUEST ? POLLRDHUP : 0;
 }
 
 bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes)
@@ -1349,11 +1387,6 @@ bool conn_may_park(const struct conn *c)
 	       !c->stopping && !c->stats->unsaid;
 }
 
-bool conn_admit(struct conn *c)
-{
-	return c->blocked && !c->backlog;
-}
-
 void conn_stop(struct conn *c)
 {
 	c->stopping = true;
@@ -1366,17 +1399,13 @@ void conn_start(struct conn *c)
 {
 	struct tx *tx = c->workspace->tx;
 
-	if (c->greeting == GREET_NEWSTYLE) {
-		proto_put_greeting(tx_tail(tx));
-		tx_add(tx, PROTO_GREETING_SIZE);
-		set_deadline(c, HANDSHAKE_MS);
-	} else {	/* it gets the default export without asking */
+	if (c->greeting != GREET_NEWSTYLE)	/* it gets the default export without asking */
 		c->session.export = c->exports->entry[0];
-		if (c->greeting == GREET_OLDSTYLE) {
-			proto_put_oldstyle(tx_tail(tx), c->session.export);
-			tx_add(tx, PROTO_OLDSTYLE_SIZE);
-		}
+	if (c->greeting != GREET_CONNECTED)
+		tx_add(tx, proto_put_greeting(c->session.export, tx_tail(tx)));
+	if (c->session.export)
 		conn_enter_transmission(c);
-	}
+	else
+		set_deadline(c, HANDSHAKE_MS);
 	conn_flush(c);
 }

@@ -14,11 +14,11 @@
 #include "access.h"
 #include "loop.h"
 #include "proto.h"
-#include "tx.h"
 #include "util.h"
 
 struct request;
 struct stats;
+struct tx;
 
 /* What the connections of one thread share, for the current turn. */
 struct workspace {
@@ -57,7 +57,7 @@ struct conn {
 
 	uint8_t *kept;			/* received and not taken yet */
 	size_t kept_len;
-	uint32_t skipped, skip;		/* CONN_OPTION: one that is too large, and bytes of it to come */
+	uint32_t skip;			/* CONN_OPTION: bytes to come of one that was too large */
 	struct request *current;	/* CONN_REQUEST: the WRITE whose payload arrives; at: what is to come */
 	uint64_t heard;			/* now_us() when it was found to be there, but for the loop's polled */
 
@@ -84,7 +84,6 @@ struct conn {
 	struct mail mail;		/* while it is on its way to a thread */
 	struct guest guest;		/* until its place is given up */
 	uint64_t active;		/* now_ms() of the last turn that had something to read */
-	uint64_t patience;		/* so long after that it is parked, in milliseconds */
 	char peer[ADDRESS_MAX];
 };
 
@@ -102,7 +101,10 @@ void conn_start(struct conn *c);
 /* What to poll() for; 0 means nothing at all, not even a hang-up. */
 short conn_events(const struct conn *c);
 
-/* Receive and send what can be; revents is what poll() saw, or may have missed. */
+/*
+ * Receive and send what can be; revents is what poll() saw, or may have missed.  With 0 its deadline
+ * may have passed, or there may be room again.
+ */
 void conn_turn(struct conn *c, short revents);
 
 /*
@@ -114,14 +116,8 @@ bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes);
 /* Whether nothing is to be done until the client speaks. */
 bool conn_may_park(const struct conn *c);
 
-/* There is room again.  True if a conn_turn() must follow. */
-bool conn_admit(struct conn *c);
-
 /* The server stops: finish what has been received, and close. */
 void conn_stop(struct conn *c);
-
-/* Close a connection whose deadline has passed. */
-void conn_expire(struct conn *c);
 
 /* Whether it has ended and conn_free() may be called. */
 bool conn_is_over(const struct conn *c);

@@ -36,7 +36,7 @@ static bool make_room_for_source(struct loop *l)
 
 int loop_init(struct loop *l)
 {
-	*l = (struct loop){ .pipe = { -1, -1 } };
+	*l = (struct loop){ .pipe = { -1, -1 }, .mail_end = &l->mail };
 	pthread_mutex_init(&l->lock, NULL);
 	if (pipe2(l->pipe, O_CLOEXEC | O_NONBLOCK) < 0)
 		return -errno;
@@ -75,8 +75,9 @@ void loop_remove(struct loop *l, struct source *s)
 void loop_post(struct loop *l, struct mail *m)
 {
 	pthread_mutex_lock(&l->lock);
-	m->next = l->mail;
-	l->mail = m;
+	m->next = NULL;
+	*l->mail_end = m;
+	l->mail_end = &m->next;
 	pthread_mutex_unlock(&l->lock);
 	loop_wake(l);
 }
@@ -97,29 +98,20 @@ void wake_main(void)
 	loop_wake(&main_loop);
 }
 
-bool loop_is_rung(const struct loop *l)
-{
-	return atomic_load_explicit(&l->rung, memory_order_relaxed);
-}
-
 bool loop_deliver(struct loop *l)
 {
-	struct mail *newest, *oldest = NULL, *next;
+	struct mail *m, *next;
 
 	if (!atomic_exchange(&l->rung, false))
 		return false;
 	pthread_mutex_lock(&l->lock);
-	newest = l->mail;
+	m = l->mail;
 	l->mail = NULL;
+	l->mail_end = &l->mail;
 	pthread_mutex_unlock(&l->lock);
-	for (; newest; newest = next) {
-		next = newest->next;
-		newest->next = oldest;
-		oldest = newest;
-	}
-	for (; oldest; oldest = next) {
-		next = oldest->next;
-		oldest->deliver(oldest);
+	for (; m; m = next) {
+		next = m->next;
+		m->deliver(m);
 	}
 	return true;
 }

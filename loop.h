@@ -53,7 +53,7 @@ struct loop {
 	size_t count, room;
 	uint64_t polled;	/* now_us() when poll() returned last */
 	pthread_mutex_t lock;	/* guards mail; a leaf */
-	struct mail *mail;	/* newest first */
+	struct mail *mail, **mail_end;
 };
 
 /* The main thread's; wake_main() ends its sleep. */
@@ -73,9 +73,6 @@ void loop_post(struct loop *l, struct mail *m);
 
 /* End its sleep.  Keeps errno: signal handlers call it. */
 void loop_wake(struct loop *l);
-
-/* Whether there is mail, or it was woken; a look costs nothing. */
-bool loop_is_rung(const struct loop *l);
 
 /* Deliver what was posted.  True if the loop was woken, by that or by loop_wake(). */
 bool loop_deliver(struct loop *l);

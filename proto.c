@@ -17,8 +17,6 @@
 /* Context ids: any number will do, a client gets to know it when it chooses the context. */
 enum { ALLOCATION_ID = 1 };
 
-static const char allocation[] = NBD_ALLOCATION;
-
 /* What is left of an option's data.  Reading past the end gives zeros and sets bad. */
 struct in {
 	const uint8_t *p;
@@ -69,21 +67,18 @@ static void out_be(struct proto_out *out, size_t size, uint64_t v)
 
 /* Handshake */
 
-void proto_put_greeting(uint8_t *p)
+uint8_t *proto_put_greeting(const struct proto_export *e, uint8_t *p)
 {
 	p = put_be64(p, NBD_INIT_PASSWD);
-	p = put_be64(p, NBD_IHAVEOPT);
-	put_be16(p, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
-}
-
-void proto_put_oldstyle(uint8_t *p, const struct proto_export *e)
-{
-	p = put_be64(p, NBD_INIT_PASSWD);
+	if (!e) {
+		p = put_be64(p, NBD_IHAVEOPT);
+		return put_be16(p, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+	}
 	p = put_be64(p, NBD_OLDSTYLE_MAGIC);
 	p = put_be64(p, e->size);
-	p = put_be16(p, 0);
-	p = put_be16(p, e->flags);
+	p = put_be32(p, e->flags);
 	memset(p, 0, PROTO_ZEROES_SIZE);
+	return p + PROTO_ZEROES_SIZE;
 }
 
 bool proto_client_flags(struct proto_session *s, const uint8_t *p)
@@ -109,6 +104,7 @@ struct option {
 	uint32_t opt;
 	struct in in;
 	struct proto_out *out;
+	size_t start;		/* of the data of the answer that is being written */
 };
 
 /* A string in an option's data, not terminated. */
@@ -117,18 +113,25 @@ struct name {
 	size_t len;
 };
 
-/* "Fixed newstyle negotiation": the header of one answer, whose len bytes follow. */
-static void reply_header(const struct option *o, uint32_t type, size_t len)
+/* "Fixed newstyle negotiation": one answer, of which reply_end() says how long it is. */
+static void reply_begin(struct option *o, uint32_t type)
 {
 	out_be(o->out, 8, NBD_OPTION_REPLY_MAGIC);
 	out_be(o->out, 4, o->opt);
 	out_be(o->out, 4, type);
-	out_be(o->out, 4, len);
+	out_be(o->out, 4, 0);
+	o->start = o->out->len;
 }
 
-static enum proto_next reply(const struct option *o, uint32_t type)
+static void reply_end(const struct option *o)
 {
-	reply_header(o, type, 0);
+	put_be32(o->out->p + o->start - 4, (uint32_t)(o->out->len - o->start));
+}
+
+/* An answer without data. */
+static enum proto_next reply(struct option *o, uint32_t type)
+{
+	reply_begin(o, type);
 	return PROTO_HAGGLE;
 }
 
@@ -201,16 +204,17 @@ static enum proto_next proto_transmit(struct proto_session *s, const struct prot
 	return PROTO_TRANSMIT;
 }
 
-/* Write PROTO_EXPORT_SIZE bytes. */
-static void put_export(const struct proto_session *s, const struct proto_export *e, uint8_t *p)
+/* PROTO_EXPORT_SIZE bytes. */
+static void out_export(const struct option *o, const struct proto_export *e)
 {
-	put_be16(put_be64(p, e->size), e->flags | (s->structured ? NBD_FLAG_SEND_DF : 0));
+	out_be(o->out, 8, e->size);
+	out_be(o->out, 2, e->flags | (o->s->structured ? NBD_FLAG_SEND_DF : 0));
 }
 
 /* "NBD_OPT_EXPORT_NAME": the data is the name, and there is no way to say no. */
 static enum proto_next opt_export_name(struct option *o)
 {
-	uint8_t answer[PROTO_EXPORT_SIZE + PROTO_ZEROES_SIZE] = { 0 };
+	static const uint8_t zeroes[PROTO_ZEROES_SIZE];
 	struct name name = { o->in.p, o->in.left };
 	const struct proto_export *e;
 
@@ -219,8 +223,8 @@ static enum proto_next opt_export_name(struct option *o)
 	e = find_export(o, &name);
 	if (!e)
 		return PROTO_CLOSE;
-	put_export(o->s, e, answer);
-	out_bytes(o->out, answer, o->s->no_zeroes ? PROTO_EXPORT_SIZE : sizeof(answer));
+	out_export(o, e);
+	out_bytes(o->out, zeroes, o->s->no_zeroes ? 0 : sizeof(zeroes));
 	return proto_transmit(o->s, e, &name);
 }
 
@@ -234,44 +238,40 @@ static enum proto_next opt_list(struct option *o)
 {
 	for (size_t i = 0; i < o->exports->count; i++) {
 		const struct proto_export *e = o->exports->entry[i];
-		size_t name = strlen(e->name), description = strlen(e->description);
+		size_t name = strlen(e->name);
 
-		reply_header(o, NBD_REP_SERVER, 4 + name + description);
+		reply_begin(o, NBD_REP_SERVER);
 		out_be(o->out, 4, name);
 		out_bytes(o->out, e->name, name);
-		out_bytes(o->out, e->description, description);
+		out_bytes(o->out, e->description, strlen(e->description));
+		reply_end(o);
 	}
 	return reply(o, NBD_REP_ACK);
 }
 
 /* Answer one information request. */
-static void info(const struct option *o, unsigned type, const struct proto_export *e,
+static void info(struct option *o, unsigned type, const struct proto_export *e,
 		 const struct name *name)
 {
-	uint8_t numbers[12];
-	const void *p = numbers;
-	size_t n = sizeof(numbers);
-
+	reply_begin(o, NBD_REP_INFO);
+	out_be(o->out, 2, type);
 	switch (type) {
 	case NBD_INFO_EXPORT:
-		put_export(o->s, e, numbers);
-		n = PROTO_EXPORT_SIZE;
+		out_export(o, e);
 		break;
 	case NBD_INFO_NAME:
-		p = name->p;
-		n = name->len;
+		out_bytes(o->out, name->p, name->len);
 		break;
 	case NBD_INFO_DESCRIPTION:
-		p = e->description;
-		n = strlen(e->description);
+		out_bytes(o->out, e->description, strlen(e->description));
 		break;
 	case NBD_INFO_BLOCK_SIZE:
-		put_be32(put_be32(put_be32(numbers, 1), PROTO_PREFERRED_BLOCK), PROTO_MAX_PAYLOAD);
+		out_be(o->out, 4, 1);
+		out_be(o->out, 4, PROTO_PREFERRED_BLOCK);
+		out_be(o->out, 4, PROTO_MAX_PAYLOAD);
 		break;
 	}
-	reply_header(o, NBD_REP_INFO, 2 + n);
-	out_be(o->out, 2, type);
-	out_bytes(o->out, p, n);
+	reply_end(o);
 }
 
 /* "NBD_OPT_INFO and NBD_OPT_GO": each kind of information is told once. */
@@ -325,7 +325,7 @@ static uint32_t in_queries(struct option *o, bool *match)
 		err = in_name(&o->in, &query);
 		if (err)
 			return err;
-		if (name_is(&query, allocation) || (list && name_is(&query, "base:")))
+		if (name_is(&query, NBD_ALLOCATION) || (list && name_is(&query, "base:")))
 			*match = true;
 	}
 	return o->in.bad || o->in.left > 0 ? NBD_REP_ERR_INVALID : 0;
@@ -354,9 +354,10 @@ static enum proto_next opt_meta_context(struct option *o)
 		o->s->allocation_name = name_hash(&name);
 	}
 	if (match) {
-		reply_header(o, NBD_REP_META_CONTEXT, 4 + strlen(allocation));
+		reply_begin(o, NBD_REP_META_CONTEXT);
 		out_be(o->out, 4, set ? ALLOCATION_ID : 0);
-		out_bytes(o->out, allocation, strlen(allocation));
+		out_bytes(o->out, NBD_ALLOCATION, strlen(NBD_ALLOCATION));
+		reply_end(o);
 	}
 	return reply(o, NBD_REP_ACK);
 }
@@ -382,7 +383,7 @@ static const struct option_kind {
 enum proto_next proto_option(struct proto_session *s, const struct proto_exports *exports,
 			     uint32_t opt, const uint8_t *data, size_t len, struct proto_out *out)
 {
-	struct option o = { s, exports, opt, { data, len, false }, out };
+	struct option o = { s, exports, opt, { data, len, false }, out, 0 };
 	const struct option_kind *kind = NULL;
 	bool large = len > PROTO_OPTION_MAX;
 
@@ -504,12 +505,11 @@ uint32_t proto_error(int err)
 }
 
 /* "Simple reply message" */
-static size_t put_simple(const struct proto_request *r, int err, uint8_t *p)
+static uint8_t *put_simple(const struct proto_request *r, int err, uint8_t *p)
 {
 	p = put_be32(p, NBD_SIMPLE_REPLY_MAGIC);
 	p = put_be32(p, proto_error(err));
-	put_be64(p, r->cookie);
-	return 16;
+	return put_be64(p, r->cookie);
 }
 
 /*
@@ -529,45 +529,45 @@ static uint8_t *put_chunk(const struct proto_session *s, const struct proto_requ
 	return put_be64(p, len);
 }
 
-size_t proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
-		       uint8_t *p)
+uint8_t *proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
+			 uint8_t *p)
 {
-	uint8_t *start = p;
-
 	if (!s->structured ||
 	    (!s->extended && r->cmd != NBD_CMD_READ && r->cmd != NBD_CMD_BLOCK_STATUS))
 		return put_simple(r, err, p);
 	if (!err)
-		return (size_t)(put_chunk(s, r, NBD_REPLY_TYPE_NONE, true, 0, p) - start);
+		return put_chunk(s, r, NBD_REPLY_TYPE_NONE, true, 0, p);
 	p = put_chunk(s, r, NBD_REPLY_TYPE_ERROR, true, 6, p);
-	p = put_be32(p, proto_error(err));
-	p = put_be16(p, 0);
-	return (size_t)(p - start);
+	return put_be16(put_be32(p, proto_error(err)), 0);
 }
 
-size_t proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		     const struct extent *run, bool last, uint8_t *p)
+bool proto_in_chunks(const struct proto_session *s, const struct proto_request *r)
 {
-	uint8_t *start = p;
-	uint32_t len = (uint32_t)run->len;
+	return s->structured && !(r->flags & NBD_CMD_FLAG_DF);
+}
 
+uint8_t *proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		       const struct extent *run, uint8_t *p)
+{
+	bool chunks = proto_in_chunks(s, r);
+	uint32_t len = (uint32_t)(chunks ? run->len : r->len);
+	bool last = off + len == r->off + r->len;
+
+	if (!chunks && off != r->off)
+		return p;
 	if (!s->structured)
 		return put_simple(r, 0, p);
-	if (run->flags & NBD_STATE_ZERO) {
+	if (chunks && run->flags & NBD_STATE_ZERO) {
 		p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_HOLE, last, 8 + 4, p);
-		p = put_be32(put_be64(p, off), len);
-	} else {
-		p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
-		p = put_be64(p, off);
+		return put_be32(put_be64(p, off), len);
 	}
-	return (size_t)(p - start);
+	p = put_chunk(s, r, NBD_REPLY_TYPE_OFFSET_DATA, last, 8 + len, p);
+	return put_be64(p, off);
 }
 
-size_t proto_put_status(const struct proto_session *s, const struct proto_request *r,
-			const struct extent *extent, uint32_t n, uint8_t *p)
+uint8_t *proto_put_status(const struct proto_session *s, const struct proto_request *r,
+			  const struct extent *extent, uint32_t n, uint8_t *p)
 {
-	uint8_t *start = p;
-
 	assert(s->allocation && n > 0);
 	if (s->extended) {
 		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, true,
@@ -581,5 +581,5 @@ size_t proto_put_status(const struct proto_session *s, const struct proto_reques
 	for (; n > 0; n--, extent++)
 		p = s->extended ? put_be64(put_be64(p, extent->len), extent->flags) :
 				  put_be32(put_be32(p, (uint32_t)extent->len), extent->flags);
-	return (size_t)(p - start);
+	return p;
 }

@@ -233,11 +233,11 @@ enum proto_next {
 /* Whether s may be sent as a string: "Conventions". */
 bool proto_is_string(const char *s);
 
-/* Write the server's first words to p, of PROTO_GREETING_SIZE bytes. */
-void proto_put_greeting(uint8_t *p);
-
-/* Write the oldstyle greeting to p, of PROTO_OLDSTYLE_SIZE bytes: "Oldstyle negotiation". */
-void proto_put_oldstyle(uint8_t *p, const struct proto_export *e);
+/*
+ * Write the server's first words to p, of PROTO_GREETING_SIZE bytes, or, with an export, those of
+ * "Oldstyle negotiation", of PROTO_OLDSTYLE_SIZE.  Returns where they end.
+ */
+uint8_t *proto_put_greeting(const struct proto_export *e, uint8_t *p);
 
 /* Take the client's flags.  False if it wants what was not offered: drop the connection. */
 bool proto_client_flags(struct proto_session *s, const uint8_t *p);
@@ -273,23 +273,27 @@ bool proto_cmd_writes(uint16_t cmd);
 uint32_t proto_error(int err);
 
 /*
- * Replies.  Each writes at p, which has PROTO_REPLY_ROOM bytes, and returns the bytes used.
+ * Replies.  Each writes at p, which has PROTO_REPLY_ROOM bytes, and returns where what it wrote ends.
  * They choose the form by what the session negotiated.
  */
 
 /* The reply to a request without data, or with an error (an errno, 0 for none). */
-size_t proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
-		       uint8_t *p);
+uint8_t *proto_put_reply(const struct proto_session *s, const struct proto_request *r, int err,
+			 uint8_t *p);
+
+/* Whether data of the READ r is sent in chunks that each say where they belong. */
+bool proto_in_chunks(const struct proto_session *s, const struct proto_request *r);
 
 /*
- * What precedes a run of data at off of a READ; of structured replies also all that there is to a
- * hole, which NBD_STATE_ZERO means.  last: the reply ends with it.
+ * What precedes a run of data at off of a READ: a chunk's header; where there are no chunks the
+ * header of all of it before the first run, and nothing before others.  In chunks it is also all that
+ * there is to a hole, which NBD_STATE_ZERO means.
  */
-size_t proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
-		     const struct extent *run, bool last, uint8_t *p);
+uint8_t *proto_put_run(const struct proto_session *s, const struct proto_request *r, uint64_t off,
+		       const struct extent *run, uint8_t *p);
 
 /* The reply to a BLOCK_STATUS: p has room for n extents of PROTO_EXTENDED_EXTENT_SIZE as well. */
-size_t proto_put_status(const struct proto_session *s, const struct proto_request *r,
-			const struct extent *extent, uint32_t n, uint8_t *p);
+uint8_t *proto_put_status(const struct proto_session *s, const struct proto_request *r,
+			  const struct extent *extent, uint32_t n, uint8_t *p);
 
 #endif

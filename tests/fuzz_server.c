@@ -403,7 +403,7 @@ static void check_plain(const struct proto_session *s, const struct proto_reques
 	bool chunk = s->extended || (s->structured && (r->cmd == NBD_CMD_READ ||
 						       r->cmd == NBD_CMD_BLOCK_STATUS));
 	uint8_t room[PROTO_REPLY_ROOM];
-	size_t n = proto_put_reply(s, r, err, room);
+	size_t n = (size_t)(proto_put_reply(s, r, err, room) - room);
 	struct proto_reply reply;
 	struct dialogue d;
 
@@ -429,14 +429,14 @@ static void check_read(const struct proto_session *s, const struct proto_request
 		return;
 	begin(&d, s, r);
 	for (unsigned i = 0; at < r->len; at += len, i++) {
-		bool hole = s->structured && take(in, 1) & 1, last;
+		bool chunks = proto_in_chunks(s, r), hole = chunks && take(in, 1) & 1, last;
 		struct proto_reply reply;
 		struct extent run;
 
-		len = s->structured && i < RUNS_MAX ? take(in, 4) % (r->len - at) + 1 : r->len - at;
+		len = chunks && i < RUNS_MAX ? take(in, 4) % (r->len - at) + 1 : r->len - at;
 		last = at + len == r->len;
 		run = (struct extent){ len, hole ? NBD_STATE_ZERO : 0 };
-		reply = decode(&d, room, proto_put_run(s, r, r->off + at, &run, last, room));
+		reply = decode(&d, room, (size_t)(proto_put_run(s, r, r->off + at, &run, room) - room));
 		assert(reply.last == last && !d.a.error);
 		assert(reply.off == r->off + at && reply.len == len);
 		assert(reply.payload == (hole ? 0 : len));
@@ -459,7 +459,7 @@ static void check_status(const struct proto_session *s, const struct proto_reque
 		return;
 	for (unsigned i = 0; i < n; i++)
 		extent[i] = (struct extent){ 1 + take(in, 3), (uint32_t)take(in, 1) & 3 };
-	head = proto_put_status(s, r, extent, n, room) - n * size;
+	head = (size_t)(proto_put_status(s, r, extent, n, room) - room) - n * size;
 	p = room + head;
 	begin(&d, s, r);
 	reply = decode(&d, room, head);
@@ -610,11 +610,8 @@ static void fuzz_handshake(const struct world *w, struct input *in, bool oldstyl
 
 	if (proto_is_string(name)) {
 		proto_client_begin(&c, name, sent);
-		wire.len = oldstyle ? PROTO_OLDSTYLE_SIZE : PROTO_GREETING_SIZE;
-		if (oldstyle)
-			proto_put_oldstyle(wire.p, e);
-		else
-			proto_put_greeting(wire.p);
+		wire.len = (size_t)(proto_put_greeting(oldstyle ? e : NULL, wire.p) - wire.p);
+		assert(wire.len == (oldstyle ? PROTO_OLDSTYLE_SIZE : PROTO_GREETING_SIZE));
 		if (converse(w, &c, &s, &wire) == PROTO_TRANSMIT) {
 			assert(e && c.offer.size == e->size && wire.len == 0);
 			assert(oldstyle || s.export == e);
