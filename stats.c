@@ -148,24 +148,6 @@ static void tally_describe(const struct tally *t, char *line)
 		 tally_percentile(t, 99), t->longest);
 }
 
-void tally_fields(const struct tally *t, struct tally_field field[TALLY_FIELDS])
-{
-	const struct tally_field fields[TALLY_FIELDS] = {
-		{ "reads", t->reads },
-		{ "writes", t->writes },
-		{ "flushes", t->flushes },
-		{ "others", t->others },
-		{ "read-bytes", t->read_bytes },
-		{ "written-bytes", t->written_bytes },
-		{ "errors", t->errors },
-		{ "max-us", t->longest },
-		{ "p50-us", tally_percentile(t, 50) },
-		{ "p99-us", tally_percentile(t, 99) },
-	};
-
-	memcpy(field, fields, sizeof(fields));
-}
-
 /* Errors */
 
 static const char command_names[][13] = { "READ", "WRITE", "DISC", "FLUSH", "TRIM", "CACHE",

@@ -81,14 +81,6 @@ void stats_complain(struct stats *s, const char *peer, const struct request *r);
 /* Say how many errors were not told, if it is time to.  Returns when it is; 0 for never. */
 uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now);
 
-/* A tally in names and numbers, as the control socket tells it. */
-enum { TALLY_FIELDS = 10 };
-struct tally_field {
-	const char *name;
-	uint64_t value;
-};
-void tally_fields(const struct tally *t, struct tally_field field[TALLY_FIELDS]);
-
 /*
  * Delays are counted by powers of two: delay[i] those of up to delay_top(i) microseconds, which
  * is one less than a power, and longer than delay_top(i - 1).
