@@ -1203,7 +1203,7 @@ mutant("a snapshot that was begun before is the one that was asked for",
        "exports.c", "*behind = of->snapshot != NULL;", "*behind = false;",
        tests="test_stats.py::test_snapshot_asked_for_during_another_is_made_afterwards")
 mutant("a view is as high as it is", "a view larger than its terminal",
-       "bgctl.c", "terminal_size(STDOUT_FILENO).ws_row - 1 : 1", "60000 : 1",
+       "bgctl.c", "terminal_size(STDOUT_FILENO).ws_row - 2 : 0", "60000 : 0",
        tests="test_stats.py::test_watch_fits_the_terminal")
 mutant("a terminal has at least one column", "width 0",
        "bgctl.c", "w.ws_col == 0 ? 80 :", "",
