@@ -256,11 +256,15 @@ static void draw_bar(const struct progress *p, const char *text)
 	bar_is_shown = true;
 }
 
-static void show_progress(struct progress *p)
+static void show_progress(struct progress *p, const char *value)
 {
-	bool complete = p->cached >= p->blocks;
+	bool complete;
 	char text[512];
 
+	p->cached = take_number(&value, ' ');
+	p->blocks = take_number(&value, ' ');
+	p->rate = take_number(&value, '\0');
+	complete = p->cached >= p->blocks;
 	describe_progress(p, text, sizeof(text));
 	if (isatty(STDERR_FILENO)) {
 		draw_bar(p, text);
@@ -268,13 +272,6 @@ static void show_progress(struct progress *p)
 		log_line("%s", text);
 		p->next = complete ? UINT64_MAX : now_ms() + PLAIN_PROGRESS_MS;
 	}
-}
-
-static void take_progress(struct progress *p, const char *value)
-{
-	p->cached = take_number(&value, ' ');
-	p->blocks = take_number(&value, ' ');
-	p->rate = take_number(&value, '\0');
 }
 
 static void show_failure(const char *value)
@@ -293,9 +290,8 @@ static void follow(bool show)
 
 	while ((name = next_value(&value))) {
 		if (strcmp(name, "progress") == 0) {
-			take_progress(&progress, value);
 			if (show)
-				show_progress(&progress);
+				show_progress(&progress, value);
 			*progress.reason = '\0';
 		} else if (strcmp(name, "origin-reason") == 0) {
 			snprintf(progress.reason, sizeof(progress.reason), "%s", value);
@@ -365,13 +361,13 @@ static void add_delays(const char *state, uint64_t times, struct tally *sum)
 
 static void print_total(const char *now, const char *before, double seconds)
 {
-	const char *reason = behind(now, "\norigin-reason: "), *link = behind(now, "\norigin-link: ");
+	const char *why = behind(now, "\norigin-reason: "), *link = behind(now, "\norigin-link: ");
 	struct tally delays = { .longest = UINT64_MAX };
 
 	add_delays(now, 1, &delays);
 	add_delays(before, UINT64_MAX, &delays);
-	if (*reason)
-		printf("origin down: %.*s; ", (int)strcspn(reason, "\n"), reason);
+	if (*why)
+		printf("origin down: %.*s; ", (int)strcspn(why, "\n"), why);
 	print_rates(behind(now, "\nreads"), behind(before, "\nreads"), seconds);
 	printf("p99 %" PRIu64 " us, %.0f clients, %.0f errors", tally_percentile(&delays, 99),
 	       number_of(now, "\nclients"), number_of(now, "\nerrors"));
@@ -385,20 +381,20 @@ static void print_looks(const char *now, const char *before, double seconds)
 {
 	bool terminal = isatty(STDOUT_FILENO);
 	unsigned rows = terminal ? terminal_size(STDOUT_FILENO).ws_row - 2 : 0;
-	const char *line = now, *numbers, *old;
+	const char *line = now, *at, *old;
 	char client[ADDRESS_MAX + 32];
 
 	fputs(terminal ? "\033[H\033[?7l" : "", stdout);
 	print_total(now, before, seconds);
 	puts(terminal ? "\033[K" : "");
-	while (rows > 0 && *(line = behind(line, "\nclient: ")) && *(numbers = behind(line, " reads"))) {
-		snprintf(client, sizeof(client), "\nclient: %.*s", (int)(numbers - line), line);
+	while (rows > 0 && *(line = behind(line, "\nclient: ")) && *(at = behind(line, " reads"))) {
+		snprintf(client, sizeof(client), "\nclient: %.*s", (int)(at - line), line);
 		old = behind(before, client);
 		before = *old ? old : before;	/* they keep their order */
-		if (strncmp(numbers, old, strcspn(numbers, "\n")) == 0)
+		if (strncmp(at, old, strcspn(at, "\n")) == 0)
 			continue;		/* it did nothing */
-		print_rates(numbers, old, seconds);
-		printf("%.*s\033[K\n", (int)(numbers - strlen(" reads") - line), line);
+		print_rates(at, old, seconds);
+		printf("%.*s\033[K\n", (int)(at - strlen(" reads") - line), line);
 		rows--;
 	}
 	for (line = now + 1; rows > 0 && *line && strncmp(line, "client: ", 8) != 0; rows--) {

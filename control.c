@@ -155,8 +155,8 @@ static void end_list(struct answer *a)
 
 /* Query */
 
-/* The only image has fields of its own. */
-static void say_image(struct answer *a)
+/* The only image has fields of its own; several are a list. */
+static void say_images(struct answer *a)
 {
 	const struct exported *e = exports.all;
 
@@ -165,15 +165,10 @@ static void say_image(struct answer *a)
 		say_number(a, "size", e->export.proto.size);
 	}
 	say_flag(a, "readonly", e->export.backend->readonly);
-}
-
-/* Of several images. */
-static void say_exports(struct answer *a)
-{
 	if (exports.count == 1)
 		return;
 	begin_list(a, "export");
-	for (const struct exported *e = exports.all; e < exports.all + exports.count; e++) {
+	for (; e < exports.all + exports.count; e++) {
 		begin_item(a, "export", "name", e->export.proto.name);
 		say_number(a, "size", e->export.proto.size);
 		control_say(a, "snapshot", "%s", e->snapshot || e->wanted ? "running" : "idle");
@@ -205,11 +200,10 @@ static void say_delays(struct answer *a, const _Atomic uint64_t delay[STATS_DELA
 	size_t n = 0;
 
 	for (unsigned i = 0; i < STATS_DELAYS; i++) {
-		uint64_t many = delay[i];
-
-		if (!many)
+		if (!delay[i])
 			continue;
-		n += (size_t)snprintf(text + n, sizeof(text) - n, pair, before, delay_top(i), many);
+		n += (size_t)snprintf(text + n, sizeof(text) - n, pair, before, delay_top(i),
+				      (uint64_t)delay[i]);
 		before = a->json ? ", " : " ";
 	}
 	if (a->json)
@@ -261,12 +255,12 @@ static void say_blocks(struct answer *a)
 	say_number(a, "written-blocks", s.written);
 }
 
-/* Why a copy ended early; NULL if it did not. */
+/* Why a copy that does not run ended early; NULL if it did not. */
 static const char *copy_error(const struct copy_status *s)
 {
 	static char text[128];
 
-	if (s->state == COPY_RUNNING || s->state == COPY_DONE)
+	if (s->state == COPY_DONE)
 		return NULL;
 	if (s->state == COPY_IDLE)
 		return "the copy was stopped";
@@ -318,8 +312,7 @@ static void say_state(struct answer *a)
 	bool is_cow = control.options->mode == MODE_COW_TARGET;
 
 	control_say(a, "mode", "%s", is_proxy() ? "proxy" : is_cow ? "cow-target" : "target");
-	say_image(a);
-	say_exports(a);
+	say_images(a);
 	say_number(a, "uptime", (now_ms() - control.started) / 1000);
 	say_flag(a, "confined", confine_is_in_force());
 	say_number(a, "clients", clients_count());

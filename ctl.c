@@ -36,7 +36,6 @@ enum {
 enum state {
 	STATE_FREE,			/* there is no connection */
 	STATE_IDLE,
-	STATE_CLOSING,			/* when the answer has been sent */
 
 	/* A command is under way: */
 	STATE_COPYING,
@@ -49,11 +48,10 @@ struct ctl_client {
 	struct source source;
 	enum state state;
 	bool ended;			/* there is no more input to come */
-	bool broken;			/* nothing can be received or sent any more */
 	bool behind;			/* waits for the end after the next one */
 	const struct export *snapshot_of;	/* STATE_SNAPSHOT; else NULL */
 	uint64_t due;			/* now_ms(): for progress; else to be closed */
-	struct answer out;
+	struct answer out;		/* failed also if nothing can be received or sent any more */
 	size_t len;			/* of the input that was not carried out yet */
 	char input[CTL_LINE_MAX + LINE_END];
 };
@@ -88,11 +86,11 @@ static void ctl_flush(struct ctl_client *cl)
 	struct answer *a = &cl->out;
 	ssize_t n;
 
-	if (!a->len || cl->broken)
+	if (!a->len || a->failed)
 		return;
 	n = send(cl->source.fd, a->text, a->len, MSG_NOSIGNAL | MSG_DONTWAIT);
 	if (n < 0) {
-		cl->broken = errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR;
+		a->failed = errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR;
 		return;
 	}
 	a->len -= (size_t)n;
@@ -137,25 +135,16 @@ static void tell_progress(struct ctl_client *cl)
 	}
 }
 
-static const char *begin_copy(const char *arguments)
+static const char *run_cache_all(struct ctl_client *cl, char *arguments)
 {
 	unsigned long blocks = 0;
 
 	if (arguments && !parse_number(arguments, 1, BLOCKS_PER_REQUEST_MAX, &blocks))
 		return "BLOCKS_PER_REQUEST has to be a number from 1 to 8192";
 	copy_start(cache_copy(exports.cache), (uint64_t)blocks * BLOCK_SIZE);
+	cl->state = STATE_COPYING;
+	cl->due = 0;
 	return NULL;
-}
-
-static const char *run_cache_all(struct ctl_client *cl, char *arguments)
-{
-	const char *error = begin_copy(arguments);
-
-	if (!error) {
-		cl->state = STATE_COPYING;
-		cl->due = 0;
-	}
-	return error;
 }
 
 static void give_up_background(void)
@@ -168,14 +157,14 @@ static void give_up_background(void)
 /* It may have to start again, even if the end of the last one has not been told yet. */
 static const char *run_cache_all2(struct ctl_client *cl, char *arguments)
 {
-	const char *error = begin_copy(arguments);
+	const char *error = run_cache_all(cl, arguments);
 
-	(void)cl;
-	if (!error) {
-		give_up_background();
-		ctl.background = true;
-	}
-	return error;
+	if (error)
+		return error;
+	give_up_background();
+	ctl.background = true;
+	cl->state = STATE_IDLE;
+	return NULL;
 }
 
 static const char *run_stop_copy(struct ctl_client *cl, char *arguments)
@@ -301,7 +290,7 @@ static void take_line(struct ctl_client *cl, size_t len)
 /* Carry out what is there, as long as the client takes the answers. */
 static void run_lines(struct ctl_client *cl)
 {
-	while (cl->state == STATE_IDLE && !cl->out.len && !cl->broken) {
+	while (cl->state == STATE_IDLE && !cl->out.len && !cl->out.failed) {
 		char *end = memchr(cl->input, '\n', cl->len);
 		size_t len = end ? (size_t)(end - cl->input) : cl->len;
 
@@ -311,7 +300,8 @@ static void run_lines(struct ctl_client *cl)
 			len--;
 		if (len > CTL_LINE_MAX) {
 			answer(cl, "the line is too long");
-			cl->state = STATE_CLOSING;
+			cl->ended = true;
+			cl->len = 0;
 		} else {
 			take_line(cl, len);
 			cl->len -= (size_t)(end + 1 - cl->input);
@@ -339,7 +329,7 @@ static void ctl_receive(struct ctl_client *cl)
 	else if (n == 0)
 		cl->ended = true;
 	else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
-		cl->broken = true;
+		cl->out.failed = true;
 }
 
 /* Connections */
@@ -362,11 +352,11 @@ static void drop_client(struct ctl_client *cl)
 /* A client that has only ended its own sending still gets its answers. */
 static bool ctl_has_left(const struct ctl_client *cl, short revents)
 {
-	if (cl->broken || cl->out.failed || (revents & (POLLERR | POLLNVAL)))
+	if (cl->out.failed || (revents & (POLLERR | POLLNVAL)))
 		return true;
 	if (is_busy(cl))
 		return revents & POLLHUP;
-	return now_ms() >= cl->due || (!cl->out.len && (cl->ended || cl->state == STATE_CLOSING));
+	return now_ms() >= cl->due || (!cl->out.len && cl->ended);
 }
 
 static struct ctl_client *client_of(const struct source *s)
@@ -436,7 +426,7 @@ static void accept_control(int fd, const struct sockaddr *sa, socklen_t len)
 
 /* What was waited for.  The answers are sent by the next turn, which comes at once. */
 
-/* Of success the line "name: value" tells, unless the value is "". */
+/* The error is "" for success, of which the line "name: value" tells, unless that is "". */
 static void end_wait(enum state state, const struct export *of, const char *error,
 		     const char *name, const char *value)
 {
@@ -447,16 +437,16 @@ static void end_wait(enum state state, const struct export *of, const char *erro
 			cl->behind = false;
 			continue;
 		}
-		if (!error && *value)
+		if (!*error && *value)
 			control_say(&cl->out, name, "%s", value);
-		answer(cl, error);
+		answer(cl, *error ? error : NULL);
 	}
 }
 
 static void snapshot_ended(const struct export *of, const char *path, const char *error)
 {
 	control_note_snapshot(path, error);
-	end_wait(STATE_SNAPSHOT, of, path ? NULL : error, "snapshot", path);
+	end_wait(STATE_SNAPSHOT, of, path ? "" : error, "snapshot", path);
 }
 
 static void copy_ended(void)
@@ -465,44 +455,32 @@ static void copy_ended(void)
 
 	copy_status(cache_copy(exports.cache), &s);
 	if (s.state == COPY_RUNNING)
-		return;
+		return;			/* another one has begun */
 	give_up_background();
 	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++)
 		if (cl->state == STATE_COPYING)
 			tell_progress(cl);
 }
 
-static void answer_reconnect(void)
-{
-	const char *error = ctl.reconnect_error;
-
-	ctl.reconnecting = false;
-	end_wait(STATE_RECONNECTING, NULL, *error ? error : NULL, "", "");
-}
-
-static void answer_switch(const struct cache_news *news)
-{
-	char zeroed[24] = "";
-
-	if (news->zeroed)
-		snprintf(zeroed, sizeof(zeroed), "%" PRIu64, news->zeroed);
-	end_wait(STATE_SWITCHING, NULL, *news->error ? news->error : NULL, "zeroed", zeroed);
-}
-
 void ctl_tend(void)
 {
 	struct cache_news news;
+	char zeroed[24] = "";
 
 	exports_tend(snapshot_ended);
 	if (!exports.cache)
 		return;
-	if (atomic_exchange(&ctl.reconnect_ended, false))
-		answer_reconnect();
+	if (atomic_exchange(&ctl.reconnect_ended, false)) {
+		ctl.reconnecting = false;
+		end_wait(STATE_RECONNECTING, NULL, ctl.reconnect_error, "", "");
+	}
 	cache_tend(exports.cache, &news);
 	if (news.copied)
 		copy_ended();
+	if (news.zeroed)
+		snprintf(zeroed, sizeof(zeroed), "%" PRIu64, news.zeroed);
 	if (news.switched)
-		answer_switch(&news);
+		end_wait(STATE_SWITCHING, NULL, news.error, "zeroed", zeroed);
 }
 
 void ctl_switch(void)

@@ -94,12 +94,13 @@ uint64_t delay_top(unsigned i);
  */
 uint64_t tally_percentile(const struct tally *t, unsigned percent);
 
-/* All clients.  Main thread.  The log gets what was done every so often, 0 for never. */
-void stats_init(unsigned seconds);
+/* All clients.  Main thread. */
 
-/* now_ms() when stats_tend() has something to do, UINT64_MAX for never; whether there are clients. */
-uint64_t stats_due(bool clients);
-void stats_tend(void);
+/*
+ * Log what was done each so many seconds, of which the first begin with this call; 0 for never.
+ * Returns now_ms() of the next call, UINT64_MAX for none.
+ */
+uint64_t stats_tend(unsigned seconds);
 
 /* Log what each client did since it connected. */
 void stats_log(void);

@@ -499,7 +499,6 @@ static void notify_supervisor(const char *state)
 static bool start(struct server *s)
 {
 	raise_limits();
-	stats_init((unsigned)s->options.stats);
 	if (s->options.user && !confine_find_user(s->options.user))
 		return false;
 	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) ||
@@ -595,12 +594,12 @@ static void take_wakeups(void)
 static void serve(struct server *s)
 {
 	bool single = s->single_fd >= 0;
+	unsigned stats = (unsigned)s->options.stats;
 
 	while (!stop_signals && !(single && clients_count() == 0)) {
-		loop_poll(&main_loop, stats_due(clients_count() > 0));
+		loop_poll(&main_loop, stats_tend(clients_count() > 0 ? stats : 0));
 		if (loop_deliver(&main_loop))
 			take_wakeups();
-		stats_tend();
 	}
 }
 
