@@ -211,37 +211,32 @@ static void show_query(bool json)
 
 /* --cache-all */
 
-struct progress {
-	uint64_t cached, blocks, rate;	/* as the server tells them; rate in bytes per second */
-	char reason[256];		/* why the origin is down; "": it is not */
-	uint64_t next;			/* now_ms(), for another line; UINT64_MAX: all is told */
-};
-
-/* Rounded down: only all is 1000. */
-static unsigned permille(const struct progress *p)
+/*
+ * In words, such as "42.7%  103.4 MiB/s  0:01:23 left", the blocks that are here, all blocks, and the
+ * bytes per second.  The reason why the origin is down is "" if it is not.  Returns the permille,
+ * rounded down: only all is 1000.
+ */
+static unsigned describe_progress(const char *value, const char *reason, char *text, size_t size)
 {
-	return p->cached < p->blocks ? (unsigned)(p->cached * 1000 / p->blocks) : 1000;
-}
-
-/* Such as "42.7%  103.4 MiB/s  0:01:23 left". */
-static void describe_progress(const struct progress *p, char *text, size_t size)
-{
-	uint64_t left = p->cached < p->blocks ? p->blocks - p->cached : 0;
-	uint64_t seconds = left / (p->rate / BLOCK_SIZE + 1);
+	uint64_t cached = take_number(&value, ' '), blocks = take_number(&value, ' ');
+	uint64_t rate = take_number(&value, '\0'), left = cached < blocks ? blocks - cached : 0;
+	uint64_t seconds = left / (rate / BLOCK_SIZE + 1);
+	unsigned permille = left ? (unsigned)(cached * 1000 / blocks) : 1000;
 	char time[32] = "-:--:--";
 
-	if (p->rate || !left)
+	if (rate || !left)
 		snprintf(time, sizeof(time), "%" PRIu64 ":%02u:%02u", seconds / 3600,
 			 (unsigned)(seconds / 60 % 60), (unsigned)(seconds % 60));
-	if (*p->reason)
-		snprintf(text, size, "%.1f%%  the origin is down: %s", permille(p) / 10.0, p->reason);
+	if (*reason)
+		snprintf(text, size, "%.1f%%  the origin is down: %s", permille / 10.0, reason);
 	else
-		snprintf(text, size, "%.1f%%  %.1f MiB/s  %s left", permille(p) / 10.0,
-			 (double)p->rate / MIB, time);
+		snprintf(text, size, "%.1f%%  %.1f MiB/s  %s left", permille / 10.0,
+			 (double)rate / MIB, time);
+	return permille;
 }
 
 /* All columns but the last, which some terminals leave at once; without room for a bar, text. */
-static void draw_bar(const struct progress *p, const char *text)
+static void draw_bar(unsigned permille, const char *text)
 {
 	enum { BAR_MIN = 6 };
 	int room = terminal_size(STDERR_FILENO).ws_col - 1;
@@ -250,27 +245,24 @@ static void draw_bar(const struct progress *p, const char *text)
 
 	memset(full, '=', sizeof(full));
 	if (bar >= BAR_MIN)
-		fprintf(stderr, "\r[%-*.*s]  %s", bar, bar * (int)permille(p) / 1000, full, text);
+		fprintf(stderr, "\r[%-*.*s]  %s", bar, bar * (int)permille / 1000, full, text);
 	else
 		fprintf(stderr, "\r%-*.*s", room, room, text);
 	bar_is_shown = true;
 }
 
-static void show_progress(struct progress *p, const char *value)
+static void show_progress(const char *value, const char *reason)
 {
-	bool complete;
+	static uint64_t next;		/* now_ms(), for another line; UINT64_MAX: all is told */
 	char text[512];
+	unsigned permille = describe_progress(value, reason, text, sizeof(text));
+	bool complete = permille == 1000;
 
-	p->cached = take_number(&value, ' ');
-	p->blocks = take_number(&value, ' ');
-	p->rate = take_number(&value, '\0');
-	complete = p->cached >= p->blocks;
-	describe_progress(p, text, sizeof(text));
 	if (isatty(STDERR_FILENO)) {
-		draw_bar(p, text);
-	} else if (complete ? p->next < UINT64_MAX : now_ms() >= p->next) {
+		draw_bar(permille, text);
+	} else if (complete ? next < UINT64_MAX : now_ms() >= next) {
 		log_line("%s", text);
-		p->next = complete ? UINT64_MAX : now_ms() + PLAIN_PROGRESS_MS;
+		next = complete ? UINT64_MAX : now_ms() + PLAIN_PROGRESS_MS;
 	}
 }
 
@@ -285,16 +277,16 @@ static void show_failure(const char *value)
 /* Until the command has been carried out. */
 static void follow(bool show)
 {
-	struct progress progress = { 0 };
+	char reason[256] = "";		/* why the origin is down, as the progress behind it tells */
 	const char *name, *value;
 
 	while ((name = next_value(&value))) {
 		if (strcmp(name, "progress") == 0) {
 			if (show)
-				show_progress(&progress, value);
-			*progress.reason = '\0';
+				show_progress(value, reason);
+			*reason = '\0';
 		} else if (strcmp(name, "origin-reason") == 0) {
-			snprintf(progress.reason, sizeof(progress.reason), "%s", value);
+			snprintf(reason, sizeof(reason), "%s", value);
 		} else if (strcmp(name, "failed") == 0) {
 			show_failure(value);
 		} else if (strcmp(name, "failed-more") == 0) {

@@ -1,7 +1,7 @@
 /*
  * control.h - what the control socket tells: answers in lines of text, and the server's state.
  *
- * The lines are documented in xnbd-bgctl(1), CONTROL SOCKET.  Main thread only; nothing here blocks.
+ * Main thread only; nothing here blocks.
  */
 #ifndef XNBD_CONTROL_H
 #define XNBD_CONTROL_H

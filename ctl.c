@@ -47,11 +47,11 @@ enum state {
 struct ctl_client {
 	struct source source;
 	enum state state;
-	bool ended;			/* there is no more input to come */
+	bool ended;			/* no more input comes, or is taken */
 	bool behind;			/* waits for the end after the next one */
 	const struct export *snapshot_of;	/* STATE_SNAPSHOT; else NULL */
 	uint64_t due;			/* now_ms(): for progress; else to be closed */
-	struct answer out;		/* failed also if nothing can be received or sent any more */
+	struct answer out;		/* failed also if the connection is broken */
 	size_t len;			/* of the input that was not carried out yet */
 	char input[CTL_LINE_MAX + LINE_END];
 };
@@ -485,13 +485,8 @@ void ctl_tend(void)
 
 void ctl_switch(void)
 {
-	const char *error;
+	const char *error = exports.cache ? cache_switch(exports.cache, false) : "it is no proxy";
 
-	if (!exports.cache) {
-		log_error("SIGUSR2 ignored: there is no proxy to switch");
-		return;
-	}
-	error = cache_switch(exports.cache, false);
 	if (error)
 		log_error("cannot switch to target mode: %s", error);
 }
