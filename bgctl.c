@@ -211,37 +211,32 @@ static void show_query(bool json)
 
 /* --cache-all */
 
-struct progress {
-	uint64_t cached, blocks, rate;	/* as the server tells them; rate in bytes per second */
-	char reason[256];		/* why the origin is down; "": it is not */
-	uint64_t next;			/* now_ms(), for another line; UINT64_MAX: all is told */
-};
-
-/* Rounded down: only all is 1000. */
-static unsigned permille(const struct progress *p)
+/*
+ * In words, such as "42.7%  103.4 MiB/s  0:01:23 left", the blocks that are here, all blocks, and the
+ * bytes per second.  The reason why the origin is down is "" if it is not.  Returns the permille,
+ * rounded down: only all is 1000.
+ */
+static unsigned describe_progress(const char *value, const char *reason, char *text, size_t size)
 {
-	return p->cached < p->blocks ? (unsigned)(p->cached * 1000 / p->blocks) : 1000;
-}
-
-/* Such as "42.7%  103.4 MiB/s  0:01:23 left". */
-static void describe_progress(const struct progress *p, char *text, size_t size)
-{
-	uint64_t left = p->cached < p->blocks ? p->blocks - p->cached : 0;
-	uint64_t seconds = left / (p->rate / BLOCK_SIZE + 1);
+	uint64_t cached = take_number(&value, ' '), blocks = take_number(&value, ' ');
+	uint64_t rate = take_number(&value, '\0'), left = cached < blocks ? blocks - cached : 0;
+	uint64_t seconds = left / (rate / BLOCK_SIZE + 1);
+	unsigned permille = left ? (unsigned)(cached * 1000 / blocks) : 1000;
 	char time[32] = "-:--:--";
 
-	if (p->rate || !left)
+	if (rate || !left)
 		snprintf(time, sizeof(time), "%" PRIu64 ":%02u:%02u", seconds / 3600,
 			 (unsigned)(seconds / 60 % 60), (unsigned)(seconds % 60));
-	if (*p->reason)
-		snprintf(text, size, "%.1f%%  the origin is down: %s", permille(p) / 10.0, p->reason);
+	if (*reason)
+		snprintf(text, size, "%.1f%%  the origin is down: %s", permille / 10.0, reason);
 	else
-		snprintf(text, size, "%.1f%%  %.1f MiB/s  %s left", permille(p) / 10.0,
-			 (double)p->rate / MIB, time);
+		snprintf(text, size, "%.1f%%  %.1f MiB/s  %s left", permille / 10.0,
+			 (double)rate / MIB, time);
+	return permille;
 }
 
 /* All columns but the last, which some terminals leave at once; without room for a bar, text. */
-static void draw_bar(const struct progress *p, const char *text)
+static void draw_bar(unsigned permille, const char *text)
 {
 	enum { BAR_MIN = 6 };
 	int room = terminal_size(STDERR_FILENO).ws_col - 1;
@@ -250,31 +245,25 @@ static void draw_bar(const struct progress *p, const char *text)
 
 	memset(full, '=', sizeof(full));
 	if (bar >= BAR_MIN)
-		fprintf(stderr, "\r[%-*.*s]  %s", bar, bar * (int)permille(p) / 1000, full, text);
+		fprintf(stderr, "\r[%-*.*s]  %s", bar, bar * (int)permille / 1000, full, text);
 	else
 		fprintf(stderr, "\r%-*.*s", room, room, text);
 	bar_is_shown = true;
 }
 
-static void show_progress(struct progress *p)
+static void show_progress(const char *value, const char *reason)
 {
-	bool complete = p->cached >= p->blocks;
+	static uint64_t next;		/* now_ms(), for another line; UINT64_MAX: all is told */
 	char text[512];
+	unsigned permille = describe_progress(value, reason, text, sizeof(text));
+	bool complete = permille == 1000;
 
-	describe_progress(p, text, sizeof(text));
 	if (isatty(STDERR_FILENO)) {
-		draw_bar(p, text);
-	} else if (complete ? p->next < UINT64_MAX : now_ms() >= p->next) {
+		draw_bar(permille, text);
+	} else if (complete ? next < UINT64_MAX : now_ms() >= next) {
 		log_line("%s", text);
-		p->next = complete ? UINT64_MAX : now_ms() + PLAIN_PROGRESS_MS;
+		next = complete ? UINT64_MAX : now_ms() + PLAIN_PROGRESS_MS;
 	}
-}
-
-static void take_progress(struct progress *p, const char *value)
-{
-	p->cached = take_number(&value, ' ');
-	p->blocks = take_number(&value, ' ');
-	p->rate = take_number(&value, '\0');
 }
 
 static void show_failure(const char *value)
@@ -288,17 +277,16 @@ static void show_failure(const char *value)
 /* Until the command has been carried out. */
 static void follow(bool show)
 {
-	struct progress progress = { 0 };
+	char reason[256] = "";		/* why the origin is down, as the progress behind it tells */
 	const char *name, *value;
 
 	while ((name = next_value(&value))) {
 		if (strcmp(name, "progress") == 0) {
-			take_progress(&progress, value);
 			if (show)
-				show_progress(&progress);
-			*progress.reason = '\0';
+				show_progress(value, reason);
+			*reason = '\0';
 		} else if (strcmp(name, "origin-reason") == 0) {
-			snprintf(progress.reason, sizeof(progress.reason), "%s", value);
+			snprintf(reason, sizeof(reason), "%s", value);
 		} else if (strcmp(name, "failed") == 0) {
 			show_failure(value);
 		} else if (strcmp(name, "failed-more") == 0) {
@@ -318,21 +306,6 @@ static void follow(bool show)
  * of each busy client, and the state.  Elsewhere a line shows the rates of all clients.
  */
 
-/* Two looks at the numbers of all clients, or of one. */
-struct looks {
-	const char *now, *before;
-	char mark;			/* in front of each name: a line feed, or a blank */
-	double seconds;			/* between the two */
-};
-
-static unsigned rows;		/* that are left on the screen */
-
-static void end_row(void)
-{
-	rows--;
-	fputs(isatty(STDOUT_FILENO) ? "\033[K\n" : "\n", stdout);
-}
-
 /* What follows a mark; "" if it is not there. */
 static const char *behind(const char *text, const char *mark)
 {
@@ -341,41 +314,31 @@ static const char *behind(const char *text, const char *mark)
 	return at ? at + strlen(mark) : "";
 }
 
-/* The length of a value, at the end of which its line ends. */
-static int length_of(const char *value)
-{
-	return (int)strcspn(value, "\n");
-}
-
 /* A number of all clients is "reads: 1", one of a client "reads 1". */
-static uint64_t number_of(const char *text, char mark, const char *name)
+static double number_of(const char *text, const char *name)
 {
-	char marked[32];
-	const char *value;
+	const char *value = behind(text, name);
 
-	snprintf(marked, sizeof(marked), "%c%s", mark, name);
-	value = behind(text, marked);
-	return strtoull(*value == ':' ? value + 1 : value, NULL, 10);
+	return strtod(value + strspn(value, ": "), NULL);
 }
 
 /* What a number has grown by; one that is smaller than before belongs to another server. */
-static double since(const struct looks *l, const char *name)
+static double since(const char *now, const char *before, const char *name)
 {
-	uint64_t n = number_of(l->now, l->mark, name), old = number_of(l->before, l->mark, name);
+	double n = number_of(now, name), old = number_of(before, name);
 
-	return (double)(n >= old ? n - old : n);
+	return n >= old ? n - old : n;
 }
 
-static double requests_since(const struct looks *l)
+/* Of numbers that begin behind "reads". */
+static void print_rates(const char *now, const char *before, double seconds)
 {
-	return since(l, "reads") + since(l, "writes") + since(l, "flushes") + since(l, "others");
-}
+	double requests = since(now, before, "") + since(now, before, "writes") +
+			  since(now, before, "flushes") + since(now, before, "others");
 
-static void print_rates(const struct looks *l)
-{
-	printf("%.0f requests/s, %.1f MiB/s read, %.1f MiB/s written, ",
-	       requests_since(l) / l->seconds, since(l, "read-bytes") / MIB / l->seconds,
-	       since(l, "written-bytes") / MIB / l->seconds);
+	printf("%.0f requests/s, %.1f MiB/s read, %.1f MiB/s written, ", requests / seconds,
+	       since(now, before, "read-bytes") / MIB / seconds,
+	       since(now, before, "written-bytes") / MIB / seconds);
 }
 
 /* Add delays such as "7:17 15:3" so many times: UINT64_MAX, which is -1, takes them away. */
@@ -388,68 +351,47 @@ static void add_delays(const char *state, uint64_t times, struct tally *sum)
 		sum->delay[delay_index(us)] += times * strtoull(end + 1, &end, 10);
 }
 
-static void show_total(const struct looks *l)
+static void print_total(const char *now, const char *before, double seconds)
 {
-	const char *cached = behind(l->now, "\ncached-percent: ");
-	const char *link = behind(l->now, "\norigin-link: ");
-	const char *reason = behind(l->now, "\norigin-reason: ");
-	struct tally since_before = { .longest = UINT64_MAX };
+	const char *why = behind(now, "\norigin-reason: "), *link = behind(now, "\norigin-link: ");
+	struct tally delays = { .longest = UINT64_MAX };
 
-	add_delays(l->now, 1, &since_before);
-	add_delays(l->before, UINT64_MAX, &since_before);
-	if (*reason)
-		printf("origin down: %.*s; ", length_of(reason), reason);
-	print_rates(l);
-	printf("p99 %" PRIu64 " us, %" PRIu64 " clients, %" PRIu64 " errors",
-	       tally_percentile(&since_before, 99), number_of(l->now, '\n', "clients"),
-	       number_of(l->now, '\n', "errors"));
-	if (*cached)
-		printf(", %.*s %% cached, origin %.*s", length_of(cached), cached,
-		       length_of(link), link);
-	end_row();
-}
-
-/* Those that did something.  Most are in the order in which they were before. */
-static void show_clients(const struct looks *all)
-{
-	struct looks one = { .now = all->now, .mark = ' ', .seconds = all->seconds };
-	const char *next = all->before, *numbers;
-	char line[ADDRESS_MAX + 32];
-
-	while (rows > 0 && *(one.now = behind(one.now, "\nclient: "))) {
-		numbers = strstr(one.now, " reads ");
-		if (!numbers)
-			return;
-		snprintf(line, sizeof(line), "\nclient: %.*s ", (int)(numbers - one.now), one.now);
-		one.before = strstr(next, line);
-		if (!one.before)
-			one.before = strstr(all->before, line);
-		if (!one.before)
-			one.before = "";
-		next = one.before;
-		if (!requests_since(&one) && !number_of(one.now, ' ', "in-flight"))
-			continue;
-		print_rates(&one);
-		printf("%.*s", (int)(numbers - one.now), one.now);
-		end_row();
-	}
+	add_delays(now, 1, &delays);
+	add_delays(before, UINT64_MAX, &delays);
+	if (*why)
+		printf("origin down: %.*s; ", (int)strcspn(why, "\n"), why);
+	print_rates(behind(now, "\nreads"), behind(before, "\nreads"), seconds);
+	printf("p99 %" PRIu64 " us, %.0f clients, %.0f errors", tally_percentile(&delays, 99),
+	       number_of(now, "\nclients"), number_of(now, "\nerrors"));
+	if (*link)
+		printf(", %.1f %% cached, origin %.*s", number_of(now, "\ncached-percent"),
+		       (int)strcspn(link, "\n"), link);
 }
 
 /* A screen is drawn over the one before; the terminal cuts what is too long. */
-static void show_looks(const struct looks *l)
+static void print_looks(const char *now, const char *before, double seconds)
 {
 	bool terminal = isatty(STDOUT_FILENO);
-	const char *line = l->now + 1;
+	unsigned rows = terminal ? terminal_size(STDOUT_FILENO).ws_row - 2 : 0;
+	const char *line = now, *at, *old;
+	char client[ADDRESS_MAX + 32];
 
-	rows = terminal ? terminal_size(STDOUT_FILENO).ws_row - 1 : 1;
 	fputs(terminal ? "\033[H\033[?7l" : "", stdout);
-	show_total(l);
-	show_clients(l);
-	for (; *line && rows > 0; line += length_of(line) + 1) {
-		if (strncmp(line, "client: ", strlen("client: ")) == 0)
-			break;
-		printf("%.*s", length_of(line), line);
-		end_row();
+	print_total(now, before, seconds);
+	puts(terminal ? "\033[K" : "");
+	while (rows > 0 && *(line = behind(line, "\nclient: ")) && *(at = behind(line, " reads"))) {
+		snprintf(client, sizeof(client), "\nclient: %.*s", (int)(at - line), line);
+		old = behind(before, client);
+		before = *old ? old : before;	/* they keep their order */
+		if (strncmp(at, old, strcspn(at, "\n")) == 0)
+			continue;		/* it did nothing */
+		print_rates(at, old, seconds);
+		printf("%.*s\033[K\n", (int)(at - strlen(" reads") - line), line);
+		rows--;
+	}
+	for (line = now + 1; rows > 0 && *line && strncmp(line, "client: ", 8) != 0; rows--) {
+		printf("%.*s\033[K\n", (int)strcspn(line, "\n"), line);
+		line = behind(line, "\n");
 	}
 	fputs(terminal ? "\033[J\033[?7h" : "", stdout);
 	flush_output();
@@ -461,7 +403,7 @@ static void end_watch(int sig)
 	_exit(EXIT_SUCCESS);
 }
 
-static _Noreturn void watch(unsigned long seconds)
+static _Noreturn void watch(unsigned seconds)
 {
 	char *now, *before;
 	uint64_t last, ms;
@@ -469,12 +411,12 @@ static _Noreturn void watch(unsigned long seconds)
 	signal(SIGINT, end_watch);	/* Ctrl-C */
 	before = ask_state(false);
 	last = now_ms();
-	for (unsigned wait = 1;; wait = (unsigned)seconds) {
+	for (unsigned wait = 1;; wait = seconds) {
 		sleep(wait);
 		now = ask_state(false);
 		ms = now_ms() - last;
 		last += ms;
-		show_looks(&(struct looks){ now, before, '\n', (double)ms / 1000 });
+		print_looks(now, before, (double)ms / 1000);
 		free(before);
 		before = now;
 	}
@@ -536,7 +478,7 @@ int main(int argc, char **argv)
 	if (strcmp(o.command, "query") == 0)
 		show_query(o.json);
 	else if (strcmp(o.command, "watch") == 0)
-		watch(o.seconds);
+		watch((unsigned)o.seconds);
 	else
 		run_command(&o);
 	return EXIT_SUCCESS;

@@ -1,23 +1,26 @@
 /*
- * control.c - what the control socket tells and does in every mode: see control.h.
+ * control.c - what the control socket tells: see control.h.
  */
 #include "control.h"
 
 #include "cache.h"
 #include "clients.h"
 #include "confine.h"
-#include "ctl.h"
 #include "exports.h"
-#include "log.h"
-#include "origin.h"
 #include "stats.h"
 #include "util.h"
 
 #include <inttypes.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+enum {
+	ANSWER_LINE_MAX = 16384,	/* bytes; more than there are to say */
+	TEXT_MAX = 16000,		/* bytes of a value */
+};
 
 static struct {
 	const struct options *options;
@@ -33,26 +36,34 @@ static bool is_proxy(void)
 	return exports.cache && !exports.cache->switched;
 }
 
-/* A query's fields */
+/* Lines, and fields of an object */
 
-/* The answer to a query: lines "name: value", or those of one JSON object, "json: TEXT". */
-struct report {
-	struct ctl_reply *reply;
-	bool json;
-	bool item;			/* the fields are those of an item of a list */
-	const char *before;		/* JSON: what comes in front of the next field or item */
-};
+void control_put(struct answer *a, const char *fmt, ...)
+{
+	char part[ANSWER_LINE_MAX];
+	char *text;
+	va_list ap;
 
-enum { JSON_STRING_MAX = 16000 };	/* bytes; what a line has room for */
+	va_start(ap, fmt);
+	vsnprintf(part, sizeof(part), fmt, ap);
+	va_end(ap);
+	text = a->failed ? NULL : realloc(a->text, a->len + strlen(part));
+	a->failed = !text;
+	if (!text)
+		return;
+	a->text = text;
+	memcpy(text + a->len, part, strlen(part));
+	a->len += strlen(part);
+}
 
 /* The value as a string in JSON; paths are bytes, JSON is characters. */
-static void json_string(const char *value, char text[JSON_STRING_MAX])
+static void json_string(const char *value, char text[TEXT_MAX])
 {
 	const char *end = value + strlen(value);
 	size_t len = 0, n;
 
 	text[len++] = '"';
-	for (; value < end && len < JSON_STRING_MAX - 8; value += n ? n : 1) {
+	for (; value < end && len < TEXT_MAX - 8; value += n ? n : 1) {
 		n = utf8_length((const uint8_t *)value, (size_t)(end - value));
 		if (*value == '"' || *value == '\\')
 			text[len++] = '\\';
@@ -62,199 +73,194 @@ static void json_string(const char *value, char text[JSON_STRING_MAX])
 	strcpy(text + len, "\"");
 }
 
-/* The value is masked, and in JSON a number, true, false or an array. */
-static void put_field(struct report *r, const char *name, const char *value)
+/* The value is masked, and in JSON a string in quotes, a number, true, false or an array. */
+static void put_field(struct answer *a, const char *name, const char *value)
 {
-	if (r->json) {
-		ctl_put(r->reply, "%s\"%s\": %s", r->before, name, value);
-		r->before = r->item ? ", " : ",\njson:   ";
+	if (a->json) {
+		control_put(a, "%s\"%s\": %s", a->before, name, value);
+		a->before = a->item ? ", " : ",\njson:   ";
 	} else {
-		ctl_put(r->reply, r->item ? " %s %s" : "%s: %s\n", name, value);
+		control_put(a, a->item ? " %s %s" : "%s: %s\n", name, value);
 	}
 }
 
-/* A value must not end the line. */
-static const char *masked(const char *value, char text[JSON_STRING_MAX])
+void control_say(struct answer *a, const char *name, const char *fmt, ...)
 {
-	snprintf(text, JSON_STRING_MAX, "%s", value);
-	mask_control_characters(text, strlen(text));
-	return text;
-}
+	char text[TEXT_MAX], quoted[TEXT_MAX];
+	va_list ap;
 
-static void say_text(struct report *r, const char *name, const char *value)
-{
-	char text[JSON_STRING_MAX], quoted[JSON_STRING_MAX];
-
-	masked(value, text);
-	if (r->json)
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	mask_control_characters(text, strlen(text));	/* a value must not end the line */
+	if (a->json)
 		json_string(text, quoted);
-	put_field(r, name, r->json ? quoted : text);
+	put_field(a, name, a->json ? quoted : text);
 }
 
-static void say_number(struct report *r, const char *name, uint64_t n)
+static void say_number(struct answer *a, const char *name, uint64_t n)
 {
 	char text[24];
 
 	snprintf(text, sizeof(text), "%" PRIu64, n);
-	put_field(r, name, text);
+	put_field(a, name, text);
 }
 
-static void say_flag(struct report *r, const char *name, bool set)
+static void say_flag(struct answer *a, const char *name, bool set)
 {
-	if (r->json)
-		put_field(r, name, set ? "true" : "false");
+	if (a->json)
+		put_field(a, name, set ? "true" : "false");
 	else
-		put_field(r, name, set ? "yes" : "no");
+		put_field(a, name, set ? "yes" : "no");
 }
 
 /* Items of a list: "list: key name value name value", or an array of objects. */
 
-static void begin_list(struct report *r, const char *list)
+static void begin_list(struct answer *a, const char *list)
 {
-	if (r->json)
-		ctl_put(r->reply, "%s\"%s\": [", r->before, list);
-	r->before = "\njson:     ";
+	if (a->json)
+		control_put(a, "%s\"%s\": [", a->before, list);
+	a->before = "\njson:     ";
 }
 
-static void begin_item(struct report *r, const char *list, const char *key, const char *value)
+static void begin_item(struct answer *a, const char *list, const char *key, const char *value)
 {
-	char text[JSON_STRING_MAX];
+	char text[TEXT_MAX];
 
-	r->item = true;
-	if (r->json) {
-		ctl_put(r->reply, "%s{ ", r->before);
-		r->before = "";
-		say_text(r, key, value);
+	a->item = true;
+	if (a->json) {
+		control_put(a, "%s{ ", a->before);
+		a->before = "";
+		control_say(a, key, "%s", value);
 	} else {
-		ctl_put(r->reply, "%s: %s", list, masked(value, text));
+		snprintf(text, sizeof(text), "%s: %s", list, value);
+		mask_control_characters(text, strlen(text));
+		control_put(a, "%s", text);
 	}
 }
 
-static void end_item(struct report *r)
+static void end_item(struct answer *a)
 {
-	ctl_put(r->reply, r->json ? " }" : "\n");
-	r->before = ",\njson:     ";
-	r->item = false;
+	control_put(a, a->json ? " }" : "\n");
+	a->before = ",\njson:     ";
+	a->item = false;
 }
 
-static void end_list(struct report *r)
+static void end_list(struct answer *a)
 {
-	if (r->json)
-		ctl_put(r->reply, *r->before == ',' ? "\njson:   ]" : "]");
-	r->before = ",\njson:   ";
+	if (a->json)
+		control_put(a, *a->before == ',' ? "\njson:   ]" : "]");
+	a->before = ",\njson:   ";
 }
 
 /* Query */
 
-/* The only image has fields of its own. */
-static void say_image(struct report *r)
+/* The only image has fields of its own; several are a list. */
+static void say_images(struct answer *a)
 {
 	const struct exported *e = exports.all;
 
 	if (exports.count == 1) {
-		say_text(r, "image", e->path);
-		say_number(r, "size", e->export.proto.size);
+		control_say(a, "image", "%s", e->path);
+		say_number(a, "size", e->export.proto.size);
 	}
-	say_flag(r, "readonly", e->export.backend->readonly);
-}
-
-/* Of several images. */
-static void say_exports(struct report *r)
-{
+	say_flag(a, "readonly", e->export.backend->readonly);
 	if (exports.count == 1)
 		return;
-	begin_list(r, "export");
-	for (const struct exported *e = exports.all; e < exports.all + exports.count; e++) {
-		begin_item(r, "export", "name", e->export.proto.name);
-		say_number(r, "size", e->export.proto.size);
-		say_text(r, "snapshot", e->snapshot || e->wanted ? "running" : "idle");
-		end_item(r);
+	begin_list(a, "export");
+	for (; e < exports.all + exports.count; e++) {
+		begin_item(a, "export", "name", e->export.proto.name);
+		say_number(a, "size", e->export.proto.size);
+		control_say(a, "snapshot", "%s", e->snapshot || e->wanted ? "running" : "idle");
+		end_item(a);
 	}
-	end_list(r);
+	end_list(a);
 }
 
-static void say_tally(struct report *r, const struct tally *t)
+static void say_tally(struct answer *a, const struct tally *t)
 {
-	struct tally_field field[TALLY_FIELDS];
-
-	tally_fields(t, field);
-	for (unsigned i = 0; i < TALLY_FIELDS; i++)
-		say_number(r, field[i].name, field[i].value);
+	say_number(a, "reads", t->reads);
+	say_number(a, "writes", t->writes);
+	say_number(a, "flushes", t->flushes);
+	say_number(a, "others", t->others);
+	say_number(a, "read-bytes", t->read_bytes);
+	say_number(a, "written-bytes", t->written_bytes);
+	say_number(a, "errors", t->errors);
+	say_number(a, "max-us", t->longest);
+	say_number(a, "p50-us", tally_percentile(t, 50));
+	say_number(a, "p99-us", tally_percentile(t, 99));
 }
 
 /* "7:17 15:3", or [[7, 17], [15, 3]]: 17 requests took up to 7 us, and 3 more up to 15. */
-static void say_delays(struct report *r, const _Atomic uint64_t delay[STATS_DELAYS])
+static void say_delays(struct answer *a, const _Atomic uint64_t delay[STATS_DELAYS])
 {
 	char text[STATS_DELAYS * 48] = "";
-	const char *pair = r->json ? "%s[%" PRIu64 ", %" PRIu64 "]" : "%s%" PRIu64 ":%" PRIu64;
-	const char *before = r->json ? "[" : "";
+	const char *pair = a->json ? "%s[%" PRIu64 ", %" PRIu64 "]" : "%s%" PRIu64 ":%" PRIu64;
+	const char *before = a->json ? "[" : "";
 	size_t n = 0;
 
 	for (unsigned i = 0; i < STATS_DELAYS; i++) {
-		uint64_t many = delay[i];
-
-		if (!many)
+		if (!delay[i])
 			continue;
-		n += (size_t)snprintf(text + n, sizeof(text) - n, pair, before, delay_top(i), many);
-		before = r->json ? ", " : " ";
+		n += (size_t)snprintf(text + n, sizeof(text) - n, pair, before, delay_top(i),
+				      (uint64_t)delay[i]);
+		before = a->json ? ", " : " ";
 	}
-	if (r->json)
+	if (a->json)
 		strcpy(text + n, n ? "]" : "[]");
-	put_field(r, "delays-us", text);
+	put_field(a, "delays-us", text);
 }
 
-static void say_clients(struct report *r)
+static void say_clients(struct answer *a)
 {
 	struct tally total;
 	const struct stats *s = stats_take(&total);
 
-	say_tally(r, &total);
-	say_delays(r, total.delay);
-	begin_list(r, "client");
+	say_tally(a, &total);
+	say_delays(a, total.delay);
+	begin_list(a, "client");
 	for (; s; s = s->next) {
-		begin_item(r, "client", "address", s->peer);
-		say_tally(r, &s->all);
-		say_number(r, "in-flight", s->in_flight);
-		end_item(r);
+		begin_item(a, "client", "address", s->peer);
+		say_tally(a, &s->all);
+		say_number(a, "in-flight", s->in_flight);
+		end_item(a);
 	}
-	end_list(r);
+	end_list(a);
 	stats_release();
 }
 
-static void say_snapshot(struct report *r)
+static void say_snapshot(struct answer *a)
 {
 	bool running = false;
 
 	for (size_t i = 0; i < exports.count; i++)
 		running |= exports.all[i].snapshot || exports.all[i].wanted;
-	say_text(r, "snapshot", running ? "running" : "idle");
+	control_say(a, "snapshot", "%s", running ? "running" : "idle");
 	if (*control.snapshot)
-		say_text(r, control.snapshot_failed ? "snapshot-error" : "snapshot-last",
-			 control.snapshot);
+		control_say(a, control.snapshot_failed ? "snapshot-error" : "snapshot-last", "%s",
+			    control.snapshot);
 }
 
-static void say_blocks(struct report *r)
+static void say_blocks(struct answer *a)
 {
 	struct cache_status s;
-	unsigned share;
 	char percent[24];
 
 	cache_status(exports.cache, &s);
-	share = s.per_mille;
-	say_number(r, "block-size", BLOCK_SIZE);
-	say_number(r, "blocks", s.blocks);
-	say_number(r, "cached-blocks", s.held);
-	snprintf(percent, sizeof(percent), "%u.%u", share / 10, share % 10);
-	put_field(r, "cached-percent", percent);
-	say_number(r, "written-blocks", layer_written(&exports.cache->layer));
+	say_number(a, "block-size", BLOCK_SIZE);
+	say_number(a, "blocks", s.blocks);
+	say_number(a, "cached-blocks", s.held);
+	snprintf(percent, sizeof(percent), "%u.%u", s.per_mille / 10, s.per_mille % 10);
+	put_field(a, "cached-percent", percent);
+	say_number(a, "written-blocks", layer_written(&exports.cache->layer));
 }
 
-/* Why a copy ended early; NULL if it did not. */
+/* Why a copy that does not run ended early; NULL if it did not. */
 static const char *copy_error(const struct copy_status *s)
 {
 	static char text[128];
 
-	if (s->state == COPY_RUNNING || s->state == COPY_DONE)
+	if (s->state == COPY_DONE)
 		return NULL;
 	if (s->state == COPY_IDLE)
 		return "the copy was stopped";
@@ -266,21 +272,21 @@ static const char *copy_error(const struct copy_status *s)
 	return text;
 }
 
-static void say_copy(struct report *r)
+static void say_copy(struct answer *a)
 {
 	static const char *const name[] = { [COPY_IDLE] = "idle", [COPY_RUNNING] = "running",
 					    [COPY_DONE] = "done", [COPY_FAILED] = "failed" };
 	static struct copy_status s;
 
 	copy_status(&exports.cache->copy, &s);
-	say_text(r, "copy", name[s.state]);
-	say_number(r, "copy-rate", s.rate);
-	say_number(r, "copy-failed-blocks", s.failed_blocks);
+	control_say(a, "copy", "%s", name[s.state]);
+	say_number(a, "copy-rate", s.rate);
+	say_number(a, "copy-failed-blocks", s.failed_blocks);
 	if (s.state == COPY_FAILED)
-		say_text(r, "copy-error", copy_error(&s));
+		control_say(a, "copy-error", "%s", copy_error(&s));
 }
 
-static void say_proxy(struct report *r)
+static void say_proxy(struct answer *a)
 {
 	struct origin_status s;
 	const char *link = "closed";
@@ -288,157 +294,81 @@ static void say_proxy(struct report *r)
 	origin_status(exports.cache->origin, &s);
 	if (is_proxy())
 		link = s.links ? "up" : "down";
-	say_text(r, "bitmap", control.bitmap);
-	say_text(r, "origin", s.address);
-	say_text(r, "origin-export", s.export_name);
-	say_text(r, "origin-link", link);
+	control_say(a, "bitmap", "%s", control.bitmap);
+	control_say(a, "origin", "%s", s.address);
+	control_say(a, "origin-export", "%s", s.export_name);
+	control_say(a, "origin-link", "%s", link);
 	if (strcmp(link, "down") == 0)
-		say_text(r, "origin-reason", s.reason);
-	say_number(r, "origin-links", s.links);
-	say_blocks(r);
-	say_number(r, "fetched-bytes", s.fetched);
-	say_number(r, "origin-requests", s.waiting);
-	say_copy(r);
+		control_say(a, "origin-reason", "%s", s.reason);
+	say_number(a, "origin-links", s.links);
+	say_blocks(a);
+	say_number(a, "fetched-bytes", s.fetched);
+	say_number(a, "origin-requests", s.waiting);
+	say_copy(a);
 }
 
-static void say_state(struct report *r)
+static void say_state(struct answer *a)
 {
 	bool is_cow = control.options->mode == MODE_COW_TARGET;
 
-	say_text(r, "mode", is_proxy() ? "proxy" : is_cow ? "cow-target" : "target");
-	say_image(r);
-	if (!r->json)
-		say_exports(r);
-	say_number(r, "uptime", (now_ms() - control.started) / 1000);
-	say_flag(r, "confined", confine_is_in_force());
-	say_number(r, "clients", clients_count());
-	say_number(r, "pending-requests", atomic_load(&load.requests));
-	say_number(r, "pending-requests-limit", load.requests_max);
-	say_number(r, "buffer-bytes", atomic_load(&load.bytes));
-	say_number(r, "buffer-bytes-limit", load.bytes_max);
+	control_say(a, "mode", "%s", is_proxy() ? "proxy" : is_cow ? "cow-target" : "target");
+	say_images(a);
+	say_number(a, "uptime", (now_ms() - control.started) / 1000);
+	say_flag(a, "confined", confine_is_in_force());
+	say_number(a, "clients", clients_count());
+	say_number(a, "pending-requests", atomic_load(&load.requests));
+	say_number(a, "pending-requests-limit", load.requests_max);
+	say_number(a, "buffer-bytes", atomic_load(&load.bytes));
+	say_number(a, "buffer-bytes-limit", load.bytes_max);
 	if (exports.cache)
-		say_proxy(r);
-	say_snapshot(r);
-	say_clients(r);
-	if (r->json)
-		say_exports(r);
+		say_proxy(a);
+	say_snapshot(a);
+	say_clients(a);
 }
 
-static void query(struct ctl_reply *reply, bool json)
+void control_query(struct answer *a, bool json)
 {
-	struct report r = { .reply = reply, .json = json, .before = "json:   " };
-
+	a->json = json;
+	a->before = "json:   ";
 	if (json)
-		ctl_put(reply, "json: {\n");
-	say_state(&r);
+		control_put(a, "json: {\n");
+	say_state(a);
 	if (json)
-		ctl_put(reply, "\njson: }\n");
+		control_put(a, "\njson: }\n");
+	a->json = false;
 }
 
-/* Snapshots */
-
-static void snapshot_ended(const struct export *e, const char *path, const char *error)
+const char *control_say_progress(struct answer *a, bool *runs)
 {
-	control.snapshot_failed = !path;
-	snprintf(control.snapshot, sizeof(control.snapshot), "%s", path ? path : error);
-	ctl_snapshot_ended(e, path, error);
-}
-
-/* A proxy */
-
-static void start_copy(unsigned blocks)
-{
-	copy_start(&exports.cache->copy, (uint64_t)blocks * BLOCK_SIZE);
-}
-
-static void release_copy(void)
-{
-	copy_release(&exports.cache->copy, false);
-}
-
-static const char *say_progress(struct ctl_reply *reply, bool *runs)
-{
-	static struct copy_status s;
+	struct copy_status s;
 	struct origin_status o;
 	struct cache_status c;
 
 	copy_status(&exports.cache->copy, &s);
-	*runs = s.state == COPY_RUNNING;
-	if (!reply)
-		return NULL;
 	origin_status(exports.cache->origin, &o);
 	cache_status(exports.cache, &c);
+	*runs = s.state == COPY_RUNNING;
 	if (o.links == 0 && is_proxy())
-		ctl_say(reply, "origin-reason", "%s", o.reason);
-	ctl_say(reply, "progress", "%" PRIu64 " %" PRIu64 " %" PRIu64, c.held, c.blocks, s.rate);
+		control_say(a, "origin-reason", "%s", o.reason);
+	control_say(a, "progress", "%" PRIu64 " %" PRIu64 " %" PRIu64, c.held, c.blocks, s.rate);
 	if (*runs || c.held == c.blocks)
 		return NULL;
 	for (unsigned i = 0; i < s.failures; i++)
-		ctl_say(reply, "failed", "%" PRIu64 " %" PRIu64, s.failure[i].off, s.failure[i].len);
+		control_say(a, "failed", "%" PRIu64 " %" PRIu64, s.failure[i].off, s.failure[i].len);
 	if (s.failures_more)
-		ctl_say_number(reply, "failed-more", s.failures_more);
+		say_number(a, "failed-more", s.failures_more);
 	return copy_error(&s);
 }
 
-static const char *reconnect(const char *host, const char *port, const char *export_name)
+void control_note_snapshot(const char *path, const char *error)
 {
-	if (exports.cache->switched)
-		return "this is a target, it has no origin";
-	return origin_redirect(exports.cache->origin, host, port, export_name);
+	control.snapshot_failed = !path;
+	snprintf(control.snapshot, sizeof(control.snapshot), "%s", path ? path : error);
 }
 
-static const char *switch_over(bool force)
+void control_init(const struct options *o)
 {
-	return cache_switch(exports.cache, force);
-}
-
-void control_switch(void)
-{
-	const char *error;
-
-	if (!exports.cache) {
-		log_error("SIGUSR2 ignored: there is no proxy to switch");
-		return;
-	}
-	error = switch_over(false);
-	if (error)
-		log_error("cannot switch to target mode: %s", error);
-}
-
-void control_tend(void)
-{
-	const char *error;
-
-	exports_tend(snapshot_ended);
-	if (!exports.cache)
-		return;
-	if (origin_redirected(exports.cache->origin, &error))
-		ctl_reconnected(error);
-	if (control.options->control)
-		ctl_copied();		/* it may have */
-	if (cache_switch_ended(exports.cache, &error))
-		ctl_switched(error, exports.cache->zeroed);
-}
-
-/* Life */
-
-bool control_open(const struct options *o)
-{
-	static struct ctl_ops ops = {
-		.query = query,
-		.snapshot = exports_snapshot_of,
-		.switch_over = switch_over,
-		.reconnect = reconnect,
-		.start_copy = start_copy,
-		.release_copy = release_copy,
-		.copy = say_progress,
-	};
-
 	control.started = now_ms();
 	control.options = o;
-	if (!o->control)
-		return true;
-	ops.proxy = exports.cache != NULL;
 	control.bitmap = o->bitmap ? absolute_path(o->bitmap) : NULL;
-	return ctl_open(o->control, &ops);
 }

@@ -1,22 +1,48 @@
 /*
- * control.h - what the control socket tells and does in every mode.
+ * control.h - what the control socket tells: answers in lines of text, and the server's state.
  *
- * There is one at most.  Main thread only; nothing here blocks.
+ * Main thread only; nothing here blocks.
  */
 #ifndef XNBD_CONTROL_H
 #define XNBD_CONTROL_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 #include "options.h"
+#include "util.h"
 
-/* Listen, if the options name a socket; what is to be served is open.  False after logging why not. */
-bool control_open(const struct options *o);
+/* Lines of text; all zeros has none.  The owner frees the text. */
+struct answer {
+	char *text;
+	size_t len;
+	bool failed;			/* out of memory: there is no answer */
 
-/* A proxy is to become a target; the log says what comes of it. */
-void control_switch(void);
+	/* While control_query() appends to it: */
+	bool json;			/* the lines are those of an object, "json: TEXT" */
+	bool item;			/* the fields are those of an item of a list */
+	const char *before;		/* JSON: what comes in front of the next field or item */
+};
 
-/* Go on with what was waited for. */
-void control_tend(void);
+/* Append "name: value".  Control characters in the value become question marks. */
+void control_say(struct answer *a, const char *name, const char *fmt, ...) PRINTF_LIKE(3, 4);
+
+/* Append text as it is. */
+void control_put(struct answer *a, const char *fmt, ...) PRINTF_LIKE(2, 3);
+
+/* What is to be served is open; the options stay. */
+void control_init(const struct options *o);
+
+/* Append the state, in lines or as one JSON object. */
+void control_query(struct answer *a, bool json);
+
+/*
+ * Of a proxy: append how the copy is going; *runs is whether it goes on.  If not, append the parts
+ * that failed: NULL, or why blocks are missing.
+ */
+const char *control_say_progress(struct answer *a, bool *runs);
+
+/* The state tells of the last snapshot: its path, or NULL and why there is none. */
+void control_note_snapshot(const char *path, const char *error);
 
 #endif

@@ -8,13 +8,16 @@
 #define _GNU_SOURCE
 #include "ctl.h"
 
+#include "cache.h"
+#include "control.h"
+#include "exports.h"
 #include "listen.h"
+#include "log.h"
 #include "loop.h"
 #include "util.h"
 
 #include <errno.h>
 #include <inttypes.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,140 +29,91 @@ enum {
 	IDLE_MS = 60 * 1000,		/* without a command: then the connection is closed */
 	PROGRESS_MS = 1000,
 	BLOCKS_PER_REQUEST_MAX = 8192,
-	ANSWER_LINE_MAX = 16384,	/* bytes; more than there are to say */
-	VALUE_MAX = 16384 - 256,	/* with room for a name */
 	LINE_END = 2,			/* "\r\n" */
 };
 
-struct ctl_reply {
-	char *text;
-	size_t len;
-	bool failed;			/* out of memory: there is no answer */
-};
-
 enum state {
+	STATE_FREE,			/* there is no connection */
 	STATE_IDLE,
+
+	/* A command is under way: */
 	STATE_COPYING,
 	STATE_SWITCHING,
 	STATE_RECONNECTING,
 	STATE_SNAPSHOT,
-	STATE_CLOSING,			/* when the answer has been sent */
 };
 
 struct ctl_client {
 	struct source source;
 	enum state state;
-	bool ended;			/* there is no more input to come */
-	bool broken;			/* nothing can be received or sent any more */
+	bool ended;			/* no more input comes, or is taken */
 	bool behind;			/* waits for the end after the next one */
-	const struct export *snapshot_of;	/* STATE_SNAPSHOT */
+	const struct export *snapshot_of;	/* STATE_SNAPSHOT; else NULL */
 	uint64_t due;			/* now_ms(): for progress; else to be closed */
-	uint64_t idle_since;		/* a count of those that became idle */
-	struct ctl_reply out;
+	struct answer out;		/* failed also if the connection is broken */
 	size_t len;			/* of the input that was not carried out yet */
 	char input[CTL_LINE_MAX + LINE_END];
 };
 
-/* There is one control socket at most. */
 static struct {
-	const struct ctl_ops *ops;	/* NULL: there is none */
-	uint64_t idle_count;
-	bool reconnecting;		/* even if who asked for it has left */
-	bool background;		/* somebody wanted a copy, and need not wait for it */
-	struct ctl_client *client[CONNECTIONS_MAX];	/* NULL: a free place */
+	bool reconnecting;		/* even if the client that asked for it has left */
+	bool background;		/* a copy is wanted that no client waits for */
+	struct ctl_client client[CONNECTIONS_MAX];
 } ctl;
 
+static struct ctl_client *const places_end = ctl.client + CONNECTIONS_MAX;
+
 /* Answers */
-
-void ctl_put(struct ctl_reply *reply, const char *fmt, ...)
-{
-	char part[ANSWER_LINE_MAX];
-	char *text;
-	va_list ap;
-
-	va_start(ap, fmt);
-	vsnprintf(part, sizeof(part), fmt, ap);
-	va_end(ap);
-	text = reply->failed ? NULL : realloc(reply->text, reply->len + strlen(part));
-	reply->failed = !text;
-	if (!text)
-		return;
-	reply->text = text;
-	memcpy(text + reply->len, part, strlen(part));
-	reply->len += strlen(part);
-}
-
-void ctl_say(struct ctl_reply *reply, const char *name, const char *fmt, ...)
-{
-	char value[VALUE_MAX];
-	va_list ap;
-
-	va_start(ap, fmt);
-	vsnprintf(value, sizeof(value), fmt, ap);
-	va_end(ap);
-	mask_control_characters(value, strlen(value));	/* a value must not end the line */
-	ctl_put(reply, "%s: %s\n", name, value);
-}
-
-void ctl_say_number(struct ctl_reply *reply, const char *name, uint64_t n)
-{
-	ctl_say(reply, name, "%" PRIu64, n);
-}
-
-static void become_idle(struct ctl_client *cl)
-{
-	cl->state = STATE_IDLE;
-	cl->idle_since = ctl.idle_count++;
-	cl->due = now_ms() + IDLE_MS;
-	cl->source.due = 0;
-}
 
 /* The command has been carried out: NULL, or why it was not. */
 static void answer(struct ctl_client *cl, const char *error)
 {
 	if (error)
-		ctl_say(&cl->out, "error", "%s", error);
+		control_say(&cl->out, "error", "%s", error);
 	else
-		ctl_put(&cl->out, "ok\n");
-	become_idle(cl);
+		control_put(&cl->out, "ok\n");
+	cl->state = STATE_IDLE;
+	cl->snapshot_of = NULL;
+	cl->due = now_ms() + IDLE_MS;
+	cl->source.due = 0;
 }
 
 static void ctl_flush(struct ctl_client *cl)
 {
-	struct ctl_reply *r = &cl->out;
+	struct answer *a = &cl->out;
 	ssize_t n;
 
-	if (!r->len || cl->broken)
+	if (!a->len || a->failed)
 		return;
-	n = send(cl->source.fd, r->text, r->len, MSG_NOSIGNAL | MSG_DONTWAIT);
+	n = send(cl->source.fd, a->text, a->len, MSG_NOSIGNAL | MSG_DONTWAIT);
 	if (n < 0) {
-		cl->broken = errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR;
+		a->failed = errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR;
 		return;
 	}
-	r->len -= (size_t)n;
-	memmove(r->text, r->text + n, r->len);
+	a->len -= (size_t)n;
+	memmove(a->text, a->text + n, a->len);
 }
 
-/* Commands.  Each gets what follows its name, NULL if that is nothing. */
+/*
+ * Commands.  Each gets what follows its name, NULL if that is nothing.  It returns why it is not
+ * carried out; or NULL, and if it is under way the client has that state.
+ */
 
-static void run_query(struct ctl_client *cl, char *arguments)
+static const char *run_query(struct ctl_client *cl, char *arguments)
 {
-	if (arguments && strcmp(arguments, "json")) {
-		answer(cl, "query may be followed by 'json' only");
-		return;
-	}
-	ctl.ops->query(&cl->out, arguments != NULL);
-	answer(cl, NULL);
+	if (arguments && strcmp(arguments, "json"))
+		return "query may be followed by 'json' only";
+	control_query(&cl->out, arguments != NULL);
+	return NULL;
 }
 
-static void run_snapshot(struct ctl_client *cl, char *arguments)
+static const char *run_snapshot(struct ctl_client *cl, char *arguments)
 {
-	const char *error = ctl.ops->snapshot(arguments, &cl->snapshot_of, &cl->behind);
+	const char *error = exports_snapshot_of(arguments, &cl->snapshot_of, &cl->behind);
 
-	if (error)
-		answer(cl, error);
-	else
+	if (!error)
 		cl->state = STATE_SNAPSHOT;
+	return error;
 }
 
 /* Tell how the copy is going, unless the client does not read that; and that it has ended. */
@@ -167,74 +121,65 @@ static void tell_progress(struct ctl_client *cl)
 {
 	size_t unread = cl->out.len;
 	bool runs;
-	const char *error = ctl.ops->copy(&cl->out, &runs);
+	const char *error = control_say_progress(&cl->out, &runs);
 
 	cl->due = now_ms() + PROGRESS_MS;
 	if (!runs) {
 		answer(cl, error);
-		ctl.ops->release_copy();
+		copy_release(&exports.cache->copy, false);
 	} else if (unread) {
 		cl->out.len = unread;
 	}
 }
 
-/* False after answering what is wrong. */
-static bool begin_copy(struct ctl_client *cl, const char *arguments)
+static const char *run_cache_all(struct ctl_client *cl, char *arguments)
 {
 	unsigned long blocks = 0;
 
-	if (arguments && !parse_number(arguments, 1, BLOCKS_PER_REQUEST_MAX, &blocks)) {
-		answer(cl, "BLOCKS_PER_REQUEST has to be a number from 1 to 8192");
-		return false;
-	}
-	ctl.ops->start_copy((unsigned)blocks);
-	return true;
-}
-
-static void run_cache_all(struct ctl_client *cl, char *arguments)
-{
-	if (!begin_copy(cl, arguments))
-		return;
+	if (arguments && !parse_number(arguments, 1, BLOCKS_PER_REQUEST_MAX, &blocks))
+		return "BLOCKS_PER_REQUEST has to be a number from 1 to 8192";
+	copy_start(&exports.cache->copy, (uint64_t)blocks * BLOCK_SIZE);
 	cl->state = STATE_COPYING;
-	tell_progress(cl);
+	cl->due = 0;
+	return NULL;
 }
 
 static void give_up_background(void)
 {
 	if (ctl.background)
-		ctl.ops->release_copy();
+		copy_release(&exports.cache->copy, false);
 	ctl.background = false;
 }
 
 /* It may have to start again, even if the end of the last one has not been told yet. */
-static void run_cache_all2(struct ctl_client *cl, char *arguments)
+static const char *run_cache_all2(struct ctl_client *cl, char *arguments)
 {
-	if (!begin_copy(cl, arguments))
-		return;
+	const char *error = run_cache_all(cl, arguments);
+
+	if (error)
+		return error;
 	give_up_background();
 	ctl.background = true;
-	answer(cl, NULL);
+	cl->state = STATE_IDLE;
+	return NULL;
 }
 
-static void run_stop_copy(struct ctl_client *cl, char *arguments)
+static const char *run_stop_copy(struct ctl_client *cl, char *arguments)
 {
-	(void)arguments;
+	(void)cl, (void)arguments;
 	give_up_background();
-	answer(cl, NULL);
+	return NULL;
 }
 
-static void run_switch(struct ctl_client *cl, char *arguments)
+static const char *run_switch(struct ctl_client *cl, char *arguments)
 {
-	const char *error;
+	const char *error = "switch may be followed by 'force' only";
 
-	if (arguments && strcmp(arguments, "force"))
-		error = "switch may be followed by 'force' only";
-	else
-		error = ctl.ops->switch_over(arguments != NULL);
-	if (error)
-		answer(cl, error);
-	else
+	if (!arguments || strcmp(arguments, "force") == 0)
+		error = cache_switch(exports.cache, arguments != NULL);
+	if (!error)
 		cl->state = STATE_SWITCHING;	/* one end for all who ask meanwhile */
+	return error;
 }
 
 /* The word at *rest, which is ended there; *rest goes to what follows it, or is NULL. */
@@ -248,35 +193,36 @@ static char *take_word(char **rest)
 	return word;
 }
 
-static void run_reconnect(struct ctl_client *cl, char *arguments)
+static const char *run_reconnect(struct ctl_client *cl, char *arguments)
 {
-	const char *host = take_word(&arguments), *port = take_word(&arguments), *error;
+	const char *host = take_word(&arguments), *port = take_word(&arguments);
 	bool local = host && strncmp(host, "unix:", 5) == 0;
+	const char *error;
 	unsigned long number;
 
 	if (!host || !*host || !port || !*port)
-		error = "reconnect needs HOST PORT, or unix:PATH -";
-	else if (!local && !parse_number(port, 1, UINT16_MAX, &number))
-		error = "PORT has to be a number from 1 to 65535";
-	else if (ctl.reconnecting)
-		error = "a reconnect is under way already";
-	else
-		error = ctl.ops->reconnect(host, local ? NULL : port, arguments);
-	if (error) {
-		answer(cl, error);
-		return;
-	}
+		return "reconnect needs HOST PORT, or unix:PATH -";
+	if (!local && !parse_number(port, 1, UINT16_MAX, &number))
+		return "PORT has to be a number from 1 to 65535";
+	if (ctl.reconnecting)
+		return "a reconnect is under way already";
+	if (exports.cache->switched)
+		return "this is a target, it has no origin";
+	error = origin_redirect(exports.cache->origin, host, local ? NULL : port, arguments);
+	if (error)
+		return error;
 	cl->state = STATE_RECONNECTING;
 	ctl.reconnecting = true;
+	return NULL;
 }
 
-static void run_help(struct ctl_client *cl, char *arguments);
+static const char *run_help(struct ctl_client *cl, char *arguments);
 
 static const struct command {
 	const char *name;
 	const char *arguments;		/* "" for none */
 	bool proxy;			/* for that only */
-	void (*run)(struct ctl_client *, char *arguments);
+	const char *(*run)(struct ctl_client *, char *arguments);
 } commands[] = {
 	{ "help", "", false, run_help },
 	{ "query", " [json]", false, run_query },
@@ -288,17 +234,18 @@ static const struct command {
 	{ "reconnect", " HOST PORT [EXPORT_NAME]", true, run_reconnect },
 };
 
-static void run_help(struct ctl_client *cl, char *arguments)
+static const char *run_help(struct ctl_client *cl, char *arguments)
 {
 	(void)arguments;
 	for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
-		if (ctl.ops->proxy || !commands[i].proxy)
-			ctl_say(&cl->out, "command", "%s%s", commands[i].name,
-				commands[i].arguments);
-	answer(cl, NULL);
+		if (exports.cache || !commands[i].proxy)
+			control_say(&cl->out, "command", "%s%s", commands[i].name,
+				    commands[i].arguments);
+	return NULL;
 }
 
-static void run_line(struct ctl_client *cl, char *line)
+/* As the commands. */
+static const char *run_line(struct ctl_client *cl, char *line)
 {
 	char *arguments = line, *name = take_word(&arguments);
 	const struct command *command = NULL;
@@ -307,54 +254,51 @@ static void run_line(struct ctl_client *cl, char *line)
 		if (strcmp(commands[i].name, name) == 0)
 			command = &commands[i];
 	if (!command)
-		answer(cl, "unknown command, try help");
-	else if (arguments && !*command->arguments)
-		answer(cl, "that command is a single word");
-	else if (command->proxy && !ctl.ops->proxy)
-		answer(cl, "that command is for a proxy, and this server is none");
-	else
-		command->run(cl, arguments);
+		return "unknown command, try help";
+	if (arguments && !*command->arguments)
+		return "that command is a single word";
+	if (command->proxy && !exports.cache)
+		return "that command is for a proxy, and this server is none";
+	return command->run(cl, arguments);
 }
 
 /* Lines */
 
-/* Copy the first line, without its end, to line of CTL_LINE_MAX + 1 bytes.  Its length, or -1. */
-static ssize_t take_line(struct ctl_client *cl, char *line)
+/* The first line is there, and has that length. */
+static void take_line(struct ctl_client *cl, size_t len)
 {
-	char *end = memchr(cl->input, '\n', cl->len);
-	size_t taken = end ? (size_t)(end - cl->input) + 1 : 0, len = taken ? taken - 1 : 0;
+	char *line = cl->input;
+	const char *error = "the line has a NUL byte";
 
-	if (len > 0 && cl->input[len - 1] == '\r')
-		len--;
-	if (len > CTL_LINE_MAX || (!end && cl->len == sizeof(cl->input))) {
-		answer(cl, "the line is too long");
-		cl->state = STATE_CLOSING;
-		return -1;
+	if (!memchr(line, '\0', len)) {
+		line[len] = '\0';
+		error = run_line(cl, line);
 	}
-	if (!end)
-		return -1;
-	memcpy(line, cl->input, len);
-	line[len] = '\0';
-	cl->len -= taken;
-	memmove(cl->input, end + 1, cl->len);
-	return (ssize_t)len;
+	if (error || cl->state == STATE_IDLE)
+		answer(cl, error);
 }
 
 /* Carry out what is there, as long as the client takes the answers. */
 static void run_lines(struct ctl_client *cl)
 {
-	char line[CTL_LINE_MAX + 1];
+	while (cl->state == STATE_IDLE && !cl->out.len && !cl->out.failed) {
+		char *end = memchr(cl->input, '\n', cl->len);
+		size_t len = end ? (size_t)(end - cl->input) : cl->len;
 
-	while (cl->state == STATE_IDLE && !cl->out.len && !cl->broken) {
-		ssize_t len = take_line(cl, line);
-
-		if (len >= 0 && memchr(line, '\0', (size_t)len))
-			answer(cl, "the line has a NUL byte");
-		else if (len >= 0)
-			run_line(cl, line);
-		ctl_flush(cl);
-		if (len < 0)
+		if (!end && len < sizeof(cl->input))
 			return;
+		if (end && len > 0 && end[-1] == '\r')
+			len--;
+		if (len > CTL_LINE_MAX) {
+			answer(cl, "the line is too long");
+			cl->ended = true;
+			cl->len = 0;
+		} else {
+			take_line(cl, len);
+			cl->len -= (size_t)(end + 1 - cl->input);
+			memmove(cl->input, end + 1, cl->len);
+		}
+		ctl_flush(cl);
 	}
 }
 
@@ -376,37 +320,34 @@ static void ctl_receive(struct ctl_client *cl)
 	else if (n == 0)
 		cl->ended = true;
 	else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
-		cl->broken = true;
+		cl->out.failed = true;
 }
 
 /* Connections */
 
 static bool is_busy(const struct ctl_client *cl)
 {
-	return cl->state != STATE_IDLE && cl->state != STATE_CLOSING;
+	return cl->state >= STATE_COPYING;
 }
 
 static void drop_client(struct ctl_client *cl)
 {
 	if (cl->state == STATE_COPYING)
-		ctl.ops->release_copy();
+		copy_release(&exports.cache->copy, false);
 	loop_remove(&main_loop, &cl->source);
 	close(cl->source.fd);
-	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
-		if (ctl.client[i] == cl)
-			ctl.client[i] = NULL;
 	free(cl->out.text);
-	free(cl);
+	cl->state = STATE_FREE;
 }
 
 /* A client that has only ended its own sending still gets its answers. */
 static bool ctl_has_left(const struct ctl_client *cl, short revents)
 {
-	if (cl->broken || cl->out.failed || (revents & (POLLERR | POLLNVAL)))
+	if (cl->out.failed || (revents & (POLLERR | POLLNVAL)))
 		return true;
 	if (is_busy(cl))
 		return revents & POLLHUP;
-	return now_ms() >= cl->due || (!cl->out.len && (cl->ended || cl->state == STATE_CLOSING));
+	return now_ms() >= cl->due || (!cl->out.len && cl->ended);
 }
 
 static struct ctl_client *client_of(const struct source *s)
@@ -440,117 +381,125 @@ static void ctl_turn(struct source *s, short revents)
 static const struct source_ops ctl_source_ops = { ctl_events, ctl_turn };
 
 /* A free place, made by closing the client that was idle for longest if need be; or NULL. */
-static struct ctl_client **find_place(void)
+static struct ctl_client *find_place(void)
 {
-	struct ctl_client **longest = NULL;
+	struct ctl_client *longest = NULL;
 
-	for (struct ctl_client **p = ctl.client; p < ctl.client + CONNECTIONS_MAX; p++) {
-		if (!*p)
-			return p;
-		if (!is_busy(*p) && (!longest || (*p)->idle_since < (*longest)->idle_since))
-			longest = p;
+	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++) {
+		if (cl->state == STATE_FREE)
+			return cl;
+		if (!is_busy(cl) && (!longest || cl->due < longest->due))
+			longest = cl;
 	}
 	if (longest)
-		drop_client(*longest);
+		drop_client(longest);
 	return longest;
 }
 
 static void accept_control(int fd, const struct sockaddr *sa, socklen_t len)
 {
 	static const char full[] = "error: too many connections\n";
-	struct ctl_client **place = find_place(), *cl = place ? calloc(1, sizeof(*cl)) : NULL;
+	struct ctl_client *cl = find_place();
 
 	(void)sa, (void)len;
 	if (cl) {
+		memset(cl, 0, sizeof(*cl));
 		cl->source = (struct source){ .ops = &ctl_source_ops, .fd = fd };
-		become_idle(cl);
+		cl->due = now_ms() + IDLE_MS;
 	}
 	if (!cl || !loop_add(&main_loop, &cl->source)) {
-		free(cl);
 		send(fd, full, sizeof(full) - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
 		close(fd);
 		return;
 	}
-	*place = cl;
-}
-
-/* The socket */
-
-bool ctl_open(const char *path, const struct ctl_ops *ops)
-{
-	if (!listen_unix(path, 0600, accept_control))
-		return false;
-	ctl.ops = ops;
-	return true;
-}
-
-void ctl_close(void)
-{
-	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
-		struct ctl_client *cl = ctl.client[i];
-
-		if (!cl)
-			continue;
-		if (is_busy(cl))
-			ctl_say(&cl->out, "error", "the server ends");
-		ctl_flush(cl);
-		drop_client(cl);
-	}
-	memset(&ctl, 0, sizeof(ctl));
+	cl->state = STATE_IDLE;
 }
 
 /* What was waited for.  The answers are sent by the next turn, which comes at once. */
 
-static void answer_all(enum state state, const char *error, uint64_t zeroed)
+/* The error is "" for success, of which the line "name: value" tells, unless that is "". */
+static void end_wait(enum state state, const struct export *of, const char *error,
+		     const char *name, const char *value)
 {
-	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
-		struct ctl_client *cl = ctl.client[i];
-
-		if (!cl || cl->state != state)
-			continue;
-		if (!error && zeroed)
-			ctl_say_number(&cl->out, "zeroed", zeroed);
-		answer(cl, error);
-	}
-}
-
-void ctl_switched(const char *error, uint64_t zeroed)
-{
-	answer_all(STATE_SWITCHING, error, zeroed);
-}
-
-void ctl_reconnected(const char *error)
-{
-	ctl.reconnecting = false;
-	answer_all(STATE_RECONNECTING, error, 0);
-}
-
-void ctl_snapshot_ended(const struct export *of, const char *path, const char *error)
-{
-	for (size_t i = 0; i < CONNECTIONS_MAX; i++) {
-		struct ctl_client *cl = ctl.client[i];
-
-		if (!cl || cl->state != STATE_SNAPSHOT || cl->snapshot_of != of)
+	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++) {
+		if (cl->state != state || cl->snapshot_of != of)
 			continue;
 		if (cl->behind) {
 			cl->behind = false;
 			continue;
 		}
-		if (path)
-			ctl_say(&cl->out, "snapshot", "%s", path);
-		answer(cl, path ? NULL : error);
+		if (!*error && *value)
+			control_say(&cl->out, name, "%s", value);
+		answer(cl, *error ? error : NULL);
 	}
 }
 
-void ctl_copied(void)
+static void snapshot_ended(const struct export *of, const char *path, const char *error)
 {
-	bool runs;
+	control_note_snapshot(path, error);
+	end_wait(STATE_SNAPSHOT, of, path ? "" : error, "snapshot", path);
+}
 
-	ctl.ops->copy(NULL, &runs);
-	if (runs)
+/* If it has. */
+static void copy_ended(void)
+{
+	struct copy_status s;
+
+	copy_status(&exports.cache->copy, &s);
+	if (s.state == COPY_RUNNING)
 		return;
 	give_up_background();
-	for (size_t i = 0; i < CONNECTIONS_MAX; i++)
-		if (ctl.client[i] && ctl.client[i]->state == STATE_COPYING)
-			tell_progress(ctl.client[i]);
+	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++)
+		if (cl->state == STATE_COPYING)
+			tell_progress(cl);
+}
+
+void ctl_tend(void)
+{
+	const char *error;
+	char zeroed[24] = "";
+
+	exports_tend(snapshot_ended);
+	if (!exports.cache)
+		return;
+	if (origin_redirected(exports.cache->origin, &error)) {
+		ctl.reconnecting = false;
+		end_wait(STATE_RECONNECTING, NULL, error ? error : "", "", "");
+	}
+	copy_ended();
+	if (!cache_switch_ended(exports.cache, &error))
+		return;
+	if (exports.cache->zeroed)
+		snprintf(zeroed, sizeof(zeroed), "%" PRIu64, exports.cache->zeroed);
+	end_wait(STATE_SWITCHING, NULL, error ? error : "", "zeroed", zeroed);
+}
+
+void ctl_switch(void)
+{
+	const char *error = exports.cache ? cache_switch(exports.cache, false) : "it is no proxy";
+
+	if (error)
+		log_error("cannot switch to target mode: %s", error);
+}
+
+/* The socket */
+
+bool ctl_open(const struct options *o)
+{
+	if (!o->control)
+		return true;
+	control_init(o);
+	return listen_unix(o->control, 0600, accept_control);
+}
+
+void ctl_close(void)
+{
+	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++) {
+		if (cl->state == STATE_FREE)
+			continue;
+		if (is_busy(cl))
+			control_say(&cl->out, "error", "the server ends");
+		ctl_flush(cl);
+		drop_client(cl);
+	}
 }

@@ -148,24 +148,6 @@ static void tally_describe(const struct tally *t, char *line)
 		 tally_percentile(t, 99), t->longest);
 }
 
-void tally_fields(const struct tally *t, struct tally_field field[TALLY_FIELDS])
-{
-	const struct tally_field fields[TALLY_FIELDS] = {
-		{ "reads", t->reads },
-		{ "writes", t->writes },
-		{ "flushes", t->flushes },
-		{ "others", t->others },
-		{ "read-bytes", t->read_bytes },
-		{ "written-bytes", t->written_bytes },
-		{ "errors", t->errors },
-		{ "max-us", t->longest },
-		{ "p50-us", tally_percentile(t, 50) },
-		{ "p99-us", tally_percentile(t, 99) },
-	};
-
-	memcpy(field, fields, sizeof(fields));
-}
-
 /* Errors */
 
 static const char command_names[][13] = { "READ", "WRITE", "DISC", "FLUSH", "TRIM", "CACHE",
@@ -222,15 +204,12 @@ uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now)
 /* All clients */
 
 static struct {
-	pthread_mutex_t lock;		/* guards the list and what is in gone; nothing but the log's inside */
+	pthread_mutex_t lock;		/* guards the list and gone; nothing but the log's inside */
 	struct stats *first, **end;	/* in the order in which they came */
-	struct stats gone;		/* the sum of those that have left */
+	struct stats gone;		/* the sum of those that have left; told: of all */
 
-	/* The main thread's. */
-	uint64_t interval;		/* ms; 0 for none */
-	uint64_t due;			/* now_ms(); UINT64_MAX for never */
-	struct tally told;		/* of all clients, at the end of the last interval */
-} all = { .lock = PTHREAD_MUTEX_INITIALIZER, .end = &all.first };
+	uint64_t due;			/* the main thread's: now_ms(); UINT64_MAX for never */
+} all = { .lock = PTHREAD_MUTEX_INITIALIZER, .end = &all.first, .due = UINT64_MAX };
 
 void stats_begin(struct stats *s, const char *peer)
 {
@@ -293,57 +272,39 @@ void stats_log(void)
 	log_tally("all clients", &total, true);
 }
 
-/* What was done since the last time, when told was the tally, and the longest of it. */
-static void log_interval(const char *name, const struct tally *now, struct tally *told,
-			 uint64_t longest)
+/* Log what was done since the last time, and keep in s how much was told.  Returns the longest. */
+static uint64_t log_interval(const char *name, const struct tally *now, struct stats *s)
 {
-	struct tally recent = { 0 }, present = { 0 };
+	struct tally recent = { 0 };
 
-	tally_add(&present, now, 1);
-	tally_add(&recent, &present, 1);
-	tally_add(&recent, told, UINT64_MAX);
-	recent.longest = longest;
+	tally_add(&recent, now, 1);
+	tally_add(&recent, &s->told, UINT64_MAX);
+	tally_add(&s->told, &recent, 1);
+	recent.longest = atomic_exchange(&s->longest, 0);
 	log_tally(name, &recent, false);
-	memcpy(told, &present, sizeof(*told));
+	return recent.longest;
 }
 
 static void log_intervals(void)
 {
 	struct tally total;
-	uint64_t longest, most;
 
 	stats_take(&total);
-	most = atomic_exchange(&all.gone.longest, 0);
-	for (struct stats *s = all.first; s; s = s->next) {
-		longest = atomic_exchange(&s->longest, 0);
-		if (longest > most)
-			most = longest;
-		log_interval(s->peer, &s->all, &s->told, longest);
-	}
+	for (struct stats *s = all.first; s; s = s->next)
+		raise_to(&all.gone.longest, log_interval(s->peer, &s->all, s));
+	log_interval("all clients", &total, &all.gone);
 	stats_release();
-	log_interval("all clients", &total, &all.told, most);
 }
 
-void stats_init(unsigned seconds)
+uint64_t stats_tend(unsigned seconds)
 {
-	all.interval = seconds * UINT64_C(1000);
-	all.due = UINT64_MAX;
-}
+	uint64_t now = now_ms();
 
-/* An interval begins with the first client. */
-uint64_t stats_due(bool clients)
-{
-	if (!all.interval || !clients)
-		all.due = UINT64_MAX;
-	else if (all.due == UINT64_MAX)
-		all.due = now_ms() + all.interval;
+	if (seconds == 0)
+		return all.due = UINT64_MAX;
+	if (now >= all.due)
+		log_intervals();
+	if (now >= all.due || all.due == UINT64_MAX)
+		all.due = now + seconds * UINT64_C(1000);
 	return all.due;
-}
-
-void stats_tend(void)
-{
-	if (now_ms() < all.due)
-		return;
-	all.due = now_ms() + all.interval;
-	log_intervals();
 }

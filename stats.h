@@ -81,14 +81,6 @@ void stats_complain(struct stats *s, const char *peer, const struct request *r);
 /* Say how many errors were not told, if it is time to.  Returns when it is; 0 for never. */
 uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now);
 
-/* A tally in names and numbers, as the control socket tells it. */
-enum { TALLY_FIELDS = 10 };
-struct tally_field {
-	const char *name;
-	uint64_t value;
-};
-void tally_fields(const struct tally *t, struct tally_field field[TALLY_FIELDS]);
-
 /*
  * Delays are counted by powers of two: delay[i] those of up to delay_top(i) microseconds, which
  * is one less than a power, and longer than delay_top(i - 1).
@@ -102,12 +94,13 @@ uint64_t delay_top(unsigned i);
  */
 uint64_t tally_percentile(const struct tally *t, unsigned percent);
 
-/* All clients.  Main thread.  The log gets what was done every so often, 0 for never. */
-void stats_init(unsigned seconds);
+/* All clients.  Main thread. */
 
-/* now_ms() when stats_tend() has something to do, UINT64_MAX for never; whether there are clients. */
-uint64_t stats_due(bool clients);
-void stats_tend(void);
+/*
+ * Log what was done each so many seconds, of which the first begin with this call; 0 for never.
+ * Returns now_ms() of the next call, UINT64_MAX for none.
+ */
+uint64_t stats_tend(unsigned seconds);
 
 /* Log what each client did since it connected. */
 void stats_log(void);

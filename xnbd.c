@@ -9,7 +9,6 @@
 #include "cache.h"
 #include "clients.h"
 #include "confine.h"
-#include "control.h"
 #include "ctl.h"
 #include "exports.h"
 #include "listen.h"
@@ -500,14 +499,13 @@ static void notify_supervisor(const char *state)
 static bool start(struct server *s)
 {
 	raise_limits();
-	stats_init((unsigned)s->options.stats);
 	if (s->options.user && !confine_find_user(s->options.user))
 		return false;
 	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) ||
 	    is_image(&s->options, s->options.logpath) || !open_sockets(s))
 		return false;
 	opening = 0;
-	if (!options_are_of_use(s) || !control_open(&s->options) || !write_pidfile(s) ||
+	if (!options_are_of_use(s) || !ctl_open(&s->options) || !write_pidfile(s) ||
 	    !give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start())
 		return false;
 	log_line("%s", confine_is_in_force() ? "confined to the files that are needed" :
@@ -586,22 +584,22 @@ static void take_wakeups(void)
 	if (take_signal(SIGUSR1) && !exports_snapshot())
 		log_error("SIGUSR1 ignored: snapshots are taken in target mode");
 	if (take_signal(SIGUSR2))
-		control_switch();
+		ctl_switch();
 	if (take_signal(SIGRTMIN) || take_signal(SIGINFO))
 		stats_log();
-	control_tend();
+	ctl_tend();
 }
 
 /* Accept clients until a signal to stop, or until the only client has left. */
 static void serve(struct server *s)
 {
 	bool single = s->single_fd >= 0;
+	unsigned stats = (unsigned)s->options.stats;
 
 	while (!stop_signals && !(single && clients_count() == 0)) {
-		loop_poll(&main_loop, stats_due(clients_count() > 0));
+		loop_poll(&main_loop, stats_tend(clients_count() > 0 ? stats : 0));
 		if (loop_deliver(&main_loop))
 			take_wakeups();
-		stats_tend();
 	}
 }
 

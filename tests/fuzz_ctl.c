@@ -1,16 +1,20 @@
 /*
- * fuzz_ctl.c - fuzzes the control socket: ctl.c, between clients and a server that are both
- * pretended.
+ * fuzz_ctl.c - fuzzes the control socket: ctl.c and control.c, between clients and a server that are
+ * both pretended.
  *
  * An input is a list of events: somebody connects, sends, reads, leaves; a copy or a switch ends;
- * time passes; memory runs out.  The sockets and the clock are those of this file, so that ctl.c
- * is included here.  After each event it gets its turns, as in the main loop, until there is
- * nothing to do.
+ * time passes; memory runs out.  The sockets and the clock are those of this file, so that both are
+ * included here.  After each event they get their turns, as in the main loop, until there is nothing
+ * to do.
  */
 #define _GNU_SOURCE
 #include "fuzz.h"
 
+#include "../cache.h"
+#include "../clients.h"
+#include "../confine.h"
 #include "../ctl.h"
+#include "../exports.h"
 #include "../listen.h"
 #include "../util.h"
 
@@ -41,6 +45,7 @@ static bool fake_listen(listen_accept *got);
 #define now_ms fake_now
 #define realloc fake_realloc
 #define listen_unix(path, mode, got) fake_listen(got)
+#include "../control.c"
 #include "../ctl.c"
 #undef recv
 #undef send
@@ -73,12 +78,17 @@ static size_t sources;
 struct loop main_loop;
 static listen_accept *accepted;
 
-/* The proxy. */
+/* The proxy, or a target. */
+static struct backend backend;
+static struct exported image[2] = { { .path = "proxy\nok\r\x7f", .export.backend = &backend } };
+struct exports exports = { .all = image, .count = 1 };
+struct load load;
 static unsigned copies;			/* started and not released */
 static bool copy_runs, copy_failed, switching, reconnecting;
 static unsigned snapshots;		/* to be made; the first may be under way */
-static bool snapshot_runs;
-static const struct export *const this_export = (const void *)&snapshots;
+static bool snapshot_runs, snapshot_ends, snapshot_fails;
+static struct cache_news news;
+static void (*redirect_done)(const char *error);
 static uint64_t cached, total;
 
 /* Sockets */
@@ -149,8 +159,8 @@ static int fake_close(int fd)
 	struct peer *p = peer_of(fd);
 
 	for (size_t i = 0; !server_ends && i < CONNECTIONS_MAX; i++)
-		if (ctl.client[i] && ctl.client[i]->source.fd == fd)
-			assert(!is_busy(ctl.client[i]) || p->gone || no_memory);
+		if (ctl.client[i].state != STATE_FREE && ctl.client[i].source.fd == fd)
+			assert(!is_busy(&ctl.client[i]) || p->gone || no_memory);
 	p->closed = true;
 	return 0;
 }
@@ -185,76 +195,124 @@ static short events_of(int fd)
 	return p->gone ? events | POLLHUP : events;
 }
 
-/* What the proxy does */
+/* What the server does */
 
-static void query(struct ctl_reply *reply, bool json)
+void wake_main(void)
 {
-	if (json)
-		ctl_put(reply, "json: {\njson: }\n");
-	ctl_say(reply, "mode", "%s", "proxy\nok\r\x7f");	/* it must not look like two lines */
-	for (unsigned i = 0; i < cached % 64; i++)
-		ctl_say(reply, "name", "%*u", (int)cached, i);
+}
+
+size_t clients_count(void)
+{
+	return peers;
+}
+
+bool confine_is_in_force(void)
+{
+	return false;
 }
 
 /* One that was wanted begins at the end of the one before. */
-static const char *snapshot(const char *name, const struct export **of, bool *behind)
+const char *exports_snapshot_of(const char *name, const struct export **e, bool *behind)
 {
 	if (cached % 8 == 7 || (name && strlen(name) % 8 == 7))
 		return "it is a device";
-	*of = this_export;
+	*e = &image[0].export;
 	*behind = snapshot_runs;
 	snapshots = snapshot_runs ? 2 : 1;
 	return NULL;
 }
 
-static const char *switch_over(bool force)
+void exports_tend(exports_ended *ended)
 {
+	if (!snapshot_ends)
+		return;
+	snapshot_ends = false;
+	ended(&image[1].export, NULL, "of another export, which nobody wanted");
+	ended(&image[0].export, snapshot_fails ? NULL : "/a\nb", "the disk is full");
+}
+
+bool cache_is_target(struct backend *b)
+{
+	(void)b;
+	return false;
+}
+
+const char *cache_switch(struct backend *b, bool force)
+{
+	(void)b;
 	if (!switching && !force && cached < total)
 		return "not all of it is here";
 	switching = true;
 	return NULL;
 }
 
-static const char *reconnect(const char *host, const char *port, const char *export_name)
+void cache_tend(struct backend *b, struct cache_news *n)
 {
-	assert(!reconnecting && *host && !strchr(host, ' '));
-	assert(strlen(host) + (export_name ? strlen(export_name) : 0) <= CTL_LINE_MAX);
-	assert(port ? *port && !strchr(port, ' ') : strncmp(host, "unix:", 5) == 0);
-	if (strcmp(host, "bad") == 0)
-		return "no such host";
-	reconnecting = true;
+	(void)b;
+	*n = news;
+	news = (struct cache_news){ 0 };
+}
+
+void cache_status(struct backend *b, struct cache_status *s)
+{
+	(void)b;
+	*s = (struct cache_status){ .blocks = total, .held = cached };
+}
+
+struct origin *cache_origin(struct backend *b)
+{
+	(void)b;
 	return NULL;
 }
 
-static void start_copy(unsigned blocks)
+void origin_status(struct origin *o, struct origin_status *s)
 {
-	assert(blocks <= BLOCKS_MAX);
+	(void)o;
+	*s = (struct origin_status){ .links = cached % 2, .reason = "it\nis down" };
+}
+
+void origin_redirect(struct origin *o, const char *host, const char *port, const char *export_name,
+		     void (*done)(const char *error))
+{
+	(void)o;
+	assert(!reconnecting && *host && !strchr(host, ' '));
+	assert(strlen(host) + (export_name ? strlen(export_name) : 0) <= CTL_LINE_MAX);
+	assert(port ? *port && !strchr(port, ' ') : strncmp(host, "unix:", 5) == 0);
+	reconnecting = true;
+	redirect_done = done;
+	if (strcmp(host, "bad") == 0)
+		done("no such host");
+}
+
+struct copy *cache_copy(struct backend *b)
+{
+	(void)b;
+	return NULL;
+}
+
+void copy_start(struct copy *c, uint64_t request_bytes)
+{
+	(void)c;
+	assert(request_bytes <= (uint64_t)BLOCKS_MAX * BLOCK_SIZE);
 	copies++;
 	copy_runs |= cached < total;	/* one that runs ends by end_copy() only */
 }
 
-static void release_copy(void)
+void copy_release(struct copy *c)
 {
+	(void)c;
 	assert(copies > 0);
 	if (--copies == 0)
 		copy_runs = false;
 }
 
-static const char *tell(struct ctl_reply *reply, bool *runs)
+void copy_status(struct copy *c, struct copy_status *s)
 {
-	*runs = copy_runs;
-	if (reply)
-		ctl_say(reply, "progress", "%" PRIu64 " %" PRIu64 " 0", cached, total);
-	if (!reply || copy_runs || cached == total)
-		return NULL;
+	(void)c;
+	*s = (struct copy_status){ .state = copy_runs ? COPY_RUNNING : copy_failed ? COPY_FAILED : COPY_IDLE };
 	if (copy_failed)
-		ctl_say(reply, "failed", "%d %" PRIu64, 8192, UINT64_MAX);
-	return copy_failed ? "the origin\nis gone" : "the copy was stopped";
+		s->failure[s->failures++] = (struct span){ .off = 8192, .len = UINT64_MAX };
 }
-
-static const struct ctl_ops ops = { query, snapshot, true, switch_over, reconnect,
-				    start_copy, release_copy, tell };
-static const struct ctl_ops no_proxy = { .query = query, .snapshot = snapshot };
 
 /* Peers */
 
@@ -346,8 +404,8 @@ static void end_copy(unsigned how)
 	if (!copy_failed)
 		cached = total;
 	copy_runs = false;
-	if (ctl.ops->proxy)
-		ctl_copied();
+	news.copied = true;
+	ctl_tend();
 }
 
 static void end_switch(unsigned how)
@@ -355,15 +413,21 @@ static void end_switch(unsigned how)
 	if (!switching)
 		return;
 	switching = false;
-	ctl_switched(how & 1 ? "the disk\nis full" : NULL, how & 2);
+	news.switched = true;
+	news.zeroed = how & 2;
+	strcpy(news.error, how & 1 ? "the disk\nis full" : "");
+	ctl_tend();
 }
 
+/* One to a bad host has ended already. */
 static void end_reconnect(unsigned how)
 {
 	if (!reconnecting)
 		return;
+	if (!atomic_load(&ctl.reconnect_ended))
+		redirect_done(how & 1 ? "another size" : NULL);
 	reconnecting = false;
-	ctl_reconnected(how & 1 ? "another size" : NULL);
+	ctl_tend();
 }
 
 static void tend_snapshot(unsigned how)
@@ -373,8 +437,9 @@ static void tend_snapshot(unsigned how)
 	} else if (snapshots > 0) {
 		snapshots--;
 		snapshot_runs = false;
-		ctl_snapshot_ended(NULL, NULL, "of another export, which nobody wanted");
-		ctl_snapshot_ended(this_export, how & 2 ? "/a\nb" : NULL, "the disk is full");
+		snapshot_ends = true;
+		snapshot_fails = !(how & 2);
+		ctl_tend();
 	}
 }
 
@@ -406,6 +471,8 @@ static bool take_turn(void)
 {
 	bool ready = accept_peer();
 
+	if (atomic_load(&ctl.reconnect_ended))
+		end_reconnect(0);
 	for (size_t i = sources; i-- > 0;)
 		if (i < sources)
 			ready |= turn_source(source[i]);
@@ -510,7 +577,7 @@ static void check_peer(const struct peer *p)
 		assert(p->done_sending && p->answers == p->lines);
 }
 
-static void begin(void)
+static void begin(bool proxy)
 {
 	server_ends = false;
 	peers = arriving = 0;
@@ -520,8 +587,12 @@ static void begin(void)
 	copies = 0;
 	copy_runs = copy_failed = switching = reconnecting = snapshot_runs = false;
 	snapshots = 0;
+	snapshot_ends = false;
+	news = (struct cache_news){ 0 };
 	cached = 0;
 	total = 100;
+	ctl.reconnecting = ctl.background = false;
+	exports.cache = proxy ? &backend : NULL;
 }
 
 static void end(bool memory_was_short)
@@ -546,8 +617,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 	bool memory_was_short = false;
 	bool opened;
 
-	begin();
-	opened = ctl_open("", n % 8 == 7 ? &no_proxy : &ops);
+	begin(n % 8 != 7);
+	opened = ctl_open(&(struct options){ .control = "" });
 	assert(opened);
 	while (in.left > 0) {
 		event(&in);

@@ -33,7 +33,7 @@ TARGETS = {
     "server": (["proto.c", "proto_client.c", "util.c"], 4096),
     "origin": (["proto.c", "proto_client.c", "util.c"], 4096),
     "link": (["proto.c", "proto_client.c", "loop.c", "log.c", "util.c"], 1024),
-    "ctl": (["log.c", "util.c"], 1024),
+    "ctl": (["stats.c", "log.c", "util.c"], 1024),
     "bitmap": (["log.c", "util.c"], 1024),
 }
 FLAGS = ["-std=c11", "-D_FILE_OFFSET_BITS=64", "-pthread", "-O1", "-g", "-fno-omit-frame-pointer"]
