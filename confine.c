@@ -105,23 +105,18 @@ bool confine_give_socket(const char *path)
 	if (lchown(path, user.uid, user.gid) < 0)
 		err = errno;
 #endif
-	if (err)
-		log_failure("cannot give unix:%s to --user: %s", path, strerror(err));
-	return err == 0;
+	return !err || log_failure("cannot give unix:%s to --user: %s", path, strerror(err));
 }
 
 /* Without any other group, for ever.  False after logging why not. */
 static bool become_user(void)
 {
-	if (setgroups(1, &user.gid) < 0 || setgid(user.gid) < 0 || setuid(user.uid) < 0) {
-		log_failure("cannot become user %lu: %s", (unsigned long)user.uid, strerror(errno));
-		return false;
-	}
+	if (setgroups(1, &user.gid) < 0 || setgid(user.gid) < 0 || setuid(user.uid) < 0)
+		return log_failure("cannot become user %lu: %s", (unsigned long)user.uid,
+				   strerror(errno));
 	if (setuid(0) == 0 || getuid() != user.uid || geteuid() != user.uid ||
-	    getgid() != user.gid || getegid() != user.gid) {
-		log_failure("cannot become user %lu for good", (unsigned long)user.uid);
-		return false;
-	}
+	    getgid() != user.gid || getegid() != user.gid)
+		return log_failure("cannot become user %lu for good", (unsigned long)user.uid);
 	return true;
 }
 
@@ -272,10 +267,8 @@ bool confine_enter(bool sandbox, bool connects)
 			log_line("--user %s: cannot %s%s later: %s", user.name, k->deed, k->path,
 				 strerror(errno));
 	err = sandbox ? enter_rules(connects) : 0;
-	if (err)
-		log_failure("cannot confine the server: %s (--no-sandbox starts it without)",
-			    strerror(-err));
-	return err == 0;
+	return !err || log_failure("cannot confine the server: %s (--no-sandbox starts it without)",
+				   strerror(-err));
 }
 
 bool confine_is_in_force(void)

@@ -14,7 +14,6 @@
 struct exported {
 	struct export export;
 	char *path;			/* of the image, from the root: a daemon leaves its place */
-	const char *image;		/* the same, as it was given */
 	struct job look;		/* at the image, by a worker */
 	struct disk *disk;		/* what snapshots are taken of; NULL: there are none */
 	struct snapshot *snapshot;	/* that is being made, or NULL */

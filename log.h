@@ -55,8 +55,11 @@ void log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
 #define log_error(...) log_at(LOG_ERROR, __VA_ARGS__)
 #define log_peer(level, ...) log_at((level) | LOG_OF_PEER, __VA_ARGS__)
 
-/* One line about a failed start: to stderr, and to the log as well where that is another place. */
-void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
+/*
+ * One line about a failed start: to stderr, and to the log as well where that is another place.
+ * Returns false, for a caller that does so.
+ */
+bool log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
 
 /* log_flush(), and the end of the program with a failure.  Also for signal handlers. */
 void end_at_once(void);
