@@ -115,7 +115,7 @@ static bool open_export(const struct options *o)
 static void look_at_image(struct job *job)
 {
 	static const struct {
-		const char *format, *magic;
+		char format[8], magic[24];
 		unsigned off;
 	} known[] = {
 		{ "qcow2", "QFI\xfb", 0 },
@@ -228,38 +228,26 @@ const char *exports_snapshot_of(const char *name, const struct export **e, bool 
 	return NULL;
 }
 
-/* Nobody reads or writes: this is the instant that the snapshot shows. */
-static void begin_snapshot(struct exported *e, exports_ended *ended)
-{
-	const char *error;
-
-	e->wanted = false;
-	e->snapshot = snapshot_new(e->disk, e->path, &error);
-	if (!e->snapshot)
-		ended(&e->export, NULL, error);
-}
-
-static void end_snapshot(struct exported *e, exports_ended *ended)
-{
-	const char *error, *path = snapshot_path(e->snapshot, &error);
-
-	ended(&e->export, path, error);
-	snapshot_free(e->snapshot);
-	e->snapshot = NULL;
-}
-
 static void tend_snapshot(struct exported *e, exports_ended *ended)
 {
-	bool over = e->snapshot && snapshot_is_over(e->snapshot);
+	const char *path, *error;
 
-	if (!over && (e->snapshot || !e->wanted))
+	if (e->snapshot ? !snapshot_is_over(e->snapshot) : !e->wanted)
 		return;
 	if (!gate_close(&e->export.gate))
 		return;		/* called again when it is empty */
-	if (over)
-		end_snapshot(e, ended);
-	if (e->wanted)
-		begin_snapshot(e, ended);
+	if (e->snapshot) {
+		path = snapshot_path(e->snapshot, &error);
+		ended(&e->export, path, error);
+		snapshot_free(e->snapshot);
+		e->snapshot = NULL;
+	}
+	if (e->wanted) {	/* nobody reads or writes: the instant that the snapshot shows */
+		e->wanted = false;
+		e->snapshot = snapshot_new(e->disk, e->path, &error);
+		if (!e->snapshot)
+			ended(&e->export, NULL, error);
+	}
 	gate_open(&e->export.gate);
 }
 
@@ -271,25 +259,18 @@ void exports_tend(exports_ended *ended)
 
 /* End */
 
-void exports_stop(void)
+bool exports_stop(void)
 {
-	for (size_t i = 0; i < exports.count; i++) {
-		struct exported *e = &exports.all[i];
+	bool busy = false;
 
+	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
 		if (e->snapshot)
 			snapshot_abandon(e->snapshot);
+		busy |= e->snapshot && !snapshot_is_over(e->snapshot);
 		gate_open(&e->export.gate);	/* nobody waits for it any more */
 	}
 	if (exports.cache)
 		cache_stop(exports.cache);
-}
-
-bool exports_are_busy(void)
-{
-	bool busy = false;
-
-	for (const struct exported *e = exports.all; e < exports.all + exports.count; e++)
-		busy |= e->snapshot && !snapshot_is_over(e->snapshot);
 	return busy;
 }
 

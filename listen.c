@@ -32,7 +32,7 @@ enum {
 };
 
 struct listener {
-	struct source source;	/* due while the system has no more descriptors: accepting pauses */
+	struct source source;	/* first: the loop has a pointer to it; due while the system has no more descriptors: accepting pauses */
 	char address[ADDRESS_MAX];
 	char *unix_path;	/* of a socket that we made, from the root; else NULL */
 	struct stat file;	/* of such a socket, so that only our own is unlinked */
@@ -189,20 +189,6 @@ static bool is_alive(const struct sockaddr_un *sun)
 }
 
 /*
- * Bind; the socket's file has the mode from its beginning.  The umask is that of all threads, but
- * nobody creates files meanwhile.  0 or -errno.
- */
-static int bind_mode(int fd, const struct sockaddr_un *sun, mode_t mode)
-{
-	mode_t old = mode ? umask(~mode & 0777) : 0;
-	int err = bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0 ? -errno : 0;
-
-	if (mode)
-		umask(old);
-	return err;
-}
-
-/*
  * Lock the directory of a socket, since one that another start has bound, and that does not listen
  * yet, looks as one that nobody serves.  The descriptor that holds the lock, or -errno.
  */
@@ -224,29 +210,34 @@ static int lock_directory(const char *path)
 }
 
 /* Bind, in place of a stale socket if there is one and the directory is locked.  0 or -errno. */
-static int bind_unix(int fd, const struct sockaddr_un *sun, mode_t mode, int lock)
+static int bind_unix(int fd, const struct sockaddr_un *sun, int lock)
 {
-	int err = lock == -EWOULDBLOCK ? lock : bind_mode(fd, sun, mode);
 	struct stat st;
 
-	if (err != -EADDRINUSE)
-		return err;
-	if (lstat(sun->sun_path, &st) < 0)
-		return -errno;
-	if (!S_ISSOCK(st.st_mode))
-		return -EEXIST;
-	if (is_alive(sun))
-		return -EADDRINUSE;
-	if (lock < 0)
+	if (lock == -EWOULDBLOCK)
 		return lock;
-	if (unlink(sun->sun_path) < 0)
-		return -errno;
-	return bind_mode(fd, sun, mode);
+	while (bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0) {
+		if (errno != EADDRINUSE || lstat(sun->sun_path, &st) < 0)
+			return -errno;
+		if (!S_ISSOCK(st.st_mode))
+			return -EEXIST;
+		if (is_alive(sun))
+			return -EADDRINUSE;
+		if (lock < 0)
+			return lock;
+		if (unlink(sun->sun_path) < 0)
+			return -errno;
+	}
+	return 0;
 }
 
-/* 0 or -errno; what was made is closed and removed by listen_close(). */
+/*
+ * The socket's file has the mode from its beginning: the umask is that of all threads, but nobody
+ * creates files meanwhile.  0 or -errno; what was made is closed and removed by listen_close().
+ */
 static int start_unix(struct listener *l, const struct sockaddr_un *sun, mode_t mode)
 {
+	mode_t old;
 	int lock, err;
 
 	l->source.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -254,7 +245,11 @@ static int start_unix(struct listener *l, const struct sockaddr_un *sun, mode_t 
 	if (l->source.fd < 0 || !l->unix_path)
 		return -errno;
 	lock = lock_directory(sun->sun_path);
-	err = bind_unix(l->source.fd, sun, mode, lock);
+	old = umask(~mode & 0777);
+	if (!mode)
+		umask(old);
+	err = bind_unix(l->source.fd, sun, lock);
+	umask(old);
 	if (!err && (lstat(l->unix_path, &l->file) < 0 || listen(l->source.fd, BACKLOG) < 0))
 		err = -errno;
 	name_listener(l);
@@ -334,16 +329,9 @@ bool listen_passed(int count)
 
 /* Accepting */
 
-static struct listener *listener_of(const struct source *s)
-{
-	return (struct listener *)((char *)(uintptr_t)s - offsetof(struct listener, source));
-}
-
 static short listener_events(const struct source *s)
 {
-	const struct listener *l = listener_of(s);
-
-	return l->source.due != UINT64_MAX ? 0 : POLLIN;
+	return s->due != UINT64_MAX ? 0 : POLLIN;
 }
 
 static void listener_turn(struct source *s, short revents)
@@ -354,7 +342,7 @@ static void listener_turn(struct source *s, short revents)
 		int fd = accept4(s->fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 		if (fd >= 0) {
-			listener_of(s)->accepted(fd, &address.sa, len);
+			((struct listener *)s)->accepted(fd, &address.sa, len);
 			continue;
 		}
 		if (is_out_of_resources(errno)) {

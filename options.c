@@ -186,29 +186,24 @@ static void add_export(const struct row *r, void *options, const char *value)
 	add_image(o, name, path + 1);
 }
 
-static void print_help(const struct program *p)
+/* --help, or --version, where the program's name is the first word of its usage. */
+static void show_help(const struct row *chosen, void *field, const char *value)
 {
-	printf("usage: %s\n", p->usage);
-	for (size_t i = 0; i < p->count; i++) {
-		const struct row *r = &p->rows[i];
+	const struct program *p = line.program;
+	bool help = chosen->letter == 'h';
+
+	(void)field, (void)value;
+	if (help)
+		printf("usage: %s\n", p->usage);
+	else
+		printf("%.*s %s\n", (int)strcspn(p->usage, " "), p->usage, XNBD_VERSION);
+	for (const struct row *r = p->rows; help && r < p->rows + p->count; r++) {
 		char letter[] = "-x, ", name[64];
 
 		letter[1] = r->letter;
 		snprintf(name, sizeof(name), "%s--%s %s", r->letter ? letter : "    ", r->name, r->arg);
 		printf("  %-28s %s\n", name, r->help);
 	}
-}
-
-/* --help, or --version, where the program's name is the first word of its usage. */
-static void show_help(const struct row *r, void *field, const char *value)
-{
-	const struct program *p = line.program;
-
-	(void)field, (void)value;
-	if (r->letter == 'h')
-		print_help(p);
-	else
-		printf("%.*s %s\n", (int)strcspn(p->usage, " "), p->usage, XNBD_VERSION);
 	flush_output();
 	exit(EXIT_SUCCESS);
 }
@@ -350,19 +345,17 @@ static const struct program bgctl = {
 };
 
 /* Options of the server that contradict each other. */
-static const struct {
-	const char *one, *others[9];
-} exclusive[] = {
-	{ "logpath", { "syslog" } },
-	{ "quiet", { "verbose" } },
-	{ "cow-dir", { "cow-file" } },
-	{ "create", { "readonly" } },
-	{ "export", { "oldstyle", "connected-fd" } },
-	{ "oldstyle", { "connected-fd" } },
-	{ "inetd", { "connected-fd", "daemonize", "lport", "laddr", "unix", "threads",
-		     "max-connections", "max-per-host" } },
-	{ "connected-fd", { "daemonize", "lport", "laddr", "unix", "threads", "max-connections",
-			    "max-per-host" } },
+static const char exclusive[][2][16] = {
+	{ "logpath", "syslog" }, { "quiet", "verbose" }, { "cow-dir", "cow-file" },
+	{ "create", "readonly" }, { "export", "oldstyle" }, { "export", "connected-fd" },
+	{ "oldstyle", "connected-fd" }, { "inetd", "connected-fd" },
+	{ "inetd", "daemonize" }, { "connected-fd", "daemonize" },
+	{ "inetd", "lport" }, { "connected-fd", "lport" },
+	{ "inetd", "laddr" }, { "connected-fd", "laddr" },
+	{ "inetd", "unix" }, { "connected-fd", "unix" },
+	{ "inetd", "threads" }, { "connected-fd", "threads" },
+	{ "inetd", "max-connections" }, { "connected-fd", "max-connections" },
+	{ "inetd", "max-per-host" }, { "connected-fd", "max-per-host" },
 };
 
 /* The words of the command line */
@@ -488,13 +481,10 @@ static const char *take_remote(const char *name, const char *port_name, const ch
 /* Options that contradict each other, or that would do nothing. */
 static void check_together(const struct options *o)
 {
-	for (size_t i = 0; i < ARRAY_SIZE(exclusive); i++) {
-		const char *one = exclusive[i].one;
-
-		for (const char *const *other = exclusive[i].others; *other; other++)
-			if (has(one) && has(*other))
-				usage_error("--%s and --%s exclude each other", one, *other);
-	}
+	for (size_t i = 0; i < ARRAY_SIZE(exclusive); i++)
+		if (has(exclusive[i][0]) && has(exclusive[i][1]))
+			usage_error("--%s and --%s exclude each other", exclusive[i][0],
+				    exclusive[i][1]);
 	if (o->control && o->mode == MODE_PROXY)
 		usage_error("--ctl is not for a proxy: its last argument is CONTROL_SOCKET_PATH");
 	if (o->unix_mode && !o->unix_path)
@@ -564,22 +554,11 @@ static void check_word(const char *what, const char *word)
 			    word);
 }
 
-/* The server may have another working directory. */
-static const char *from_root(const char *host)
-{
-	char *path = not_null(absolute_path(host + strlen("unix:"))), *result = NULL;
-
-	if (asprintf(&result, "unix:%s", path) < 0)
-		result = NULL;
-	free(path);
-	return not_null(result);
-}
-
 static void take_new_origin(struct bgctl_options *o)
 {
 	o->host = take_remote("HOST", "PORT", &o->port, 0);
-	if (!o->port)
-		o->host = from_root(o->host);
+	if (!o->port)		/* the server may have another working directory */
+		o->host = not_null(absolute_path(o->host + strlen("unix:")));
 	else
 		check_word("PORT", o->port);
 	check_word("HOST", o->host);

@@ -81,7 +81,7 @@ struct bgctl_options {
 	unsigned long blocks;		/* per request; 0 for the default */
 	unsigned long seconds;		/* of "watch" */
 	const char *export_name;	/* NULL for none; without line breaks */
-	const char *host;		/* of "reconnect": one word; "unix:" and a path from the root */
+	const char *host;		/* of "reconnect": one word; of a Unix socket the path from the root */
 	const char *port;		/* one word; NULL for a Unix socket */
 };
 

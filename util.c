@@ -220,20 +220,14 @@ int sync_directory_of(const char *path)
 	return ret;
 }
 
-static void format_unix(const struct sockaddr_un *un, socklen_t len, char *buf)
-{
-	size_t head = offsetof(struct sockaddr_un, sun_path);
-	size_t n = len > head ? strnlen(un->sun_path, len - head) : 0;
-
-	snprintf(buf, ADDRESS_MAX, "unix:%.*s", (int)n, un->sun_path);
-}
-
 void format_address(const struct sockaddr *sa, socklen_t len, char *buf)
 {
+	int head = offsetof(struct sockaddr_un, sun_path);
 	char host[INET6_ADDRSTRLEN + IF_NAMESIZE], port[8];
 
 	if (sa->sa_family == AF_UNIX)
-		format_unix((const struct sockaddr_un *)sa, len, buf);
+		snprintf(buf, ADDRESS_MAX, "unix:%.*s", (int)len > head ? (int)len - head : 0,
+			 ((const struct sockaddr_un *)sa)->sun_path);
 	else if (getnameinfo(sa, len, host, sizeof(host), port, sizeof(port),
 			     NI_NUMERICHOST | NI_NUMERICSERV) == 0)
 		snprintf(buf, ADDRESS_MAX, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);

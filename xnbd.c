@@ -589,7 +589,7 @@ static void server_stop(void)
 	ctl_close();
 	exports_stop();
 	clients_stop();
-	while (clients_count() > 0 || exports_are_busy() || worker_is_busy()) {
+	while (clients_count() > 0 || exports_stop() || worker_is_busy()) {
 		past = now_ms() - begun;
 		if (past >= GIVE_UP_MS && exports.cache)
 			origin_cancel(cache_origin(exports.cache));
