@@ -78,10 +78,9 @@ const char *access_parse(struct access_rule *rule, const char *text)
 	if (zone && !parse_zone(rule, zone))
 		return "has a zone that is no interface, or that its address cannot have";
 	prefix = width;
-	if (slash && !parse_number(slash, 0, width, &prefix)) {
-		snprintf(why, sizeof(why), "has a prefix that is not a number from 0 to %u", width);
-		return why;
-	}
+	if (slash && !parse_number(slash, 0, width, &prefix))
+		return width == ADDRESS_BITS ? "has a prefix that is not a number from 0 to 128" :
+					       "has a prefix that is not a number from 0 to 32";
 	rule->bits = (unsigned)prefix + ADDRESS_BITS - width;
 	network_of(network, rule->address, rule->bits);
 	if (memcmp(network, rule->address, sizeof(network)) == 0)

@@ -123,26 +123,18 @@ static bool become_user(void)
 /* What will be done later */
 
 static struct kept {
-	const char *deed, *path;	/* "remove pidfile ", and its file; or NULL, */
+	const char *deed, *path;	/* "remove pidfile ", or NULL; and its file */
 	char *place;			/* the directory or file that there are these rights on */
 	unsigned rights;
 } *kept;
 static size_t kept_count;
 
-static void add_kept(const char *deed, const char *path, char *place, unsigned rights)
+void confine_keep(const char *deed, const char *path, unsigned rights)
 {
+	char *place = rights & CONFINE_ITSELF ? strdup(path) : directory_of(path);
+
 	kept = not_null(realloc(kept, (kept_count + 1) * sizeof(*kept)));
 	kept[kept_count++] = (struct kept){ deed, path, not_null(place), rights };
-}
-
-void confine_keep(const char *path, unsigned rights)
-{
-	add_kept(NULL, NULL, strdup(path), rights);
-}
-
-void confine_keep_place(const char *deed, const char *path, unsigned rights)
-{
-	add_kept(deed, path, directory_of(path), rights);
 }
 
 /* Whether the user can do it.  A log file that is there need not be made. */
@@ -242,7 +234,7 @@ static int enter_rules(bool connects)
 	if (fd < 0)
 		return fd == -ENOSYS ? 0 : fd;
 #ifdef XNBD_INSTRUMENTED
-	confine_keep("/", ~0u);	/* a sanitizer opens files of its own, at the end for instance */
+	confine_keep(NULL, "/", ~0u);	/* a sanitizer opens files of its own, at the end for instance */
 #endif
 	for (size_t i = 0; i < kept_count && !err; i++)
 		err = add_rule(fd, kept[i].place, kept[i].rights & rights);

@@ -101,7 +101,7 @@ static bool open_export(const struct options *o)
 		return false;
 	e->path = not_null(absolute_path(image));
 	if (e->disk && e->disk->is_file)
-		confine_keep_place("make snapshots of ", e->path, CONFINE_FILES);
+		confine_keep("make snapshots of ", e->path, CONFINE_FILES);
 	export_init(&e->export, backend, o->export[exports.count].name, describe_image(image),
 		    wake_main, clients_admit);
 	exports.entry[exports.count++] = &e->export.proto;

@@ -210,6 +210,9 @@ static void show_help(const struct row *chosen, void *field, const char *value)
 
 /* The tables */
 
+/* In any mode, but not where a single client is given. */
+enum { MODE_MANY = MODE_ANY | MODE_PROXY << 1 };
+
 static const struct row server_rows[] = {
 #define FIELD(name) offsetof(struct options, name)
 	{ 't', "target", "", MODE_TARGET, OTHER(choose_mode), "export a disk image" },
@@ -217,19 +220,19 @@ static const struct row server_rows[] = {
 	  "export a base image, keep writes in an overlay" },
 	{ 'p', "proxy", "", MODE_PROXY, OTHER(choose_mode),
 	  "cache a remote server's disk, and move it here" },
-	{ 'l', "lport", "PORT", MODE_ANY, NUMBER(lport, 0, 65535),
+	{ 'l', "lport", "PORT", MODE_MANY, NUMBER(lport, 0, 65535),
 	  "TCP port to listen on, 0 for a free one (8520)" },
-	{ 0, "laddr", "ADDR", MODE_ANY, OTHER(add_laddr),
+	{ 0, "laddr", "ADDR", MODE_MANY, OTHER(add_laddr),
 	  "address or name to listen on, may be repeated (all)" },
-	{ 0, "unix", "PATH", MODE_ANY, TEXT(unix_path),
+	{ 0, "unix", "PATH", MODE_MANY, TEXT(unix_path),
 	  "Unix socket to listen on; without --lport and --laddr, there alone" },
 	{ 0, "unix-mode", "MODE", MODE_ANY, VALUE(set_file_mode, unix_mode),
 	  "mode of that socket, such as 0660 (what the umask leaves)" },
 	{ 0, "allow", "ADDRESS", MODE_ANY, OTHER(add_allow),
 	  "TCP clients that may connect: ADDRESS[/PREFIX], may be repeated (all)" },
-	{ 0, "max-connections", "N", MODE_ANY, NUMBER(max_connections, 1, 65536),
+	{ 0, "max-connections", "N", MODE_MANY, NUMBER(max_connections, 1, 65536),
 	  "clients at a time, at most (4096)" },
-	{ 0, "max-per-host", "N", MODE_ANY, NUMBER(max_per_host, 1, 65536),
+	{ 0, "max-per-host", "N", MODE_MANY, NUMBER(max_per_host, 1, 65536),
 	  "of those, clients of one address (all)" },
 	{ 0, "keepalive", "SECONDS", MODE_ANY, NUMBER(keepalive, 0, 36000),
 	  "a client whose host is silent for so long is gone (300, 0 for never)" },
@@ -258,9 +261,9 @@ static const struct row server_rows[] = {
 	  "connections to the remote server, at most (2)" },
 	{ 0, "origin-timeout", "SECONDS", MODE_PROXY, NUMBER(origin_timeout, 1, 3600),
 	  "connect again when it is silent for so long (15)" },
-	{ 0, "threads", "N", MODE_ANY, NUMBER(threads, 1, 1024),
+	{ 0, "threads", "N", MODE_MANY, NUMBER(threads, 1, 1024),
 	  "threads that connections are spread over, at most" },
-	{ 'd', "daemonize", "", MODE_ANY, FLAG(daemonize),
+	{ 'd', "daemonize", "", MODE_MANY, FLAG(daemonize),
 	  "return when clients can connect, and go on in the background" },
 	{ 0, "pidfile", "PATH", MODE_ANY, TEXT(pidfile), "write the process id there" },
 	{ 'L', "logpath", "FILE", MODE_ANY, TEXT(logpath), "log to FILE; SIGHUP opens it again" },
@@ -346,16 +349,9 @@ static const struct program bgctl = {
 
 /* Options of the server that contradict each other. */
 static const char exclusive[][2][16] = {
-	{ "logpath", "syslog" }, { "quiet", "verbose" }, { "cow-dir", "cow-file" },
-	{ "create", "readonly" }, { "export", "oldstyle" }, { "export", "connected-fd" },
-	{ "oldstyle", "connected-fd" }, { "inetd", "connected-fd" },
-	{ "inetd", "daemonize" }, { "connected-fd", "daemonize" },
-	{ "inetd", "lport" }, { "connected-fd", "lport" },
-	{ "inetd", "laddr" }, { "connected-fd", "laddr" },
-	{ "inetd", "unix" }, { "connected-fd", "unix" },
-	{ "inetd", "threads" }, { "connected-fd", "threads" },
-	{ "inetd", "max-connections" }, { "connected-fd", "max-connections" },
-	{ "inetd", "max-per-host" }, { "connected-fd", "max-per-host" },
+	{ "logpath", "syslog" },      { "quiet", "verbose" },	       { "cow-dir", "cow-file" },
+	{ "create", "readonly" },     { "export", "oldstyle" },	       { "inetd", "connected-fd" },
+	{ "export", "connected-fd" }, { "oldstyle", "connected-fd" },
 };
 
 /* The words of the command line */
@@ -485,6 +481,10 @@ static void check_together(const struct options *o)
 		if (has(exclusive[i][0]) && has(exclusive[i][1]))
 			usage_error("--%s and --%s exclude each other", exclusive[i][0],
 				    exclusive[i][1]);
+	for (size_t i = 0; i < ARRAY_SIZE(server_rows); i++)
+		if (line.given[i] && server_rows[i].modes == MODE_MANY &&
+		    (o->inetd || o->connected_fd >= 0))
+			usage_error("--%s is not for --inetd and --connected-fd", server_rows[i].name);
 	if (o->control && o->mode == MODE_PROXY)
 		usage_error("--ctl is not for a proxy: its last argument is CONTROL_SOCKET_PATH");
 	if (o->unix_mode && !o->unix_path)

@@ -4,10 +4,10 @@
 #define _GNU_SOURCE
 #include "util.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <net/if.h>
-#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sched.h>
@@ -222,17 +222,25 @@ int sync_directory_of(const char *path)
 
 void format_address(const struct sockaddr *sa, socklen_t len, char *buf)
 {
+	const struct sockaddr_in *v4 = (const struct sockaddr_in *)sa;
+	const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)sa;
+	char host[INET6_ADDRSTRLEN], zone[1 + IF_NAMESIZE] = "%";
 	int head = offsetof(struct sockaddr_un, sun_path);
-	char host[INET6_ADDRSTRLEN + IF_NAMESIZE], port[8];
+	bool zoned = sa->sa_family == AF_INET6 && v6->sin6_scope_id &&
+		     if_indextoname(v6->sin6_scope_id, zone + 1);
 
 	if (sa->sa_family == AF_UNIX)
 		snprintf(buf, ADDRESS_MAX, "unix:%.*s", (int)len > head ? (int)len - head : 0,
 			 ((const struct sockaddr_un *)sa)->sun_path);
-	else if (getnameinfo(sa, len, host, sizeof(host), port, sizeof(port),
-			     NI_NUMERICHOST | NI_NUMERICSERV) == 0)
-		snprintf(buf, ADDRESS_MAX, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+	else if (sa->sa_family == AF_INET)
+		snprintf(buf, ADDRESS_MAX, "%s:%u",
+			 inet_ntop(AF_INET, &v4->sin_addr, host, sizeof(host)), ntohs(v4->sin_port));
+	else if (sa->sa_family == AF_INET6)
+		snprintf(buf, ADDRESS_MAX, "[%s%s]:%u",
+			 inet_ntop(AF_INET6, &v6->sin6_addr, host, sizeof(host)), zoned ? zone : "",
+			 ntohs(v6->sin6_port));
 	else
-		snprintf(buf, ADDRESS_MAX, "(unknown address)");
+		strcpy(buf, "(unknown address)");
 }
 
 void strip_brackets(char *host)

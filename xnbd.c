@@ -23,7 +23,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -58,7 +57,6 @@ static struct {
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
 	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
 	struct stat pid_file;		/* of our pidfile; all zero: there is none */
-	size_t connections_max;
 } server = { .single_fd = -1, .ready_fd = -1 };
 
 /* Either asks for statistics, and not every system has both. */
@@ -75,26 +73,20 @@ static volatile sig_atomic_t stop_signals;
 static volatile sig_atomic_t came[128];		/* by their numbers */
 
 /* A start may wait long for an origin, a name server or a disk: it ends in the handler. */
-static void take_stop_signal(void)
+static void on_signal(int sig)
 {
-	if (opening) {
+	bool stops = sig == SIGTERM || sig == SIGINT;
+
+	if (stops && opening) {
 		forget_unfinished();
 		_exit(EXIT_SUCCESS);
 	}
-	if (stop_signals)
+	if (sig == SIGALRM || (stops && stop_signals))
 		end_at_once();
-	stop_signals = 1;
-	alarm(STOP_S);
-}
-
-static void on_signal(int sig)
-{
-	if (sig == SIGALRM)
-		end_at_once();
-	if (sig == SIGTERM || sig == SIGINT)
-		take_stop_signal();
-	else
-		came[sig] = 1;
+	if (stops)
+		alarm(STOP_S);
+	stop_signals |= stops;
+	came[sig] = 1;
 	wake_main();
 }
 
@@ -185,8 +177,8 @@ static bool detach(void)
 	return true;
 }
 
-/* Whether a file for something else is one that holds blocks, too, or their bits; logs that. */
-static bool is_image(const char *path)
+/* Whether a file neither holds blocks nor their bits, and may be used for something else. */
+static bool is_no_image(const char *path)
 {
 	const struct options *o = &server.options;
 	const char *image = is_same_file(path, o->cow_file) ? o->cow_file :
@@ -196,9 +188,8 @@ static bool is_image(const char *path)
 	for (unsigned i = 0; i < o->exports; i++)
 		if (is_same_file(path, o->export[i].path))
 			image = o->export[i].path;
-	if (image)
-		log_failure("%s is needed for the disk: the log and the pidfile go elsewhere", image);
-	return image != NULL;
+	return !image || log_failure("%s is needed for the disk: the log and the pidfile go "
+				     "elsewhere", image);
 }
 
 static bool setup_log(void)
@@ -214,7 +205,7 @@ static bool setup_log(void)
 			log_open(NULL);
 		return true;
 	}
-	if (is_image(o->logpath))
+	if (!is_no_image(o->logpath))
 		return false;
 	server.log_path = not_null(absolute_path(o->logpath));
 	error = log_open(server.log_path);
@@ -248,7 +239,7 @@ static size_t free_descriptors(void)
 /* Threads for connections, and connections: as many as leave descriptors to the server itself. */
 static bool share_descriptors(unsigned *loops)
 {
-	const struct options *o = &server.options;
+	struct options *o = &server.options;
 	size_t spare, there = free_descriptors();
 	size_t needed = OWN_FDS + LOOP_FDS + EXPORT_FDS * o->exports +
 			(o->mode == MODE_PROXY ? PROXY_FDS : 0);
@@ -261,12 +252,11 @@ static bool share_descriptors(unsigned *loops)
 	if (*loops > 1 + there / 8)
 		*loops = (unsigned)(1 + there / 8);
 	there -= spare + LOOP_FDS * (*loops - 1);
-	server.connections_max = o->max_connections;
 	if (there < o->max_connections) {
-		server.connections_max = there;
+		o->max_connections = there;
 		log_line("the limit of open files leaves room for %zu connections", there);
 	}
-	access_open(server.connections_max);
+	access_open(o->max_connections);
 	return true;
 }
 
@@ -355,7 +345,7 @@ static bool write_pidfile(void)
 
 	if (!path)
 		return true;
-	if (is_image(path))
+	if (!is_no_image(path))
 		return false;
 	if (is_same_file(path, server.log_path))
 		return log_failure("pidfile %s is the log, too", path);
@@ -363,7 +353,7 @@ static bool write_pidfile(void)
 	wrong = make_pidfile(path, &server.pid_file);
 	if (wrong)
 		return log_failure("cannot write pidfile %s: %s", path, wrong);
-	confine_keep_place("remove pidfile ", server.pid_path, CONFINE_REMOVE_FILE);
+	confine_keep("remove pidfile ", server.pid_path, CONFINE_REMOVE_FILE);
 	return true;
 }
 
@@ -384,9 +374,9 @@ static void keep_log(const char *path)
 	struct stat st;
 
 	if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
-		confine_keep(path, CONFINE_APPEND | CONFINE_READ_FILE);
+		confine_keep(NULL, path, CONFINE_ITSELF | CONFINE_APPEND | CONFINE_READ_FILE);
 	else
-		confine_keep_place("open log file ", path, CONFINE_APPEND);
+		confine_keep("open log file ", path, CONFINE_APPEND);
 }
 
 /* A proxy connects again to an origin that was away, and looks up its name for that. */
@@ -399,15 +389,15 @@ static void keep_resolver(void)
 	for (size_t i = 0; i < ARRAY_SIZE(files); i++) {
 		char *target = realpath(files[i], NULL);
 
-		confine_keep_place(NULL, files[i], CONFINE_READ);
+		confine_keep(NULL, files[i], CONFINE_READ);
 		if (target)
-			confine_keep_place(NULL, target, CONFINE_READ);
+			confine_keep(NULL, target, CONFINE_READ);
 		free(target);
 	}
 #ifdef __GLIBC__
-	confine_keep("/usr", CONFINE_READ);		/* it may load libraries for that */
-	confine_keep("/lib", CONFINE_READ);
-	confine_keep("/lib64", CONFINE_READ);
+	confine_keep(NULL, "/usr", CONFINE_ITSELF | CONFINE_READ);	/* it may load libraries for that */
+	confine_keep(NULL, "/lib", CONFINE_ITSELF | CONFINE_READ);
+	confine_keep(NULL, "/lib64", CONFINE_ITSELF | CONFINE_READ);
 #endif
 }
 
@@ -476,7 +466,7 @@ static bool start(void)
 	stats_init((unsigned)o->stats);
 	if (o->user && !confine_find_user(o->user))
 		return false;
-	if (!setup_signals() || !setup_log() || !exports_open(o) || is_image(o->logpath) ||
+	if (!setup_signals() || !setup_log() || !exports_open(o) || !is_no_image(o->logpath) ||
 	    !open_sockets())
 		return false;
 	opening = 0;
@@ -510,7 +500,7 @@ static const char *admit_client(int fd, const struct sockaddr *sa, const char *p
 	snprintf(why, sizeof(why), "its host has %lu connections already", o->max_per_host);
 	if (o->max_per_host && access_guests(sa) >= o->max_per_host)
 		return why;
-	snprintf(why, sizeof(why), "there are %zu connections already", server.connections_max);
+	snprintf(why, sizeof(why), "there are %lu connections already", o->max_connections);
 	guest = access_enter(sa);
 	if (!guest)
 		return why;

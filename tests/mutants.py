@@ -482,13 +482,13 @@ mutant("statistics of nobody are told", "a timer that ticks for nobody",
        "stats.c", "if (!all.interval || !clients)\n", "if (!all.interval)\n",
        tests="test_stats.py::test_no_timer_ticks_for_nobody")
 mutant("a stale socket stops the next start", "a stale Unix socket stops the next start",
-       "listen.c", "if (unlink(sun->sun_path) < 0)\n\t\treturn -errno;", "return -EADDRINUSE;",
+       "listen.c", "if (unlink(sun->sun_path) < 0)\n\t\t\treturn -errno;", "return -EADDRINUSE;",
        tests="test_service.py::test_stale_unix_socket_is_replaced")
 mutant("a live socket is stolen", "a live Unix socket is stolen",
-       "listen.c", "if (is_alive(sun))\n\t\treturn -EADDRINUSE;", "",
+       "listen.c", "if (is_alive(sun))\n\t\t\treturn -EADDRINUSE;", "",
        tests="test_service.py::test_live_unix_socket_is_refused")
 mutant("a file that is no socket is replaced", "a live Unix socket is stolen",
-       "listen.c", "if (!S_ISSOCK(st.st_mode))\n\t\treturn -EEXIST;", "",
+       "listen.c", "if (!S_ISSOCK(st.st_mode))\n\t\t\treturn -EEXIST;", "",
        tests="test_service.py::test_what_is_no_socket_is_not_replaced")
 mutant("a socket that does not listen yet is stale", "two starts at once",
        "listen.c", "flock(fd, LOCK_EX | LOCK_NB) < 0", "false",
@@ -1332,7 +1332,7 @@ mutant("replies wait for the next event", "a reply stays behind a READ in pieces
 # Those who say nothing
 
 mutant("the log may be an image", "a file that was named by mistake is overwritten",
-       "xnbd.c", "if (is_image(o->logpath))", "if (false)",
+       "xnbd.c", "if (!is_no_image(o->logpath))", "if (false)",
        tests="test_service.py::test_log_and_pidfile_are_not_what_else_is_there")
 mutant("what was being made stays", "a start that is stopped leaves what it was making",
        "util.c", "if (unfinished)\n\t\tunlink(unfinished);", "",
@@ -1358,7 +1358,7 @@ mutant("a host may have all connections", "one host takes all connections",
        "xnbd.c", "access_guests(sa) >= o->max_per_host", "false",
        tests="test_access.py::test_one_connection_of_a_host_too_many_is_closed")
 mutant("a signal waits for the end of the start", "a start that waits for a silent origin cannot be ended",
-       "xnbd.c", "if (opening) {", "if (false) {",
+       "xnbd.c", "if (stops && opening) {", "if (false) {",
        tests="test_silence.py::test_signal_ends_a_start_that_waits")
 mutant("pieces are read for a client whatever others have", "16 MiB of memory, and clients that want more",
        "conn.c", "c->stream->at.len > 0 && !has_data_enough(c)",
