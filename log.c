@@ -204,30 +204,19 @@ static void put_line(enum log_level level, const char *line, size_t len)
 	pthread_mutex_unlock(&queue.lock);
 }
 
-void log_at(enum log_level level, const char *fmt, ...)
+bool log_at(enum log_level level, const char *fmt, ...)
 {
-	enum log_level kind = level & ~LOG_OF_PEER;
+	enum log_level kind = level & ~(LOG_OF_PEER | LOG_TO_STARTER);
 	char text[LINE_BYTES], line[LINE_BYTES];
 	va_list ap;
 
 	if (!log_shows(kind))
-		return;
+		return false;
 	va_start(ap, fmt);
 	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
 	put_line(level, line, log_make_line(line, log_to, kind, text));
-}
-
-bool log_failure(const char *fmt, ...)
-{
-	char text[LINE_BYTES];
-	va_list ap;
-
-	va_start(ap, fmt);
-	vsnprintf(text, sizeof(text), fmt, ap);
-	va_end(ap);
-	log_error("%s", text);
-	if (log_to != LOG_TO_STDERR)
+	if (level & LOG_TO_STARTER && log_to != LOG_TO_STDERR)
 		write_now(LOG_TO_STDERR, text, FLUSH_MS);
 	return false;
 }
