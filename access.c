@@ -3,13 +3,15 @@
  */
 #include "access.h"
 
+#include "log.h"
 #include "util.h"
 
 #include <arpa/inet.h>
 #include <net/if.h>
 #include <netinet/in.h>
-#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { MAPPED_BITS = 96, ADDRESS_BITS = 128 };
@@ -76,10 +78,9 @@ const char *access_parse(struct access_rule *rule, const char *text)
 	if (zone && !parse_zone(rule, zone))
 		return "has a zone that is no interface, or that its address cannot have";
 	prefix = width;
-	if (slash && !parse_number(slash, 0, width, &prefix)) {
-		snprintf(why, sizeof(why), "has a prefix that is not a number from 0 to %u", width);
-		return why;
-	}
+	if (slash && !parse_number(slash, 0, width, &prefix))
+		return width == ADDRESS_BITS ? "has a prefix that is not a number from 0 to 128" :
+					       "has a prefix that is not a number from 0 to 32";
 	rule->bits = (unsigned)prefix + ADDRESS_BITS - width;
 	network_of(network, rule->address, rule->bits);
 	if (memcmp(network, rule->address, sizeof(network)) == 0)
@@ -124,40 +125,44 @@ bool access_admits(const struct access_rule *rule, size_t count, const struct so
 	return false;
 }
 
-static struct {
-	pthread_mutex_t lock;		/* a leaf */
-	struct guest *first;
-	size_t count;
-} guests = { .lock = PTHREAD_MUTEX_INITIALIZER };
+/* Places: the main thread gives them, and any thread gives them back. */
 
-void access_enter(struct guest *g, const struct sockaddr *sa)
+struct guest {
+	atomic_bool is_there;
+	uint8_t address[ADDRESS_BITS / 8];	/* all zero for a client that has none */
+};
+
+static struct guest *guests;
+static size_t guests_max;
+
+void access_open(size_t places)
 {
-	address_of(sa, g->address);
-	pthread_mutex_lock(&guests.lock);
-	g->next = guests.first;
-	g->back = &guests.first;
-	if (g->next)
-		g->next->back = &g->next;
-	guests.first = g;
-	guests.count++;
-	pthread_mutex_unlock(&guests.lock);
+	guests = not_null(calloc(places, sizeof(*guests)));
+	guests_max = places;
 }
 
-bool access_leave(struct guest *g)
+struct guest *access_enter(const struct sockaddr *sa)
 {
-	bool found;
+	struct guest *g = guests, *end = guests + guests_max;
 
-	pthread_mutex_lock(&guests.lock);
-	found = g->back;
-	if (found) {
-		*g->back = g->next;
-		if (g->next)
-			g->next->back = g->back;
-		g->back = NULL;
-		guests.count--;
-	}
-	pthread_mutex_unlock(&guests.lock);
-	return found;
+	while (g < end && g->is_there)
+		g++;
+	if (g == end)
+		return NULL;
+	memset(g->address, 0, sizeof(g->address));
+	address_of(sa, g->address);
+	g->is_there = true;
+	return g;
+}
+
+bool access_leave(struct guest **g)
+{
+	bool was_there = *g;
+
+	if (was_there)
+		(*g)->is_there = false;
+	*g = NULL;
+	return was_there;
 }
 
 size_t access_guests(const struct sockaddr *sa)
@@ -165,13 +170,8 @@ size_t access_guests(const struct sockaddr *sa)
 	uint8_t address[ADDRESS_BITS / 8];
 	size_t n = 0;
 
-	if (sa && !address_of(sa, address))
-		return 0;
-	pthread_mutex_lock(&guests.lock);
-	for (const struct guest *g = guests.first; sa && g; g = g->next)
-		n += memcmp(g->address, address, sizeof(address)) == 0;
-	if (!sa)
-		n = guests.count;
-	pthread_mutex_unlock(&guests.lock);
+	if (address_of(sa, address))
+		for (const struct guest *g = guests; g < guests + guests_max; g++)
+			n += g->is_there && memcmp(g->address, address, sizeof(address)) == 0;
 	return n;
 }

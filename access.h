@@ -28,19 +28,19 @@ const char *access_parse(struct access_rule *rule, const char *text);
 /* Whether one of the rules matches a client's address. */
 bool access_admits(const struct access_rule *rule, size_t count, const struct sockaddr *sa);
 
-/* A client among all that are there. */
-struct guest {
-	struct guest *next, **back;	/* back is NULL if it is not among them */
-	uint8_t address[16];
-};
+/* The place of a client. */
+struct guest;
 
-/* Count a client until access_leave().  Any thread. */
-void access_enter(struct guest *g, const struct sockaddr *sa);
+/* Make so many places.  Main thread, once. */
+void access_open(size_t places);
 
-/* Whether it was counted.  It may be called for any. */
-bool access_leave(struct guest *g);
+/* A place for that client; NULL if there is none left.  Main thread. */
+struct guest *access_enter(const struct sockaddr *sa);
 
-/* How many there are of that host, 0 for one without an address; of all if it is NULL. */
+/* Give the place up: *g is NULL then.  Whether it was one.  Any thread. */
+bool access_leave(struct guest **g);
+
+/* How many clients of that host are there, 0 for one without an address.  Main thread. */
 size_t access_guests(const struct sockaddr *sa);
 
 #endif

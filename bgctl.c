@@ -437,7 +437,7 @@ static char *command_line(const struct bgctl_options *o)
 	if (o->force)
 		fputs(" force", f);
 	if (o->host)
-		fprintf(f, " %s %s", o->host, o->port ? o->port : "-");
+		fprintf(f, o->port ? " %s %s" : " unix:%s -", o->host, o->port);
 	if (o->export_name)
 		fprintf(f, " %s", o->export_name);
 	fputc('\n', f);
@@ -460,7 +460,7 @@ static void run_command(const struct bgctl_options *o)
 		;
 	limit_silence(0);
 	if (o->host)
-		snprintf(server.aim, sizeof(server.aim), o->port ? "%s:%s: " : "%s: ", o->host,
+		snprintf(server.aim, sizeof(server.aim), o->port ? "%s:%s: " : "unix:%s: ", o->host,
 			 o->port);
 	send_line(line);
 	free(line);

@@ -105,49 +105,36 @@ bool confine_give_socket(const char *path)
 	if (lchown(path, user.uid, user.gid) < 0)
 		err = errno;
 #endif
-	if (err)
-		log_failure("cannot give unix:%s to --user: %s", path, strerror(err));
-	return err == 0;
+	return !err || log_failure("cannot give unix:%s to --user: %s", path, strerror(err));
 }
 
 /* Without any other group, for ever.  False after logging why not. */
 static bool become_user(void)
 {
-	if (setgroups(1, &user.gid) < 0 || setgid(user.gid) < 0 || setuid(user.uid) < 0) {
-		log_failure("cannot become user %lu: %s", (unsigned long)user.uid, strerror(errno));
-		return false;
-	}
+	if (setgroups(1, &user.gid) < 0 || setgid(user.gid) < 0 || setuid(user.uid) < 0)
+		return log_failure("cannot become user %lu: %s", (unsigned long)user.uid,
+				   strerror(errno));
 	if (setuid(0) == 0 || getuid() != user.uid || geteuid() != user.uid ||
-	    getgid() != user.gid || getegid() != user.gid) {
-		log_failure("cannot become user %lu for good", (unsigned long)user.uid);
-		return false;
-	}
+	    getgid() != user.gid || getegid() != user.gid)
+		return log_failure("cannot become user %lu for good", (unsigned long)user.uid);
 	return true;
 }
 
 /* What will be done later */
 
 static struct kept {
-	const char *deed, *path;	/* "remove pidfile ", and its file; or NULL, */
+	const char *deed, *path;	/* "remove pidfile ", or NULL; and its file */
 	char *place;			/* the directory or file that there are these rights on */
 	unsigned rights;
 } *kept;
 static size_t kept_count;
 
-static void add_kept(const char *deed, const char *path, char *place, unsigned rights)
+void confine_keep(const char *deed, const char *path, unsigned rights)
 {
+	char *place = rights & CONFINE_ITSELF ? strdup(path) : directory_of(path);
+
 	kept = not_null(realloc(kept, (kept_count + 1) * sizeof(*kept)));
 	kept[kept_count++] = (struct kept){ deed, path, not_null(place), rights };
-}
-
-void confine_keep(const char *path, unsigned rights)
-{
-	add_kept(NULL, NULL, strdup(path), rights);
-}
-
-void confine_keep_place(const char *deed, const char *path, unsigned rights)
-{
-	add_kept(deed, path, directory_of(path), rights);
 }
 
 /* Whether the user can do it.  A log file that is there need not be made. */
@@ -247,7 +234,7 @@ static int enter_rules(bool connects)
 	if (fd < 0)
 		return fd == -ENOSYS ? 0 : fd;
 #ifdef XNBD_INSTRUMENTED
-	confine_keep("/", ~0u);	/* a sanitizer opens files of its own, at the end for instance */
+	confine_keep(NULL, "/", ~0u);	/* a sanitizer opens files of its own, at the end for instance */
 #endif
 	for (size_t i = 0; i < kept_count && !err; i++)
 		err = add_rule(fd, kept[i].place, kept[i].rights & rights);
@@ -272,10 +259,8 @@ bool confine_enter(bool sandbox, bool connects)
 			log_line("--user %s: cannot %s%s later: %s", user.name, k->deed, k->path,
 				 strerror(errno));
 	err = sandbox ? enter_rules(connects) : 0;
-	if (err)
-		log_failure("cannot confine the server: %s (--no-sandbox starts it without)",
-			    strerror(-err));
-	return err == 0;
+	return !err || log_failure("cannot confine the server: %s (--no-sandbox starts it without)",
+				   strerror(-err));
 }
 
 bool confine_is_in_force(void)

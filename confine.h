@@ -24,6 +24,7 @@ enum {
 	CONFINE_REMOVE_FILE = 1 << 5,
 	CONFINE_MAKE_REG = 1 << 8,
 	CONFINE_TRUNCATE = 1 << 14,
+	CONFINE_ITSELF = 1 << 30,	/* ours: on what is at the path, not on its directory */
 
 	CONFINE_READ = CONFINE_READ_FILE | CONFINE_READ_DIR,
 	CONFINE_APPEND = CONFINE_WRITE_FILE | CONFINE_MAKE_REG,
@@ -31,14 +32,12 @@ enum {
 	CONFINE_FILES = CONFINE_READ | CONFINE_APPEND | CONFINE_REMOVE_FILE | CONFINE_TRUNCATE,
 };
 
-/* Keep rights on a file, or on a directory and all below it. */
-void confine_keep(const char *path, unsigned rights);
-
 /*
- * Keep rights on the directory of a file.  Unless it is NULL the deed says what for, as in "remove
- * pidfile ", and the log tells if --user cannot do that; path is then lent until confine_enter().
+ * Keep rights on the directory of a file, and on all below it.  Unless it is NULL the deed says what
+ * for, as in "remove pidfile ", and the log tells if --user cannot do that; path is then lent until
+ * confine_enter().
  */
-void confine_keep_place(const char *deed, const char *path, unsigned rights);
+void confine_keep(const char *deed, const char *path, unsigned rights);
 
 /*
  * Become the user, without any other group and for ever.  In a sandbox only what was kept can be done

@@ -82,7 +82,7 @@ struct conn {
 
 	/* Of clients.c. */
 	struct mail mail;		/* while it is on its way to a thread */
-	struct guest guest;		/* until its place is given up */
+	struct guest *guest;		/* until its place is given up */
 	uint64_t active;		/* now_ms() of the last turn that had something to read */
 	char peer[ADDRESS_MAX];
 };

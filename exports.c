@@ -40,11 +40,9 @@ static bool is_alone(const struct disk *d, const char *image)
 	for (size_t i = 0; i < exports.count; i++) {
 		const struct exported *other = &exports.all[i];
 
-		if (!disk_is_same(d, other->disk))
-			continue;
-		log_failure("cannot export image %s twice, also as %s: both could be written to "
-			    "(--readonly may help)", image, other->path);
-		return false;
+		if (disk_is_same(d, other->disk))
+			return log_failure("cannot export image %s twice, also as %s: both could be "
+					   "written to (--readonly may help)", image, other->path);
 	}
 	return true;
 }
@@ -64,7 +62,8 @@ static struct backend *open_target(const struct options *o, struct exported *e, 
 
 static struct backend *open_proxy(const struct options *o, struct exported *e)
 {
-	const struct cache_options cache = { o->image, o->bitmap, o->clear_bitmap, o->readonly };
+	const struct cache_options cache = { o->export->path, o->bitmap, o->clear_bitmap,
+					     o->readonly };
 	const struct origin_options remote = {
 		.host = o->host,
 		.port = o->port,
@@ -93,19 +92,19 @@ static struct backend *open_backend(const struct options *o, struct exported *e,
 	}
 }
 
-/* Open an export; the table has room for it. */
-static bool open_export(const struct options *o, const char *name, const char *image)
+/* Open the next export; the table has room for it. */
+static bool open_export(const struct options *o)
 {
 	struct exported *e = &exports.all[exports.count];
+	const char *image = o->export[exports.count].path;
 	struct backend *backend = open_backend(o, e, image);
 
 	if (!backend)
 		return false;
-	e->image = image;
 	e->path = not_null(absolute_path(image));
 	if (e->disk && e->disk->is_file)
-		confine_keep_place("make snapshots of ", e->path, CONFINE_FILES);
-	export_init(&e->export, backend, name, describe_image(image));
+		confine_keep("make snapshots of ", e->path, CONFINE_FILES);
+	export_init(&e->export, backend, o->export[exports.count].name, describe_image(image));
 	exports.entry[exports.count++] = &e->export.proto;
 	return true;
 }
@@ -117,7 +116,7 @@ static bool open_export(const struct options *o, const char *name, const char *i
 static void look_at_image(struct job *job)
 {
 	static const struct {
-		const char *format, *magic;
+		char format[8], magic[24];
 		unsigned off;
 	} known[] = {
 		{ "qcow2", "QFI\xfb", 0 },
@@ -131,48 +130,46 @@ static void look_at_image(struct job *job)
 	uint8_t head[68];
 
 	if (b->size == 0)
-		log_line("image %s is empty: a disk of 0 bytes is served", e->image);
+		log_line("image %s is empty: a disk of 0 bytes is served", e->path);
 	if (b->size < sizeof(head) || b->ops->read(b, head, sizeof(head), 0, WAIT) != 0)
 		return;
 	for (size_t i = 0; i < ARRAY_SIZE(known); i++)
 		if (memcmp(head + known[i].off, known[i].magic, strlen(known[i].magic)) == 0)
 			log_line("image %s looks like %s: clients get the file as it is, as a raw "
-				 "image", e->image, known[i].format);
+				 "image", e->path, known[i].format);
 }
 
 /* LIST tells of all exports or of none. */
 static bool can_be_listed(const struct options *o)
 {
-	size_t bytes = o->image ? PROTO_LIST_ENTRY + strlen(describe_image(o->image)) : 0;
+	size_t bytes = 0;
 
 	for (unsigned i = 0; i < o->exports; i++)
 		bytes += PROTO_LIST_ENTRY + strlen(o->export[i].name) +
 			 strlen(describe_image(o->export[i].path));
-	if (bytes <= PROTO_LIST_ROOM)
-		return true;
-	log_failure("--export: the names of all exports and their files take %zu bytes, and there "
-		    "is room for %d in an answer to LIST", bytes, PROTO_LIST_ROOM);
-	return false;
+	return bytes <= PROTO_LIST_ROOM ||
+	       log_failure("--export: the names of all exports and their files take %zu bytes, and "
+			   "there is room for %d in an answer to LIST", bytes, PROTO_LIST_ROOM);
 }
 
 bool exports_open(const struct options *o)
 {
-	size_t count = o->exports + (o->image != NULL);
-	bool ok;
+	bool ok = true;
 
 	load.room = clients_admit;
 	if (o->max_queue_size)
 		load.requests_max = o->max_queue_size;
 	if (o->max_buf_size)
 		load.bytes_max = o->max_buf_size < SIZE_MAX ? (size_t)o->max_buf_size : SIZE_MAX;
-	if (o->exports > 0 && !can_be_listed(o))
+	if (!can_be_listed(o))
 		return false;
-	exports.all = not_null(calloc(count, sizeof(*exports.all)));
-	exports.entry = not_null(calloc(count, sizeof(*exports.entry)));
-	ok = !o->image || open_export(o, "", o->image);
-	for (unsigned i = 0; ok && i < o->exports; i++)
-		ok = open_export(o, o->export[i].name, o->export[i].path);
-	exports.proto = (struct proto_exports){ exports.entry, exports.count, o->exports == 0 };
+	exports.all = not_null(calloc(o->exports, sizeof(*exports.all)));
+	exports.entry = not_null(calloc(o->exports, sizeof(*exports.entry)));
+	while (ok && exports.count < o->exports)
+		ok = open_export(o);
+	exports.proto = (struct proto_exports){
+		exports.entry, exports.count, o->exports == 1 && !*o->export->name,
+	};
 	return ok;
 }
 
@@ -232,31 +229,22 @@ const char *exports_snapshot_of(const char *name, const struct export **e, bool 
 	return NULL;
 }
 
-static void begin_snapshot(struct exported *e, exports_ended *ended)
-{
-	const char *error;
-
-	e->wanted = false;
-	e->snapshot = snapshot_new(e->disk, e->path, &error);
-	if (!e->snapshot)
-		ended(&e->export, NULL, error);
-}
-
-static void end_snapshot(struct exported *e, exports_ended *ended)
-{
-	const char *error, *path = snapshot_path(e->snapshot, &error);
-
-	ended(&e->export, path, error);
-	snapshot_free(e->snapshot);
-	e->snapshot = NULL;
-}
-
 static void tend_snapshot(struct exported *e, exports_ended *ended)
 {
-	if (e->snapshot && snapshot_is_over(e->snapshot))
-		end_snapshot(e, ended);
-	if (e->wanted && !e->snapshot)
-		begin_snapshot(e, ended);
+	const char *path, *error;
+
+	if (e->snapshot && snapshot_is_over(e->snapshot)) {
+		path = snapshot_path(e->snapshot, &error);
+		ended(&e->export, path, error);
+		snapshot_free(e->snapshot);
+		e->snapshot = NULL;
+	}
+	if (e->wanted && !e->snapshot) {
+		e->wanted = false;
+		e->snapshot = snapshot_new(e->disk, e->path, &error);
+		if (!e->snapshot)
+			ended(&e->export, NULL, error);
+	}
 }
 
 void exports_tend(exports_ended *ended)
@@ -267,21 +255,17 @@ void exports_tend(exports_ended *ended)
 
 /* End */
 
-void exports_stop(void)
-{
-	for (size_t i = 0; i < exports.count; i++)
-		if (exports.all[i].snapshot)
-			snapshot_abandon(exports.all[i].snapshot);
-	if (exports.cache)
-		cache_stop(exports.cache);
-}
-
-bool exports_are_busy(void)
+bool exports_stop(void)
 {
 	bool busy = false;
 
-	for (const struct exported *e = exports.all; e < exports.all + exports.count; e++)
+	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
+		if (e->snapshot)
+			snapshot_abandon(e->snapshot);
 		busy |= e->snapshot && !snapshot_is_over(e->snapshot);
+	}
+	if (exports.cache)
+		cache_stop(exports.cache);
 	return busy;
 }
 

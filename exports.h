@@ -14,7 +14,6 @@
 struct exported {
 	struct export export;
 	char *path;			/* of the image, from the root: a daemon leaves its place */
-	const char *image;		/* the same, as it was given */
 	struct job look;		/* at the image, by a worker */
 	struct disk *disk;		/* what snapshots are taken of; NULL: there are none */
 	struct snapshot *snapshot;	/* that is being made, or NULL */
@@ -55,11 +54,11 @@ typedef void exports_ended(const struct export *e, const char *path, const char 
 /* Go on with snapshots. */
 void exports_tend(exports_ended *ended);
 
-/* The server stops: give up snapshots and copies, and let clients in who wait for one. */
-void exports_stop(void);
-
-/* Whether a snapshot is being made. */
-bool exports_are_busy(void);
+/*
+ * The server stops: give up snapshots and copies, and let clients in who wait for one.  To be called
+ * again while it returns true: a snapshot has not ended yet.
+ */
+bool exports_stop(void);
 
 /* Close all.  Neither connections nor workers are left.  False if something is not durable. */
 bool exports_close(void);

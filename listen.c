@@ -23,17 +23,16 @@
 
 enum {
 	BACKLOG = 1024,
+	ACCEPT_BATCH = 64,
 	PASSED_FIRST = 3,	/* SD_LISTEN_FDS_START */
 	FREE_PORT_TRIES = 32,
 	LOCK_TRIES = 500,	/* for another start, in a directory; LOCK_PAUSE_MS each */
 	LOCK_PAUSE_MS = 10,
-	ACCEPT_BATCH = 64,
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 };
 
 struct listener {
-	struct source source;	/* due while the system has no more descriptors: accepting pauses */
-	bool on_loop;
+	struct source source;	/* first: the loop has a pointer to it; due while the system has no more descriptors: accepting pauses */
 	char address[ADDRESS_MAX];
 	char *unix_path;	/* of a socket that we made, from the root; else NULL */
 	struct stat file;	/* of such a socket, so that only our own is unlinked */
@@ -110,17 +109,12 @@ static struct addrinfo *resolve(const char *name)
 	const struct addrinfo hints = {
 		.ai_flags = AI_PASSIVE, .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM,
 	};
-	char *host = name ? not_null(strdup(name)) : NULL;
 	struct addrinfo *list = NULL;
-	int err;
+	int err = getaddrinfo(name, "0", &hints, &list);
 
-	if (host)
-		strip_brackets(host);
-	err = getaddrinfo(host, "0", &hints, &list);
 	if (err)
 		log_failure("cannot listen on %s: %s", name ? name : "all addresses",
 			    err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err));
-	free(host);
 	return list;
 }
 
@@ -174,9 +168,7 @@ bool listen_tcp(const char *const *names, size_t count, unsigned port)
 			freeaddrinfo(list);
 		}
 	} while (err == -EADDRINUSE && port == 0 && ++tries < FREE_PORT_TRIES);
-	if (err)
-		log_failure("cannot listen on %s: %s", failed, strerror(-err));
-	return err == 0;
+	return !err || log_failure("cannot listen on %s: %s", failed, strerror(-err));
 }
 
 /* Unix sockets */
@@ -194,20 +186,6 @@ static bool is_alive(const struct sockaddr_un *sun)
 		errno != ECONNREFUSED;
 	close(fd);
 	return alive;
-}
-
-/*
- * Bind; the socket's file has the mode from its beginning.  The umask is that of all threads, but
- * nobody creates files meanwhile.  0 or -errno.
- */
-static int bind_mode(int fd, const struct sockaddr_un *sun, mode_t mode)
-{
-	mode_t old = mode ? umask(~mode & 0777) : 0;
-	int err = bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0 ? -errno : 0;
-
-	if (mode)
-		umask(old);
-	return err;
 }
 
 /*
@@ -232,29 +210,34 @@ static int lock_directory(const char *path)
 }
 
 /* Bind, in place of a stale socket if there is one and the directory is locked.  0 or -errno. */
-static int bind_unix(int fd, const struct sockaddr_un *sun, mode_t mode, int lock)
+static int bind_unix(int fd, const struct sockaddr_un *sun, int lock)
 {
-	int err = lock == -EWOULDBLOCK ? lock : bind_mode(fd, sun, mode);
 	struct stat st;
 
-	if (err != -EADDRINUSE)
-		return err;
-	if (lstat(sun->sun_path, &st) < 0)
-		return -errno;
-	if (!S_ISSOCK(st.st_mode))
-		return -EEXIST;
-	if (is_alive(sun))
-		return -EADDRINUSE;
-	if (lock < 0)
+	if (lock == -EWOULDBLOCK)
 		return lock;
-	if (unlink(sun->sun_path) < 0)
-		return -errno;
-	return bind_mode(fd, sun, mode);
+	while (bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0) {
+		if (errno != EADDRINUSE || lstat(sun->sun_path, &st) < 0)
+			return -errno;
+		if (!S_ISSOCK(st.st_mode))
+			return -EEXIST;
+		if (is_alive(sun))
+			return -EADDRINUSE;
+		if (lock < 0)
+			return lock;
+		if (unlink(sun->sun_path) < 0)
+			return -errno;
+	}
+	return 0;
 }
 
-/* 0 or -errno; what was made is closed and removed by listen_close(). */
+/*
+ * The socket's file has the mode from its beginning: the umask is that of all threads, but nobody
+ * creates files meanwhile.  0 or -errno; what was made is closed and removed by listen_close().
+ */
 static int start_unix(struct listener *l, const struct sockaddr_un *sun, mode_t mode)
 {
+	mode_t old;
 	int lock, err;
 
 	l->source.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -262,11 +245,15 @@ static int start_unix(struct listener *l, const struct sockaddr_un *sun, mode_t 
 	if (l->source.fd < 0 || !l->unix_path)
 		return -errno;
 	lock = lock_directory(sun->sun_path);
-	err = bind_unix(l->source.fd, sun, mode, lock);
+	old = umask(~mode & 0777);
+	if (!mode)
+		umask(old);
+	err = bind_unix(l->source.fd, sun, lock);
+	umask(old);
 	if (!err && (lstat(l->unix_path, &l->file) < 0 || listen(l->source.fd, BACKLOG) < 0))
 		err = -errno;
 	name_listener(l);
-	confine_keep_place("remove unix:", l->unix_path, CONFINE_REMOVE_FILE);
+	confine_keep("remove unix:", l->unix_path, CONFINE_REMOVE_FILE);
 	if (lock >= 0)
 		close(lock);
 	return err;
@@ -278,22 +265,20 @@ bool listen_unix(const char *path, mode_t mode, listen_accept *accepted)
 	struct listener *l;
 	int err;
 
-	if (strlen(path) >= sizeof(sun.sun_path)) {
-		log_failure("cannot listen on unix:%s: the path has %zu bytes, %zu is the most",
-			    path, strlen(path), sizeof(sun.sun_path) - 1);
-		return false;
-	}
+	if (strlen(path) >= sizeof(sun.sun_path))
+		return log_failure("cannot listen on unix:%s: the path has %zu bytes, %zu is the "
+				   "most", path, strlen(path), sizeof(sun.sun_path) - 1);
 	strcpy(sun.sun_path, path);
 	l = add_listener(-1);
 	l->accepted = accepted;
 	err = start_unix(l, &sun, mode);
-	if (err)
-		log_failure("cannot listen on unix:%s: %s", path,
-			    err == -EADDRINUSE	? "another server is listening there" :
-			    err == -EEXIST	? "there is a file that is not a socket" :
-			    err == -EWOULDBLOCK ? "somebody else has its directory locked" :
-						  strerror(-err));
-	return !err && confine_give_socket(l->unix_path);
+	if (!err)
+		return confine_give_socket(l->unix_path);
+	return log_failure("cannot listen on unix:%s: %s", path,
+			   err == -EADDRINUSE  ? "another server is listening there" :
+			   err == -EEXIST      ? "there is a file that is not a socket" :
+			   err == -EWOULDBLOCK ? "somebody else has its directory locked" :
+						 strerror(-err));
 }
 
 /* Passed sockets */
@@ -327,9 +312,7 @@ bool listen_check(int fd, bool listens, const char *what)
 		wrong = "does not listen (--inetd takes a connection)";
 	else if (!listens && listening)
 		wrong = "is a socket that listens, not a connection";
-	if (wrong)
-		log_failure("%s: descriptor %d %s", what, fd, wrong);
-	return !wrong;
+	return !wrong || log_failure("%s: descriptor %d %s", what, fd, wrong);
 }
 
 bool listen_passed(int count)
@@ -346,43 +329,29 @@ bool listen_passed(int count)
 
 /* Accepting */
 
-static struct listener *listener_of(const struct source *s)
-{
-	return (struct listener *)((char *)(uintptr_t)s - offsetof(struct listener, source));
-}
-
 static short listener_events(const struct source *s)
 {
-	const struct listener *l = listener_of(s);
-
-	return l->source.due != UINT64_MAX ? 0 : POLLIN;
-}
-
-/* Accept one client.  False if there is none, or accepting has to pause. */
-static bool accept_one(struct listener *l)
-{
-	union address address = { .sa.sa_family = AF_UNIX };	/* of which some have none */
-	socklen_t len = sizeof(address);
-	int fd = accept4(l->source.fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
-
-	if (fd >= 0) {
-		l->accepted(fd, &address.sa, len);
-		return true;
-	}
-	if (is_out_of_resources(errno)) {
-		log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
-			 strerror(errno));
-		l->source.due = now_ms() + ACCEPT_PAUSE_MS;
-	}
-	return errno == EINTR || errno == ECONNABORTED;
+	return s->due != UINT64_MAX ? 0 : POLLIN;
 }
 
 static void listener_turn(struct source *s, short revents)
 {
-	struct listener *l = listener_of(s);
+	for (int n = 0; revents && n < ACCEPT_BATCH; n++) {
+		union address address = { .sa.sa_family = AF_UNIX };	/* of which some have none */
+		socklen_t len = sizeof(address);
+		int fd = accept4(s->fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
-	for (int n = 0; revents && n < ACCEPT_BATCH && listener_events(s) && accept_one(l); n++)
-		;
+		if (fd >= 0) {
+			((struct listener *)s)->accepted(fd, &address.sa, len);
+			continue;
+		}
+		if (is_out_of_resources(errno)) {
+			log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
+				 strerror(errno));
+			s->due = now_ms() + ACCEPT_PAUSE_MS;
+		}
+		return;
+	}
 }
 
 bool listen_has_tcp(void)
@@ -399,12 +368,9 @@ bool listen_start(listen_accept *accepted)
 	static const struct source_ops ops = { listener_events, listener_turn };
 
 	for (struct listener *l = listeners.all; l < listeners.all + listeners.count; l++) {
-		l->source.ops = &ops;
-		l->on_loop = loop_add(&main_loop, &l->source);
-		if (!l->on_loop) {
-			log_failure("out of memory");
-			return false;
-		}
+		if (!loop_add(&main_loop, &l->source))
+			return log_failure("out of memory");
+		l->source.ops = &ops;		/* which says that it is on the loop */
 		if (l->accepted)
 			continue;
 		l->accepted = accepted;
@@ -427,7 +393,7 @@ void listen_close(void)
 		if (err)
 			log_line("cannot remove unix:%s: %s", l->unix_path, strerror(-err));
 		free(l->unix_path);
-		if (l->on_loop)
+		if (l->source.ops)
 			loop_remove(&main_loop, &l->source);
 		if (l->source.fd >= 0)
 			close(l->source.fd);

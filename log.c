@@ -168,30 +168,30 @@ static bool write_now(enum log_to to, const char *text, int wait_ms)
 	return write_line(to, line, log_make_line(line, to, LOG_ERROR, text), wait_ms);
 }
 
-/* Whether there may be one more line about clients.  If not, it is counted. */
+/* Whether there may be one more line about clients.  If not, it is counted.  With the lock. */
 static bool admit_line(enum log_level level)
 {
 	uint64_t now = now_ms(), *used = &queue.used[level];
-	bool may;
 
-	pthread_mutex_lock(&queue.lock);
 	if (*used < now)
 		*used = now;
-	may = *used < now + PEER_BURST * PEER_MS;
-	if (may) {
+	if (*used < now + PEER_BURST * PEER_MS) {
 		*used += PEER_MS;
-	} else if (queue.left_out++ == 0) {
+		return true;
+	}
+	if (queue.left_out++ == 0) {
 		queue.due = now + LEFT_OUT_MS;
 		pthread_cond_broadcast(&queue.changed);
 	}
-	pthread_mutex_unlock(&queue.lock);
-	return may;
+	return false;
 }
 
-static void put_line(const char *line, size_t len)
+static void put_line(enum log_level level, const char *line, size_t len)
 {
 	pthread_mutex_lock(&queue.lock);
-	if (!queue.started) {
+	if (level & LOG_OF_PEER && !admit_line(level & ~LOG_OF_PEER)) {
+		;
+	} else if (!queue.started) {
 		queue.lost += !write_line(log_to, line, len, FLUSH_MS);
 	} else if (queue.len + len > ROOM) {
 		queue.lost++;
@@ -204,31 +204,21 @@ static void put_line(const char *line, size_t len)
 	pthread_mutex_unlock(&queue.lock);
 }
 
-void log_at(enum log_level level, const char *fmt, ...)
+bool log_at(enum log_level level, const char *fmt, ...)
 {
-	enum log_level kind = level & ~LOG_OF_PEER;
+	enum log_level kind = level & ~(LOG_OF_PEER | LOG_TO_STARTER);
 	char text[LINE_BYTES], line[LINE_BYTES];
 	va_list ap;
 
-	if (!log_shows(kind) || (level != kind && !admit_line(kind)))
-		return;
+	if (!log_shows(kind))
+		return false;
 	va_start(ap, fmt);
 	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
-	put_line(line, log_make_line(line, log_to, kind, text));
-}
-
-void log_failure(const char *fmt, ...)
-{
-	char text[LINE_BYTES];
-	va_list ap;
-
-	va_start(ap, fmt);
-	vsnprintf(text, sizeof(text), fmt, ap);
-	va_end(ap);
-	log_error("%s", text);
-	if (log_to != LOG_TO_STDERR)
+	put_line(level, line, log_make_line(line, log_to, kind, text));
+	if (level & LOG_TO_STARTER && log_to != LOG_TO_STDERR)
 		write_now(LOG_TO_STDERR, text, FLUSH_MS);
+	return false;
 }
 
 /* The end of the program */
@@ -384,10 +374,8 @@ bool log_start(void)
 
 	cond_init(&queue.changed);
 	err = thread_start(&thread, LOG_STACK, log_main, NULL);
-	if (err) {
-		log_failure("cannot start a thread: %s", strerror(err));
-		return false;
-	}
+	if (err)
+		return log_failure("cannot start a thread: %s", strerror(err));
 	pthread_detach(thread);
 	queue.started = true;
 	atexit(end_log);

@@ -15,6 +15,7 @@ enum log_level {
 	LOG_EVENT,	/* something happened */
 	LOG_DETAIL,
 	LOG_OF_PEER = 8,	/* added to one of these: a client causes the line */
+	LOG_TO_STARTER = 16,	/* likewise: the line goes to stderr as well */
 };
 
 /* The name before each line on stderr and in syslog: static storage. */
@@ -47,16 +48,16 @@ void log_flush(void);
 
 /*
  * One line, whole.  Control characters in it become question marks.  If there are too many of those
- * that clients cause, some are counted instead.
+ * that clients cause, some are counted instead.  Returns false, for a caller that fails with it.
  */
-void log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
+bool log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
 
 #define log_line(...) log_at(LOG_EVENT, __VA_ARGS__)
 #define log_error(...) log_at(LOG_ERROR, __VA_ARGS__)
 #define log_peer(level, ...) log_at((level) | LOG_OF_PEER, __VA_ARGS__)
 
-/* One line about a failed start: to stderr, and to the log as well where that is another place. */
-void log_failure(const char *fmt, ...) PRINTF_LIKE(1, 2);
+/* About a failed start. */
+#define log_failure(...) log_at(LOG_ERROR | LOG_TO_STARTER, __VA_ARGS__)
 
 /* log_flush(), and the end of the program with a failure.  Also for signal handlers. */
 void end_at_once(void);

@@ -29,13 +29,13 @@ enum {
 
 struct row {
 	char letter;			/* 0 for none */
-	const char *name;
-	const char *arg;		/* its name in the usage text, NULL for none; [X] is optional */
+	char name[20];			/* not pointers to texts, which need room and a relocation each */
+	char arg[12];			/* its name in the usage text, "" for none; [X] is optional */
 	unsigned char modes;		/* in which it means something; or which it is */
 	void (*take)(const struct row *r, void *field, const char *value);
 	unsigned short field;		/* of the options: where the value goes */
 	unsigned long min, max;		/* of a number; a text has min bytes at least */
-	const char *help;
+	char help[72];
 };
 
 /* take, field, min and max. */
@@ -143,10 +143,12 @@ static void choose_mode(const struct row *r, void *field, const char *value)
 static void add_laddr(const struct row *r, void *options, const char *value)
 {
 	struct options *o = options;
+	char *host = not_null(strdup(value));
 
 	(void)r;
+	strip_brackets(host);
 	o->laddr = not_null(realloc(o->laddr, (o->laddrs + 1) * sizeof(*o->laddr)));
-	o->laddr[o->laddrs++] = value;
+	o->laddr[o->laddrs++] = host;
 }
 
 static void add_allow(const struct row *r, void *options, const char *value)
@@ -160,90 +162,88 @@ static void add_allow(const struct row *r, void *options, const char *value)
 		usage_error("option '--%s': '%s' %s", r->name, value, wrong);
 }
 
+static void add_image(struct options *o, const char *name, const char *path)
+{
+	o->export = not_null(realloc(o->export, (o->exports + 1) * sizeof(*o->export)));
+	o->export[o->exports++] = (struct named_image){ name, path };
+}
+
 /* The first '=' ends the name. */
 static void add_export(const struct row *r, void *options, const char *value)
 {
 	struct options *o = options;
-	const char *path = strchr(value, '=');
-	struct named_image *e;
+	const char *path = strchr(value, '='), *name;
 
 	if (!path || path == value || !path[1])
 		usage_error("option '--%s': NAME=PATH is expected, and not '%s'", r->name, value);
-	o->export = not_null(realloc(o->export, (o->exports + 1) * sizeof(*e)));
-	e = &o->export[o->exports];
-	e->path = path + 1;
-	e->name = not_null(strndup(value, (size_t)(path - value)));
-	if (!proto_is_string(e->name))
+	name = not_null(strndup(value, (size_t)(path - value)));
+	if (!proto_is_string(name))
 		usage_error("option '--%s': a name has at most %d bytes of UTF-8, and is not '%s'",
-			    r->name, PROTO_STRING_MAX, e->name);
+			    r->name, PROTO_STRING_MAX, name);
 	for (unsigned i = 0; i < o->exports; i++)
-		if (strcmp(o->export[i].name, e->name) == 0)
-			usage_error("option '--%s': two images have the name '%s'", r->name,
-				    e->name);
-	o->exports++;
-}
-
-static void print_help(const struct program *p)
-{
-	printf("usage: %s\n", p->usage);
-	for (size_t i = 0; i < p->count; i++) {
-		const struct row *r = &p->rows[i];
-		char letter[] = "-x, ", name[64];
-
-		letter[1] = r->letter;
-		snprintf(name, sizeof(name), "%s--%s%s%s", r->letter ? letter : "    ", r->name,
-			 r->arg ? " " : "", r->arg ? r->arg : "");
-		printf("  %-28s %s\n", name, r->help);
-	}
+		if (strcmp(o->export[i].name, name) == 0)
+			usage_error("option '--%s': two images have the name '%s'", r->name, name);
+	add_image(o, name, path + 1);
 }
 
 /* --help, or --version, where the program's name is the first word of its usage. */
-static void show_help(const struct row *r, void *field, const char *value)
+static void show_help(const struct row *chosen, void *field, const char *value)
 {
 	const struct program *p = line.program;
+	bool help = chosen->letter == 'h';
 
 	(void)field, (void)value;
-	if (r->letter == 'h')
-		print_help(p);
+	if (help)
+		printf("usage: %s\n", p->usage);
 	else
 		printf("%.*s %s\n", (int)strcspn(p->usage, " "), p->usage, XNBD_VERSION);
+	for (const struct row *r = p->rows; help && r < p->rows + p->count; r++) {
+		char letter[] = "-x, ", name[64];
+
+		letter[1] = r->letter;
+		snprintf(name, sizeof(name), "%s--%s %s", r->letter ? letter : "    ", r->name, r->arg);
+		printf("  %-28s %s\n", name, r->help);
+	}
 	flush_output();
 	exit(EXIT_SUCCESS);
 }
 
 /* The tables */
 
+/* In any mode, but not where a single client is given. */
+enum { MODE_MANY = MODE_ANY | MODE_PROXY << 1 };
+
 static const struct row server_rows[] = {
 #define FIELD(name) offsetof(struct options, name)
-	{ 't', "target", NULL, MODE_TARGET, OTHER(choose_mode), "export a disk image" },
-	{ 'c', "cow-target", NULL, MODE_COW_TARGET, OTHER(choose_mode),
+	{ 't', "target", "", MODE_TARGET, OTHER(choose_mode), "export a disk image" },
+	{ 'c', "cow-target", "", MODE_COW_TARGET, OTHER(choose_mode),
 	  "export a base image, keep writes in an overlay" },
-	{ 'p', "proxy", NULL, MODE_PROXY, OTHER(choose_mode),
+	{ 'p', "proxy", "", MODE_PROXY, OTHER(choose_mode),
 	  "cache a remote server's disk, and move it here" },
-	{ 'l', "lport", "PORT", MODE_ANY, NUMBER(lport, 0, 65535),
+	{ 'l', "lport", "PORT", MODE_MANY, NUMBER(lport, 0, 65535),
 	  "TCP port to listen on, 0 for a free one (8520)" },
-	{ 0, "laddr", "ADDR", MODE_ANY, OTHER(add_laddr),
+	{ 0, "laddr", "ADDR", MODE_MANY, OTHER(add_laddr),
 	  "address or name to listen on, may be repeated (all)" },
-	{ 0, "unix", "PATH", MODE_ANY, TEXT(unix_path),
+	{ 0, "unix", "PATH", MODE_MANY, TEXT(unix_path),
 	  "Unix socket to listen on; without --lport and --laddr, there alone" },
 	{ 0, "unix-mode", "MODE", MODE_ANY, VALUE(set_file_mode, unix_mode),
 	  "mode of that socket, such as 0660 (what the umask leaves)" },
 	{ 0, "allow", "ADDRESS", MODE_ANY, OTHER(add_allow),
 	  "TCP clients that may connect: ADDRESS[/PREFIX], may be repeated (all)" },
-	{ 0, "max-connections", "N", MODE_ANY, NUMBER(max_connections, 1, 65536),
+	{ 0, "max-connections", "N", MODE_MANY, NUMBER(max_connections, 1, 65536),
 	  "clients at a time, at most (4096)" },
-	{ 0, "max-per-host", "N", MODE_ANY, NUMBER(max_per_host, 1, 65536),
+	{ 0, "max-per-host", "N", MODE_MANY, NUMBER(max_per_host, 1, 65536),
 	  "of those, clients of one address (all)" },
 	{ 0, "keepalive", "SECONDS", MODE_ANY, NUMBER(keepalive, 0, 36000),
 	  "a client whose host is silent for so long is gone (300, 0 for never)" },
-	{ 'i', "inetd", NULL, MODE_ANY, FLAG(inetd), "serve the one client on standard input" },
+	{ 'i', "inetd", "", MODE_ANY, FLAG(inetd), "serve the one client on standard input" },
 	{ 0, "connected-fd", "N", MODE_ANY, NUMBER(connected_fd, 0, INT_MAX),
 	  "serve the one client on descriptor N, already negotiated" },
-	{ 0, "oldstyle", NULL, MODE_ANY, FLAG(oldstyle),
+	{ 0, "oldstyle", "", MODE_ANY, FLAG(oldstyle),
 	  "greet like old servers, without negotiation" },
 	{ 0, "export", "NAME=PATH", MODE_TARGET | MODE_COW_TARGET, OTHER(add_export),
 	  "export the image PATH by that name, may be repeated" },
-	{ 'r', "readonly", NULL, MODE_ANY, FLAG(readonly), "refuse writes" },
+	{ 'r', "readonly", "", MODE_ANY, FLAG(readonly), "refuse writes" },
 	{ 0, "create", "SIZE", MODE_TARGET, VALUE(set_bytes, create_size),
 	  "create a sparse image of SIZE (512M, 10G, ...) if there is none" },
 	{ 0, "cow-dir", "DIR", MODE_COW_TARGET, TEXT(cow_dir),
@@ -252,7 +252,7 @@ static const struct row server_rows[] = {
 	  "keep the overlay in PATH and PATH.map, and go on from there" },
 	{ 0, "target-exportname", "NAME", MODE_PROXY, VALUE(set_text, export_name),
 	  "name of the remote server's export (the empty name)" },
-	{ 0, "clear-bitmap", NULL, MODE_PROXY, FLAG(clear_bitmap), "forget what is cached" },
+	{ 0, "clear-bitmap", "", MODE_PROXY, FLAG(clear_bitmap), "forget what is cached" },
 	{ 0, "max-queue-size", "N", MODE_ANY, NUMBER(max_queue_size, 0, INT_MAX),
 	  "requests of all clients that may wait (0: 8192)" },
 	{ 0, "max-buf-size", "SIZE", MODE_ANY, VALUE(set_bytes, max_buf_size),
@@ -261,26 +261,26 @@ static const struct row server_rows[] = {
 	  "connections to the remote server, at most (2)" },
 	{ 0, "origin-timeout", "SECONDS", MODE_PROXY, NUMBER(origin_timeout, 1, 3600),
 	  "connect again when it is silent for so long (15)" },
-	{ 0, "threads", "N", MODE_ANY, NUMBER(threads, 1, 1024),
+	{ 0, "threads", "N", MODE_MANY, NUMBER(threads, 1, 1024),
 	  "threads that connections are spread over, at most" },
-	{ 'd', "daemonize", NULL, MODE_ANY, FLAG(daemonize),
+	{ 'd', "daemonize", "", MODE_MANY, FLAG(daemonize),
 	  "return when clients can connect, and go on in the background" },
 	{ 0, "pidfile", "PATH", MODE_ANY, TEXT(pidfile), "write the process id there" },
 	{ 'L', "logpath", "FILE", MODE_ANY, TEXT(logpath), "log to FILE; SIGHUP opens it again" },
-	{ 0, "syslog", NULL, MODE_ANY, FLAG(syslog),
+	{ 0, "syslog", "", MODE_ANY, FLAG(syslog),
 	  "log to syslog (with --inetd or --daemonize the default)" },
 	{ 0, "user", "NAME", MODE_ANY, TEXT(user), "become NAME[:GROUP] before serving anybody" },
-	{ 0, "no-sandbox", NULL, MODE_ANY, FLAG(no_sandbox),
+	{ 0, "no-sandbox", "", MODE_ANY, FLAG(no_sandbox),
 	  "keep access to all files and to the network" },
 	{ 0, "ctl", "PATH", MODE_ANY, TEXT(control),
 	  "control socket, for xnbd-bgctl; a proxy has one without" },
-	{ 0, "quiet", NULL, MODE_ANY, FLAG(quiet), "log errors only" },
-	{ 0, "verbose", NULL, MODE_ANY, FLAG(verbose),
+	{ 0, "quiet", "", MODE_ANY, FLAG(quiet), "log errors only" },
+	{ 0, "verbose", "", MODE_ANY, FLAG(verbose),
 	  "log what clients negotiate, and each request that is refused" },
 	{ 0, "stats", "SECONDS", MODE_ANY, NUMBER(stats, 1, 86400),
 	  "log every so often what each client did" },
-	{ 'h', "help", NULL, MODE_ANY, OTHER(show_help), "show this text" },
-	{ 'V', "version", NULL, MODE_ANY, OTHER(show_help), "show the version" },
+	{ 'h', "help", "", MODE_ANY, OTHER(show_help), "show this text" },
+	{ 'V', "version", "", MODE_ANY, OTHER(show_help), "show the version" },
 #undef FIELD
 };
 
@@ -298,30 +298,30 @@ enum {
 
 static const struct row bgctl_rows[] = {
 #define FIELD(name) offsetof(struct bgctl_options, name)
-	{ 'q', "query", NULL, COMMAND_QUERY, OTHER(choose_mode), "show the state of the server" },
+	{ 'q', "query", "", COMMAND_QUERY, OTHER(choose_mode), "show the state of the server" },
 	{ 0, "watch", "[SECONDS]", COMMAND_WATCH, choose_mode, FIELD(seconds), 1, 3600,
 	  "show what clients do, again and again (1)" },
-	{ 0, "snapshot", NULL, COMMAND_SNAPSHOT, OTHER(choose_mode),
+	{ 0, "snapshot", "", COMMAND_SNAPSHOT, OTHER(choose_mode),
 	  "make a snapshot of a target's image" },
-	{ 'c', "cache-all", NULL, COMMAND_CACHE_ALL, OTHER(choose_mode),
+	{ 'c', "cache-all", "", COMMAND_CACHE_ALL, OTHER(choose_mode),
 	  "copy what is missing, and return when all is here" },
-	{ 'C', "cache-all2", NULL, COMMAND_CACHE_ALL2, OTHER(choose_mode),
+	{ 'C', "cache-all2", "", COMMAND_CACHE_ALL2, OTHER(choose_mode),
 	  "copy what is missing in the background, and return at once" },
-	{ 's', "switch", NULL, COMMAND_SWITCH, OTHER(choose_mode),
+	{ 's', "switch", "", COMMAND_SWITCH, OTHER(choose_mode),
 	  "become a target: the origin is not needed any more" },
-	{ 0, "shutdown", NULL, COMMAND_SWITCH, OTHER(choose_mode), "the old name of --switch" },
-	{ 'r', "reconnect", NULL, COMMAND_RECONNECT, OTHER(choose_mode),
+	{ 0, "shutdown", "", COMMAND_SWITCH, OTHER(choose_mode), "the old name of --switch" },
+	{ 'r', "reconnect", "", COMMAND_RECONNECT, OTHER(choose_mode),
 	  "go over to another origin" },
-	{ 0, "json", NULL, COMMAND_QUERY, FLAG(json), "as one JSON object" },
-	{ 0, "progress", NULL, COMMAND_CACHE_ALL, FLAG(progress), "show how the copy is going" },
+	{ 0, "json", "", COMMAND_QUERY, FLAG(json), "as one JSON object" },
+	{ 0, "progress", "", COMMAND_CACHE_ALL, FLAG(progress), "show how the copy is going" },
 	{ 0, "blocks-per-request", "N", COMMAND_CACHE_ALL | COMMAND_CACHE_ALL2, NUMBER(blocks, 1, 8192),
 	  "ask the origin for N blocks of 4096 bytes at once (64)" },
-	{ 0, "force", NULL, COMMAND_SWITCH, FLAG(force),
+	{ 0, "force", "", COMMAND_SWITCH, FLAG(force),
 	  "even if blocks are missing, which read as zeros then" },
 	{ 0, "exportname", "NAME", COMMAND_RECONNECT | COMMAND_SNAPSHOT, VALUE(set_text, export_name),
 	  "the export: there (the present one), or here (the only one)" },
-	{ 'h', "help", NULL, COMMAND_ANY, OTHER(show_help), "show this text" },
-	{ 'V', "version", NULL, COMMAND_ANY, OTHER(show_help), "show the version" },
+	{ 'h', "help", "", COMMAND_ANY, OTHER(show_help), "show this text" },
+	{ 'V', "version", "", COMMAND_ANY, OTHER(show_help), "show the version" },
 #undef FIELD
 };
 
@@ -348,19 +348,10 @@ static const struct program bgctl = {
 };
 
 /* Options of the server that contradict each other. */
-static const struct {
-	const char *one, *others[9];
-} exclusive[] = {
-	{ "logpath", { "syslog" } },
-	{ "quiet", { "verbose" } },
-	{ "cow-dir", { "cow-file" } },
-	{ "create", { "readonly" } },
-	{ "export", { "oldstyle", "connected-fd" } },
-	{ "oldstyle", { "connected-fd" } },
-	{ "inetd", { "connected-fd", "daemonize", "lport", "laddr", "unix", "threads",
-		     "max-connections", "max-per-host" } },
-	{ "connected-fd", { "daemonize", "lport", "laddr", "unix", "threads", "max-connections",
-			    "max-per-host" } },
+static const char exclusive[][2][16] = {
+	{ "logpath", "syslog" },      { "quiet", "verbose" },	       { "cow-dir", "cow-file" },
+	{ "create", "readonly" },     { "export", "oldstyle" },	       { "inetd", "connected-fd" },
+	{ "export", "connected-fd" }, { "oldstyle", "connected-fd" },
 };
 
 /* The words of the command line */
@@ -411,13 +402,13 @@ static void translate_rows(char *letters, struct option *longopts)
 		const struct row *r = &line.program->rows[i];
 
 		longopts[i].name = r->name;
-		longopts[i].has_arg = !r->arg	      ? no_argument :
+		longopts[i].has_arg = !*r->arg	     ? no_argument :
 				      *r->arg == '[' ? optional_argument :
 						       required_argument;
 		longopts[i].val = FIRST_OPTION + (int)i;
 		if (r->letter)
 			*letters++ = r->letter;
-		if (r->letter && r->arg)
+		if (r->letter && *r->arg)
 			*letters++ = ':';
 	}
 }
@@ -486,13 +477,14 @@ static const char *take_remote(const char *name, const char *port_name, const ch
 /* Options that contradict each other, or that would do nothing. */
 static void check_together(const struct options *o)
 {
-	for (size_t i = 0; i < ARRAY_SIZE(exclusive); i++) {
-		const char *one = exclusive[i].one;
-
-		for (const char *const *other = exclusive[i].others; *other; other++)
-			if (has(one) && has(*other))
-				usage_error("--%s and --%s exclude each other", one, *other);
-	}
+	for (size_t i = 0; i < ARRAY_SIZE(exclusive); i++)
+		if (has(exclusive[i][0]) && has(exclusive[i][1]))
+			usage_error("--%s and --%s exclude each other", exclusive[i][0],
+				    exclusive[i][1]);
+	for (size_t i = 0; i < ARRAY_SIZE(server_rows); i++)
+		if (line.given[i] && server_rows[i].modes == MODE_MANY &&
+		    (o->inetd || o->connected_fd >= 0))
+			usage_error("--%s is not for --inetd and --connected-fd", server_rows[i].name);
 	if (o->control && o->mode == MODE_PROXY)
 		usage_error("--ctl is not for a proxy: its last argument is CONTROL_SOCKET_PATH");
 	if (o->unix_mode && !o->unix_path)
@@ -508,7 +500,7 @@ static void take_proxy_arguments(struct options *o)
 	o->host = take_remote("REMOTE_HOST", "REMOTE_PORT", &o->port, 3);
 	if (o->port && !parse_number(o->port, 1, 65535, &port))
 		usage_error("REMOTE_PORT: '%s' is not a number from 1 to 65535", o->port);
-	o->image = take_argument("CACHE_IMAGE");
+	o->export->path = take_argument("CACHE_IMAGE");
 	o->bitmap = take_argument("CACHE_BITMAP_IMAGE");
 	o->control = take_argument("CONTROL_SOCKET_PATH");
 	end_arguments("CONTROL_SOCKET_PATH");
@@ -516,10 +508,14 @@ static void take_proxy_arguments(struct options *o)
 
 static void take_image(struct options *o)
 {
-	if (o->exports == 0 || optind < line.argc)
-		o->image = take_argument("DISK_IMAGE");
+	if (o->exports == 1 || optind < line.argc) {
+		o->export->path = take_argument("DISK_IMAGE");
+	} else {		/* all images have names */
+		o->export++;
+		o->exports--;
+	}
 	end_arguments("DISK_IMAGE");
-	if (o->cow_file && o->exports + (o->image != NULL) > 1)
+	if (o->cow_file && o->exports > 1)
 		usage_error("--cow-file is the overlay of one image, there can be no others");
 }
 
@@ -527,12 +523,14 @@ void options_parse(struct options *o, int argc, char **argv)
 {
 	*o = (struct options){
 		.lport = DEFAULT_PORT,
+		.max_connections = 4096,
 		.connected_fd = -1,
 		.export_name = "",
 		.origin_connections = 2,
 		.origin_timeout = 15,
 		.keepalive = 300,
 	};
+	add_image(o, "", NULL);		/* whose path is an argument, and which is the first */
 	parse_options(&server, o, argc, argv);
 	o->mode = line.chosen->modes;
 	o->lport_given = has("lport");
@@ -556,22 +554,11 @@ static void check_word(const char *what, const char *word)
 			    word);
 }
 
-/* The server may have another working directory. */
-static const char *from_root(const char *host)
-{
-	char *path = not_null(absolute_path(host + strlen("unix:"))), *result = NULL;
-
-	if (asprintf(&result, "unix:%s", path) < 0)
-		result = NULL;
-	free(path);
-	return not_null(result);
-}
-
 static void take_new_origin(struct bgctl_options *o)
 {
 	o->host = take_remote("HOST", "PORT", &o->port, 0);
-	if (!o->port)
-		o->host = from_root(o->host);
+	if (!o->port)		/* the server may have another working directory */
+		o->host = not_null(absolute_path(o->host + strlen("unix:")));
 	else
 		check_word("PORT", o->port);
 	check_word("HOST", o->host);

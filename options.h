@@ -16,17 +16,15 @@ enum mode {
 	MODE_ANY = MODE_TARGET | MODE_COW_TARGET | MODE_PROXY,
 };
 
-/* NAME=PATH of --export. */
 struct named_image {
-	char *name;			/* as proto_export wants it */
-	const char *path;
+	const char *name;		/* as proto_export wants it; "" without --export */
+	const char *path;		/* of a proxy: the cache's */
 };
 
-/* xnbd-server.  Strings are those of argv, but for names of exports. */
+/* xnbd-server. */
 struct options {
 	unsigned mode;			/* enum mode */
-	const char *image;		/* of a proxy: the cache; NULL: all exports have names */
-	struct named_image *export;	/* exports of them, no two of the same name */
+	struct named_image *export;	/* exports of them, at least one, no two of the same name */
 	unsigned exports;
 
 	/* --proxy */
@@ -42,13 +40,13 @@ struct options {
 	unsigned long lport;
 	bool lport_given;
 	const char *of_tcp;	/* an option that is about TCP clients; or NULL */
-	const char **laddr;	/* laddrs of them */
+	const char **laddr;	/* laddrs of them, without brackets */
 	unsigned laddrs;
 	const char *unix_path;
 	unsigned long unix_mode;	/* 0 for what the umask says */
 	struct access_rule *allow;	/* allows of them; none: everybody may connect */
 	unsigned allows;
-	unsigned long max_connections;	/* 0 for the default */
+	unsigned long max_connections;
 	unsigned long max_per_host;	/* 0: all of them */
 	unsigned long keepalive;	/* seconds; 0 for never */
 	unsigned long max_queue_size;	/* requests; 0 for the default */
@@ -83,7 +81,7 @@ struct bgctl_options {
 	unsigned long blocks;		/* per request; 0 for the default */
 	unsigned long seconds;		/* of "watch" */
 	const char *export_name;	/* NULL for none; without line breaks */
-	const char *host;		/* of "reconnect": one word; "unix:" and a path from the root */
+	const char *host;		/* of "reconnect": one word; of a Unix socket the path from the root */
 	const char *port;		/* one word; NULL for a Unix socket */
 };
 

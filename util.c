@@ -4,10 +4,10 @@
 #define _GNU_SOURCE
 #include "util.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <net/if.h>
-#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sched.h>
@@ -157,7 +157,7 @@ bool is_same_file(const char *one, const char *other)
 {
 	struct stat a, b;
 
-	return stat(one, &a) == 0 && stat(other, &b) == 0 && a.st_dev == b.st_dev &&
+	return one && other && stat(one, &a) == 0 && stat(other, &b) == 0 && a.st_dev == b.st_dev &&
 	       a.st_ino == b.st_ino;
 }
 
@@ -220,25 +220,27 @@ int sync_directory_of(const char *path)
 	return ret;
 }
 
-static void format_unix(const struct sockaddr_un *un, socklen_t len, char *buf)
-{
-	size_t head = offsetof(struct sockaddr_un, sun_path);
-	size_t n = len > head ? strnlen(un->sun_path, len - head) : 0;
-
-	snprintf(buf, ADDRESS_MAX, "unix:%.*s", (int)n, un->sun_path);
-}
-
 void format_address(const struct sockaddr *sa, socklen_t len, char *buf)
 {
-	char host[INET6_ADDRSTRLEN + IF_NAMESIZE], port[8];
+	const struct sockaddr_in *v4 = (const struct sockaddr_in *)sa;
+	const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)sa;
+	char host[INET6_ADDRSTRLEN], zone[1 + IF_NAMESIZE] = "%";
+	int head = offsetof(struct sockaddr_un, sun_path);
+	bool zoned = sa->sa_family == AF_INET6 && v6->sin6_scope_id &&
+		     if_indextoname(v6->sin6_scope_id, zone + 1);
 
 	if (sa->sa_family == AF_UNIX)
-		format_unix((const struct sockaddr_un *)sa, len, buf);
-	else if (getnameinfo(sa, len, host, sizeof(host), port, sizeof(port),
-			     NI_NUMERICHOST | NI_NUMERICSERV) == 0)
-		snprintf(buf, ADDRESS_MAX, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+		snprintf(buf, ADDRESS_MAX, "unix:%.*s", (int)len > head ? (int)len - head : 0,
+			 ((const struct sockaddr_un *)sa)->sun_path);
+	else if (sa->sa_family == AF_INET)
+		snprintf(buf, ADDRESS_MAX, "%s:%u",
+			 inet_ntop(AF_INET, &v4->sin_addr, host, sizeof(host)), ntohs(v4->sin_port));
+	else if (sa->sa_family == AF_INET6)
+		snprintf(buf, ADDRESS_MAX, "[%s%s]:%u",
+			 inet_ntop(AF_INET6, &v6->sin6_addr, host, sizeof(host)), zoned ? zone : "",
+			 ntohs(v6->sin6_port));
 	else
-		snprintf(buf, ADDRESS_MAX, "(unknown address)");
+		strcpy(buf, "(unknown address)");
 }
 
 void strip_brackets(char *host)

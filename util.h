@@ -65,7 +65,7 @@ bool is_momentary(int err);
  */
 int create_file(const char *path, bool replace, int (*fill)(void *arg, int fd), void *arg);
 
-/* Whether two paths lead to one file that is there. */
+/* Whether two paths lead to one file that is there; NULL leads to none. */
 bool is_same_file(const char *one, const char *other);
 
 /* Remove the file that create_file() is at.  For a signal handler of the main thread. */

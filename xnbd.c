@@ -22,7 +22,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,7 +35,6 @@
 #include <unistd.h>
 
 enum {
-	CONNECTIONS_MAX = 4096,
 	DESCRIPTORS_SEEN = 4096,	/* those from there on are not looked for */
 	EXPORT_FDS = 3,			/* for an image, and for a snapshot of it */
 	LOOP_FDS = 2,
@@ -50,18 +48,15 @@ enum {
 	LOOPS_MIN = 2,
 };
 
-/* Everything that the server consists of.  The main thread's. */
-struct server {
+/* The main thread's. */
+static struct {
 	struct options options;
 	int passed;			/* sockets that were opened for us */
 	int single_fd;			/* --inetd, --connected-fd: the client; else -1 */
 	int ready_fd;			/* --daemonize: tells the first process; else -1 */
 	char *log_path, *pid_path;	/* from the root: a daemon leaves its place */
 	struct stat pid_file;		/* of our pidfile; all zero: there is none */
-	size_t connections_max;
-};
-
-static struct server server = { .single_fd = -1, .ready_fd = -1 };
+} server = { .single_fd = -1, .ready_fd = -1 };
 
 /* Either asks for statistics, and not every system has both. */
 #ifndef SIGINFO
@@ -77,26 +72,20 @@ static volatile sig_atomic_t stop_signals;
 static volatile sig_atomic_t came[128];		/* by their numbers */
 
 /* A start may wait long for an origin, a name server or a disk: it ends in the handler. */
-static void take_stop_signal(void)
+static void on_signal(int sig)
 {
-	if (opening) {
+	bool stops = sig == SIGTERM || sig == SIGINT;
+
+	if (stops && opening) {
 		forget_unfinished();
 		_exit(EXIT_SUCCESS);
 	}
-	if (stop_signals)
+	if (sig == SIGALRM || (stops && stop_signals))
 		end_at_once();
-	stop_signals = 1;
-	alarm(STOP_S);
-}
-
-static void on_signal(int sig)
-{
-	if (sig == SIGALRM)
-		end_at_once();
-	if (sig == SIGTERM || sig == SIGINT)
-		take_stop_signal();
-	else
-		came[sig] = 1;
+	if (stops)
+		alarm(STOP_S);
+	stop_signals |= stops;
+	came[sig] = 1;
 	wake_main();
 }
 
@@ -118,10 +107,8 @@ static bool setup_signals(void)
 	};
 	int err = loop_init(&main_loop);
 
-	if (err) {
-		log_failure("cannot make a pipe: %s", strerror(-err));
-		return false;
-	}
+	if (err)
+		return log_failure("cannot make a pipe: %s", strerror(-err));
 	for (size_t i = 0; i < ARRAY_SIZE(handled); i++)
 		sigaction(handled[i], &sa, NULL);
 	signal(SIGPIPE, SIG_IGN);
@@ -144,16 +131,14 @@ static void pass_on(int sig)
  * Go into the background.  Returns in the child; the first process waits until the child is
  * ready and exits with status 0, or 1 when the child ended before, which then has said why.
  */
-static bool daemonize(struct server *s)
+static bool daemonize(void)
 {
 	int fds[2];
 	char byte;
 
 	null_fd = open_nothing();	/* later it may be out of reach */
-	if (null_fd < 0 || pipe2(fds, O_CLOEXEC) < 0 || (daemon_pid = fork()) < 0) {
-		log_failure("cannot daemonize: %s", strerror(errno));
-		return false;
-	}
+	if (null_fd < 0 || pipe2(fds, O_CLOEXEC) < 0 || (daemon_pid = fork()) < 0)
+		return log_failure("cannot daemonize: %s", strerror(errno));
 	if (daemon_pid > 0) {
 		signal(SIGTERM, pass_on);
 		signal(SIGINT, pass_on);
@@ -164,7 +149,7 @@ static bool daemonize(struct server *s)
 		_exit(EXIT_FAILURE);
 	}
 	close(fds[0]);
-	s->ready_fd = fds[1];
+	server.ready_fd = fds[1];
 	setsid();
 	return true;
 }
@@ -174,12 +159,10 @@ static bool daemonize(struct server *s)
  * what it had open, which the log or an image may have been.  What we have opened, or were meant to
  * get, is what a program that we executed would not get.
  */
-static bool detach(struct server *s)
+static bool detach(void)
 {
-	if (chdir("/") < 0) {
-		log_failure("cannot daemonize: %s", strerror(errno));
-		return false;
-	}
+	if (chdir("/") < 0)
+		return log_failure("cannot daemonize: %s", strerror(errno));
 	log_flush();		/* who waits for us may look there for our port */
 	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
 		dup2(null_fd, fd);
@@ -187,30 +170,30 @@ static bool detach(struct server *s)
 	for (int fd = STDERR_FILENO + 1; fd < DESCRIPTORS_SEEN; fd++)
 		if (fcntl(fd, F_GETFD) == 0)		/* and not FD_CLOEXEC */
 			close(fd);
-	while (write(s->ready_fd, "", 1) < 0 && errno == EINTR)
+	while (write(server.ready_fd, "", 1) < 0 && errno == EINTR)
 		;
-	close(s->ready_fd);
+	close(server.ready_fd);
 	return true;
 }
 
-/* Whether a file for something else is one that holds blocks, too, or their bits; logs that. */
-static bool is_image(const struct options *o, const char *path)
+/* Whether a file neither holds blocks nor their bits, and may be used for something else. */
+static bool is_no_image(const char *path)
 {
-	const char *const files[] = { o->image, o->cow_file, o->bitmap };
-	const char *image = NULL;
+	const struct options *o = &server.options;
+	const char *image = is_same_file(path, o->cow_file) ? o->cow_file :
+			    is_same_file(path, o->bitmap)   ? o->bitmap :
+							      NULL;
 
-	for (size_t i = 0; path && i < ARRAY_SIZE(files) && !image; i++)
-		image = files[i] && is_same_file(path, files[i]) ? files[i] : NULL;
-	for (unsigned i = 0; path && i < o->exports && !image; i++)
-		image = is_same_file(path, o->export[i].path) ? o->export[i].path : NULL;
-	if (image)
-		log_failure("%s is needed for the disk: the log and the pidfile go elsewhere", image);
-	return image != NULL;
+	for (unsigned i = 0; i < o->exports; i++)
+		if (is_same_file(path, o->export[i].path))
+			image = o->export[i].path;
+	return !image || log_failure("%s is needed for the disk: the log and the pidfile go "
+				     "elsewhere", image);
 }
 
-static bool setup_log(struct server *s)
+static bool setup_log(void)
 {
-	const struct options *o = &s->options;
+	const struct options *o = &server.options;
 	const char *error;
 
 	if (o->connected_fd >= 0)
@@ -221,13 +204,11 @@ static bool setup_log(struct server *s)
 			log_open(NULL);
 		return true;
 	}
-	if (is_image(o, o->logpath))
+	if (!is_no_image(o->logpath))
 		return false;
-	s->log_path = not_null(absolute_path(o->logpath));
-	error = log_open(s->log_path);
-	if (error)
-		log_failure("cannot open log file %s: %s", o->logpath, error);
-	return error == NULL;
+	server.log_path = not_null(absolute_path(o->logpath));
+	error = log_open(server.log_path);
+	return !error || log_failure("cannot open log file %s: %s", o->logpath, error);
 }
 
 /* As many descriptors as we may have. */
@@ -241,61 +222,51 @@ static void raise_limits(void)
 	setrlimit(RLIMIT_NOFILE, &r);
 }
 
-/* How many descriptors may still be opened. */
+/* How many descriptors may still be opened: those that are open have the lowest numbers. */
 static size_t free_descriptors(void)
 {
 	struct rlimit r = { .rlim_cur = 256 };
-	struct pollfd fd[DESCRIPTORS_SEEN];
-	size_t limit, seen, there;
+	int next = dup(STDIN_FILENO);
 
+	if (next < 0)
+		return 0;
+	close(next);
 	getrlimit(RLIMIT_NOFILE, &r);
-	there = limit = r.rlim_cur < INT_MAX ? (size_t)r.rlim_cur : INT_MAX;
-	seen = limit < DESCRIPTORS_SEEN ? limit : DESCRIPTORS_SEEN;
-	for (size_t i = 0; i < seen; i++)
-		fd[i] = (struct pollfd){ .fd = (int)i };
-	if (poll(fd, (nfds_t)seen, 0) >= 0)	/* one call looks at all of them */
-		for (size_t i = 0; i < seen; i++)
-			there -= !(fd[i].revents & POLLNVAL);
-	return there;
+	return (r.rlim_cur < INT_MAX ? (size_t)r.rlim_cur : INT_MAX) - (size_t)next;
 }
 
 /* Threads for connections, and connections: as many as leave descriptors to the server itself. */
-static bool share_descriptors(struct server *s, unsigned *loops)
+static bool share_descriptors(unsigned *loops)
 {
-	const struct options *o = &s->options;
-	size_t images = o->exports + (o->image != NULL), spare, there = free_descriptors();
-	size_t needed = OWN_FDS + LOOP_FDS + EXPORT_FDS * images +
+	struct options *o = &server.options;
+	size_t spare, there = free_descriptors();
+	size_t needed = OWN_FDS + LOOP_FDS + EXPORT_FDS * o->exports +
 			(o->mode == MODE_PROXY ? PROXY_FDS : 0);
 
-	if (there <= needed) {
-		log_failure("the limit of open files is too low: %zu more are needed",
-			    needed + 1 - there);
-		return false;
-	}
+	if (there <= needed)
+		return log_failure("the limit of open files is too low: %zu more are needed",
+				   needed + 1 - there);
 	there -= needed;
 	spare = there / 4 < SPARE_FDS ? there / 4 : SPARE_FDS;
 	if (*loops > 1 + there / 8)
 		*loops = (unsigned)(1 + there / 8);
 	there -= spare + LOOP_FDS * (*loops - 1);
-	s->connections_max = o->max_connections ? o->max_connections : CONNECTIONS_MAX;
-	if (s->connections_max <= there)
-		return true;
-	s->connections_max = there;
-	if (o->max_connections)
+	if (there < o->max_connections) {
+		o->max_connections = there;
 		log_line("the limit of open files leaves room for %zu connections", there);
+	}
+	access_open(o->max_connections);
 	return true;
 }
 
 /* Take the only client, and keep everything else off its socket. */
-static bool take_client(struct server *s, int fd, const char *option)
+static bool take_client(int fd, const char *option)
 {
 	if (!listen_check(fd, false, option))
 		return false;
-	s->single_fd = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
-	if (s->single_fd < 0) {
-		log_failure("%s: %s", option, strerror(errno));
-		return false;
-	}
+	server.single_fd = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+	if (server.single_fd < 0)
+		return log_failure("%s: %s", option, strerror(errno));
 	close(fd);
 	close(STDIN_FILENO);
 	close(STDOUT_FILENO);
@@ -304,32 +275,27 @@ static bool take_client(struct server *s, int fd, const char *option)
 }
 
 /* Whether there can be clients with addresses, where an option is about these. */
-static bool options_are_of_use(const struct server *s)
+static bool options_are_of_use(void)
 {
-	bool of_use = !s->options.of_tcp || listen_has_tcp() ||
-		      (s->single_fd >= 0 && !is_unix_socket(s->single_fd));
-
-	if (!of_use)
-		log_failure("%s is about TCP clients, and at a Unix socket there are none",
-			    s->options.of_tcp);
-	return of_use;
+	return !server.options.of_tcp || listen_has_tcp() ||
+	       (server.single_fd >= 0 && !is_unix_socket(server.single_fd)) ||
+	       log_failure("%s is about TCP clients, and at a Unix socket there are none",
+			   server.options.of_tcp);
 }
 
-static bool open_sockets(struct server *s)
+static bool open_sockets(void)
 {
-	const struct options *o = &s->options;
+	const struct options *o = &server.options;
 
 	if (o->inetd)
-		return take_client(s, STDIN_FILENO, "--inetd");
+		return take_client(STDIN_FILENO, "--inetd");
 	if (o->connected_fd >= 0)
-		return take_client(s, (int)o->connected_fd, "--connected-fd");
-	if (s->passed > 0 && (o->lport_given || o->laddrs || o->unix_path)) {
-		log_failure("LISTEN_FDS says where to listen, --lport, --laddr and --unix do not "
-			    "belong to it");
-		return false;
-	}
-	if (s->passed > 0)
-		return listen_passed(s->passed);
+		return take_client((int)o->connected_fd, "--connected-fd");
+	if (server.passed > 0 && (o->lport_given || o->laddrs || o->unix_path))
+		return log_failure("LISTEN_FDS says where to listen, --lport, --laddr and --unix do "
+				   "not belong to it");
+	if (server.passed > 0)
+		return listen_passed(server.passed);
 	if ((!o->unix_path || o->lport_given || o->laddrs) &&
 	    !listen_tcp(o->laddr, o->laddrs, (unsigned)o->lport))
 		return false;
@@ -372,33 +338,30 @@ static const char *make_pidfile(const char *path, struct stat *own)
 	return NULL;
 }
 
-static bool write_pidfile(struct server *s)
+static bool write_pidfile(void)
 {
-	const char *path = s->options.pidfile, *wrong;
+	const char *path = server.options.pidfile, *wrong;
 
 	if (!path)
 		return true;
-	if (is_image(&s->options, path))
+	if (!is_no_image(path))
 		return false;
-	if (s->log_path && is_same_file(path, s->log_path)) {
-		log_failure("pidfile %s is the log, too", path);
-		return false;
-	}
-	s->pid_path = absolute_path(path);
-	wrong = s->pid_path ? make_pidfile(path, &s->pid_file) : strerror(errno);
+	if (is_same_file(path, server.log_path))
+		return log_failure("pidfile %s is the log, too", path);
+	server.pid_path = not_null(absolute_path(path));
+	wrong = make_pidfile(path, &server.pid_file);
 	if (wrong)
-		log_failure("cannot write pidfile %s: %s", path, wrong);
-	else
-		confine_keep_place("remove pidfile ", s->pid_path, CONFINE_REMOVE_FILE);
-	return !wrong;
+		return log_failure("cannot write pidfile %s: %s", path, wrong);
+	confine_keep("remove pidfile ", server.pid_path, CONFINE_REMOVE_FILE);
+	return true;
 }
 
-static void remove_pidfile(const struct server *s)
+static void remove_pidfile(void)
 {
-	int err = remove_own(s->pid_path, &s->pid_file);
+	int err = remove_own(server.pid_path, &server.pid_file);
 
 	if (err)
-		log_line("cannot remove pidfile %s: %s", s->pid_path, strerror(-err));
+		log_line("cannot remove pidfile %s: %s", server.pid_path, strerror(-err));
 }
 
 /*
@@ -410,9 +373,9 @@ static void keep_log(const char *path)
 	struct stat st;
 
 	if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
-		confine_keep(path, CONFINE_APPEND | CONFINE_READ_FILE);
+		confine_keep(NULL, path, CONFINE_ITSELF | CONFINE_APPEND | CONFINE_READ_FILE);
 	else
-		confine_keep_place("open log file ", path, CONFINE_APPEND);
+		confine_keep("open log file ", path, CONFINE_APPEND);
 }
 
 /* A proxy connects again to an origin that was away, and looks up its name for that. */
@@ -425,26 +388,26 @@ static void keep_resolver(void)
 	for (size_t i = 0; i < ARRAY_SIZE(files); i++) {
 		char *target = realpath(files[i], NULL);
 
-		confine_keep_place(NULL, files[i], CONFINE_READ);
+		confine_keep(NULL, files[i], CONFINE_READ);
 		if (target)
-			confine_keep_place(NULL, target, CONFINE_READ);
+			confine_keep(NULL, target, CONFINE_READ);
 		free(target);
 	}
 #ifdef __GLIBC__
-	confine_keep("/usr", CONFINE_READ);		/* it may load libraries for that */
-	confine_keep("/lib", CONFINE_READ);
-	confine_keep("/lib64", CONFINE_READ);
+	confine_keep(NULL, "/usr", CONFINE_ITSELF | CONFINE_READ);	/* it may load libraries for that */
+	confine_keep(NULL, "/lib", CONFINE_ITSELF | CONFINE_READ);
+	confine_keep(NULL, "/lib64", CONFINE_ITSELF | CONFINE_READ);
 #endif
 }
 
 /* What will be done with files after the start, and nothing else, stays possible. */
-static bool give_up_rights(struct server *s)
+static bool give_up_rights(void)
 {
-	const struct options *o = &s->options;
+	const struct options *o = &server.options;
 	bool is_proxy = o->mode == MODE_PROXY;
 
-	if (s->log_path)
-		keep_log(s->log_path);
+	if (server.log_path)
+		keep_log(server.log_path);
 	if (is_proxy)
 		keep_resolver();
 	if (!confine_enter(!o->no_sandbox, is_proxy))
@@ -457,21 +420,19 @@ static bool give_up_rights(struct server *s)
 }
 
 /* Start the first loop and the first worker, which are needed to serve anybody. */
-static bool start_threads(struct server *s)
+static bool start_threads(void)
 {
-	unsigned max = (unsigned)s->options.threads;
+	unsigned max = (unsigned)server.options.threads;
 	int err;
 
 	if (max == 0)
 		max = cpu_count() > LOOPS_MIN ? cpu_count() : LOOPS_MIN;
-	if (!share_descriptors(s, &max))
+	if (!share_descriptors(&max))
 		return false;
-	err = clients_begin(max, (unsigned)s->options.keepalive);
+	err = clients_begin(max, (unsigned)server.options.keepalive);
 	if (!err)
 		err = worker_begin();
-	if (err)
-		log_failure("cannot start a thread: %s", strerror(-err));
-	return err == 0;
+	return !err || log_failure("cannot start a thread: %s", strerror(-err));
 }
 
 /* Tell the process that started us and waits for it, if one does, as sd_notify(3) would. */
@@ -496,83 +457,77 @@ static void notify_supervisor(const char *state)
 	close(fd);
 }
 
-static bool start(struct server *s)
+static bool start(void)
 {
+	const struct options *o = &server.options;
+
 	raise_limits();
-	if (s->options.user && !confine_find_user(s->options.user))
+	if (o->user && !confine_find_user(o->user))
 		return false;
-	if (!setup_signals() || !setup_log(s) || !exports_open(&s->options) ||
-	    is_image(&s->options, s->options.logpath) || !open_sockets(s))
+	if (!setup_signals() || !setup_log() || !exports_open(o) || !is_no_image(o->logpath) ||
+	    !open_sockets())
 		return false;
 	opening = 0;
-	if (!options_are_of_use(s) || !ctl_open(&s->options) || !write_pidfile(s) ||
-	    !give_up_rights(s) || !log_start() || !start_threads(s) || !exports_start())
+	if (!options_are_of_use() || !ctl_open(o) || !write_pidfile() || !give_up_rights() ||
+	    !log_start() || !start_threads() || !exports_start())
 		return false;
 	log_line("%s", confine_is_in_force() ? "confined to the files that are needed" :
-		 s->options.no_sandbox	     ? "not confined: --no-sandbox" :
+		 o->no_sandbox		     ? "not confined: --no-sandbox" :
 					       "not confined: this system has no Landlock");
 	if (!listen_start(accept_client))
 		return false;
 	notify_supervisor("READY=1");
-	return s->ready_fd < 0 || detach(s);
+	return server.ready_fd < 0 || detach();
 }
 
 /* Connections */
 
-/* Whether a client may connect; the log says why not. */
-static bool may_connect(struct server *s, const struct sockaddr *sa, const char *peer)
+/* Serve a client, if it may connect.  NULL, or why not. */
+static const char *admit_client(int fd, const struct sockaddr *sa, const char *peer)
 {
-	const struct options *o = &s->options;
-	char reason[64] = "no --allow has its address";
-
-	if (sa->sa_family != AF_UNIX && o->allows && !access_admits(o->allow, o->allows, sa))
-		;
-	else if (access_guests(NULL) >= s->connections_max)
-		snprintf(reason, sizeof(reason), "there are %zu connections already",
-			 s->connections_max);
-	else if (o->max_per_host && access_guests(sa) >= o->max_per_host)
-		snprintf(reason, sizeof(reason), "its host has %lu connections already",
-			 o->max_per_host);
-	else
-		return true;
-	log_peer(LOG_ERROR, "%s: refused: %s", peer, reason);
-	return false;
-}
-
-/* Serve a client, or close its connection. */
-static void admit_client(struct server *s, int fd, const struct sockaddr *sa, const char *peer)
-{
-	const struct options *o = &s->options;
+	const struct options *o = &server.options;
 	enum greeting greeting = o->connected_fd >= 0 ? GREET_CONNECTED :
 				 o->oldstyle	      ? GREET_OLDSTYLE :
 							GREET_NEWSTYLE;
+	static char why[64];
+	struct guest *guest;
 	struct conn *c;
 
-	if (!may_connect(s, sa, peer)) {
-		close(fd);
-		return;
-	}
+	if (sa->sa_family != AF_UNIX && o->allows && !access_admits(o->allow, o->allows, sa))
+		return "no --allow has its address";
+	snprintf(why, sizeof(why), "its host has %lu connections already", o->max_per_host);
+	if (o->max_per_host && access_guests(sa) >= o->max_per_host)
+		return why;
+	snprintf(why, sizeof(why), "there are %lu connections already", o->max_connections);
+	guest = access_enter(sa);
+	if (!guest)
+		return why;
 	c = conn_new(fd, greeting, &exports.proto, peer, (unsigned)o->keepalive);
 	if (!c) {
-		log_peer(LOG_ERROR, "%s: refused: out of memory", peer);
-		close(fd);
-		return;
+		access_leave(&guest);
+		return "out of memory";
 	}
-	access_enter(&c->guest, sa);
+	c->guest = guest;
 	clients_add(c);
+	return NULL;
 }
 
 static void accept_client(int fd, const struct sockaddr *sa, socklen_t len)
 {
 	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
 	char peer[ADDRESS_MAX];
+	const char *refused;
 
 	serial++;
 	if (sa->sa_family == AF_UNIX)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(sa, len, peer);
-	admit_client(&server, fd, sa, peer);
+	refused = admit_client(fd, sa, peer);
+	if (refused) {
+		log_peer(LOG_ERROR, "%s: refused: %s", peer, refused);
+		close(fd);
+	}
 }
 
 /* Something ended, or a signal came. */
@@ -591,34 +546,31 @@ static void take_wakeups(void)
 }
 
 /* Accept clients until a signal to stop, or until the only client has left. */
-static void serve(struct server *s)
+static void serve(void)
 {
-	bool single = s->single_fd >= 0;
-	unsigned stats = (unsigned)s->options.stats;
+	unsigned stats = (unsigned)server.options.stats;
 
-	while (!stop_signals && !(single && clients_count() == 0)) {
+	while (!stop_signals && (server.single_fd < 0 || clients_count() > 0)) {
 		loop_poll(&main_loop, stats_tend(clients_count() > 0 ? stats : 0));
 		if (loop_deliver(&main_loop))
 			take_wakeups();
 	}
 }
 
-static void add_single_client(struct server *s)
+static void add_single_client(void)
 {
 	union address address = { .sa.sa_family = AF_UNSPEC };	/* of a client that has left */
 	socklen_t len = sizeof(address);
-	char peer[ADDRESS_MAX] = "client";
 
-	if (getpeername(s->single_fd, &address.sa, &len) == 0 && address.sa.sa_family != AF_UNIX)
-		format_address(&address.sa, len, peer);
-	fcntl(s->single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
-	admit_client(s, s->single_fd, &address.sa, peer);
+	getpeername(server.single_fd, &address.sa, &len);
+	fcntl(server.single_fd, F_SETFL, O_RDWR | O_NONBLOCK);
+	accept_client(server.single_fd, &address.sa, len);
 }
 
 /* End */
 
 /* Let all connections finish, and give up snapshots.  The program ends if that takes too long. */
-static void server_stop(struct server *s)
+static void server_stop(void)
 {
 	uint64_t begun = now_ms(), past;
 
@@ -626,7 +578,7 @@ static void server_stop(struct server *s)
 	ctl_close();
 	exports_stop();
 	clients_stop();
-	while (clients_count() > 0 || exports_are_busy() || worker_is_busy()) {
+	while (clients_count() > 0 || exports_stop() || worker_is_busy()) {
 		past = now_ms() - begun;
 		if (past >= GIVE_UP_MS && exports.cache)
 			origin_cancel(exports.cache->origin);
@@ -636,7 +588,7 @@ static void server_stop(struct server *s)
 					  clients_count());
 			else
 				log_error("stopped, but a thread waits for the disk");
-			remove_pidfile(s);
+			remove_pidfile();
 			end_at_once();
 		}
 		loop_poll(&main_loop, now_ms() + STOP_LOOK_MS);
@@ -654,7 +606,7 @@ static void clean_up(void)
 {
 	listen_close();
 	ctl_close();
-	remove_pidfile(&server);
+	remove_pidfile();
 	log_flush();
 }
 
@@ -670,18 +622,18 @@ int main(int argc, char **argv)
 	server.passed = listen_count_passed();
 	if (server.passed < 0)
 		return EXIT_FAILURE;
-	if (server.options.daemonize && !daemonize(&server))
+	if (server.options.daemonize && !daemonize())
 		return EXIT_FAILURE;
 	atexit(clean_up);
-	if (start(&server)) {
+	if (start()) {
 		if (server.single_fd >= 0)
-			add_single_client(&server);
-		serve(&server);
+			add_single_client();
+		serve();
 		if (stop_signals)
 			log_line("stopping");
 		status = EXIT_SUCCESS;
 	}
-	server_stop(&server);
+	server_stop();
 	alarm(0);		/* what is left is a last commit */
 	if (!exports_close())
 		status = EXIT_FAILURE;

@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #undef log_line
+#undef log_failure
 #define log_failure(...) ((void)snprintf(reason, sizeof(reason), __VA_ARGS__))
 #define log_line(...) ((void)snprintf(reason, sizeof(reason), __VA_ARGS__))
 static char reason[256];

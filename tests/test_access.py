@@ -256,7 +256,7 @@ def test_single_client_that_has_left_is_not_let_in(server, image, tmp_path):
         s = server(args=["--target", "--inetd", "--logpath", tmp_path / "log",
                          *allow("127.0.0.1"), image], wait=False, stdin=theirs)
     assert s.wait() == 0
-    assert "client: refused: no --allow has its address" in s.log()
+    assert "(unknown address): refused: no --allow has its address" in s.log()
 
 
 # How many
