@@ -29,8 +29,8 @@ enum {
 
 struct row {
 	char letter;			/* 0 for none */
-	char name[20];			/* not pointers to texts, which need room and a relocation each */
-	char arg[12];			/* its name in the usage text, "" for none; [X] is optional */
+	char name[20];			/* no pointers: each needs a relocation */
+	char arg[12];			/* its name in the usage, "" for none; [X] is optional */
 	unsigned char modes;		/* in which it means something; or which it is */
 	unsigned short field;		/* of the options: where the value goes */
 	void (*take)(const struct row *r, void *field, const char *value);
@@ -201,7 +201,8 @@ static void show_help(const struct row *chosen, void *field, const char *value)
 		char letter[] = "-x, ", name[64];
 
 		letter[1] = r->letter;
-		snprintf(name, sizeof(name), "%s--%s %s", r->letter ? letter : "    ", r->name, r->arg);
+		snprintf(name, sizeof(name), "%s--%s %s", r->letter ? letter : "    ", r->name,
+			 r->arg);
 		printf("  %-28s %s\n", name, r->help);
 	}
 	flush_output();
@@ -484,7 +485,8 @@ static void check_together(const struct options *o)
 	for (size_t i = 0; i < ARRAY_SIZE(server_rows); i++)
 		if (line.given[i] && server_rows[i].modes == MODE_MANY &&
 		    (o->inetd || o->connected_fd >= 0))
-			usage_error("--%s is not for --inetd and --connected-fd", server_rows[i].name);
+			usage_error("--%s is not for --inetd and --connected-fd",
+				    server_rows[i].name);
 	if (o->control && o->mode == MODE_PROXY)
 		usage_error("--ctl is not for a proxy: its last argument is CONTROL_SOCKET_PATH");
 	if (o->unix_mode && !o->unix_path)

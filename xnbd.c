@@ -395,7 +395,8 @@ static void keep_resolver(void)
 		free(target);
 	}
 #ifdef __GLIBC__
-	confine_keep(NULL, "/usr", CONFINE_ITSELF | CONFINE_READ);	/* it may load libraries for that */
+	/* It may load libraries for that. */
+	confine_keep(NULL, "/usr", CONFINE_ITSELF | CONFINE_READ);
 	confine_keep(NULL, "/lib", CONFINE_ITSELF | CONFINE_READ);
 	confine_keep(NULL, "/lib64", CONFINE_ITSELF | CONFINE_READ);
 #endif
