@@ -82,14 +82,11 @@ static struct backend *open_proxy(const struct options *o, struct exported *e)
 
 static struct backend *open_backend(const struct options *o, struct exported *e, const char *image)
 {
-	switch (o->mode) {
-	case MODE_COW_TARGET:
-		return cow_open(&(struct cow_options){ image, o->cow_dir, o->cow_file, o->readonly });
-	case MODE_PROXY:
+	if (o->mode == MODE_PROXY)
 		return open_proxy(o, e);
-	default:
+	if (o->mode == MODE_TARGET)
 		return open_target(o, e, image);
-	}
+	return cow_open(&(struct cow_options){ image, o->cow_dir, o->cow_file, o->readonly });
 }
 
 /* Open the next export; the table has room for it. */

@@ -31,8 +31,9 @@ enum {
 	ACCEPT_PAUSE_MS = 1000,		/* when the system has no more descriptors */
 };
 
+/* Its source is first: the loop has a pointer to that. */
 struct listener {
-	struct source source;	/* first: the loop has a pointer to it; due while the system has no more descriptors: accepting pauses */
+	struct source source;	/* due while the system has no more descriptors: accepting pauses */
 	char address[ADDRESS_MAX];
 	char *unix_path;	/* of a socket that we made, from the root; else NULL */
 	struct stat file;	/* of such a socket, so that only our own is unlinked */

@@ -29,21 +29,21 @@ enum {
 
 struct row {
 	char letter;			/* 0 for none */
-	char name[20];			/* not pointers to texts, which need room and a relocation each */
-	char arg[12];			/* its name in the usage text, "" for none; [X] is optional */
+	char name[20];			/* no pointers: each needs a relocation */
+	char arg[12];			/* its name in the usage, "" for none; [X] is optional */
 	unsigned char modes;		/* in which it means something; or which it is */
-	void (*take)(const struct row *r, void *field, const char *value);
 	unsigned short field;		/* of the options: where the value goes */
-	unsigned long min, max;		/* of a number; a text has min bytes at least */
+	void (*take)(const struct row *r, void *field, const char *value);
+	unsigned min, max;		/* of a number; a text has min bytes at least */
 	char help[72];
 };
 
-/* take, field, min and max. */
-#define FLAG(field) set_flag, FIELD(field), 0, 0
-#define TEXT(field) set_text, FIELD(field), 1, 0
-#define NUMBER(field, min, max) set_number, FIELD(field), min, max
-#define VALUE(take, field) take, FIELD(field), 0, 0
-#define OTHER(take) take, 0, 0, 0
+/* field, take, min and max. */
+#define FLAG(field) FIELD(field), set_flag, 0, 0
+#define TEXT(field) FIELD(field), set_text, 1, 0
+#define NUMBER(field, min, max) FIELD(field), set_number, min, max
+#define VALUE(take, field) FIELD(field), take, 0, 0
+#define OTHER(take) 0, take, 0, 0
 
 struct program {
 	const char *usage;
@@ -94,7 +94,7 @@ static void set_text(const struct row *r, void *field, const char *value)
 static void set_number(const struct row *r, void *field, const char *value)
 {
 	if (!parse_number(value, r->min, r->max, field))
-		usage_error("option '--%s': '%s' is not a number from %lu to %lu", r->name, value,
+		usage_error("option '--%s': '%s' is not a number from %u to %u", r->name, value,
 			    r->min, r->max);
 }
 
@@ -201,7 +201,8 @@ static void show_help(const struct row *chosen, void *field, const char *value)
 		char letter[] = "-x, ", name[64];
 
 		letter[1] = r->letter;
-		snprintf(name, sizeof(name), "%s--%s %s", r->letter ? letter : "    ", r->name, r->arg);
+		snprintf(name, sizeof(name), "%s--%s %s", r->letter ? letter : "    ", r->name,
+			 r->arg);
 		printf("  %-28s %s\n", name, r->help);
 	}
 	flush_output();
@@ -299,7 +300,7 @@ enum {
 static const struct row bgctl_rows[] = {
 #define FIELD(name) offsetof(struct bgctl_options, name)
 	{ 'q', "query", "", COMMAND_QUERY, OTHER(choose_mode), "show the state of the server" },
-	{ 0, "watch", "[SECONDS]", COMMAND_WATCH, choose_mode, FIELD(seconds), 1, 3600,
+	{ 0, "watch", "[SECONDS]", COMMAND_WATCH, FIELD(seconds), choose_mode, 1, 3600,
 	  "show what clients do, again and again (1)" },
 	{ 0, "snapshot", "", COMMAND_SNAPSHOT, OTHER(choose_mode),
 	  "make a snapshot of a target's image" },
@@ -484,7 +485,8 @@ static void check_together(const struct options *o)
 	for (size_t i = 0; i < ARRAY_SIZE(server_rows); i++)
 		if (line.given[i] && server_rows[i].modes == MODE_MANY &&
 		    (o->inetd || o->connected_fd >= 0))
-			usage_error("--%s is not for --inetd and --connected-fd", server_rows[i].name);
+			usage_error("--%s is not for --inetd and --connected-fd",
+				    server_rows[i].name);
 	if (o->control && o->mode == MODE_PROXY)
 		usage_error("--ctl is not for a proxy: its last argument is CONTROL_SOCKET_PATH");
 	if (o->unix_mode && !o->unix_path)

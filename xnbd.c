@@ -216,10 +216,10 @@ static void raise_limits(void)
 {
 	struct rlimit r;
 
-	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
-		return;
-	r.rlim_cur = r.rlim_max;
-	setrlimit(RLIMIT_NOFILE, &r);
+	if (getrlimit(RLIMIT_NOFILE, &r) == 0) {
+		r.rlim_cur = r.rlim_max;
+		setrlimit(RLIMIT_NOFILE, &r);
+	}
 }
 
 /* How many descriptors may still be opened: those that are open have the lowest numbers. */
@@ -394,7 +394,8 @@ static void keep_resolver(void)
 		free(target);
 	}
 #ifdef __GLIBC__
-	confine_keep(NULL, "/usr", CONFINE_ITSELF | CONFINE_READ);	/* it may load libraries for that */
+	/* It may load libraries for that. */
+	confine_keep(NULL, "/usr", CONFINE_ITSELF | CONFINE_READ);
 	confine_keep(NULL, "/lib", CONFINE_ITSELF | CONFINE_READ);
 	confine_keep(NULL, "/lib64", CONFINE_ITSELF | CONFINE_READ);
 #endif
