@@ -416,6 +416,7 @@ void conn_kill(struct conn *c, const char *why)
 {
 	char did[STATS_LINE] = "";
 
+	c->deadline = 0;
 	if (c->state == CONN_DEAD)
 		return;
 	if (c->stats)
@@ -427,7 +428,6 @@ void conn_kill(struct conn *c, const char *why)
 	close(c->source.fd);
 	c->source.fd = -1;
 	c->state = CONN_DEAD;
-	c->deadline = 0;
 	drop_pieces(c);
 	abandon(c, &c->stream);
 	abandon(c, &c->current);
