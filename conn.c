@@ -133,12 +133,6 @@ static void tx_free(struct tx *tx)
 		buffer_put(tx, tx->size);
 }
 
-/* Room for bytes, and for iovs references to memory. */
-static bool tx_has_room(const struct tx *tx, size_t bytes, unsigned iovs)
-{
-	return TX_BYTES - tx->used >= bytes && TX_IOVS - tx->iovs >= iovs;
-}
-
 /* Where the next bytes go; write there, then tx_add() them. */
 static uint8_t *tx_tail(struct tx *tx)
 {
@@ -554,12 +548,14 @@ static bool conn_flush(struct conn *c)
 	return c->state != CONN_DEAD;
 }
 
-/* Make room for one step's output.  False if the client has to take replies first. */
+/* Make room for bytes, and for iovs references to memory.  False if the client has to take replies first. */
 static bool make_room(struct conn *c, size_t bytes, unsigned iovs)
 {
+	const struct tx *tx = c->workspace->tx;
+
 	if (c->backlog)
 		return false;
-	return tx_has_room(c->workspace->tx, bytes, iovs) || conn_flush(c);
+	return (TX_BYTES - tx->used >= bytes && TX_IOVS - tx->iovs >= iovs) || conn_flush(c);
 }
 
 /* Replies */
