@@ -113,7 +113,7 @@ static void tx_reset(struct tx *tx)
 	tx->used = 0;
 }
 
-/* With room for so many bytes of its own: TX_BYTES, but for tx_rest().  NULL if out of memory. */
+/* With room for so many bytes of its own; NULL if out of memory. */
 static struct tx *tx_new(size_t bytes)
 {
 	size_t size = offsetof(struct tx, bytes) + bytes;
@@ -567,7 +567,8 @@ static bool make_room(struct conn *c, size_t bytes, unsigned iovs)
 static void put_read_data(struct conn *c, const struct request *whole, struct request *r)
 {
 	const struct extent all = { r->h.len, 0 };
-	const struct extent *e = r->extents ? r->extent : &all, *end = e + (r->extents ? r->extents : 1);
+	const struct extent *e = r->extents ? r->extent : &all;
+	const struct extent *end = e + (r->extents ? r->extents : 1);
 	struct tx *tx = c->workspace->tx;
 	bool chunks = proto_in_chunks(&c->session, &whole->h);
 	uint64_t pos = 0;
@@ -1106,7 +1107,8 @@ static bool put_piece(struct conn *c)
 		put_read_data(c, r, piece);
 		return true;
 	}
-	if (has_data_enough(c) && !conn_flush(c))	/* what has been read is taken first, and is no more */
+	/* What has been read is taken first, and is no more. */
+	if (has_data_enough(c) && !conn_flush(c))
 		return false;
 	piece = add_piece(c);
 	if (!piece)
