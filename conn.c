@@ -573,7 +573,7 @@ static void put_read_data(struct conn *c, const struct request *whole, struct re
 	bool chunks = proto_in_chunks(&c->session, &whole->h);
 	uint64_t pos = 0;
 
-	for (; e < end; pos += e++->len) {
+	for (; e < end; pos += e->len, e++) {
 		tx_add(tx, proto_put_run(&c->session, &whole->h, r->h.off + pos, e, tx_tail(tx)));
 		if (e->flags & NBD_STATE_ZERO && !chunks)
 			memset(r->buf + pos, 0, e->len);
