@@ -64,9 +64,9 @@ static struct {
 	atomic_size_t total;		/* connections; threads end when they stop and there are none */
 } clients;
 
-static struct conn *conn_of(struct source *s)
+static struct conn *conn_of(const struct source *s)
 {
-	return (struct conn *)((char *)s - offsetof(struct conn, source));
+	return (struct conn *)((char *)(uintptr_t)s - offsetof(struct conn, source));
 }
 
 static struct client_thread *thread_of(const struct conn *c)
@@ -138,27 +138,6 @@ static void serve_client(struct client_thread *t, struct conn *c, short revents)
 		due = say;
 	c->source.due = c->tired ? 0 : due;
 }
-
-static void move_client(struct client_thread *from, struct conn *c, struct client_thread *to);
-static struct client_thread *least_loaded(void);
-
-static void client_turn(struct source *s, short revents)
-{
-	struct conn *c = conn_of(s);
-	struct client_thread *t = thread_of(c);
-
-	if (revents && t == &clients.thread[PARKED] && !clients.stopped)
-		move_client(t, c, least_loaded());
-	else
-		serve_client(t, c, revents);
-}
-
-static short client_events(const struct source *s)
-{
-	return conn_events((const struct conn *)((const char *)s - offsetof(struct conn, source)));
-}
-
-static const struct source_ops client_ops = { client_events, client_turn };
 
 /* A connection has come, from another thread or a new one. */
 static void take_arrival(struct mail *m)
@@ -252,6 +231,24 @@ static struct client_thread *least_loaded(void)
 			best = &clients.thread[i];
 	return best;
 }
+
+static void client_turn(struct source *s, short revents)
+{
+	struct conn *c = conn_of(s);
+	struct client_thread *t = thread_of(c);
+
+	if (revents && t == &clients.thread[PARKED] && !clients.stopped)
+		move_client(t, c, least_loaded());
+	else
+		serve_client(t, c, revents);
+}
+
+static short client_events(const struct source *s)
+{
+	return conn_events(conn_of(s));
+}
+
+static const struct source_ops client_ops = { client_events, client_turn };
 
 /* Spinning */
 

@@ -113,7 +113,7 @@ static void tx_reset(struct tx *tx)
 	tx->used = 0;
 }
 
-/* With room for so many bytes of its own: TX_BYTES, but for tx_rest().  NULL if out of memory. */
+/* With room for so many bytes of its own; NULL if out of memory. */
 static struct tx *tx_new(size_t bytes)
 {
 	size_t size = offsetof(struct tx, bytes) + bytes;
@@ -131,12 +131,6 @@ static void tx_free(struct tx *tx)
 {
 	if (tx)
 		buffer_put(tx, tx->size);
-}
-
-/* Room for bytes, and for iovs references to memory. */
-static bool tx_has_room(const struct tx *tx, size_t bytes, unsigned iovs)
-{
-	return TX_BYTES - tx->used >= bytes && TX_IOVS - tx->iovs >= iovs;
 }
 
 /* Where the next bytes go; write there, then tx_add() them. */
@@ -416,6 +410,7 @@ void conn_kill(struct conn *c, const char *why)
 {
 	char did[STATS_LINE] = "";
 
+	c->deadline = 0;
 	if (c->state == CONN_DEAD)
 		return;
 	if (c->stats)
@@ -427,7 +422,6 @@ void conn_kill(struct conn *c, const char *why)
 	close(c->source.fd);
 	c->source.fd = -1;
 	c->state = CONN_DEAD;
-	c->deadline = 0;
 	drop_pieces(c);
 	abandon(c, &c->stream);
 	abandon(c, &c->current);
@@ -554,12 +548,14 @@ static bool conn_flush(struct conn *c)
 	return c->state != CONN_DEAD;
 }
 
-/* Make room for one step's output.  False if the client has to take replies first. */
+/* Make room for bytes, and for iovs references to memory.  False if the client has to take replies first. */
 static bool make_room(struct conn *c, size_t bytes, unsigned iovs)
 {
+	const struct tx *tx = c->workspace->tx;
+
 	if (c->backlog)
 		return false;
-	return tx_has_room(c->workspace->tx, bytes, iovs) || conn_flush(c);
+	return (TX_BYTES - tx->used >= bytes && TX_IOVS - tx->iovs >= iovs) || conn_flush(c);
 }
 
 /* Replies */
@@ -571,12 +567,13 @@ static bool make_room(struct conn *c, size_t bytes, unsigned iovs)
 static void put_read_data(struct conn *c, const struct request *whole, struct request *r)
 {
 	const struct extent all = { r->h.len, 0 };
-	const struct extent *e = r->extents ? r->extent : &all, *end = e + (r->extents ? r->extents : 1);
+	const struct extent *e = r->extents ? r->extent : &all;
+	const struct extent *end = e + (r->extents ? r->extents : 1);
 	struct tx *tx = c->workspace->tx;
 	bool chunks = proto_in_chunks(&c->session, &whole->h);
 	uint64_t pos = 0;
 
-	for (; e < end; pos += e++->len) {
+	for (; e < end; pos += e->len, e++) {
 		tx_add(tx, proto_put_run(&c->session, &whole->h, r->h.off + pos, e, tx_tail(tx)));
 		if (e->flags & NBD_STATE_ZERO && !chunks)
 			memset(r->buf + pos, 0, e->len);
@@ -1106,7 +1103,8 @@ static bool put_piece(struct conn *c)
 		put_read_data(c, r, piece);
 		return true;
 	}
-	if (has_data_enough(c) && !conn_flush(c))	/* what has been read is taken first, and is no more */
+	/* What has been read is taken first, and is no more. */
+	if (has_data_enough(c) && !conn_flush(c))
 		return false;
 	piece = add_piece(c);
 	if (!piece)

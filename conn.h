@@ -116,7 +116,7 @@ bool conn_has_vanished(const struct conn *c, unsigned seconds, bool *owes);
 /* Whether nothing is to be done until the client speaks. */
 bool conn_may_park(const struct conn *c);
 
-/* The server stops: finish what has been received, and close. */
+/* The server stops: finish what has been received, and close.  May be told again. */
 void conn_stop(struct conn *c);
 
 /* Whether it has ended and conn_free() may be called. */
