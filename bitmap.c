@@ -1,17 +1,9 @@
 /*
  * bitmap.c - block bitmaps, in memory and in a durable file: see bitmap.h.
  *
- * xnbd-bitmap(5) has the format of the file: a header, a committed map, a live map.
- *
- * Memory is what counts while the server runs.  The live map is its record for the time after
- * kill -9: changed bytes go there by pwrite(), and the page cache keeps them as it keeps the data.
- * The committed map is its record for the time after a power cut: a commit writes it when the data
- * is on stable storage.  Bits are never taken back, so that neither needs an order of its own: any
- * part of what was written is true.
- *
- * A start believes the committed map, and the live map too if the page cache is the one that it was
- * written to: if the boot id and both instances are the same, and the file does not say that stable
- * storage has failed.  Else the live map is emptied.
+ * xnbd-bitmap(5) has the format of the file: a header, a committed map, a live map.  It also says
+ * which map a start believes.  Memory is what counts while the server runs.  Bits are never taken
+ * back, so that neither map needs an order of its own: any part of what was written is true.
  *
  * What a crash leaves between two calls, and why a reader gets the right bytes then:
  *
@@ -30,9 +22,6 @@
  *	  header pwrite, fdatasync      all are held                none or all: it is one sector
  *	a start that believes less:
  *	  live map emptied, header      the same start again        the same start again
- *
- * A full disk fails the pwrite of a record, and so that one request: its bits stay 0.  The space for
- * a page of the committed map is taken before the page's first record.
  */
 #define _GNU_SOURCE
 #include "bitmap.h"
@@ -75,7 +64,7 @@ enum {
 /* What is known of a page of the map. */
 enum page_state {
 	DIRTY = 1,			/* has bits that are not committed */
-	TAKEN = 2,			/* the committed map has space for it */
+	TAKEN = 2,			/* the committed map has space for it, so that no commit finds none */
 };
 
 static const char magic[8] = { 'x', 'n', 'b', 'd', 'b', 'm', 'a', 'p' };
@@ -207,9 +196,9 @@ static int sync_file(struct bitmap *b)
 }
 
 /*
- * Set the bits of blocks that lie in one page, after they were written to the live map.  Called with
- * the lock, so that nobody writes older bytes over them.  The page is marked after its bits: a commit
- * that misses a bit finds the mark next time.
+ * Write the bits of blocks that lie in one page to the live map, and then set them.  Called with
+ * the lock, so that nobody writes older bytes over them.  The page is marked after its bits: a
+ * commit that misses a bit finds the mark next time.
  */
 static int set_recorded(struct bitmap *b, uint64_t blk, uint64_t end)
 {
@@ -500,12 +489,9 @@ static bool check_header(const struct bitmap *b, const uint8_t *p, uint64_t size
 /* Add a page of a map in the file; with bits that were not there its page has that state. */
 static void add_page(struct bitmap *b, uint64_t page, const uint8_t *p, enum page_state state)
 {
-	for (uint64_t i = 0, at = page * MAP_PAGE; i < MAP_PAGE && at * 8 < b->blocks; i++, at++) {
-		unsigned char bits = p[i] & bits_of(at, at * 8, b->blocks);
-
-		if (bits && set_byte(b, at, bits))
+	for (uint64_t i = 0, at = page * MAP_PAGE; i < MAP_PAGE && at * 8 < b->blocks; i++, at++)
+		if (p[i] && set_byte(b, at, p[i] & bits_of(at, at * 8, b->blocks)))
 			b->page[page] |= state;
-	}
 }
 
 /*
@@ -514,7 +500,6 @@ static void add_page(struct bitmap *b, uint64_t page, const uint8_t *p, enum pag
  */
 static int load_map(struct bitmap *b, uint64_t map, enum page_state state)
 {
-	static uint8_t zeros[MAP_PAGE];		/* never written; const would take room in the file */
 	uint64_t end = map + b->map_bytes;
 	int err = 0;
 
@@ -528,7 +513,7 @@ static int load_map(struct bitmap *b, uint64_t map, enum page_state state)
 			break;
 #endif
 		err = read_at(b->fd, b->pages, MAP_PAGE, off);
-		if (!err && memcmp(b->pages, zeros, MAP_PAGE) != 0)
+		if (!err)
 			add_page(b, (off - map) / MAP_PAGE, b->pages, state);
 	}
 	return err;
@@ -671,12 +656,8 @@ static bool prepare_file(struct bitmap *b, bool clear)
 
 struct bitmap *bitmap_open(const char *path, const struct bitmap_identity *id, bool clear)
 {
-	struct bitmap *b = bitmap_new(bitmap_blocks(id->disk_size));
+	struct bitmap *b = not_null(bitmap_new(bitmap_blocks(id->disk_size)));
 
-	if (!b) {
-		log_failure("bitmap file %s: %s", path, strerror(ENOMEM));
-		return NULL;
-	}
 	b->id = *id;
 	b->path = path;
 	b->page = not_null(calloc(b->map_bytes / MAP_PAGE, sizeof(*b->page)));

@@ -35,8 +35,8 @@ struct layer {
 };
 
 /*
- * All is open, and size, disk, map, base and durable are set; the rest is zero.  What a killed server
- * set and did not commit is committed soon.
+ * All is open, and size, disk, map, base and durable are set; the rest is zero.  What a killed
+ * server set and did not commit is committed soon.
  */
 void layer_begin(struct layer *l, const struct backend_ops *ops, bool readonly, const char *what);
 
@@ -62,8 +62,8 @@ uint64_t layer_written(const struct layer *l);
 uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off);
 
 /*
- * Operations of a backend.  What is not held is ABSENT where there is no base.  A change may leave a
- * part of a block as it is if the block is held, or there is a base to take the rest from.
+ * Operations of a backend.  What is not held is ABSENT to reads where there is no base.  A change may
+ * leave a part of a block as it is if the block is held, or the rest can be taken from the base.
  */
 int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how);
 int layer_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);

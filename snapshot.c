@@ -1,12 +1,12 @@
 /*
  * snapshot.c - a copy of an image as it was at one instant: see snapshot.h.
  *
- * A thread makes it.  Its instant is a moment in which that is alone with all blocks (order.h): what
- * is being stored is in it, and no change that begins later.  Where the file system can share blocks
- * (reflink), that is all.  Elsewhere the thread copies the image from its beginning to its end, and a
- * client's change to a block that is not copied yet copies it first.  A bit tells that a block is
- * copied.  A copy of a block is alone with it, so that it does not change in the middle.  The thread
- * passes holes without setting bits: a client's change finds them as they are, or has set them.
+ * A thread makes it.  At its instant the thread is alone with all blocks (order.h): changes that are
+ * under way end before it, and others begin after it.  Where the file system can share blocks
+ * (reflink), that is all.  Elsewhere the thread copies the image from its beginning to its end, and
+ * a client's change to a block that is not copied yet copies it first.  A bit tells that a block is
+ * copied.  The thread is alone with the blocks that it copies, so that none changes in the middle.
+ * It passes holes without setting bits: a client's change finds them as they are, or has set them.
  *
  * The file has no name, or a temporary one where that is not possible, until it is complete and
  * durable: fsync(), link(), fsync() of the directory.  A crash before the link leaves nothing, or a

@@ -523,10 +523,6 @@ mutant("nobody copies before a TRIM", "a snapshot is not of one instant",
        "int ret = fast ? 0 : before_change(d, len, off, WAIT);\n\n\tif (ret)",
        tests="test_snapshot.py::test_disk_cleared_as_a_whole_during_a_snapshot_is_in_it "
              "test_snapshot.py::test_zeroes_and_trims_during_a_snapshot_are_not_in_it")
-mutant("a snapshot does not wait for what is being stored", "a snapshot is not of one instant",
-       "snapshot.c", "order_hold(&s->disk->order, &hold, s->size, 0, true);\n\terr = disk_clone",
-       "order_hold(&s->disk->order, &hold, 0, 0, true);\n\terr = disk_clone",
-       tests="test_hazards.py::test_write_under_way_is_in_the_snapshot_and_a_later_one_is_not")
 mutant("who comes before its instant does not wait for that", "a snapshot is not of one instant",
        "order.c", ".active = { off, len } };", ".active = { off, 0 } };",
        "order.c", "\tif (!alone)\n", "\tc->active.len = len;\n\tif (!alone)\n",
