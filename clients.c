@@ -5,7 +5,7 @@
  *
  * To poll many silent clients would slow down the few that are busy.  Where there are many, those that
  * have been silent for a while are parked: one more thread, the first of the list, polls them and
- * gives them back when they speak.
+ * gives them back when they speak.  A client that comes back soon is parked later the next time.
  */
 #define _GNU_SOURCE
 #include "clients.h"
@@ -197,7 +197,7 @@ static void move_client(struct client_thread *from, struct conn *c, struct clien
 /* Whether it was parked. */
 static bool park(struct client_thread *t, struct conn *c)
 {
-	if (t->loop.polled / 1000 - c->active < SILENT_MS || !conn_may_park(c) ||
+	if (t->loop.polled / 1000 - c->active < c->patience || !conn_may_park(c) ||
 	    !atomic_load(&clients.parks))
 		return false;
 	move_client(t, c, &clients.thread[PARKED]);
@@ -237,10 +237,15 @@ static void client_turn(struct source *s, short revents)
 	struct conn *c = conn_of(s);
 	struct client_thread *t = thread_of(c);
 
-	if (revents && t == &clients.thread[PARKED] && !clients.stopped)
-		move_client(t, c, least_loaded());
-	else
+	if (!revents || t != &clients.thread[PARKED] || clients.stopped) {
 		serve_client(t, c, revents);
+		return;
+	}
+	if (t->loop.polled / 1000 - c->active < 4 * c->patience)
+		c->patience *= 2;
+	else
+		c->patience = SILENT_MS;
+	move_client(t, c, least_loaded());
 }
 
 static short client_events(const struct source *s)
@@ -382,6 +387,7 @@ static struct client_thread *choose_thread(void)
 void clients_add(struct conn *c)
 {
 	c->source.ops = &client_ops;
+	c->patience = SILENT_MS;
 	atomic_fetch_add(&clients.total, 1);
 	give_client(choose_thread(), c);
 }

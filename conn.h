@@ -84,6 +84,7 @@ struct conn {
 	struct mail mail;		/* while it is on its way to a thread */
 	struct guest *guest;		/* until its place is given up */
 	uint64_t active;		/* now_ms() of the last turn that had something to read */
+	uint64_t patience;		/* milliseconds of silence after that, and then it is parked */
 	char peer[ADDRESS_MAX];
 };
 
