@@ -758,15 +758,30 @@ static size_t step_client_flags(struct conn *c, const uint8_t *p, size_t n)
 	return PROTO_CLIENT_FLAGS_SIZE;
 }
 
-static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
+static void answer_option(struct conn *c, uint32_t opt, const uint8_t *data, uint32_t len)
 {
 	struct proto_out out = { .p = tx_tail(c->workspace->tx), .cap = PROTO_OPTION_REPLY_ROOM };
+	enum proto_next next = proto_option(&c->session, c->exports, opt, data, len, &out);
+
+	if (out.unknown)
+		log_peer(LOG_ERROR, "%s: refused: there is no export '%.*s'", c->peer,
+			 (int)out.unknown_len, (const char *)out.unknown);
+	tx_add(c->workspace->tx, out.p + out.len);
+	if (next == PROTO_TRANSMIT)
+		conn_enter_transmission(c);
+	else if (next == PROTO_CLOSE)
+		finish(c, "handshake ended");
+}
+
+static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
+{
 	uint32_t opt, len;
-	enum proto_next next;
 
 	if (c->skip > 0) {
 		n = n < c->skip ? n : c->skip;
 		c->skip -= (uint32_t)n;
+		if (c->skip == 0)	/* the answer is the same for all that are too large */
+			answer_option(c, c->skipped, NULL, PROTO_OPTION_MAX + 1);
 		return n;
 	}
 	if (n < PROTO_OPTION_SIZE)
@@ -779,21 +794,15 @@ static size_t step_option(struct conn *c, const uint8_t *p, size_t n)
 		conn_kill(c, "option with too much data");
 		return n;
 	}
-	if (len <= PROTO_OPTION_MAX && n < PROTO_OPTION_SIZE + len)
+	if (len > PROTO_OPTION_MAX) {
+		c->skipped = opt;
+		c->skip = len;
+		return PROTO_OPTION_SIZE;
+	}
+	if (n < PROTO_OPTION_SIZE + len)
 		return 0;
-	next = proto_option(&c->session, c->exports, opt, p + PROTO_OPTION_SIZE, len, &out);
-	if (out.unknown)
-		log_peer(LOG_ERROR, "%s: refused: there is no export '%.*s'", c->peer,
-			 (int)out.unknown_len, (const char *)out.unknown);
-	tx_add(c->workspace->tx, out.p + out.len);
-	if (next == PROTO_TRANSMIT)
-		conn_enter_transmission(c);
-	else if (next == PROTO_CLOSE)
-		finish(c, "handshake ended");
-	if (len <= PROTO_OPTION_MAX)
-		return PROTO_OPTION_SIZE + len;
-	c->skip = len;
-	return PROTO_OPTION_SIZE;
+	answer_option(c, opt, p + PROTO_OPTION_SIZE, len);
+	return PROTO_OPTION_SIZE + len;
 }
 
 static struct request *new_request(struct conn *c, const struct proto_request *h)

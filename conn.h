@@ -57,7 +57,7 @@ struct conn {
 
 	uint8_t *kept;			/* received and not taken yet */
 	size_t kept_len;
-	uint32_t skip;			/* CONN_OPTION: bytes to come of one that was too large */
+	uint32_t skipped, skip;		/* CONN_OPTION: one that is too large, and bytes of it to come */
 	struct request *current;	/* CONN_REQUEST: the WRITE whose payload arrives; at: what is to come */
 	uint64_t heard;			/* now_us() when it was found to be there, but for the loop's polled */
 

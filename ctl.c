@@ -50,12 +50,14 @@ struct ctl_client {
 	bool behind;			/* waits for the end after the next one */
 	const struct export *snapshot_of;	/* STATE_SNAPSHOT; else NULL */
 	uint64_t due;			/* now_ms(): for progress; else to be closed */
+	uint64_t idle_since;		/* a count of those that became idle */
 	struct answer out;		/* failed also if the connection is broken */
 	size_t len;			/* of the input that was not carried out yet */
 	char input[CTL_LINE_MAX + LINE_END];
 };
 
 static struct {
+	uint64_t idle_count;
 	bool reconnecting;		/* even if the client that asked for it has left */
 	bool background;		/* a copy is wanted that no client waits for */
 	struct ctl_client client[CONNECTIONS_MAX];
@@ -75,6 +77,7 @@ static void answer(struct ctl_client *cl, const char *error)
 	cl->state = STATE_IDLE;
 	cl->snapshot_of = NULL;
 	cl->due = now_ms() + IDLE_MS;
+	cl->idle_since = ctl.idle_count++;
 	cl->source.due = 0;
 }
 
@@ -388,7 +391,7 @@ static struct ctl_client *find_place(void)
 	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++) {
 		if (cl->state == STATE_FREE)
 			return cl;
-		if (!is_busy(cl) && (!longest || cl->due < longest->due))
+		if (!is_busy(cl) && (!longest || cl->idle_since < longest->idle_since))
 			longest = cl;
 	}
 	if (longest)
@@ -406,6 +409,7 @@ static void accept_control(int fd, const struct sockaddr *sa, socklen_t len)
 		memset(cl, 0, sizeof(*cl));
 		cl->source = (struct source){ .ops = &ctl_source_ops, .fd = fd };
 		cl->due = now_ms() + IDLE_MS;
+		cl->idle_since = ctl.idle_count++;
 	}
 	if (!cl || !loop_add(&main_loop, &cl->source)) {
 		send(fd, full, sizeof(full) - 1, MSG_NOSIGNAL | MSG_DONTWAIT);

@@ -79,16 +79,16 @@ struct loop main_loop;
 static listen_accept *accepted;
 
 /* The proxy, or a target. */
-static struct backend backend;
-static struct exported image[2] = { { .path = "proxy\nok\r\x7f", .export.backend = &backend } };
+static struct cache cache;
+static struct exported image[2] = { { .path = "proxy\nok\r\x7f", .export.backend = &cache.layer.backend } };
 struct exports exports = { .all = image, .count = 1 };
 struct load load;
 static unsigned copies;			/* started and not released */
 static bool copy_runs, copy_failed, switching, reconnecting;
 static unsigned snapshots;		/* to be made; the first may be under way */
 static bool snapshot_runs, snapshot_ends, snapshot_fails;
-static struct cache_news news;
-static void (*redirect_done)(const char *error);
+static bool switched, redirected;	/* have ended, and ctl.c was not told yet */
+static const char *switch_error, *redirect_error;
 static uint64_t cached, total;
 
 /* Sockets */
@@ -231,38 +231,35 @@ void exports_tend(exports_ended *ended)
 	ended(&image[0].export, snapshot_fails ? NULL : "/a\nb", "the disk is full");
 }
 
-bool cache_is_target(struct backend *b)
+const char *cache_switch(struct cache *c, bool force)
 {
-	(void)b;
-	return false;
-}
-
-const char *cache_switch(struct backend *b, bool force)
-{
-	(void)b;
+	(void)c;
 	if (!switching && !force && cached < total)
 		return "not all of it is here";
 	switching = true;
 	return NULL;
 }
 
-void cache_tend(struct backend *b, struct cache_news *n)
+bool cache_switch_ended(struct cache *c, const char **error)
 {
-	(void)b;
-	*n = news;
-	news = (struct cache_news){ 0 };
+	bool ended = switched;
+
+	(void)c;
+	switched = false;
+	*error = switch_error;
+	return ended;
 }
 
-void cache_status(struct backend *b, struct cache_status *s)
+void cache_status(const struct cache *c, struct cache_status *s)
 {
-	(void)b;
+	(void)c;
 	*s = (struct cache_status){ .blocks = total, .held = cached };
 }
 
-struct origin *cache_origin(struct backend *b)
+uint64_t layer_written(const struct layer *l)
 {
-	(void)b;
-	return NULL;
+	(void)l;
+	return cached / 2;
 }
 
 void origin_status(struct origin *o, struct origin_status *s)
@@ -271,23 +268,27 @@ void origin_status(struct origin *o, struct origin_status *s)
 	*s = (struct origin_status){ .links = cached % 2, .reason = "it\nis down" };
 }
 
-void origin_redirect(struct origin *o, const char *host, const char *port, const char *export_name,
-		     void (*done)(const char *error))
+const char *origin_redirect(struct origin *o, const char *host, const char *port,
+			    const char *export_name)
 {
 	(void)o;
 	assert(!reconnecting && *host && !strchr(host, ' '));
 	assert(strlen(host) + (export_name ? strlen(export_name) : 0) <= CTL_LINE_MAX);
 	assert(port ? *port && !strchr(port, ' ') : strncmp(host, "unix:", 5) == 0);
-	reconnecting = true;
-	redirect_done = done;
 	if (strcmp(host, "bad") == 0)
-		done("no such host");
+		return "no such host";
+	reconnecting = true;
+	return NULL;
 }
 
-struct copy *cache_copy(struct backend *b)
+bool origin_redirected(struct origin *o, const char **error)
 {
-	(void)b;
-	return NULL;
+	bool ended = redirected;
+
+	(void)o;
+	redirected = false;
+	*error = redirect_error;
+	return ended;
 }
 
 void copy_start(struct copy *c, uint64_t request_bytes)
@@ -298,9 +299,10 @@ void copy_start(struct copy *c, uint64_t request_bytes)
 	copy_runs |= cached < total;	/* one that runs ends by end_copy() only */
 }
 
-void copy_release(struct copy *c)
+void copy_release(struct copy *c, bool all)
 {
 	(void)c;
+	assert(!all);
 	assert(copies > 0);
 	if (--copies == 0)
 		copy_runs = false;
@@ -404,7 +406,6 @@ static void end_copy(unsigned how)
 	if (!copy_failed)
 		cached = total;
 	copy_runs = false;
-	news.copied = true;
 	ctl_tend();
 }
 
@@ -413,19 +414,18 @@ static void end_switch(unsigned how)
 	if (!switching)
 		return;
 	switching = false;
-	news.switched = true;
-	news.zeroed = how & 2;
-	strcpy(news.error, how & 1 ? "the disk\nis full" : "");
+	switched = true;
+	cache.zeroed = how & 2;
+	switch_error = how & 1 ? "the disk\nis full" : NULL;
 	ctl_tend();
 }
 
-/* One to a bad host has ended already. */
 static void end_reconnect(unsigned how)
 {
 	if (!reconnecting)
 		return;
-	if (!atomic_load(&ctl.reconnect_ended))
-		redirect_done(how & 1 ? "another size" : NULL);
+	redirected = true;
+	redirect_error = how & 1 ? "another size" : NULL;
 	reconnecting = false;
 	ctl_tend();
 }
@@ -471,8 +471,6 @@ static bool take_turn(void)
 {
 	bool ready = accept_peer();
 
-	if (atomic_load(&ctl.reconnect_ended))
-		end_reconnect(0);
 	for (size_t i = sources; i-- > 0;)
 		if (i < sources)
 			ready |= turn_source(source[i]);
@@ -587,12 +585,11 @@ static void begin(bool proxy)
 	copies = 0;
 	copy_runs = copy_failed = switching = reconnecting = snapshot_runs = false;
 	snapshots = 0;
-	snapshot_ends = false;
-	news = (struct cache_news){ 0 };
+	snapshot_ends = switched = redirected = false;
 	cached = 0;
 	total = 100;
 	ctl.reconnecting = ctl.background = false;
-	exports.cache = proxy ? &backend : NULL;
+	exports.cache = proxy ? &cache : NULL;
 }
 
 static void end(bool memory_was_short)
