@@ -319,6 +319,8 @@ static void *client_main(void *arg)
 		take_mail(t);
 		if (clients.stopped && clients.total == 0)
 			return NULL;
+		if (t->loop.count == 0)
+			t->sweep_due = UINT64_MAX;
 		t->lively = false;
 		loop_poll(&t->loop, t->sweep_due);
 		if (t->lively && t->sweep_due == UINT64_MAX)
