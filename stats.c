@@ -205,19 +205,21 @@ uint64_t stats_catch_up(struct stats *s, const char *peer, uint64_t now)
 
 static struct {
 	pthread_mutex_t lock;		/* guards the list and gone; nothing but the log's inside */
-	struct stats *first, **end;	/* in the order in which they came */
+	struct stats *first;		/* in the order in which they came */
 	struct stats gone;		/* the sum of those that have left; told: of all */
+} all = { .lock = PTHREAD_MUTEX_INITIALIZER };
+static struct stats **all_end = &all.first;	/* likewise */
 
-	uint64_t due;			/* the main thread's: now_ms(); UINT64_MAX for never */
-} all = { .lock = PTHREAD_MUTEX_INITIALIZER, .end = &all.first, .due = UINT64_MAX };
+/* now_ms() of the next interval's end, UINT64_MAX for never; the main thread's. */
+static uint64_t interval_due = UINT64_MAX;
 
 void stats_begin(struct stats *s, const char *peer)
 {
 	s->peer = peer;
 	pthread_mutex_lock(&all.lock);
-	s->back = all.end;
-	*all.end = s;
-	all.end = &s->next;
+	s->back = all_end;
+	*all_end = s;
+	all_end = &s->next;
 	pthread_mutex_unlock(&all.lock);
 }
 
@@ -230,7 +232,7 @@ void stats_end(struct stats *s, char *line)
 		tally_describe(&s->all, line);
 	pthread_mutex_lock(&all.lock);
 	*s->back = s->next;
-	*(s->next ? &s->next->back : &all.end) = s->back;
+	*(s->next ? &s->next->back : &all_end) = s->back;
 	tally_add(&all.gone.all, &s->all, 1);
 	raise_to(&all.gone.longest, s->longest);
 	pthread_mutex_unlock(&all.lock);
@@ -301,10 +303,10 @@ uint64_t stats_tend(unsigned seconds)
 	uint64_t now = now_ms();
 
 	if (seconds == 0)
-		return all.due = UINT64_MAX;
-	if (now >= all.due)
+		return interval_due = UINT64_MAX;
+	if (now >= interval_due)
 		log_intervals();
-	if (now >= all.due || all.due == UINT64_MAX)
-		all.due = now + seconds * UINT64_C(1000);
-	return all.due;
+	if (now >= interval_due || interval_due == UINT64_MAX)
+		interval_due = now + seconds * UINT64_C(1000);
+	return interval_due;
 }

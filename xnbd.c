@@ -318,7 +318,8 @@ static const char *make_pidfile(const char *path, struct stat *own)
 {
 	const int flags = O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
 	struct stat st;
-	int fd;
+	char number[24];
+	int fd, n;
 
 	do {	/* until it is not one that another server has just removed */
 		fd = open(path, flags, 0644);
@@ -333,7 +334,8 @@ static const char *make_pidfile(const char *path, struct stat *own)
 	if (st.st_size > 0 && !holds_number(fd))
 		return "the file holds something else than a process id";
 	*own = st;
-	if (ftruncate(fd, 0) < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0)
+	n = snprintf(number, sizeof(number), "%ld\n", (long)getpid());
+	if (ftruncate(fd, 0) < 0 || write(fd, number, (size_t)n) != n)
 		return strerror(errno);
 	return NULL;
 }
@@ -378,21 +380,33 @@ static void keep_log(const char *path)
 		confine_keep("open log file ", path, CONFINE_APPEND);
 }
 
+/* The directories of a file, and of a whole chain of links: others replace these now and then. */
+static void keep_chain(const char *file)
+{
+	char *at = not_null(strdup(file)), target[4096];
+
+	for (unsigned links = 0; at && links < 40; links++) {
+		ssize_t n = readlink(at, target, sizeof(target) - 1);
+		char *dir = not_null(directory_of(at)), *next = NULL;
+
+		confine_keep(NULL, at, CONFINE_READ);
+		target[n > 0 ? n : 0] = '\0';
+		if (n > 0 && asprintf(&next, "%s%s", *target == '/' ? "" : dir, target) < 0)
+			next = NULL;
+		free(dir);
+		free(at);
+		at = next;
+	}
+	free(at);
+}
+
 /* A proxy connects again to an origin that was away, and looks up its name for that. */
 static void keep_resolver(void)
 {
-	static const char *const files[] = { "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf",
-					     "/etc/gai.conf" };
-
-	/* Of a link both directories, since others replace these files now and then. */
-	for (size_t i = 0; i < ARRAY_SIZE(files); i++) {
-		char *target = realpath(files[i], NULL);
-
-		confine_keep(NULL, files[i], CONFINE_READ);
-		if (target)
-			confine_keep(NULL, target, CONFINE_READ);
-		free(target);
-	}
+	keep_chain("/etc/hosts");
+	keep_chain("/etc/resolv.conf");
+	keep_chain("/etc/nsswitch.conf");
+	keep_chain("/etc/gai.conf");
 #ifdef __GLIBC__
 	/* It may load libraries for that. */
 	confine_keep(NULL, "/usr", CONFINE_ITSELF | CONFINE_READ);
