@@ -105,10 +105,11 @@ def need_copies(directory):
 # Time limit
 
 def pytest_configure(config):
-    # A job in the background of a shell has it ignored, and so would have what it starts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Fixtures put away what they made, also when a job is cancelled.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():   # a worker of xdist may begin in another one
+        # A job in the background of a shell has it ignored, and so would have what it starts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Fixtures put away what they made, also when a job is cancelled.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.addinivalue_line(
         "markers", "limit(seconds): how long this test may take")
     config.addinivalue_line(
