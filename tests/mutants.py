@@ -1336,6 +1336,9 @@ mutant("what was being made stays", "a start that is stopped leaves what it was 
 mutant("nobody is parked", "many who are silent slow down who works",
        "clients.c", "(t->loop.count > FEW_CONNS && !park(t, c))", "false",
        tests="test_silence.py::test_silent_clients_are_served_when_they_speak")
+mutant("patience does not grow", "a client that speaks now and then changes threads each time",
+       "clients.c", "\t\tc->patience *= 2;", "\t\t;",
+       tests="test_silence.py::test_client_that_comes_back_soon_is_not_parked_again_and_again")
 mutant("who is parked does not come back", "a request is lost while its client is parked, or comes back",
        "clients.c", "\tmove_client(t, c, least_loaded());\n}", "}",
        tests="test_silence.py::test_silent_clients_are_served_when_they_speak")

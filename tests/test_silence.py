@@ -64,6 +64,30 @@ def test_silent_clients_are_served_when_they_speak(parked):
     assert clients[0].pread(4096, 2 * MIB) == pattern(2 * MIB, 4096)
 
 
+@hazard("a client that speaks now and then changes threads each time")
+def test_client_that_comes_back_soon_is_not_parked_again_and_again(server, image):
+    """The parking thread, which comes when there are many, hears less and less of it."""
+    s = server(image, "--threads", "1")
+    tasks = Path(f"/proc/{s.proc.pid}/task")
+    before = set(os.listdir(tasks))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(s.client()) for _ in range(12)]
+        parking = (set(os.listdir(tasks)) - before).pop()
+
+        def heard(seconds):
+            status = tasks / parking / "status"
+            begun = status.read_text().split("voluntary_ctxt_switches:")[1].split()[0]
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                time.sleep(0.4)
+                for c in clients:
+                    c.pread(512)
+            return int(status.read_text().split("voluntary_ctxt_switches:")[1].split()[0]) - int(begun)
+
+        heard(4)
+        assert heard(4) <= 4
+
+
 def test_silent_clients_end_with_the_server(parked):
     s, clients = parked()
     s.stop()
