@@ -85,7 +85,7 @@ def test_client_that_comes_back_soon_is_not_parked_again_and_again(server, image
             return int(status.read_text().split("voluntary_ctxt_switches:")[1].split()[0]) - int(begun)
 
         heard(4)
-        assert heard(4) <= 4
+        assert heard(4) <= 20       # of some 44 where each comes and goes each time; a busy machine is silent once
 
 
 def test_silent_clients_end_with_the_server(parked):
