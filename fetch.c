@@ -61,6 +61,24 @@ static uint64_t fetch_unit(const struct fetcher *f)
 
 /* Storing */
 
+/* Bytes at p, of len, that are all zero, or all data, by pieces: a single write makes large folios. */
+static uint64_t run_alike(const uint8_t *p, uint64_t len, bool *zero)
+{
+	uint64_t pos = 0, n;
+
+	for (; pos < len; pos += n) {
+		bool z;
+
+		n = len - pos < ZERO_PIECE ? len - pos : ZERO_PIECE;
+		z = p[pos] == 0 && memcmp(p + pos, p + pos + 1, n - 1) == 0;
+		if (pos == 0)
+			*zero = z;
+		else if (z != *zero)
+			break;
+	}
+	return pos;
+}
+
 /*
  * Zeros become holes, which may block.  Most data shows at its first bytes that it is none.  A second
  * try finds what the first one has stored.
@@ -70,11 +88,11 @@ static int fetch_store(const struct fetch *fetch, enum how how)
 	const struct origin_request *ask = &fetch->ask;
 	int ret = 0;
 
-	for (uint64_t at = 0; at < ask->len && ret == 0; at += ZERO_PIECE) {
+	for (uint64_t at = 0, len; at < ask->len && ret == 0; at += len) {
 		const uint8_t *p = ask->buf + at;
-		uint64_t len = ask->len - at < ZERO_PIECE ? ask->len - at : ZERO_PIECE;
-		bool zero = p[0] == 0 && memcmp(p, p + 1, len - 1) == 0;
+		bool zero;
 
+		len = run_alike(p, ask->len - at, &zero);
 		if (zero && how == TRY)
 			return -EAGAIN;
 		ret = layer_fill(fetch->f->layer, zero ? NULL : p, len, ask->off + at, how);
