@@ -1,7 +1,8 @@
 /*
  * buffer.c - memory for data on its way: see buffer.h.
  *
- * Large buffers are of a few sizes, so that they fit again, and are kept up to a bound.
+ * Large buffers are of a few sizes, so that they fit again.  Those that are not in use are kept, as
+ * long as all of them together, in use or not, are within a bound.
  */
 #include "buffer.h"
 
@@ -14,7 +15,7 @@
 enum {
 	SMALLEST = 64 * 1024,		/* what is smaller comes from malloc() warm enough */
 	LARGEST = 1024 * 1024,		/* what is larger is not kept */
-	KEPT_MAX = 4 * 1024 * 1024,
+	ALL_MAX = 8 * 1024 * 1024,
 };
 
 struct kept {
@@ -24,7 +25,7 @@ struct kept {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;	/* guards what follows; a leaf */
 static struct kept *kept;
-static size_t kept_bytes;
+static size_t all_bytes;		/* of large ones, in use or kept */
 
 void buffer_init(void)
 {
@@ -46,10 +47,34 @@ static size_t size_for(size_t len)
 	return size;
 }
 
+/* Take kept ones off the list until all have no more bytes than that.  Called with the lock. */
+static struct kept *take_kept(size_t max)
+{
+	struct kept *first = kept, **end = &first;
+
+	while (*end && all_bytes > max) {
+		all_bytes -= (*end)->size;
+		end = &(*end)->next;
+	}
+	kept = *end;
+	*end = NULL;
+	return first;
+}
+
+static void free_all(struct kept *k)
+{
+	while (k) {
+		struct kept *next = k->next;
+
+		free(k);
+		k = next;
+	}
+}
+
 void *buffer_get(size_t len)
 {
 	size_t size = size_for(len);
-	struct kept *k, **p = &kept;
+	struct kept *k, **p = &kept, *others = NULL;
 
 	if (size == 0)
 		return malloc(len);
@@ -59,10 +84,13 @@ void *buffer_get(size_t len)
 	k = *p;
 	if (k) {
 		*p = k->next;
-		kept_bytes -= size;
+	} else if ((k = malloc(size))) {
+		all_bytes += size;
+		others = take_kept(ALL_MAX);
 	}
 	pthread_mutex_unlock(&lock);
-	return k ? (void *)k : malloc(size);
+	free_all(others);
+	return k;
 }
 
 void buffer_put(void *buffer, size_t len)
@@ -75,28 +103,20 @@ void buffer_put(void *buffer, size_t len)
 		return;
 	}
 	pthread_mutex_lock(&lock);
-	if (kept_bytes + size <= KEPT_MAX) {
-		k->size = size;
-		k->next = kept;
-		kept = k;
-		kept_bytes += size;
-		k = NULL;
-	}
+	k->size = size;
+	k->next = kept;
+	kept = k;
+	k = take_kept(ALL_MAX);
 	pthread_mutex_unlock(&lock);
-	free(k);
+	free_all(k);
 }
 
 void buffer_trim(void)
 {
-	struct kept *k, *next;
+	struct kept *all;
 
 	pthread_mutex_lock(&lock);
-	k = kept;
-	kept = NULL;
-	kept_bytes = 0;
+	all = take_kept(0);
 	pthread_mutex_unlock(&lock);
-	for (; k; k = next) {
-		next = k->next;
-		free(k);
-	}
+	free_all(all);
 }

@@ -37,7 +37,7 @@
 
 enum {
 	ORIGIN_STACK = 128 * 1024,
-	UNSTORED_MAX = 4 * 1024 * 1024,	/* delivered, and not put away */
+	UNSTORED_MAX = 1 * 1024 * 1024,	/* delivered, and not put away */
 	IDLE_MS = 1000,			/* then buffers are given back */
 	BACKOFF_MIN = 100,		/* ms */
 	BACKOFF_MAX = 5000,
