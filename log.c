@@ -223,9 +223,11 @@ bool log_at(enum log_level level, const char *fmt, ...)
 
 /* The end of the program */
 
-void end_at_once(void)
+void end_at_once(const char *line)
 {
 	log_flush();
+	if (line)
+		write_line(log_to, line, strlen(line), FLUSH_MS);
 	_exit(EXIT_FAILURE);
 }
 

@@ -14,8 +14,8 @@
  * The first link that is up serves clients, the others the background copy; a single one serves
  * all.  Requests that a lost link owed go back to the queues.
  *
- * Nothing is read while too much of what was delivered has not been put away, and no link counts
- * as silent meanwhile.
+ * Nothing is read from a link while too much of what was delivered has not been put away, and it does
+ * not count as silent meanwhile.  The copy's links stop first: what clients wait for goes on.
  */
 #define _GNU_SOURCE
 #include "origin.h"
@@ -37,7 +37,7 @@
 
 enum {
 	ORIGIN_STACK = 128 * 1024,
-	UNSTORED_MAX = 1 * 1024 * 1024,	/* delivered, and not put away */
+	UNSTORED_MAX = 1024 * 1024,	/* delivered, and not put away; twice that for clients */
 	IDLE_MS = 1000,			/* then buffers are given back */
 	BACKOFF_MIN = 100,		/* ms */
 	BACKOFF_MAX = 5000,
@@ -113,6 +113,8 @@ struct link {
 	unsigned count;			/* of them */
 	uint64_t heard;			/* when an answer, or PROGRESS bytes of one, came last */
 	size_t unheard;			/* bytes since then */
+	bool clogged;			/* nothing is read */
+	uint64_t listening;		/* since when it was not; now_ms() */
 
 	size_t tx_len;			/* bytes to be sent */
 	size_t rx_from, rx_to;		/* what was received and not looked at */
@@ -157,9 +159,7 @@ struct origin {
 	/* The thread's own. */
 	struct link *link[LINKS_MAX];	/* the last one is a redirect's */
 	unsigned links;
-	bool clogged;			/* nothing is read */
 	uint64_t trim;			/* when to give buffers back, if nothing is asked; now_ms() */
-	uint64_t listening;		/* since when it was not; now_ms() */
 };
 
 /* Queues */
@@ -385,9 +385,7 @@ static void put_request(struct link *l, const struct proto_request *r)
 /* Until when what has been silent, or has waited, since then may go on with that. */
 static uint64_t link_patience(const struct link *l, uint64_t since)
 {
-	const struct origin *o = l->origin;
-
-	return (since > o->listening ? since : o->listening) + o->timeout_ms;
+	return (since > l->listening ? since : l->listening) + l->origin->timeout_ms;
 }
 
 static void note_progress(struct link *l)
@@ -839,7 +837,7 @@ static short link_events(const struct source *s)
 	const struct link *l = link_of(s);
 
 	if (l->state == LINK_UP)
-		return (l->origin->clogged ? 0 : POLLIN) | (l->tx_len > 0 ? POLLOUT : 0);
+		return (l->clogged ? 0 : POLLIN) | (l->tx_len > 0 ? POLLOUT : 0);
 	if (l->state == LINK_DIAL)
 		return l->tx_len > 0 ? POLLOUT : POLLIN;
 	return 0;
@@ -848,10 +846,8 @@ static short link_events(const struct source *s)
 /* When link_expire() is due: now_ms(), or UINT64_MAX. */
 static uint64_t link_deadline(const struct link *l)
 {
-	const struct origin *o = l->origin;
-
 	if (l->state == LINK_UP)
-		return l->count == 0 || o->clogged ? UINT64_MAX : link_patience(l, l->heard);
+		return l->count == 0 || l->clogged ? UINT64_MAX : link_patience(l, l->heard);
 	return l->state != LINK_DOWN || link_may_dial(l) ? l->deadline : UINT64_MAX;
 }
 
@@ -869,13 +865,17 @@ static const char *link_expire(struct link *l)
 static void link_turn(struct source *s, short revents)
 {
 	struct link *l = link_of(s);
+	size_t most = l == first_link(l->origin) ? 2 * UNSTORED_MAX : UNSTORED_MAX;
 	const char *wrong = NULL;
 
+	if (l->clogged)
+		l->listening = now_ms();
+	l->clogged = atomic_load(&l->origin->unstored) > most;
 	if (!revents && link_deadline(l) <= now_ms())
 		wrong = link_expire(l);		/* unless an earlier turn has put it off */
 	else if (revents && l->state == LINK_DIAL)
 		wrong = l->found.count == 0 ? link_resolved(l) : link_negotiate(l);
-	else if (revents & ~POLLOUT && l->state == LINK_UP && !l->origin->clogged)
+	else if (revents & ~POLLOUT && l->state == LINK_UP && !l->clogged)
 		wrong = link_receive(l);
 	if (!wrong && l->state == LINK_UP)
 		wrong = link_send(l);
@@ -891,9 +891,6 @@ static const struct source_ops link_ops = { link_events, link_turn };
 /* Sleep once, and all that is to be done before and after it. */
 static void origin_turn(struct origin *o)
 {
-	if (o->clogged)
-		o->listening = now_ms();
-	o->clogged = atomic_load(&o->unstored) > UNSTORED_MAX;
 	feed_links(o);
 	if (atomic_load(&o->waiting) > 0)
 		o->trim = now_ms() + IDLE_MS;

@@ -80,8 +80,10 @@ static void on_signal(int sig)
 		forget_unfinished();
 		_exit(EXIT_SUCCESS);
 	}
-	if (sig == SIGALRM || (stops && stop_signals))
-		end_at_once();
+	if (sig == SIGALRM)
+		end_at_once("xnbd-server: stopped, but the main thread waits for the disk\n");
+	if (stops && stop_signals)
+		end_at_once(NULL);
 	if (stops)
 		alarm(STOP_S);
 	stop_signals |= stops;
@@ -604,7 +606,7 @@ static void server_stop(void)
 			else
 				log_error("stopped, but a thread waits for the disk");
 			remove_pidfile();
-			end_at_once();
+			end_at_once(NULL);
 		}
 		loop_poll(&main_loop, now_ms() + STOP_LOOK_MS);
 		loop_deliver(&main_loop);

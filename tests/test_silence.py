@@ -279,6 +279,18 @@ def test_16_mib_suffice(cgroup, server, disk, tmp_path, mode, command):
     assert s.is_served()
 
 
+@hazard("a server ends with status 1, and nobody knows why")
+@pytest.mark.parametrize("to_file", [False, True], ids=["stderr", "file"])
+def test_end_by_the_alarm_is_told(server, disk, tmp_path, to_file):
+    """It comes where the main thread itself is held up."""
+    s = server(disk(), *(["--logpath", tmp_path / "log"] if to_file else []))
+    s.expected_status = 1
+    s.terminate(signal.SIGALRM)
+    s.wait()
+    told = (tmp_path / "log").read_text() if to_file else s.log()
+    assert told.endswith("xnbd-server: stopped, but the main thread waits for the disk\n")
+
+
 # A start
 
 @hazard("a start that waits for a silent origin cannot be ended")
