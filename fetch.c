@@ -61,19 +61,26 @@ static uint64_t fetch_unit(const struct fetcher *f)
 
 /* Storing */
 
-/* Bytes at p, of len, that are all zero, or all data, by pieces: a single write makes large folios. */
+/* Whether it is the background copy's, and a client waits: for the image's lock, too. */
+static bool gives_way(const struct fetch *fetch)
+{
+	return fetch->ask.priority == ORIGIN_COPY && atomic_load(&fetch->f->demanded) > 0;
+}
+
+static bool is_zero(const uint8_t *p, uint64_t len)
+{
+	return p[0] == 0 && memcmp(p, p + 1, len - 1) == 0;
+}
+
+/* Bytes at p, of len, that are all zero, or all data, by pieces: one write makes large folios. */
 static uint64_t run_alike(const uint8_t *p, uint64_t len, bool *zero)
 {
-	uint64_t pos = 0, n;
+	uint64_t pos = len < ZERO_PIECE ? len : ZERO_PIECE, n;
 
+	*zero = is_zero(p, pos);
 	for (; pos < len; pos += n) {
-		bool z;
-
 		n = len - pos < ZERO_PIECE ? len - pos : ZERO_PIECE;
-		z = p[pos] == 0 && memcmp(p + pos, p + pos + 1, n - 1) == 0;
-		if (pos == 0)
-			*zero = z;
-		else if (z != *zero)
+		if (is_zero(p + pos, n) != *zero)
 			break;
 	}
 	return pos;
@@ -92,7 +99,10 @@ static int fetch_store(const struct fetch *fetch, enum how how)
 		const uint8_t *p = ask->buf + at;
 		bool zero;
 
-		len = run_alike(p, ask->len - at, &zero);
+		len = ask->len - at;
+		if (len > ZERO_PIECE && gives_way(fetch))
+			len = ZERO_PIECE;
+		len = run_alike(p, len, &zero);
 		if (zero && how == TRY)
 			return -EAGAIN;
 		ret = layer_fill(fetch->f->layer, zero ? NULL : p, len, ask->off + at, how);
@@ -274,11 +284,10 @@ static void store_job(struct job *job)
 static void arrived(struct origin_request *ask)
 {
 	struct fetch *fetch = (struct fetch *)ask;
-	bool yields = ask->priority == ORIGIN_COPY && atomic_load(&fetch->f->demanded) > 0;
 	int error = ask->error;
 
 	if (!error && !ask->extent)
-		error = yields || ask->len > STORE_HERE ? -EAGAIN : fetch_store(fetch, TRY);
+		error = gives_way(fetch) || ask->len > STORE_HERE ? -EAGAIN : fetch_store(fetch, TRY);
 	if (error != -EAGAIN)
 		fetch_settle(fetch, error);
 	else
