@@ -152,6 +152,16 @@ static int cache_range(struct backend *b, struct request *r)
 	return ret;
 }
 
+static bool has_failed(const struct backend *b)
+{
+	return atomic_load_explicit(&b->failed, memory_order_relaxed);
+}
+
+int backend_try_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off)
+{
+	return has_failed(b) ? -EIO : b->ops->read(b, buf, len, off, TRY);
+}
+
 /* Changes */
 
 /* Take back what waits for blocks from elsewhere. */
@@ -212,6 +222,20 @@ static int go_on_with_change(struct request *r, enum how how)
 	return ret;
 }
 
+int backend_try_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off)
+{
+	struct change change = { 0 };
+	struct span part = { off, len };
+	int ret = has_failed(b) ? -EIO : order_begin(b->order, &change, len, false, &part);
+
+	if (ret == 1) {
+		ret = b->ops->write(b, buf, len, off, TRY);
+		order_end(&change, ret == 0, ret == 0);
+	}
+	order_remove(&change);
+	return ret;
+}
+
 /* A TRIM is about the whole blocks of its range.  False if there are none. */
 static bool trim_to_blocks(struct request *r)
 {
@@ -238,14 +262,13 @@ static int request_run(struct request *r, enum how how)
 	bool one;
 
 	assert(r->h.len <= b->size && r->h.off <= b->size - r->h.len);
-	if (atomic_load_explicit(&b->failed, memory_order_relaxed))
+	if (has_failed(b))
 		return -EIO;
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
 		if (r->h.len > READ_PIECE)
 			return is_here(b, r) ? 0 : ABSENT;
-		return how == WAIT ? read_sparse(b, r) :
-				     b->ops->read(b, r->buf, r->h.len, r->h.off, TRY);
+		return read_sparse(b, r);
 	case NBD_CMD_FLUSH:
 		return b->ops->flush(b, r);
 	case NBD_CMD_CACHE:

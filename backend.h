@@ -111,6 +111,15 @@ enum {
 };
 
 /*
+ * Read without blocking: 0, -errno; -EAGAIN if a worker has to, ABSENT if blocks have to be brought
+ * first, and then buf is undefined.
+ */
+int backend_try_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off);
+
+/* Write without blocking: 0, or an error or -EAGAIN, and then a request finds out what to do. */
+int backend_try_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off);
+
+/*
  * Carry out the command of r, which proto_check_request() let pass, on the calling loop's thread
  * without blocking.  Returns 0, -errno, PENDING, or -EAGAIN: request_queue() does it.  For a READ of
  * more than READ_PIECE 0 says that its pieces can be read.

@@ -596,7 +596,7 @@ static void put_reply(struct conn *c, struct request *r)
 		free_request(c, r);
 		return;
 	}
-	stats_count(c->stats, r);
+	stats_count(c->stats, &r->h, r->error, r->begun);
 	if (r->error)
 		stats_complain(c->stats, c->peer, r);
 	if (r->error || (r->h.cmd != NBD_CMD_READ && r->h.cmd != NBD_CMD_BLOCK_STATUS) ||
@@ -833,44 +833,51 @@ static void spend(struct conn *c, size_t bytes)
 }
 
 /*
- * READ, or a piece of it, straight into the reply, behind its header, if that is possible without
- * blocking: 0, -errno, or -EAGAIN, and then nothing has changed.  There is room.
+ * A READ, or a piece of it, straight into the reply, behind its header, if that is possible without
+ * blocking: see backend_try_read().  There is room.
  */
-static int read_copied(struct conn *c, const struct request *whole, struct request *r)
+static int read_copied(struct conn *c, const struct proto_request *h, uint64_t len, uint64_t off)
 {
 	struct tx *tx = c->workspace->tx;
-	const struct extent run = { r->h.len, 0 };
-	uint8_t *data = proto_put_run(&c->session, &whole->h, r->h.off, &run, tx_tail(tx));
-	uint8_t *own = r->buf;
-	int ret;
+	const struct extent run = { len, 0 };
+	uint8_t *data = proto_put_run(&c->session, h, off, &run, tx_tail(tx));
+	int ret = backend_try_read(c->export->backend, data, len, off);
 
-	r->buf = data;
-	ret = request_try(r);
-	r->buf = own;
 	if (ret == 0) {
-		tx_add(tx, data + r->h.len);
-		spend(c, r->h.len);
+		tx_add(tx, data + len);
+		spend(c, len);
 	}
 	return ret;
 }
 
-/* A READ that waits for others has no memory for its data: that is got when the data is there. */
+/*
+ * read_copied() did not read what r asks for, and returned that.  While it waits for others it has no
+ * memory for its data: that is got when the data is there.
+ */
+static void read_later(struct conn *c, struct request *r, int ret)
+{
+	r->absent = ret == ABSENT;
+	if (r->absent || ret == -EAGAIN)
+		queue(c, r);
+	else
+		conn_settle(c, r, ret);
+}
+
+/* A READ that has come back to be carried out, or is a long one. */
 static void start_read(struct conn *c, struct request *r)
 {
 	bool is_long = r->h.len > READ_PIECE;
-	int ret = is_long ? request_try(r) : read_copied(c, r, r);
+	int ret = is_long ? request_try(r) : read_copied(c, &r->h, r->h.len, r->h.off);
 
-	if (ret == -EAGAIN) {
-		queue(c, r);
-	} else if (ret != 0) {
-		conn_settle(c, r, ret);
+	if (ret != 0) {
+		read_later(c, r, is_long && r->absent ? ABSENT : ret);
 	} else if (is_long) {
 		take_home(c, r);
 		r->at = (struct span){ r->h.off, r->h.len };
 		r->pieces = 1;
 		c->stream = r;
 	} else {
-		stats_count(c->stats, r);
+		stats_count(c->stats, &r->h, 0, r->begun);
 		free_request(c, r);
 	}
 }
@@ -922,11 +929,28 @@ static bool is_there(struct conn *c)
 	return !c->gone;
 }
 
+/*
+ * A WRITE whose payload is here, as most are, with its reply, if that is possible without blocking.
+ * Else nothing has changed.
+ */
+static bool write_at_once(struct conn *c, const struct proto_request *h, const uint8_t *payload)
+{
+	struct tx *tx = c->workspace->tx;
+
+	if (h->len == 0 || h->flags & NBD_CMD_FLAG_FUA || !is_there(c) ||
+	    backend_try_write(c->export->backend, payload, h->len, h->off) != 0)
+		return false;
+	tx_add(tx, proto_put_reply(&c->session, h, 0, tx_tail(tx)));
+	return true;
+}
+
 static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 {
 	struct proto_request h;
 	struct request *r;
 	size_t size;
+	uint64_t begun;
+	int error, ret = 0;
 	const char *wrong = proto_get_request(&c->session, p, n, &h, &size);
 
 	if (wrong) {
@@ -943,18 +967,33 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 		c->blocked = true;
 		return 0;
 	}
+	error = proto_check_request(&c->session, &h);
+	begun = stats_time(c->stats);
+	if (!error && h.cmd == NBD_CMD_READ && h.len > 0 && h.len <= READ_PIECE) {
+		ret = read_copied(c, &h, h.len, h.off);
+		if (ret == 0) {
+			stats_count(c->stats, &h, 0, begun);
+			return size;
+		}
+	}
+	if (!error && h.cmd == NBD_CMD_WRITE && n - size >= h.len && write_at_once(c, &h, p + size)) {
+		stats_count(c->stats, &h, 0, begun);
+		return size + h.len;
+	}
 	r = new_request(c, &h);
 	if (!r) {
 		conn_kill(c, "out of memory");
 		return n;
 	}
-	r->error = proto_check_request(&c->session, &h);
-	r->refused = r->error != 0;
+	r->error = error;
+	r->refused = error != 0;
 	if (h.payload && h.len > 0) {	/* also of what was refused */
 		r->pieces = 1;
 		c->current = r;
-	} else if (r->error) {
-		conn_settle(c, r, -r->error);
+	} else if (error) {
+		conn_settle(c, r, -error);
+	} else if (ret != 0) {
+		read_later(c, r, ret);
 	} else {
 		start_request(c, r);
 	}
@@ -1050,11 +1089,16 @@ static size_t step_payload(struct conn *c, const uint8_t *p, size_t n)
 
 /* READs in pieces */
 
+static uint64_t piece_length(const struct request *stream)
+{
+	return stream->at.len < READ_PIECE ? stream->at.len : READ_PIECE;
+}
+
 /* The next piece, at the end of the stream's list; NULL without memory. */
 static struct request *add_piece(struct conn *c)
 {
 	struct request *r = c->stream;
-	uint64_t len = r->at.len < READ_PIECE ? r->at.len : READ_PIECE;
+	uint64_t len = piece_length(r);
 	struct request *piece = new_piece(c, r, len);
 
 	if (piece) {
@@ -1085,7 +1129,7 @@ static void end_stream(struct conn *c)
 	drop_pieces(c);
 	c->stream = NULL;
 	if (!r->error) {
-		stats_count(c->stats, r);
+		stats_count(c->stats, &r->h, r->error, r->begun);
 		free_request(c, r);
 	} else if (next == r->h.off || proto_in_chunks(&c->session, &r->h)) {
 		append(&c->back_end, r);
@@ -1101,6 +1145,7 @@ static void end_stream(struct conn *c)
 static bool put_piece(struct conn *c)
 {
 	struct request *piece = c->piece, *r = c->stream;
+	uint64_t len;
 	int ret;
 
 	if (piece && piece->lent) {
@@ -1115,17 +1160,12 @@ static bool put_piece(struct conn *c)
 	/* What has been read is taken first, and is no more. */
 	if (has_data_enough(c) && !conn_flush(c))
 		return false;
-	piece = add_piece(c);
-	if (!piece)
-		return true;
-	ret = read_copied(c, r, piece);
-	if (ret == -EAGAIN) {
-		queue(c, piece);
-		return true;
-	}
-	conn_settle(c, piece, ret);
+	len = piece_length(r);
+	ret = read_copied(c, &r->h, len, r->at.off);
 	if (ret == 0)
-		free_request(c, take_first(&c->piece, &c->piece_end));
+		advance(&r->at, len);
+	else if ((piece = add_piece(c)))
+		read_later(c, piece, ret);
 	return true;
 }
 

@@ -63,18 +63,18 @@ static void count_delay(struct stats *s, uint64_t us, uint64_t n)
 	raise_to(&s->longest, us);
 }
 
-void stats_count(struct stats *s, const struct request *r)
+void stats_count(struct stats *s, const struct proto_request *h, int error, uint64_t begun)
 {
 	struct tally *t = &s->all;
 
-	switch (r->h.cmd) {
+	switch (h->cmd) {
 	case NBD_CMD_READ:
 		count(&t->reads, 1);
-		count(&t->read_bytes, r->error ? 0 : r->h.len);
+		count(&t->read_bytes, error ? 0 : h->len);
 		break;
 	case NBD_CMD_WRITE:
 		count(&t->writes, 1);
-		count(&t->written_bytes, r->error ? 0 : r->h.len);
+		count(&t->written_bytes, error ? 0 : h->len);
 		break;
 	case NBD_CMD_FLUSH:
 		count(&t->flushes, 1);
@@ -82,12 +82,12 @@ void stats_count(struct stats *s, const struct request *r)
 	default:
 		count(&t->others, 1);
 	}
-	if (r->error)
+	if (error)
 		count(&t->errors, 1);
-	if (r->begun == s->now)
+	if (begun == s->now)
 		s->fresh++;
 	else
-		count_delay(s, stats_time(s) - r->begun, 1);
+		count_delay(s, stats_time(s) - begun, 1);
 }
 
 void stats_end_turn(struct stats *s)

@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "proto.h"
 #include "util.h"
 
 struct request;
@@ -57,8 +58,8 @@ static inline uint64_t stats_time(struct stats *s)
 	return s->now;
 }
 
-/* A request is answered, in the turn in which it came or in a later one. */
-void stats_count(struct stats *s, const struct request *r);
+/* A request is answered, with an errno or 0; it came in the turn whose stats_time() was begun. */
+void stats_count(struct stats *s, const struct proto_request *h, int error, uint64_t begun);
 
 /* The turn's requests have taken all of it. */
 void stats_end_turn(struct stats *s);
