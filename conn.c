@@ -929,28 +929,69 @@ static bool is_there(struct conn *c)
 	return !c->gone;
 }
 
-/*
- * A WRITE whose payload is here, as most are, with its reply, if that is possible without blocking.
- * Else nothing has changed.
- */
-static bool write_at_once(struct conn *c, const struct proto_request *h, const uint8_t *payload)
+/* Whether a READ is answered as a whole, straight from the image if that is possible. */
+static bool is_short_read(const struct proto_request *h)
+{
+	return h->cmd == NBD_CMD_READ && h->len > 0 && h->len <= READ_PIECE;
+}
+
+/* A WRITE whose payload is here, as most are; its reply has room. */
+static int write_at_once(struct conn *c, const struct proto_request *h, const uint8_t *payload)
 {
 	struct tx *tx = c->workspace->tx;
+	int ret = is_there(c) ? backend_try_write(c->export->backend, payload, h->len, h->off) : -EAGAIN;
 
-	if (h->len == 0 || h->flags & NBD_CMD_FLAG_FUA || !is_there(c) ||
-	    backend_try_write(c->export->backend, payload, h->len, h->off) != 0)
-		return false;
-	tx_add(tx, proto_put_reply(&c->session, h, 0, tx_tail(tx)));
-	return true;
+	if (ret == 0)
+		tx_add(tx, proto_put_reply(&c->session, h, 0, tx_tail(tx)));
+	return ret;
+}
+
+/*
+ * Carry out and answer what needs neither a request nor to block: 0.  Else nothing has changed, and
+ * that is what read_copied() returned, or an error.
+ */
+static int do_at_once(struct conn *c, const struct proto_request *h, const uint8_t *payload, size_t n)
+{
+	uint64_t begun = stats_time(c->stats);
+	int ret = -EAGAIN;
+
+	if (is_short_read(h))
+		ret = read_copied(c, h, h->len, h->off);
+	else if (h->cmd == NBD_CMD_WRITE && h->len > 0 && h->len <= n && !(h->flags & NBD_CMD_FLAG_FUA))
+		ret = write_at_once(c, h, payload);
+	if (ret == 0)
+		stats_count(c->stats, h, 0, begun);
+	return ret;
+}
+
+/* Make a request of a command that was refused with an errno, or that do_at_once() did not do. */
+static void take_request(struct conn *c, const struct proto_request *h, int error, int ret)
+{
+	struct request *r = new_request(c, h);
+
+	if (!r) {
+		conn_kill(c, "out of memory");
+		return;
+	}
+	r->error = error;
+	r->refused = error != 0;
+	if (h->payload && h->len > 0) {	/* also of what was refused */
+		r->pieces = 1;
+		c->current = r;
+	} else if (error) {
+		conn_settle(c, r, -error);
+	} else if (is_short_read(h)) {
+		read_later(c, r, ret);
+	} else {
+		start_request(c, r);
+	}
 }
 
 static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 {
 	struct proto_request h;
-	struct request *r;
 	size_t size;
-	uint64_t begun;
-	int error, ret = 0;
+	int error, ret;
 	const char *wrong = proto_get_request(&c->session, p, n, &h, &size);
 
 	if (wrong) {
@@ -968,35 +1009,10 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 		return 0;
 	}
 	error = proto_check_request(&c->session, &h);
-	begun = stats_time(c->stats);
-	if (!error && h.cmd == NBD_CMD_READ && h.len > 0 && h.len <= READ_PIECE) {
-		ret = read_copied(c, &h, h.len, h.off);
-		if (ret == 0) {
-			stats_count(c->stats, &h, 0, begun);
-			return size;
-		}
-	}
-	if (!error && h.cmd == NBD_CMD_WRITE && n - size >= h.len && write_at_once(c, &h, p + size)) {
-		stats_count(c->stats, &h, 0, begun);
-		return size + h.len;
-	}
-	r = new_request(c, &h);
-	if (!r) {
-		conn_kill(c, "out of memory");
-		return n;
-	}
-	r->error = error;
-	r->refused = error != 0;
-	if (h.payload && h.len > 0) {	/* also of what was refused */
-		r->pieces = 1;
-		c->current = r;
-	} else if (error) {
-		conn_settle(c, r, -error);
-	} else if (ret != 0) {
-		read_later(c, r, ret);
-	} else {
-		start_request(c, r);
-	}
+	ret = error ? -error : do_at_once(c, &h, p + size, n - size);
+	if (ret == 0)
+		return size + (h.payload ? h.len : 0);
+	take_request(c, &h, error, ret);
 	return size;
 }
 

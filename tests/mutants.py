@@ -187,8 +187,8 @@ mutant("length 0 marks the whole cache", "zero-length request marks the whole di
        tests="test_proxy.py::test_requests_of_no_length_mark_nothing "
              "test_origin.py::test_requests_of_length_0_fetch_and_mark_nothing")
 mutant("a refused payload is not drained", "refused WRITE whose payload is not drained",
-       "conn.c", "if (h.payload && h.len > 0) {",
-       "if (h.payload && h.len > 0 && !r->error) {",
+       "conn.c", "if (h->payload && h->len > 0) {",
+       "if (h->payload && h->len > 0 && !r->error) {",
        tests="test_hazards.py::test_refused_payload_that_arrives_slowly_is_drained")
 mutant("a refused payload is stored", "refused WRITE whose payload is not drained",
        "conn.c", "if (!r->error) {\n\t\tstruct request *piece", "if (true) {\n\t\tstruct request *piece",
@@ -217,8 +217,8 @@ mutant("an early READ error is a simple reply", "early READ error sent as a simp
        "proto.c", "if (!s->structured ||\n", "if (err == EINVAL || !s->structured ||\n",
        tests="test_hazards.py::test_early_read_errors_are_chunks")
 mutant("a request always has 28 bytes", "request with a header of the wrong size",
-       "conn.c", "start_request(c, r);\n\t}\n\treturn size;",
-       "start_request(c, r);\n\t}\n\treturn PROTO_REQUEST_SIZE;",
+       "conn.c", "take_request(c, &h, error, ret);\n\treturn size;",
+       "take_request(c, &h, error, ret);\n\treturn PROTO_REQUEST_SIZE;",
        tests="test_extended.py::test_requests_of_all_kinds_follow_each_other")
 mutant("only a WRITE has a payload", "unexpected payload that is not drained",
        "proto.c", "(s->extended && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN);", "false;",
