@@ -391,9 +391,9 @@ void log_flush(void)
 	int fd = log_to == LOG_TO_FILE ? log_fd : STDERR_FILENO;
 	bool is_file = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
 
-	/* Not the clock: where the machine is too busy for this thread, it is for the log's. */
+	/* Not the clock: where the machine is too busy for this thread, it is for the log's.  poll() may fail. */
 	for (int ms = 0; atomic_load(&queue.pending) && ms < (is_file ? FILE_FLUSH_MS : FLUSH_MS); ms++)
-		poll(NULL, 0, 1);
+		nanosleep(&(struct timespec){ .tv_nsec = 1000 * 1000 }, NULL);
 }
 
 const char *log_open(const char *path)
