@@ -11,7 +11,6 @@
 
 #include "cache.h"
 #include "clients.h"
-#include "confine.h"
 #include "disk.h"
 #include "log.h"
 #include "origin.h"
@@ -99,8 +98,6 @@ static bool open_export(const struct options *o)
 	if (!backend)
 		return false;
 	e->path = not_null(absolute_path(image));
-	if (e->disk && e->disk->is_file)
-		confine_keep("make snapshots of ", e->path, CONFINE_FILES);
 	export_init(&e->export, backend, o->export[exports.count].name, describe_image(image));
 	exports.entry[exports.count++] = &e->export.proto;
 	return true;

@@ -254,7 +254,6 @@ static int start_unix(struct listener *l, const struct sockaddr_un *sun, mode_t 
 	if (!err && (lstat(l->unix_path, &l->file) < 0 || listen(l->source.fd, BACKLOG) < 0))
 		err = -errno;
 	name_listener(l);
-	confine_keep("remove unix:", l->unix_path, CONFINE_REMOVE_FILE);
 	if (lock >= 0)
 		close(lock);
 	return err;

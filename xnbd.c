@@ -10,6 +10,7 @@
 #include "clients.h"
 #include "confine.h"
 #include "ctl.h"
+#include "disk.h"
 #include "exports.h"
 #include "listen.h"
 #include "log.h"
@@ -356,7 +357,6 @@ static bool write_pidfile(void)
 	wrong = make_pidfile(path, &server.pid_file);
 	if (wrong)
 		return log_failure("cannot write pidfile %s: %s", path, wrong);
-	confine_keep("remove pidfile ", server.pid_path, CONFINE_REMOVE_FILE);
 	return true;
 }
 
@@ -423,17 +423,23 @@ static bool give_up_rights(void)
 	const struct options *o = &server.options;
 	bool is_proxy = o->mode == MODE_PROXY;
 
+	if (!confine_begin(!o->no_sandbox, is_proxy))
+		return false;
+	for (struct exported *e = exports.all; e < exports.all + exports.count; e++)
+		if (e->disk && e->disk->is_file)
+			confine_keep("make snapshots of ", e->path, CONFINE_FILES);
+	confine_keep("remove unix:", o->unix_path, CONFINE_REMOVE_FILE);
+	confine_keep("remove unix:", o->control, CONFINE_REMOVE_FILE);
+	confine_keep("remove pidfile ", server.pid_path, CONFINE_REMOVE_FILE);
 	if (server.log_path)
 		keep_log(server.log_path);
 	if (is_proxy)
 		keep_resolver();
-	if (!confine_enter(!o->no_sandbox, is_proxy))
-		return false;
 	if (is_proxy && o->user && strncmp(o->host, "unix:", 5) == 0 &&
 	    access(o->host + 5, W_OK) < 0)
 		log_error("--user %s: cannot connect to origin %s again: %s", o->user, o->host,
 			  strerror(errno));
-	return true;
+	return confine_enter();
 }
 
 /* Start the first loop and the first worker, which are needed to serve anybody. */
