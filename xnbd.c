@@ -5,6 +5,7 @@
  * ends them.  Signals are its own: they ring its bell, and are looked at when it does not sleep.
  */
 #define _GNU_SOURCE
+#include "access.h"
 #include "buffer.h"
 #include "cache.h"
 #include "clients.h"
@@ -258,7 +259,7 @@ static bool share_descriptors(unsigned *loops)
 		o->max_connections = there;
 		log_line("the limit of open files leaves room for %zu connections", there);
 	}
-	access_open(o->max_connections);
+	access_open(o->max_connections, o->max_per_host);
 	return true;
 }
 
@@ -385,21 +386,17 @@ static void keep_log(const char *path)
 /* The directories of a file, and of a whole chain of links: others replace these now and then. */
 static void keep_chain(const char *file)
 {
-	char *at = not_null(strdup(file)), target[4096];
+	char at[4096], target[sizeof(at)];
+	ssize_t n = snprintf(target, sizeof(target), "%s", file);
 
-	for (unsigned links = 0; at && links < 40; links++) {
-		ssize_t n = readlink(at, target, sizeof(target) - 1);
-		char *dir = not_null(directory_of(at)), *next = NULL;
+	for (unsigned links = 0; n > 0 && links < 40; links++) {
+		size_t dir = *target == '/' ? 0 : (size_t)(base_name(at) - at);
 
+		target[n] = '\0';
+		snprintf(at + dir, sizeof(at) - dir, "%s", target);
 		confine_keep(NULL, at, CONFINE_READ);
-		target[n > 0 ? n : 0] = '\0';
-		if (n > 0 && asprintf(&next, "%s%s", *target == '/' ? "" : dir, target) < 0)
-			next = NULL;
-		free(dir);
-		free(at);
-		at = next;
+		n = readlink(at, target, sizeof(target) - 1);
 	}
-	free(at);
 }
 
 /* A proxy connects again to an origin that was away, and looks up its name for that. */
@@ -512,17 +509,10 @@ static const char *admit_client(int fd, const struct sockaddr *sa, const char *p
 	enum greeting greeting = o->connected_fd >= 0 ? GREET_CONNECTED :
 				 o->oldstyle	      ? GREET_OLDSTYLE :
 							GREET_NEWSTYLE;
-	static char why[64];
-	struct guest *guest;
+	const char *why;
+	struct guest *guest = access_enter(sa, &why);
 	struct conn *c;
 
-	if (sa->sa_family != AF_UNIX && o->allows && !access_admits(o->allow, o->allows, sa))
-		return "no --allow has its address";
-	snprintf(why, sizeof(why), "its host has %lu connections already", o->max_per_host);
-	if (o->max_per_host && access_guests(sa) >= o->max_per_host)
-		return why;
-	snprintf(why, sizeof(why), "there are %lu connections already", o->max_connections);
-	guest = access_enter(sa);
 	if (!guest)
 		return why;
 	c = conn_new(fd, greeting, &exports.proto, peer, (unsigned)o->keepalive);
