@@ -481,13 +481,13 @@ mutant("statistics of nobody are told", "a timer that ticks for nobody",
        "xnbd.c", "clients_count() > 0 ? stats : 0", "stats",
        tests="test_stats.py::test_no_timer_ticks_for_nobody")
 mutant("a stale socket stops the next start", "a stale Unix socket stops the next start",
-       "listen.c", "if (unlink(sun->sun_path) < 0)\n\t\t\treturn -errno;", "return -EADDRINUSE;",
+       "listen.c", "if (unlink(sun->sun_path) < 0)\n\t\t\treturn strerror(errno);", "return \"it is in use\";",
        tests="test_service.py::test_stale_unix_socket_is_replaced")
 mutant("a live socket is stolen", "a live Unix socket is stolen",
-       "listen.c", "if (is_alive(sun))\n\t\t\treturn -EADDRINUSE;", "",
+       "listen.c", "if (is_alive(sun))\n\t\t\treturn \"another server is listening there\";", "",
        tests="test_service.py::test_live_unix_socket_is_refused")
 mutant("a file that is no socket is replaced", "a live Unix socket is stolen",
-       "listen.c", "if (!S_ISSOCK(st.st_mode))\n\t\t\treturn -EEXIST;", "",
+       "listen.c", "if (!S_ISSOCK(st.st_mode))\n\t\t\treturn \"there is a file that is not a socket\";", "",
        tests="test_service.py::test_what_is_no_socket_is_not_replaced")
 mutant("a socket that does not listen yet is stale", "two starts at once",
        "listen.c", "flock(fd, LOCK_EX | LOCK_NB) < 0", "false",
