@@ -26,7 +26,7 @@ void access_open(size_t places, size_t per_host);
  */
 struct guest *access_enter(const struct sockaddr *sa, const char **why);
 
-/* Give the place up: *g is NULL then.  Whether it was one.  Any thread. */
+/* Give the place up, if there is one: *g is NULL then.  Whether it was one.  Any thread. */
 bool access_leave(struct guest **g);
 
 #endif

@@ -41,48 +41,33 @@ static struct {
 	gid_t gid;
 } user;
 
-/* By name or by number; with a group a number need not be that of a known user. */
-static bool find_user(const char *name, bool has_group)
-{
-	const struct passwd *pw = getpwnam(name);
-	unsigned long id = 0;
-	bool is_number = parse_number(name, 0, UINT32_MAX - 1, &id);
-
-	if (!pw && is_number)
-		pw = getpwuid((uid_t)id);
-	user.uid = pw ? pw->pw_uid : (uid_t)id;
-	user.gid = pw ? pw->pw_gid : 0;
-	return pw || (is_number && has_group);
-}
-
-static bool find_group(const char *name)
-{
-	const struct group *gr = getgrnam(name);
-	unsigned long id = 0;
-	bool is_number = parse_number(name, 0, UINT32_MAX - 1, &id);
-
-	user.gid = gr ? gr->gr_gid : (gid_t)id;
-	return gr || is_number;
-}
-
+/* By names or by numbers; with a group a number need not be that of a known user. */
 bool confine_find_user(const char *name)
 {
 	const char *group = strchr(name, ':');
-	char *only = group ? strndup(name, (size_t)(group - name)) : strdup(name);
+	char *only = not_null(group ? strndup(name, (size_t)(group - name)) : strdup(name));
+	const struct passwd *pw = getpwnam(only);
+	const struct group *gr = group ? getgrnam(group + 1) : NULL;
+	unsigned long uid = 0, gid = 0;
+	bool has_uid = parse_number(only, 0, UINT32_MAX - 1, &uid);
+	bool has_gid = group && parse_number(group + 1, 0, UINT32_MAX - 1, &gid);
 
-	if (geteuid() != 0)
-		log_failure("--user %s: only root can become another user", name);
-	else if (!only || !find_user(only, group))
-		log_failure("--user %s: there is no such user%s", name,
-			    group ? "" : "; a number needs a group, as in 1000:1000");
-	else if (group && !find_group(group + 1))
-		log_failure("--user %s: there is no such group", name);
-	else if (user.uid == 0)
-		log_failure("--user %s: that is root, and root is to be given up", name);
-	else
-		user.name = name;
 	free(only);
-	return user.name != NULL;
+	if (!pw && has_uid)
+		pw = getpwuid((uid_t)uid);
+	user.uid = pw ? pw->pw_uid : (uid_t)uid;
+	user.gid = gr ? gr->gr_gid : group ? (gid_t)gid : pw ? pw->pw_gid : 0;
+	if (geteuid() != 0)
+		return log_failure("--user %s: only root can become another user", name);
+	if (!pw && !(has_uid && group))
+		return log_failure("--user %s: there is no such user%s", name,
+				   group ? "" : "; a number needs a group, as in 1000:1000");
+	if (group && !gr && !has_gid)
+		return log_failure("--user %s: there is no such group", name);
+	if (user.uid == 0)
+		return log_failure("--user %s: that is root, and root is to be given up", name);
+	user.name = name;
+	return true;
 }
 
 bool confine_give_socket(const char *path)
@@ -122,11 +107,12 @@ static bool become_user(void)
 
 /* The reach */
 
+bool confine_holds;
+
 static struct {
 	int fd;			/* Landlock's rules, while they are made; else -1 */
 	unsigned rights;	/* on files, that the kernel knows */
 	int error;		/* -errno: the rules cannot be made */
-	bool hold;
 } rules = { .fd = -1 };
 
 /* Landlock's calls, in the order of their numbers. */
@@ -241,13 +227,8 @@ bool confine_enter(void)
 		if (!rules.error && landlock(RESTRICT_SELF, rules.fd, 0, 0, 0) < 0)
 			rules.error = -errno;
 		close(rules.fd);
-		rules.hold = !rules.error;
+		confine_holds = !rules.error;
 	}
 	return !rules.error || log_failure("cannot confine the server: %s (--no-sandbox starts it "
 					   "without)", strerror(-rules.error));
-}
-
-bool confine_is_in_force(void)
-{
-	return rules.hold;
 }

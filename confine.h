@@ -51,6 +51,6 @@ void confine_keep(const char *deed, const char *path, unsigned rights);
 bool confine_enter(void);
 
 /* Whether rules hold. */
-bool confine_is_in_force(void);
+extern bool confine_holds;
 
 #endif

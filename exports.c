@@ -36,13 +36,11 @@ static const char *describe_image(const char *path)
 /* Two disks on one image would know nothing of each other's flushes and snapshots. */
 static bool is_alone(const struct disk *d, const char *image)
 {
-	for (size_t i = 0; i < exports.count; i++) {
-		const struct exported *other = &exports.all[i];
-
-		if (disk_is_same(d, other->disk))
+	for (size_t i = 0; i < exports.count; i++)
+		if (disk_is_same(d, exports.all[i].disk))
 			return log_failure("cannot export image %s twice, also as %s: both could be "
-					   "written to (--readonly may help)", image, other->path);
-	}
+					   "written to (--readonly may help)", image,
+					   exports.all[i].path);
 	return true;
 }
 
@@ -171,13 +169,13 @@ bool exports_start(void)
 {
 	struct origin_status status;
 
-	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
-		e->look.run = look_at_image;
-		if (!exports.cache)
+	if (!exports.cache) {
+		for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
+			e->look.run = look_at_image;
 			worker_submit(&e->look, &e->export.lane);
-	}
-	if (!exports.cache)
+		}
 		return true;
+	}
 	origin_status(exports.cache->origin, &status);
 	log_line("origin %s: connected, %llu bytes", status.address,
 		 (unsigned long long)exports.cache->layer.size);
@@ -267,9 +265,7 @@ bool exports_close(void)
 {
 	bool ok = true;
 
-	for (size_t i = 0; i < exports.count; i++) {
-		struct exported *e = &exports.all[i];
-
+	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
 		snapshot_free(e->snapshot);
 		ok &= e->export.backend->ops->close(e->export.backend) == 0;
 		free(e->path);

@@ -62,9 +62,7 @@ static struct {
 	bool given[OPTIONS_MAX];	/* each of the rows */
 } line;
 
-static _Noreturn void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2);
-
-static _Noreturn void usage_error(const char *fmt, ...)
+PRINTF_LIKE(1, 2) static _Noreturn void usage_error(const char *fmt, ...)
 {
 	char text[512];
 	va_list ap;

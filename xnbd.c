@@ -491,9 +491,9 @@ static bool start(void)
 	if (!options_are_of_use() || !ctl_open(o) || !write_pidfile() || !give_up_rights() ||
 	    !log_start() || !start_threads() || !exports_start())
 		return false;
-	log_line("%s", confine_is_in_force() ? "confined to the files that are needed" :
-		 o->no_sandbox		     ? "not confined: --no-sandbox" :
-					       "not confined: this system has no Landlock");
+	log_line("%s", confine_holds ? "confined to the files that are needed" :
+		 o->no_sandbox	     ? "not confined: --no-sandbox" :
+				       "not confined: this system has no Landlock");
 	if (!listen_start(accept_client))
 		return false;
 	notify_supervisor("READY=1");
@@ -502,45 +502,36 @@ static bool start(void)
 
 /* Connections */
 
-/* Serve a client, if it may connect.  NULL, or why not. */
-static const char *admit_client(int fd, const struct sockaddr *sa, const char *peer)
+/* Serve a client, if it may connect. */
+static void accept_client(int fd, const struct sockaddr *sa, socklen_t len)
 {
+	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
 	const struct options *o = &server.options;
 	enum greeting greeting = o->connected_fd >= 0 ? GREET_CONNECTED :
 				 o->oldstyle	      ? GREET_OLDSTYLE :
 							GREET_NEWSTYLE;
+	char peer[ADDRESS_MAX];
 	const char *why;
 	struct guest *guest = access_enter(sa, &why);
-	struct conn *c;
-
-	if (!guest)
-		return why;
-	c = conn_new(fd, greeting, &exports.proto, peer, (unsigned)o->keepalive);
-	if (!c) {
-		access_leave(&guest);
-		return "out of memory";
-	}
-	c->guest = guest;
-	clients_add(c);
-	return NULL;
-}
-
-static void accept_client(int fd, const struct sockaddr *sa, socklen_t len)
-{
-	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
-	char peer[ADDRESS_MAX];
-	const char *refused;
+	struct conn *c = NULL;
 
 	serial++;
 	if (sa->sa_family == AF_UNIX)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(sa, len, peer);
-	refused = admit_client(fd, sa, peer);
-	if (refused) {
-		log_peer(LOG_ERROR, "%s: refused: %s", peer, refused);
-		close(fd);
+	if (guest) {
+		why = "out of memory";
+		c = conn_new(fd, greeting, &exports.proto, peer, (unsigned)o->keepalive);
 	}
+	if (c) {
+		c->guest = guest;
+		clients_add(c);
+		return;
+	}
+	access_leave(&guest);
+	log_peer(LOG_ERROR, "%s: refused: %s", peer, why);
+	close(fd);
 }
 
 /* Something ended, or a signal came. */
@@ -633,9 +624,7 @@ int main(int argc, char **argv)
 	log_keep_off(STDIN_FILENO);
 	options_parse(&server.options, argc, argv);
 	server.passed = listen_count_passed();
-	if (server.passed < 0)
-		return EXIT_FAILURE;
-	if (server.options.daemonize && !daemonize())
+	if (server.passed < 0 || (server.options.daemonize && !daemonize()))
 		return EXIT_FAILURE;
 	atexit(clean_up);
 	if (start()) {
