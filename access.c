@@ -57,15 +57,6 @@ static bool parse_zone(struct access_rule *rule, const char *zone)
 	return rule->zone != 0;
 }
 
-/* Returns how many bits the address has, 0 if it is none. */
-static unsigned parse_address(uint8_t *address, const char *text)
-{
-	memcpy(address, mapped, sizeof(mapped));
-	if (inet_pton(AF_INET, text, address + sizeof(mapped)) == 1)
-		return ADDRESS_BITS - MAPPED_BITS;
-	return inet_pton(AF_INET6, text, address) == 1 ? ADDRESS_BITS : 0;
-}
-
 const char *access_allow(const char *text)
 {
 	static char why[160];
@@ -88,8 +79,10 @@ const char *access_allow(const char *text)
 	zone = strchr(copy, '%');
 	if (zone)
 		*zone++ = '\0';
-	width = parse_address(rule->address, copy);
-	if (!width || (bracket && width != ADDRESS_BITS))
+	memcpy(rule->address, mapped, sizeof(mapped));
+	v4 = !bracket && inet_pton(AF_INET, copy, rule->address + sizeof(mapped)) == 1;
+	width = v4 ? ADDRESS_BITS - MAPPED_BITS : ADDRESS_BITS;
+	if (!v4 && inet_pton(AF_INET6, copy, rule->address) != 1)
 		return "is no address such as 192.0.2.1 or 2001:db8::1, nor one with a /PREFIX";
 	if (zone && !parse_zone(rule, zone))
 		return "has a zone that is no interface, or that its address cannot have";

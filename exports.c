@@ -169,13 +169,13 @@ bool exports_start(void)
 {
 	struct origin_status status;
 
-	if (!exports.cache) {
-		for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
-			e->look.run = look_at_image;
+	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
+		e->look.run = look_at_image;
+		if (!exports.cache)
 			worker_submit(&e->look, &e->export.lane);
-		}
-		return true;
 	}
+	if (!exports.cache)
+		return true;
 	origin_status(exports.cache->origin, &status);
 	log_line("origin %s: connected, %llu bytes", status.address,
 		 (unsigned long long)exports.cache->layer.size);

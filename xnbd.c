@@ -23,7 +23,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -66,8 +65,6 @@ static struct {
 #elif !defined(SIGRTMIN)
 #define SIGRTMIN SIGINFO
 #endif
-
-static listen_accept accept_client;
 
 static volatile sig_atomic_t opening = 1;	/* nothing has been made that would have to be removed */
 static volatile sig_atomic_t stop_signals;
@@ -226,27 +223,16 @@ static void raise_limits(void)
 	}
 }
 
-/* How many descriptors may still be opened: those that are open have the lowest numbers. */
-static size_t free_descriptors(void)
-{
-	struct rlimit r = { .rlim_cur = 256 };
-	int next = dup(STDIN_FILENO);
-
-	if (next < 0)
-		return 0;
-	close(next);
-	getrlimit(RLIMIT_NOFILE, &r);
-	return (r.rlim_cur < INT_MAX ? (size_t)r.rlim_cur : INT_MAX) - (size_t)next;
-}
-
 /* Threads for connections, and connections: as many as leave descriptors to the server itself. */
 static bool share_descriptors(unsigned *loops)
 {
 	struct options *o = &server.options;
-	size_t spare, there = free_descriptors();
+	int next = dup(STDIN_FILENO);	/* those that are open have lower numbers */
+	size_t spare, there = next < 0 ? 0 : (size_t)sysconf(_SC_OPEN_MAX) - (size_t)next;
 	size_t needed = OWN_FDS + LOOP_FDS + EXPORT_FDS * o->exports +
 			(o->mode == MODE_PROXY ? PROXY_FDS : 0);
 
+	close(next);
 	if (there <= needed)
 		return log_failure("the limit of open files is too low: %zu more are needed",
 				   needed + 1 - there);
@@ -356,9 +342,7 @@ static bool write_pidfile(void)
 		return log_failure("pidfile %s is the log, too", path);
 	server.pid_path = not_null(absolute_path(path));
 	wrong = make_pidfile(path, &server.pid_file);
-	if (wrong)
-		return log_failure("cannot write pidfile %s: %s", path, wrong);
-	return true;
+	return !wrong || log_failure("cannot write pidfile %s: %s", path, wrong);
 }
 
 static void remove_pidfile(void)
@@ -477,31 +461,6 @@ static void notify_supervisor(const char *state)
 	close(fd);
 }
 
-static bool start(void)
-{
-	const struct options *o = &server.options;
-
-	raise_limits();
-	if (o->user && !confine_find_user(o->user))
-		return false;
-	if (!setup_signals() || !setup_log() || !exports_open(o) || !is_no_image(o->logpath) ||
-	    !open_sockets())
-		return false;
-	opening = 0;
-	if (!options_are_of_use() || !ctl_open(o) || !write_pidfile() || !give_up_rights() ||
-	    !log_start() || !start_threads() || !exports_start())
-		return false;
-	log_line("%s", confine_holds ? "confined to the files that are needed" :
-		 o->no_sandbox	     ? "not confined: --no-sandbox" :
-				       "not confined: this system has no Landlock");
-	if (!listen_start(accept_client))
-		return false;
-	notify_supervisor("READY=1");
-	return server.ready_fd < 0 || detach();
-}
-
-/* Connections */
-
 /* Serve a client, if it may connect. */
 static void accept_client(int fd, const struct sockaddr *sa, socklen_t len)
 {
@@ -533,6 +492,31 @@ static void accept_client(int fd, const struct sockaddr *sa, socklen_t len)
 	log_peer(LOG_ERROR, "%s: refused: %s", peer, why);
 	close(fd);
 }
+
+static bool start(void)
+{
+	const struct options *o = &server.options;
+
+	raise_limits();
+	if (o->user && !confine_find_user(o->user))
+		return false;
+	if (!setup_signals() || !setup_log() || !exports_open(o) || !is_no_image(o->logpath) ||
+	    !open_sockets())
+		return false;
+	opening = 0;
+	if (!options_are_of_use() || !ctl_open(o) || !write_pidfile() || !give_up_rights() ||
+	    !log_start() || !start_threads() || !exports_start())
+		return false;
+	log_line("%s", confine_holds ? "confined to the files that are needed" :
+		 o->no_sandbox	     ? "not confined: --no-sandbox" :
+				       "not confined: this system has no Landlock");
+	if (!listen_start(accept_client))
+		return false;
+	notify_supervisor("READY=1");
+	return server.ready_fd < 0 || detach();
+}
+
+/* Service */
 
 /* Something ended, or a signal came. */
 static void take_wakeups(void)
