@@ -308,7 +308,7 @@ bool listen_check(int fd, bool listens, const char *what)
 	return !wrong || log_failure("%s: descriptor %d %s", what, fd, wrong);
 }
 
-bool listen_passed(int count)
+bool listen_passed(int count, bool *tcp)
 {
 	for (int fd = PASSED_FIRST; fd < PASSED_FIRST + count; fd++) {
 		if (!listen_check(fd, true, "LISTEN_FDS"))
@@ -316,6 +316,7 @@ bool listen_passed(int count)
 		fcntl(fd, F_SETFD, FD_CLOEXEC);
 		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 		add_listener(fd);
+		*tcp |= !is_unix_socket(fd);
 	}
 	return true;
 }
@@ -345,15 +346,6 @@ static void listener_turn(struct source *s, short revents)
 		}
 		return;
 	}
-}
-
-bool listen_has_tcp(void)
-{
-	bool tcp = false;
-
-	for (size_t i = 0; i < listeners.count; i++)
-		tcp |= !is_unix_socket(listeners.all[i].source.fd);
-	return tcp;
 }
 
 bool listen_start(listen_accept *accepted)

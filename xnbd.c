@@ -249,6 +249,14 @@ static bool share_descriptors(unsigned *loops)
 	return true;
 }
 
+/* Whether clients may come by TCP where an option is about these. */
+static bool options_are_of_use(bool tcp)
+{
+	return tcp || !server.options.of_tcp ||
+	       log_failure("%s is about TCP clients, and at a Unix socket there are none",
+			   server.options.of_tcp);
+}
+
 /* Take the only client, and keep everything else off its socket. */
 static bool take_client(int fd, const char *option)
 {
@@ -261,21 +269,14 @@ static bool take_client(int fd, const char *option)
 	close(STDIN_FILENO);
 	close(STDOUT_FILENO);
 	occupy_standard_descriptors();
-	return true;
+	return options_are_of_use(!is_unix_socket(server.single_fd));
 }
 
-/* Whether there can be clients with addresses, where an option is about these. */
-static bool options_are_of_use(void)
-{
-	return !server.options.of_tcp || listen_has_tcp() ||
-	       (server.single_fd >= 0 && !is_unix_socket(server.single_fd)) ||
-	       log_failure("%s is about TCP clients, and at a Unix socket there are none",
-			   server.options.of_tcp);
-}
-
+/* All but the Unix socket of --unix, whose file would have to be removed. */
 static bool open_sockets(void)
 {
 	const struct options *o = &server.options;
+	bool tcp = false;
 
 	if (o->inetd)
 		return take_client(STDIN_FILENO, "--inetd");
@@ -285,12 +286,9 @@ static bool open_sockets(void)
 		return log_failure("LISTEN_FDS says where to listen, --lport, --laddr and --unix do "
 				   "not belong to it");
 	if (server.passed > 0)
-		return listen_passed(server.passed);
-	if ((!o->unix_path || o->lport_given || o->laddrs) &&
-	    !listen_tcp(o->laddr, o->laddrs, (unsigned)o->lport))
-		return false;
-	opening = 0;
-	return !o->unix_path || listen_unix(o->unix_path, (mode_t)o->unix_mode, NULL);
+		return listen_passed(server.passed, &tcp) && options_are_of_use(tcp);
+	return (o->unix_path && !o->lport_given && !o->laddrs) ||
+	       listen_tcp(o->laddr, o->laddrs, (unsigned)o->lport);
 }
 
 /* Whether a file holds a number and a newline alone, as a pidfile does. */
@@ -504,8 +502,10 @@ static bool start(void)
 	    !open_sockets())
 		return false;
 	opening = 0;
-	if (!options_are_of_use() || !ctl_open(o) || !write_pidfile() || !give_up_rights() ||
-	    !log_start() || !start_threads() || !exports_start())
+	if (o->unix_path && !listen_unix(o->unix_path, (mode_t)o->unix_mode, NULL))
+		return false;
+	if (!ctl_open(o) || !write_pidfile() || !give_up_rights() || !log_start() ||
+	    !start_threads() || !exports_start())
 		return false;
 	log_line("%s", confine_holds ? "confined to the files that are needed" :
 		 o->no_sandbox	     ? "not confined: --no-sandbox" :

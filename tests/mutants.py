@@ -453,7 +453,7 @@ mutant("a worker is there before", "rights that one thread keeps",
        "worker.c", "pool.idle == 0 && pool.count > 0 && ", "pool.idle == 0 && ",
        tests="test_confine.py::test_files_of_a_killed_server_do_not_start_a_thread_too_early")
 mutant("the origin's thread is there before", "rights that one thread keeps",
-       "xnbd.c", "!give_up_rights() ||\n\t    !log_start() || !start_threads() || !exports_start())",
+       "xnbd.c", "!give_up_rights() || !log_start() ||\n\t    !start_threads() || !exports_start())",
        "!log_start() || !start_threads() || !exports_start() || !give_up_rights())",
        tests="test_confine.py::test_proxy_can_look_up_names_and_connect "
              "test_confine.py::test_all_threads_of_a_proxy_are_the_user")
