@@ -183,10 +183,9 @@ struct guest *access_enter(const struct sockaddr *sa, const char **why)
 
 bool access_leave(struct guest **g)
 {
-	bool was_there = *g;
-
-	if (was_there)
-		(*g)->is_there = false;
+	if (!*g)
+		return false;
+	(*g)->is_there = false;
 	*g = NULL;
-	return was_there;
+	return true;
 }

@@ -24,7 +24,6 @@
 
 enum {
 	BACKLOG = 1024,
-	ACCEPT_BATCH = 64,
 	PASSED_FIRST = 3,	/* SD_LISTEN_FDS_START */
 	FREE_PORT_TRIES = 32,
 	LOCK_TRIES = 500,	/* for another start, in a directory; LOCK_PAUSE_MS each */
@@ -330,21 +329,16 @@ static short listener_events(const struct source *s)
 
 static void listener_turn(struct source *s, short revents)
 {
-	for (int n = 0; revents && n < ACCEPT_BATCH; n++) {
-		union address address = { .sa.sa_family = AF_UNIX };	/* of which some have none */
-		socklen_t len = sizeof(address);
-		int fd = accept4(s->fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	union address address = { .sa.sa_family = AF_UNIX };	/* of which some have none */
+	socklen_t len = sizeof(address);
+	int fd = revents ? accept4(s->fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK) : -1;
 
-		if (fd >= 0) {
-			((struct listener *)s)->accepted(fd, &address.sa, len);
-			continue;
-		}
-		if (is_out_of_resources(errno)) {
-			log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
-				 strerror(errno));
-			s->due = now_ms() + ACCEPT_PAUSE_MS;
-		}
-		return;
+	if (fd >= 0) {
+		((struct listener *)s)->accepted(fd, &address.sa, len);
+	} else if (revents && is_out_of_resources(errno)) {
+		log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
+			 strerror(errno));
+		s->due = now_ms() + ACCEPT_PAUSE_MS;
 	}
 }
 

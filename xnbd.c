@@ -414,8 +414,7 @@ static bool give_up_rights(void)
 		keep_log(server.log_path);
 	if (is_proxy)
 		keep_resolver();
-	if (is_proxy && o->user && strncmp(o->host, "unix:", 5) == 0 &&
-	    access(o->host + 5, W_OK) < 0)
+	if (is_proxy && !o->port && o->user && access(o->host + strlen("unix:"), W_OK) < 0)
 		log_error("--user %s: cannot connect to origin %s again: %s", o->user, o->host,
 			  strerror(errno));
 	return confine_enter();
@@ -496,15 +495,12 @@ static bool start(void)
 	const struct options *o = &server.options;
 
 	raise_limits();
-	if (o->user && !confine_find_user(o->user))
-		return false;
-	if (!setup_signals() || !setup_log() || !exports_open(o) || !is_no_image(o->logpath) ||
-	    !open_sockets())
+	if ((o->user && !confine_find_user(o->user)) || !setup_signals() || !setup_log() ||
+	    !exports_open(o) || !is_no_image(o->logpath) || !open_sockets())
 		return false;
 	opening = 0;
-	if (o->unix_path && !listen_unix(o->unix_path, (mode_t)o->unix_mode, NULL))
-		return false;
-	if (!ctl_open(o) || !write_pidfile() || !give_up_rights() || !log_start() ||
+	if ((o->unix_path && !listen_unix(o->unix_path, (mode_t)o->unix_mode, NULL)) ||
+	    !ctl_open(o) || !write_pidfile() || !give_up_rights() || !log_start() ||
 	    !start_threads() || !exports_start())
 		return false;
 	log_line("%s", confine_holds ? "confined to the files that are needed" :
