@@ -16,6 +16,19 @@
 
 enum { MAPPED_BITS = 96, ADDRESS_BITS = 128 };
 
+/*
+ * An address, and how many of its bits a client's must have in common with it.  IPv4 addresses
+ * are kept as what IPv6 maps them to, ::ffff:0:0/96.
+ */
+struct access_rule {
+	uint8_t address[ADDRESS_BITS / 8];
+	uint32_t zone;		/* the interface of a link-local address, 0 for any */
+	unsigned bits;
+};
+
+static struct access_rule *rules;
+static size_t rule_count;
+
 static const uint8_t mapped[MAPPED_BITS / 8] = { [10] = 0xff, [11] = 0xff };
 
 static bool is_mapped(const uint8_t *address)
@@ -44,24 +57,18 @@ static bool parse_zone(struct access_rule *rule, const char *zone)
 	return rule->zone != 0;
 }
 
-/* Returns how many bits the address has, 0 if it is none. */
-static unsigned parse_address(uint8_t *address, const char *text)
-{
-	memcpy(address, mapped, sizeof(mapped));
-	if (inet_pton(AF_INET, text, address + sizeof(mapped)) == 1)
-		return ADDRESS_BITS - MAPPED_BITS;
-	return inet_pton(AF_INET6, text, address) == 1 ? ADDRESS_BITS : 0;
-}
-
-const char *access_parse(struct access_rule *rule, const char *text)
+const char *access_allow(const char *text)
 {
 	static char why[160];
-	uint8_t network[sizeof(rule->address)];
+	uint8_t network[ADDRESS_BITS / 8];
+	struct access_rule *rule;
 	char copy[INET6_ADDRSTRLEN + IF_NAMESIZE + 8], *slash, *zone;
 	unsigned long prefix;
 	bool bracket, v4;
 	unsigned width;
 
+	rules = not_null(realloc(rules, (rule_count + 1) * sizeof(*rules)));
+	rule = &rules[rule_count++];
 	memset(rule, 0, sizeof(*rule));
 	snprintf(copy, sizeof(copy), "%s", strlen(text) < sizeof(copy) ? text : "");
 	slash = strchr(copy, '/');
@@ -72,8 +79,10 @@ const char *access_parse(struct access_rule *rule, const char *text)
 	zone = strchr(copy, '%');
 	if (zone)
 		*zone++ = '\0';
-	width = parse_address(rule->address, copy);
-	if (!width || (bracket && width != ADDRESS_BITS))
+	memcpy(rule->address, mapped, sizeof(mapped));
+	v4 = !bracket && inet_pton(AF_INET, copy, rule->address + sizeof(mapped)) == 1;
+	width = v4 ? ADDRESS_BITS - MAPPED_BITS : ADDRESS_BITS;
+	if (!v4 && inet_pton(AF_INET6, copy, rule->address) != 1)
 		return "is no address such as 192.0.2.1 or 2001:db8::1, nor one with a /PREFIX";
 	if (zone && !parse_zone(rule, zone))
 		return "has a zone that is no interface, or that its address cannot have";
@@ -107,22 +116,22 @@ static bool address_of(const struct sockaddr *sa, uint8_t *address)
 	return true;
 }
 
-bool access_admits(const struct access_rule *rule, size_t count, const struct sockaddr *sa)
+static bool is_allowed(const struct sockaddr *sa)
 {
 	uint8_t address[ADDRESS_BITS / 8], network[ADDRESS_BITS / 8];
 	uint32_t zone = sa->sa_family == AF_INET6 ?
 				((const struct sockaddr_in6 *)sa)->sin6_scope_id : 0;
 
 	if (!address_of(sa, address))
-		return false;
-	for (size_t i = 0; i < count; i++) {
-		network_of(network, address, rule[i].bits);
-		if (is_mapped(rule[i].address) == is_mapped(address) &&
-		    memcmp(network, rule[i].address, sizeof(network)) == 0 &&
-		    (!rule[i].zone || rule[i].zone == zone))
+		return sa->sa_family == AF_UNIX || rule_count == 0;
+	for (const struct access_rule *r = rules; r < rules + rule_count; r++) {
+		network_of(network, address, r->bits);
+		if (is_mapped(r->address) == is_mapped(address) &&
+		    memcmp(network, r->address, sizeof(network)) == 0 &&
+		    (!r->zone || r->zone == zone))
 			return true;
 	}
-	return false;
+	return rule_count == 0;
 }
 
 /* Places: the main thread gives them, and any thread gives them back. */
@@ -133,45 +142,50 @@ struct guest {
 };
 
 static struct guest *guests;
-static size_t guests_max;
+static size_t guests_max, per_host_max;
 
-void access_open(size_t places)
+void access_open(size_t places, size_t per_host)
 {
 	guests = not_null(calloc(places, sizeof(*guests)));
 	guests_max = places;
+	per_host_max = per_host;
 }
 
-struct guest *access_enter(const struct sockaddr *sa)
+struct guest *access_enter(const struct sockaddr *sa, const char **why)
 {
-	struct guest *g = guests, *end = guests + guests_max;
+	static char text[64];
+	uint8_t address[ADDRESS_BITS / 8] = { 0 };
+	bool counts = address_of(sa, address) && per_host_max > 0;
+	struct guest *place = NULL;
+	size_t there = 0;
 
-	while (g < end && g->is_there)
-		g++;
-	if (g == end)
+	*why = "no --allow has its address";
+	if (!is_allowed(sa))
 		return NULL;
-	memset(g->address, 0, sizeof(g->address));
-	address_of(sa, g->address);
-	g->is_there = true;
-	return g;
+	for (struct guest *g = guests; g < guests + guests_max && (counts || !place); g++) {
+		if (!g->is_there)
+			place = g;
+		else if (memcmp(g->address, address, sizeof(address)) == 0)
+			there++;
+	}
+	*why = text;
+	if (counts && there >= per_host_max) {
+		snprintf(text, sizeof(text), "its host has %zu connections already", per_host_max);
+		return NULL;
+	}
+	snprintf(text, sizeof(text), "there are %zu connections already", guests_max);
+	if (!place)
+		return NULL;
+	memcpy(place->address, address, sizeof(address));
+	place->is_there = true;
+	return place;
 }
 
 bool access_leave(struct guest **g)
 {
-	bool was_there = *g;
-
-	if (was_there)
-		(*g)->is_there = false;
+	if (!*g)
+		return false;
+	(*g)->is_there = false;
 	*g = NULL;
-	return was_there;
-}
-
-size_t access_guests(const struct sockaddr *sa)
-{
-	uint8_t address[ADDRESS_BITS / 8];
-	size_t n = 0;
-
-	if (address_of(sa, address))
-		for (const struct guest *g = guests; g < guests + guests_max; g++)
-			n += g->is_there && memcmp(g->address, address, sizeof(address)) == 0;
-	return n;
+	return true;
 }

@@ -6,41 +6,27 @@
 
 #include <stdbool.h>
 #include <stddef.h>
-#include <stdint.h>
 #include <sys/socket.h>
 
 /*
- * An address, and how many of its bits a client's must have in common with it.  IPv4 addresses
- * are kept as what IPv6 maps them to, ::ffff:0:0/96.
+ * Add a rule: ADDRESS[/PREFIX], where an IPv6 ADDRESS may have a %ZONE, and brackets.  NULL, or what
+ * is wrong with it, in memory that lasts until the next call.
  */
-struct access_rule {
-	uint8_t address[16];
-	uint32_t zone;		/* the interface of a link-local address, 0 for any */
-	unsigned bits;
-};
-
-/*
- * Read ADDRESS[/PREFIX], where an IPv6 ADDRESS may have a %ZONE, and brackets.  NULL, or what is
- * wrong with it, in memory that lasts until the next call.
- */
-const char *access_parse(struct access_rule *rule, const char *text);
-
-/* Whether one of the rules matches a client's address. */
-bool access_admits(const struct access_rule *rule, size_t count, const struct sockaddr *sa);
+const char *access_allow(const char *text);
 
 /* The place of a client. */
 struct guest;
 
-/* Make so many places.  Main thread, once. */
-void access_open(size_t places);
+/* Make so many places, of which a host gets per_host at most; 0: all.  Main thread, once. */
+void access_open(size_t places, size_t per_host);
 
-/* A place for that client; NULL if there is none left.  Main thread. */
-struct guest *access_enter(const struct sockaddr *sa);
+/*
+ * A place for a client of that address, which one of the rules has to match if there are any and it
+ * does not come by a Unix socket.  NULL, and *why, which lasts until the next call.  Main thread.
+ */
+struct guest *access_enter(const struct sockaddr *sa, const char **why);
 
-/* Give the place up: *g is NULL then.  Whether it was one.  Any thread. */
+/* Give the place up, if there is one: *g is NULL then.  Whether it was one.  Any thread. */
 bool access_leave(struct guest **g);
-
-/* How many clients of that host are there, 0 for one without an address.  Main thread. */
-size_t access_guests(const struct sockaddr *sa);
 
 #endif

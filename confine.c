@@ -41,48 +41,33 @@ static struct {
 	gid_t gid;
 } user;
 
-/* By name or by number; with a group a number need not be that of a known user. */
-static bool find_user(const char *name, bool has_group)
-{
-	const struct passwd *pw = getpwnam(name);
-	unsigned long id = 0;
-	bool is_number = parse_number(name, 0, UINT32_MAX - 1, &id);
-
-	if (!pw && is_number)
-		pw = getpwuid((uid_t)id);
-	user.uid = pw ? pw->pw_uid : (uid_t)id;
-	user.gid = pw ? pw->pw_gid : 0;
-	return pw || (is_number && has_group);
-}
-
-static bool find_group(const char *name)
-{
-	const struct group *gr = getgrnam(name);
-	unsigned long id = 0;
-	bool is_number = parse_number(name, 0, UINT32_MAX - 1, &id);
-
-	user.gid = gr ? gr->gr_gid : (gid_t)id;
-	return gr || is_number;
-}
-
+/* By names or by numbers; with a group a number need not be that of a known user. */
 bool confine_find_user(const char *name)
 {
 	const char *group = strchr(name, ':');
-	char *only = group ? strndup(name, (size_t)(group - name)) : strdup(name);
+	char *only = not_null(group ? strndup(name, (size_t)(group - name)) : strdup(name));
+	const struct passwd *pw = getpwnam(only);
+	const struct group *gr = group ? getgrnam(group + 1) : NULL;
+	unsigned long uid = 0, gid = 0;
+	bool has_uid = parse_number(only, 0, UINT32_MAX - 1, &uid);
+	bool has_gid = group && parse_number(group + 1, 0, UINT32_MAX - 1, &gid);
 
-	if (geteuid() != 0)
-		log_failure("--user %s: only root can become another user", name);
-	else if (!only || !find_user(only, group))
-		log_failure("--user %s: there is no such user%s", name,
-			    group ? "" : "; a number needs a group, as in 1000:1000");
-	else if (group && !find_group(group + 1))
-		log_failure("--user %s: there is no such group", name);
-	else if (user.uid == 0)
-		log_failure("--user %s: that is root, and root is to be given up", name);
-	else
-		user.name = name;
 	free(only);
-	return user.name != NULL;
+	if (!pw && has_uid)
+		pw = getpwuid((uid_t)uid);
+	user.uid = pw ? pw->pw_uid : (uid_t)uid;
+	user.gid = gr ? gr->gr_gid : group ? (gid_t)gid : pw ? pw->pw_gid : 0;
+	if (geteuid() != 0)
+		return log_failure("--user %s: only root can become another user", name);
+	if (!pw && !(has_uid && group))
+		return log_failure("--user %s: there is no such user%s", name,
+				   group ? "" : "; a number needs a group, as in 1000:1000");
+	if (group && !gr && !has_gid)
+		return log_failure("--user %s: there is no such group", name);
+	if (user.uid == 0)
+		return log_failure("--user %s: that is root, and root is to be given up", name);
+	user.name = name;
+	return true;
 }
 
 bool confine_give_socket(const char *path)
@@ -120,34 +105,15 @@ static bool become_user(void)
 	return true;
 }
 
-/* What will be done later */
-
-static struct kept {
-	const char *deed, *path;	/* "remove pidfile ", or NULL; and its file */
-	char *place;			/* the directory or file that there are these rights on */
-	unsigned rights;
-} *kept;
-static size_t kept_count;
-
-void confine_keep(const char *deed, const char *path, unsigned rights)
-{
-	char *place = rights & CONFINE_ITSELF ? strdup(path) : directory_of(path);
-
-	kept = not_null(realloc(kept, (kept_count + 1) * sizeof(*kept)));
-	kept[kept_count++] = (struct kept){ deed, path, not_null(place), rights };
-}
-
-/* Whether the user can do it.  A log file that is there need not be made. */
-static bool is_possible(const struct kept *k)
-{
-	return !user.name || !k->deed ||
-	       (k->rights == CONFINE_APPEND && access(k->path, W_OK) == 0) ||
-	       access(k->place, W_OK | X_OK) == 0;
-}
-
 /* The reach */
 
-static bool in_force;
+bool confine_holds;
+
+static struct {
+	int fd;			/* Landlock's rules, while they are made; else -1 */
+	unsigned rights;	/* on files, that the kernel knows */
+	int error;		/* -errno: the rules cannot be made */
+} rules = { .fd = -1 };
 
 /* Landlock's calls, in the order of their numbers. */
 enum { CREATE_RULESET, ADD_RULE, RESTRICT_SELF };
@@ -186,32 +152,43 @@ static long landlock(int call, long a, long b, long c, long d)
 }
 
 /*
- * Rules that allow nothing with files, no TCP ports, and signals to ourselves alone: a descriptor,
- * -ENOSYS if the kernel knows none, or -errno.  *rights are those on files that it knows.
+ * Rules that allow nothing with files, no TCP ports, and signals to ourselves alone; none if the
+ * kernel knows none.
  */
-static int begin_rules(bool connects, unsigned *rights)
+static void begin_rules(bool connects)
 {
 	const char *supervisor = getenv("NOTIFY_SOCKET");
 	long version = landlock(CREATE_RULESET, 0, 0, CREATE_VERSION, 0);
 	struct ruleset set = { 0 };
-	int fd;
 
 	if (version < 1)
-		return -ENOSYS;
-	*rights = (1u << (version < 5 ? known_rights[version] : RIGHTS)) - 1;
-	set.files = *rights;
+		return;
+	rules.rights = (1u << (version < 5 ? known_rights[version] : RIGHTS)) - 1;
+	set.files = rules.rights;
 	if (version >= 4)
 		set.net = NET_BIND | (connects ? 0 : NET_CONNECT);
 	if (version >= 6)
 		set.scoped = SCOPE_SIGNAL | (supervisor && *supervisor == '@' ? 0 : SCOPE_ABSTRACT);
-	fd = (int)landlock(CREATE_RULESET, (long)&set, sizeof(set), 0, 0);
-	return fd < 0 ? -errno : fd;
+	rules.fd = (int)landlock(CREATE_RULESET, (long)&set, sizeof(set), 0, 0);
+	rules.error = rules.fd < 0 ? -errno : 0;
+}
+
+bool confine_begin(bool sandbox, bool connects)
+{
+	if (user.name && !become_user())
+		return false;
+#ifdef __linux__
+	prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+#endif
+	if (sandbox)
+		begin_rules(connects);
+	return true;
 }
 
 /* What is not there, or cannot be reached by this user, is left out.  0 or -errno. */
-static int add_rule(int fd, const char *place, unsigned rights)
+static int add_rule(const char *place, unsigned rights)
 {
-	struct path_beneath rule = { rights, open(place, O_PATH | O_CLOEXEC) };
+	struct path_beneath rule = { rights & rules.rights, open(place, O_PATH | O_CLOEXEC) };
 	struct stat st;
 	int err = 0;
 
@@ -219,51 +196,39 @@ static int add_rule(int fd, const char *place, unsigned rights)
 		return errno == ENOENT || errno == EACCES ? 0 : -errno;
 	if (fstat(rule.fd, &st) == 0 && !S_ISDIR(st.st_mode))
 		rule.allowed &= FILE_RIGHTS;
-	if (landlock(ADD_RULE, fd, RULE_PATH_BENEATH, (long)&rule, 0) < 0)
+	if (landlock(ADD_RULE, rules.fd, RULE_PATH_BENEATH, (long)&rule, 0) < 0)
 		err = -errno;
 	close(rule.fd);
 	return err;
 }
 
-/* Keep what is kept, and nothing else, as far as the kernel knows such rules.  0 or -errno. */
-static int enter_rules(bool connects)
+void confine_keep(const char *deed, const char *path, unsigned rights)
 {
-	unsigned rights;
-	int fd = begin_rules(connects, &rights), err = 0;
+	char *place;
 
-	if (fd < 0)
-		return fd == -ENOSYS ? 0 : fd;
+	if (!path)
+		return;
+	place = not_null(rights & CONFINE_ITSELF ? strdup(path) : directory_of(path));
+	/* A log file that is there need not be made. */
+	if (user.name && deed && !(rights == CONFINE_APPEND && access(path, W_OK) == 0) &&
+	    access(place, W_OK | X_OK) < 0)
+		log_line("--user %s: cannot %s%s later: %s", user.name, deed, path, strerror(errno));
+	if (rules.fd >= 0 && !rules.error)
+		rules.error = add_rule(place, rights);
+	free(place);
+}
+
+bool confine_enter(void)
+{
 #ifdef XNBD_INSTRUMENTED
 	confine_keep(NULL, "/", ~0u);	/* a sanitizer opens files of its own, at the end for instance */
 #endif
-	for (size_t i = 0; i < kept_count && !err; i++)
-		err = add_rule(fd, kept[i].place, kept[i].rights & rights);
-	if (!err && landlock(RESTRICT_SELF, fd, 0, 0, 0) < 0)
-		err = -errno;
-	close(fd);
-	in_force = !err;
-	return err;
-}
-
-bool confine_enter(bool sandbox, bool connects)
-{
-	int err;
-
-	if (user.name && !become_user())
-		return false;
-#ifdef __linux__
-	prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-#endif
-	for (const struct kept *k = kept; k < kept + kept_count; k++)
-		if (!is_possible(k))
-			log_line("--user %s: cannot %s%s later: %s", user.name, k->deed, k->path,
-				 strerror(errno));
-	err = sandbox ? enter_rules(connects) : 0;
-	return !err || log_failure("cannot confine the server: %s (--no-sandbox starts it without)",
-				   strerror(-err));
-}
-
-bool confine_is_in_force(void)
-{
-	return in_force;
+	if (rules.fd >= 0) {
+		if (!rules.error && landlock(RESTRICT_SELF, rules.fd, 0, 0, 0) < 0)
+			rules.error = -errno;
+		close(rules.fd);
+		confine_holds = !rules.error;
+	}
+	return !rules.error || log_failure("cannot confine the server: %s (--no-sandbox starts it "
+					   "without)", strerror(-rules.error));
 }

@@ -33,20 +33,24 @@ enum {
 };
 
 /*
- * Keep rights on the directory of a file, and on all below it.  Unless it is NULL the deed says what
- * for, as in "remove pidfile ", and the log tells if --user cannot do that; path is then lent until
- * confine_enter().
+ * Become the user, without any other group and for ever, and begin the rules of a sandbox, where
+ * TCP connections can be made only if connects.  False after logging why not.
+ */
+bool confine_begin(bool sandbox, bool connects);
+
+/*
+ * Keep rights on the directory of a file, if there is one, and on all below it.  Unless it is NULL the
+ * deed says what for, as in "remove pidfile ", and the log tells if --user cannot do that.
  */
 void confine_keep(const char *deed, const char *path, unsigned rights);
 
 /*
- * Become the user, without any other group and for ever.  In a sandbox only what was kept can be done
- * from now on, as far as the kernel knows such rules, and TCP connections be made only if connects.
- * False after logging why not.
+ * From now on only what was kept can be done, as far as the kernel knows such rules.  False after
+ * logging why not.
  */
-bool confine_enter(bool sandbox, bool connects);
+bool confine_enter(void);
 
 /* Whether rules hold. */
-bool confine_is_in_force(void);
+extern bool confine_holds;
 
 #endif

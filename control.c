@@ -314,7 +314,7 @@ static void say_state(struct answer *a)
 	control_say(a, "mode", "%s", is_proxy() ? "proxy" : is_cow ? "cow-target" : "target");
 	say_images(a);
 	say_number(a, "uptime", (now_ms() - control.started) / 1000);
-	say_flag(a, "confined", confine_is_in_force());
+	say_flag(a, "confined", confine_holds);
 	say_number(a, "clients", clients_count());
 	say_number(a, "pending-requests", atomic_load(&load.requests));
 	say_number(a, "pending-requests-limit", load.requests_max);

@@ -11,7 +11,6 @@
 
 #include "cache.h"
 #include "clients.h"
-#include "confine.h"
 #include "disk.h"
 #include "log.h"
 #include "origin.h"
@@ -37,13 +36,11 @@ static const char *describe_image(const char *path)
 /* Two disks on one image would know nothing of each other's flushes and snapshots. */
 static bool is_alone(const struct disk *d, const char *image)
 {
-	for (size_t i = 0; i < exports.count; i++) {
-		const struct exported *other = &exports.all[i];
-
-		if (disk_is_same(d, other->disk))
+	for (size_t i = 0; i < exports.count; i++)
+		if (disk_is_same(d, exports.all[i].disk))
 			return log_failure("cannot export image %s twice, also as %s: both could be "
-					   "written to (--readonly may help)", image, other->path);
-	}
+					   "written to (--readonly may help)", image,
+					   exports.all[i].path);
 	return true;
 }
 
@@ -99,8 +96,6 @@ static bool open_export(const struct options *o)
 	if (!backend)
 		return false;
 	e->path = not_null(absolute_path(image));
-	if (e->disk && e->disk->is_file)
-		confine_keep("make snapshots of ", e->path, CONFINE_FILES);
 	export_init(&e->export, backend, o->export[exports.count].name, describe_image(image));
 	exports.entry[exports.count++] = &e->export.proto;
 	return true;
@@ -270,9 +265,7 @@ bool exports_close(void)
 {
 	bool ok = true;
 
-	for (size_t i = 0; i < exports.count; i++) {
-		struct exported *e = &exports.all[i];
-
+	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
 		snapshot_free(e->snapshot);
 		ok &= e->export.backend->ops->close(e->export.backend) == 0;
 		free(e->path);

@@ -15,6 +15,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
@@ -23,7 +24,6 @@
 
 enum {
 	BACKLOG = 1024,
-	ACCEPT_BATCH = 64,
 	PASSED_FIRST = 3,	/* SD_LISTEN_FDS_START */
 	FREE_PORT_TRIES = 32,
 	LOCK_TRIES = 500,	/* for another start, in a directory; LOCK_PAUSE_MS each */
@@ -45,24 +45,19 @@ static struct {
 	size_t count;
 } listeners;
 
-/* One more, of which only the socket is known. */
+/* One more, whose socket is bound, or -1. */
 static struct listener *add_listener(int fd)
 {
+	union address address = { .sa.sa_family = AF_UNSPEC };
+	socklen_t len = sizeof(address);
 	struct listener *l;
 
 	listeners.all = not_null(realloc(listeners.all, (listeners.count + 1) * sizeof(*l)));
 	l = &listeners.all[listeners.count++];
 	*l = (struct listener){ .source = { .fd = fd, .due = UINT64_MAX } };
-	return l;
-}
-
-static void name_listener(struct listener *l)
-{
-	union address address = { .sa.sa_family = AF_UNSPEC };
-	socklen_t len = sizeof(address);
-
-	getsockname(l->source.fd, &address.sa, &len);
+	getsockname(fd, &address.sa, &len);
 	format_address(&address.sa, len, l->address);
+	return l;
 }
 
 /* TCP */
@@ -100,7 +95,7 @@ static int listen_address(const struct addrinfo *ai)
 		close(fd);
 		return err;
 	}
-	name_listener(add_listener(fd));
+	add_listener(fd);
 	return 0;
 }
 
@@ -210,61 +205,60 @@ static int lock_directory(const char *path)
 	return err ? err : fd;
 }
 
-/* Bind, in place of a stale socket if there is one and the directory is locked.  0 or -errno. */
-static int bind_unix(int fd, const struct sockaddr_un *sun, int lock)
+/* Bind, in place of a stale socket if there is one and the directory is locked.  NULL, or why not. */
+static const char *bind_unix(int fd, const struct sockaddr_un *sun, int lock)
 {
 	struct stat st;
 
 	if (lock == -EWOULDBLOCK)
-		return lock;
+		return "somebody else has its directory locked";
 	while (bind(fd, (const struct sockaddr *)sun, sizeof(*sun)) < 0) {
 		if (errno != EADDRINUSE || lstat(sun->sun_path, &st) < 0)
-			return -errno;
+			return strerror(errno);
 		if (!S_ISSOCK(st.st_mode))
-			return -EEXIST;
+			return "there is a file that is not a socket";
 		if (is_alive(sun))
-			return -EADDRINUSE;
+			return "another server is listening there";
 		if (lock < 0)
-			return lock;
+			return strerror(-lock);
 		if (unlink(sun->sun_path) < 0)
-			return -errno;
+			return strerror(errno);
 	}
-	return 0;
+	return NULL;
 }
 
 /*
  * The socket's file has the mode from its beginning: the umask is that of all threads, but nobody
- * creates files meanwhile.  0 or -errno; what was made is closed and removed by listen_close().
+ * creates files meanwhile.  As bind_unix(); what was made is closed and removed by listen_close().
  */
-static int start_unix(struct listener *l, const struct sockaddr_un *sun, mode_t mode)
+static const char *start_unix(struct listener *l, const struct sockaddr_un *sun, mode_t mode)
 {
+	const char *wrong;
 	mode_t old;
-	int lock, err;
+	int lock;
 
 	l->source.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	l->unix_path = absolute_path(sun->sun_path);
 	if (l->source.fd < 0 || !l->unix_path)
-		return -errno;
+		return strerror(errno);
 	lock = lock_directory(sun->sun_path);
 	old = umask(~mode & 0777);
 	if (!mode)
 		umask(old);
-	err = bind_unix(l->source.fd, sun, lock);
+	wrong = bind_unix(l->source.fd, sun, lock);
 	umask(old);
-	if (!err && (lstat(l->unix_path, &l->file) < 0 || listen(l->source.fd, BACKLOG) < 0))
-		err = -errno;
-	name_listener(l);
-	confine_keep("remove unix:", l->unix_path, CONFINE_REMOVE_FILE);
+	if (!wrong && (lstat(l->unix_path, &l->file) < 0 || listen(l->source.fd, BACKLOG) < 0))
+		wrong = strerror(errno);
 	if (lock >= 0)
 		close(lock);
-	return err;
+	return wrong;
 }
 
 bool listen_unix(const char *path, mode_t mode, listen_accept *accepted)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX };
 	struct listener *l;
-	int err;
+	const char *wrong;
 
 	if (strlen(path) >= sizeof(sun.sun_path))
 		return log_failure("cannot listen on unix:%s: the path has %zu bytes, %zu is the "
@@ -272,14 +266,11 @@ bool listen_unix(const char *path, mode_t mode, listen_accept *accepted)
 	strcpy(sun.sun_path, path);
 	l = add_listener(-1);
 	l->accepted = accepted;
-	err = start_unix(l, &sun, mode);
-	if (!err)
-		return confine_give_socket(l->unix_path);
-	return log_failure("cannot listen on unix:%s: %s", path,
-			   err == -EADDRINUSE  ? "another server is listening there" :
-			   err == -EEXIST      ? "there is a file that is not a socket" :
-			   err == -EWOULDBLOCK ? "somebody else has its directory locked" :
-						 strerror(-err));
+	snprintf(l->address, sizeof(l->address), "unix:%s", path);
+	wrong = start_unix(l, &sun, mode);
+	if (wrong)
+		return log_failure("cannot listen on unix:%s: %s", path, wrong);
+	return confine_give_socket(l->unix_path);
 }
 
 /* Passed sockets */
@@ -316,14 +307,15 @@ bool listen_check(int fd, bool listens, const char *what)
 	return !wrong || log_failure("%s: descriptor %d %s", what, fd, wrong);
 }
 
-bool listen_passed(int count)
+bool listen_passed(int count, bool *tcp)
 {
 	for (int fd = PASSED_FIRST; fd < PASSED_FIRST + count; fd++) {
 		if (!listen_check(fd, true, "LISTEN_FDS"))
 			return false;
 		fcntl(fd, F_SETFD, FD_CLOEXEC);
 		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
-		name_listener(add_listener(fd));
+		add_listener(fd);
+		*tcp |= !is_unix_socket(fd);
 	}
 	return true;
 }
@@ -337,31 +329,17 @@ static short listener_events(const struct source *s)
 
 static void listener_turn(struct source *s, short revents)
 {
-	for (int n = 0; revents && n < ACCEPT_BATCH; n++) {
-		union address address = { .sa.sa_family = AF_UNIX };	/* of which some have none */
-		socklen_t len = sizeof(address);
-		int fd = accept4(s->fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	union address address = { .sa.sa_family = AF_UNIX };	/* of which some have none */
+	socklen_t len = sizeof(address);
+	int fd = revents ? accept4(s->fd, &address.sa, &len, SOCK_CLOEXEC | SOCK_NONBLOCK) : -1;
 
-		if (fd >= 0) {
-			((struct listener *)s)->accepted(fd, &address.sa, len);
-			continue;
-		}
-		if (is_out_of_resources(errno)) {
-			log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
-				 strerror(errno));
-			s->due = now_ms() + ACCEPT_PAUSE_MS;
-		}
-		return;
+	if (fd >= 0) {
+		((struct listener *)s)->accepted(fd, &address.sa, len);
+	} else if (revents && is_out_of_resources(errno)) {
+		log_peer(LOG_ERROR, "cannot accept: %s; trying again when a connection ends",
+			 strerror(errno));
+		s->due = now_ms() + ACCEPT_PAUSE_MS;
 	}
-}
-
-bool listen_has_tcp(void)
-{
-	bool tcp = false;
-
-	for (size_t i = 0; i < listeners.count; i++)
-		tcp |= !is_unix_socket(listeners.all[i].source.fd);
-	return tcp;
 }
 
 bool listen_start(listen_accept *accepted)

@@ -36,11 +36,11 @@ int listen_count_passed(void);
 /* Whether fd is a stream socket that listens, or a connection.  Logs what it is instead. */
 bool listen_check(int fd, bool listens, const char *what);
 
-/* Listen on that many passed sockets.  False after logging what one of them is instead. */
-bool listen_passed(int count);
-
-/* Whether clients may come by TCP. */
-bool listen_has_tcp(void);
+/*
+ * Listen on that many passed sockets; *tcp is set if clients may come by TCP.  False after logging
+ * what one of them is instead.
+ */
+bool listen_passed(int count, bool *tcp);
 
 /* Accept on the main thread's loop, and log where.  False after logging why not. */
 bool listen_start(listen_accept *accepted);

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "options.h"
 
+#include "access.h"
 #include "log.h"
 #include "util.h"
 #include "xnbd.h"
@@ -61,9 +62,7 @@ static struct {
 	bool given[OPTIONS_MAX];	/* each of the rows */
 } line;
 
-static _Noreturn void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2);
-
-static _Noreturn void usage_error(const char *fmt, ...)
+PRINTF_LIKE(1, 2) static _Noreturn void usage_error(const char *fmt, ...)
 {
 	char text[512];
 	va_list ap;
@@ -153,11 +152,9 @@ static void add_laddr(const struct row *r, void *options, const char *value)
 
 static void add_allow(const struct row *r, void *options, const char *value)
 {
-	struct options *o = options;
-	const char *wrong;
+	const char *wrong = access_allow(value);
 
-	o->allow = not_null(realloc(o->allow, (o->allows + 1) * sizeof(*o->allow)));
-	wrong = access_parse(&o->allow[o->allows++], value);
+	(void)options;
 	if (wrong)
 		usage_error("option '--%s': '%s' %s", r->name, value, wrong);
 }
@@ -537,7 +534,7 @@ void options_parse(struct options *o, int argc, char **argv)
 	o->mode = line.chosen->modes;
 	o->lport_given = has("lport");
 	o->create = has("create");
-	o->of_tcp = o->allows ? "--allow" : o->max_per_host ? "--max-per-host" :
+	o->of_tcp = has("allow") ? "--allow" : o->max_per_host ? "--max-per-host" :
 		    has("keepalive") ? "--keepalive" : NULL;
 	check_together(o);
 	if (o->mode == MODE_PROXY)

@@ -7,8 +7,6 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "access.h"
-
 enum mode {
 	MODE_TARGET = 1 << 0,
 	MODE_COW_TARGET = 1 << 1,
@@ -44,8 +42,6 @@ struct options {
 	unsigned laddrs;
 	const char *unix_path;
 	unsigned long unix_mode;	/* 0 for what the umask says */
-	struct access_rule *allow;	/* allows of them; none: everybody may connect */
-	unsigned allows;
 	unsigned long max_connections;
 	unsigned long max_per_host;	/* 0: all of them */
 	unsigned long keepalive;	/* seconds; 0 for never */

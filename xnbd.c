@@ -5,11 +5,13 @@
  * ends them.  Signals are its own: they ring its bell, and are looked at when it does not sleep.
  */
 #define _GNU_SOURCE
+#include "access.h"
 #include "buffer.h"
 #include "cache.h"
 #include "clients.h"
 #include "confine.h"
 #include "ctl.h"
+#include "disk.h"
 #include "exports.h"
 #include "listen.h"
 #include "log.h"
@@ -21,7 +23,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -64,8 +65,6 @@ static struct {
 #elif !defined(SIGRTMIN)
 #define SIGRTMIN SIGINFO
 #endif
-
-static listen_accept accept_client;
 
 static volatile sig_atomic_t opening = 1;	/* nothing has been made that would have to be removed */
 static volatile sig_atomic_t stop_signals;
@@ -224,27 +223,16 @@ static void raise_limits(void)
 	}
 }
 
-/* How many descriptors may still be opened: those that are open have the lowest numbers. */
-static size_t free_descriptors(void)
-{
-	struct rlimit r = { .rlim_cur = 256 };
-	int next = dup(STDIN_FILENO);
-
-	if (next < 0)
-		return 0;
-	close(next);
-	getrlimit(RLIMIT_NOFILE, &r);
-	return (r.rlim_cur < INT_MAX ? (size_t)r.rlim_cur : INT_MAX) - (size_t)next;
-}
-
 /* Threads for connections, and connections: as many as leave descriptors to the server itself. */
 static bool share_descriptors(unsigned *loops)
 {
 	struct options *o = &server.options;
-	size_t spare, there = free_descriptors();
+	int next = dup(STDIN_FILENO);	/* those that are open have lower numbers */
+	size_t spare, there = next < 0 ? 0 : (size_t)sysconf(_SC_OPEN_MAX) - (size_t)next;
 	size_t needed = OWN_FDS + LOOP_FDS + EXPORT_FDS * o->exports +
 			(o->mode == MODE_PROXY ? PROXY_FDS : 0);
 
+	close(next);
 	if (there <= needed)
 		return log_failure("the limit of open files is too low: %zu more are needed",
 				   needed + 1 - there);
@@ -257,8 +245,16 @@ static bool share_descriptors(unsigned *loops)
 		o->max_connections = there;
 		log_line("the limit of open files leaves room for %zu connections", there);
 	}
-	access_open(o->max_connections);
+	access_open(o->max_connections, o->max_per_host);
 	return true;
+}
+
+/* Whether clients may come by TCP where an option is about these. */
+static bool options_are_of_use(bool tcp)
+{
+	return tcp || !server.options.of_tcp ||
+	       log_failure("%s is about TCP clients, and at a Unix socket there are none",
+			   server.options.of_tcp);
 }
 
 /* Take the only client, and keep everything else off its socket. */
@@ -273,21 +269,14 @@ static bool take_client(int fd, const char *option)
 	close(STDIN_FILENO);
 	close(STDOUT_FILENO);
 	occupy_standard_descriptors();
-	return true;
+	return options_are_of_use(!is_unix_socket(server.single_fd));
 }
 
-/* Whether there can be clients with addresses, where an option is about these. */
-static bool options_are_of_use(void)
-{
-	return !server.options.of_tcp || listen_has_tcp() ||
-	       (server.single_fd >= 0 && !is_unix_socket(server.single_fd)) ||
-	       log_failure("%s is about TCP clients, and at a Unix socket there are none",
-			   server.options.of_tcp);
-}
-
+/* All but the Unix socket of --unix, whose file would have to be removed. */
 static bool open_sockets(void)
 {
 	const struct options *o = &server.options;
+	bool tcp = false;
 
 	if (o->inetd)
 		return take_client(STDIN_FILENO, "--inetd");
@@ -297,12 +286,9 @@ static bool open_sockets(void)
 		return log_failure("LISTEN_FDS says where to listen, --lport, --laddr and --unix do "
 				   "not belong to it");
 	if (server.passed > 0)
-		return listen_passed(server.passed);
-	if ((!o->unix_path || o->lport_given || o->laddrs) &&
-	    !listen_tcp(o->laddr, o->laddrs, (unsigned)o->lport))
-		return false;
-	opening = 0;
-	return !o->unix_path || listen_unix(o->unix_path, (mode_t)o->unix_mode, NULL);
+		return listen_passed(server.passed, &tcp) && options_are_of_use(tcp);
+	return (o->unix_path && !o->lport_given && !o->laddrs) ||
+	       listen_tcp(o->laddr, o->laddrs, (unsigned)o->lport);
 }
 
 /* Whether a file holds a number and a newline alone, as a pidfile does. */
@@ -354,10 +340,7 @@ static bool write_pidfile(void)
 		return log_failure("pidfile %s is the log, too", path);
 	server.pid_path = not_null(absolute_path(path));
 	wrong = make_pidfile(path, &server.pid_file);
-	if (wrong)
-		return log_failure("cannot write pidfile %s: %s", path, wrong);
-	confine_keep("remove pidfile ", server.pid_path, CONFINE_REMOVE_FILE);
-	return true;
+	return !wrong || log_failure("cannot write pidfile %s: %s", path, wrong);
 }
 
 static void remove_pidfile(void)
@@ -385,21 +368,17 @@ static void keep_log(const char *path)
 /* The directories of a file, and of a whole chain of links: others replace these now and then. */
 static void keep_chain(const char *file)
 {
-	char *at = not_null(strdup(file)), target[4096];
+	char at[4096], target[sizeof(at)];
+	ssize_t n = snprintf(target, sizeof(target), "%s", file);
 
-	for (unsigned links = 0; at && links < 40; links++) {
-		ssize_t n = readlink(at, target, sizeof(target) - 1);
-		char *dir = not_null(directory_of(at)), *next = NULL;
+	for (unsigned links = 0; n > 0 && links < 40; links++) {
+		size_t dir = *target == '/' ? 0 : (size_t)(base_name(at) - at);
 
+		target[n] = '\0';
+		snprintf(at + dir, sizeof(at) - dir, "%s", target);
 		confine_keep(NULL, at, CONFINE_READ);
-		target[n > 0 ? n : 0] = '\0';
-		if (n > 0 && asprintf(&next, "%s%s", *target == '/' ? "" : dir, target) < 0)
-			next = NULL;
-		free(dir);
-		free(at);
-		at = next;
+		n = readlink(at, target, sizeof(target) - 1);
 	}
-	free(at);
 }
 
 /* A proxy connects again to an origin that was away, and looks up its name for that. */
@@ -423,17 +402,22 @@ static bool give_up_rights(void)
 	const struct options *o = &server.options;
 	bool is_proxy = o->mode == MODE_PROXY;
 
+	if (!confine_begin(!o->no_sandbox, is_proxy))
+		return false;
+	for (struct exported *e = exports.all; e < exports.all + exports.count; e++)
+		if (e->disk && e->disk->is_file)
+			confine_keep("make snapshots of ", e->path, CONFINE_FILES);
+	confine_keep("remove unix:", o->unix_path, CONFINE_REMOVE_FILE);
+	confine_keep("remove unix:", o->control, CONFINE_REMOVE_FILE);
+	confine_keep("remove pidfile ", server.pid_path, CONFINE_REMOVE_FILE);
 	if (server.log_path)
 		keep_log(server.log_path);
 	if (is_proxy)
 		keep_resolver();
-	if (!confine_enter(!o->no_sandbox, is_proxy))
-		return false;
-	if (is_proxy && o->user && strncmp(o->host, "unix:", 5) == 0 &&
-	    access(o->host + 5, W_OK) < 0)
+	if (is_proxy && !o->port && o->user && access(o->host + strlen("unix:"), W_OK) < 0)
 		log_error("--user %s: cannot connect to origin %s again: %s", o->user, o->host,
 			  strerror(errno));
-	return true;
+	return confine_enter();
 }
 
 /* Start the first loop and the first worker, which are needed to serve anybody. */
@@ -474,78 +458,61 @@ static void notify_supervisor(const char *state)
 	close(fd);
 }
 
-static bool start(void)
+/* Serve a client, if it may connect. */
+static void accept_client(int fd, const struct sockaddr *sa, socklen_t len)
 {
-	const struct options *o = &server.options;
-
-	raise_limits();
-	if (o->user && !confine_find_user(o->user))
-		return false;
-	if (!setup_signals() || !setup_log() || !exports_open(o) || !is_no_image(o->logpath) ||
-	    !open_sockets())
-		return false;
-	opening = 0;
-	if (!options_are_of_use() || !ctl_open(o) || !write_pidfile() || !give_up_rights() ||
-	    !log_start() || !start_threads() || !exports_start())
-		return false;
-	log_line("%s", confine_is_in_force() ? "confined to the files that are needed" :
-		 o->no_sandbox		     ? "not confined: --no-sandbox" :
-					       "not confined: this system has no Landlock");
-	if (!listen_start(accept_client))
-		return false;
-	notify_supervisor("READY=1");
-	return server.ready_fd < 0 || detach();
-}
-
-/* Connections */
-
-/* Serve a client, if it may connect.  NULL, or why not. */
-static const char *admit_client(int fd, const struct sockaddr *sa, const char *peer)
-{
+	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
 	const struct options *o = &server.options;
 	enum greeting greeting = o->connected_fd >= 0 ? GREET_CONNECTED :
 				 o->oldstyle	      ? GREET_OLDSTYLE :
 							GREET_NEWSTYLE;
-	static char why[64];
-	struct guest *guest;
-	struct conn *c;
-
-	if (sa->sa_family != AF_UNIX && o->allows && !access_admits(o->allow, o->allows, sa))
-		return "no --allow has its address";
-	snprintf(why, sizeof(why), "its host has %lu connections already", o->max_per_host);
-	if (o->max_per_host && access_guests(sa) >= o->max_per_host)
-		return why;
-	snprintf(why, sizeof(why), "there are %lu connections already", o->max_connections);
-	guest = access_enter(sa);
-	if (!guest)
-		return why;
-	c = conn_new(fd, greeting, &exports.proto, peer, (unsigned)o->keepalive);
-	if (!c) {
-		access_leave(&guest);
-		return "out of memory";
-	}
-	c->guest = guest;
-	clients_add(c);
-	return NULL;
-}
-
-static void accept_client(int fd, const struct sockaddr *sa, socklen_t len)
-{
-	static unsigned long serial;	/* clients of Unix sockets have no names of their own */
 	char peer[ADDRESS_MAX];
-	const char *refused;
+	const char *why;
+	struct guest *guest = access_enter(sa, &why);
+	struct conn *c = NULL;
 
 	serial++;
 	if (sa->sa_family == AF_UNIX)
 		snprintf(peer, sizeof(peer), "unix client %lu", serial);
 	else
 		format_address(sa, len, peer);
-	refused = admit_client(fd, sa, peer);
-	if (refused) {
-		log_peer(LOG_ERROR, "%s: refused: %s", peer, refused);
-		close(fd);
+	if (guest) {
+		why = "out of memory";
+		c = conn_new(fd, greeting, &exports.proto, peer, (unsigned)o->keepalive);
 	}
+	if (c) {
+		c->guest = guest;
+		clients_add(c);
+		return;
+	}
+	access_leave(&guest);
+	log_peer(LOG_ERROR, "%s: refused: %s", peer, why);
+	close(fd);
 }
+
+static bool start(void)
+{
+	const struct options *o = &server.options;
+
+	raise_limits();
+	if ((o->user && !confine_find_user(o->user)) || !setup_signals() || !setup_log() ||
+	    !exports_open(o) || !is_no_image(o->logpath) || !open_sockets())
+		return false;
+	opening = 0;
+	if ((o->unix_path && !listen_unix(o->unix_path, (mode_t)o->unix_mode, NULL)) ||
+	    !ctl_open(o) || !write_pidfile() || !give_up_rights() || !log_start() ||
+	    !start_threads() || !exports_start())
+		return false;
+	log_line("%s", confine_holds ? "confined to the files that are needed" :
+		 o->no_sandbox	     ? "not confined: --no-sandbox" :
+				       "not confined: this system has no Landlock");
+	if (!listen_start(accept_client))
+		return false;
+	notify_supervisor("READY=1");
+	return server.ready_fd < 0 || detach();
+}
+
+/* Service */
 
 /* Something ended, or a signal came. */
 static void take_wakeups(void)
@@ -637,9 +604,7 @@ int main(int argc, char **argv)
 	log_keep_off(STDIN_FILENO);
 	options_parse(&server.options, argc, argv);
 	server.passed = listen_count_passed();
-	if (server.passed < 0)
-		return EXIT_FAILURE;
-	if (server.options.daemonize && !daemonize())
+	if (server.passed < 0 || (server.options.daemonize && !daemonize()))
 		return EXIT_FAILURE;
 	atexit(clean_up);
 	if (start()) {

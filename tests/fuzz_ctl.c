@@ -206,10 +206,7 @@ size_t clients_count(void)
 	return peers;
 }
 
-bool confine_is_in_force(void)
-{
-	return false;
-}
+bool confine_holds;
 
 /* One that was wanted begins at the end of the one before. */
 const char *exports_snapshot_of(const char *name, const struct export **e, bool *behind)
