@@ -178,8 +178,9 @@ static void set_bits(struct bitmap *b, uint64_t blk, uint64_t end)
 static int write_map(struct bitmap *b, const uint8_t *p, uint64_t len, uint64_t off)
 {
 	int err = write_at(b->fd, p, len, off);
+	bool momentary = err == -ENOSPC || err == -EDQUOT || err == -EFBIG || err == -ENOMEM;
 
-	if (err && !is_momentary(err))
+	if (err && !momentary)
 		atomic_store(&b->failed, true);
 	return err;
 }

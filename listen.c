@@ -79,6 +79,12 @@ static bool is_listened_on(const char *address)
 	return false;
 }
 
+/* Whether that errno is a lack of descriptors or memory. */
+static bool is_out_of_resources(int err)
+{
+	return err == EMFILE || err == ENFILE || err == ENOBUFS || err == ENOMEM;
+}
+
 /* 0 or -errno; -EAFNOSUPPORT if the system has no such sockets, for whatever reason. */
 static int listen_address(const struct addrinfo *ai)
 {

@@ -148,11 +148,6 @@ int check_stored(int fd)
 	return 0;
 }
 
-bool is_momentary(int err)
-{
-	return err == -ENOSPC || err == -EDQUOT || err == -EFBIG || err == -ENOMEM;
-}
-
 bool is_same_file(const char *one, const char *other)
 {
 	struct stat a, b;
@@ -251,11 +246,6 @@ void strip_brackets(char *host)
 		return;
 	memmove(host, host + 1, len - 2);
 	host[len - 2] = '\0';
-}
-
-bool is_out_of_resources(int err)
-{
-	return err == EMFILE || err == ENFILE || err == ENOBUFS || err == ENOMEM;
 }
 
 int remove_own(const char *path, const struct stat *file)

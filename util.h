@@ -56,9 +56,6 @@ int write_at(int fd, const uint8_t *buf, uint64_t len, uint64_t off);
  */
 int check_stored(int fd);
 
-/* Whether an error of write_at() is one of that moment: there may be room, or memory, later. */
-bool is_momentary(int err);
-
 /*
  * Create a file whose contents fill() writes to fd, so that a crash leaves it whole and durable, or
  * not at all.  With replace it takes the place of one that is there, else that is -EEXIST.  0 or -errno.
@@ -86,9 +83,6 @@ void format_address(const struct sockaddr *sa, socklen_t len, char *buf);
 
 /* Take away the brackets that an IPv6 address may have. */
 void strip_brackets(char *host);
-
-/* Whether that errno is a lack of descriptors or memory. */
-bool is_out_of_resources(int err);
 
 /* Remove a file, unless the path is NULL or leads to another one by now.  0 or -errno. */
 int remove_own(const char *path, const struct stat *file);

@@ -776,7 +776,7 @@ mutant("the committed map's space is taken again", "bitmap reaches the disk befo
              "test_record_after_a_restart_takes_nothing_from_the_committed_map "
              "test_powercut.py::test_all_pairs_with_a_kill_between_them")
 mutant("a full disk ends the export", "overlay's disk full",
-       "bitmap.c", "if (err && !is_momentary(err))", "if (err)",
+       "bitmap.c", "if (err && !momentary)", "if (err || momentary)",
        tests="test_cow.py::test_commit_that_finds_no_space_is_tried_again")
 mutant("what a killed server set is never committed", "kill -9 loses what was acknowledged",
        "bitmap.c", "return load_map(b, live, DIRTY | TAKEN);", "return load_map(b, live, TAKEN);",
