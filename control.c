@@ -26,8 +26,8 @@ static struct {
 	const struct options *options;
 	char *bitmap;			/* of a proxy, its path from the root */
 	uint64_t started;		/* now_ms() */
-	char snapshot[4096];		/* the path of the last one, or why it failed; "": none yet */
-	bool snapshot_failed;
+	const char *snapshot_name;	/* the field that tells of the last one; NULL: none yet */
+	char snapshot[4096];		/* its path, or why it failed */
 } control;
 
 /* Whether there is a proxy that is no target yet. */
@@ -73,15 +73,20 @@ static void json_string(const char *value, char text[TEXT_MAX])
 	strcpy(text + len, "\"");
 }
 
-/* The value is masked, and in JSON a string in quotes, a number, true, false or an array. */
+/* JSON: what comes between the one before, if there is one, and the next. */
+static const char *comma(const struct answer *a)
+{
+	return a->len > 0 && strchr("{[", a->text[a->len - 1]) ? "" : ",";
+}
+
+/* The value is masked, and in JSON a string in quotes, a number, true or false. */
 static void put_field(struct answer *a, const char *name, const char *value)
 {
-	if (a->json) {
-		control_put(a, "%s\"%s\": %s", a->before, name, value);
-		a->before = a->item ? ", " : ",\njson:   ";
-	} else {
+	if (a->json)
+		control_put(a, "%s%s\"%s\": %s", comma(a), a->item ? " " : "\njson:   ", name,
+			    value);
+	else
 		control_put(a, a->item ? " %s %s" : "%s: %s\n", name, value);
-	}
 }
 
 void control_say(struct answer *a, const char *name, const char *fmt, ...)
@@ -119,8 +124,7 @@ static void say_flag(struct answer *a, const char *name, bool set)
 static void begin_list(struct answer *a, const char *list)
 {
 	if (a->json)
-		control_put(a, "%s\"%s\": [", a->before, list);
-	a->before = "\njson:     ";
+		control_put(a, "%s\njson:   \"%s\": [", comma(a), list);
 }
 
 static void begin_item(struct answer *a, const char *list, const char *key, const char *value)
@@ -129,8 +133,7 @@ static void begin_item(struct answer *a, const char *list, const char *key, cons
 
 	a->item = true;
 	if (a->json) {
-		control_put(a, "%s{ ", a->before);
-		a->before = "";
+		control_put(a, "%s\njson:     {", comma(a));
 		control_say(a, key, "%s", value);
 	} else {
 		snprintf(text, sizeof(text), "%s: %s", list, value);
@@ -142,15 +145,13 @@ static void begin_item(struct answer *a, const char *list, const char *key, cons
 static void end_item(struct answer *a)
 {
 	control_put(a, a->json ? " }" : "\n");
-	a->before = ",\njson:     ";
 	a->item = false;
 }
 
 static void end_list(struct answer *a)
 {
 	if (a->json)
-		control_put(a, *a->before == ',' ? "\njson:   ]" : "]");
-	a->before = ",\njson:   ";
+		control_put(a, *comma(a) ? "\njson:   ]" : "]");
 }
 
 /* Query */
@@ -194,21 +195,19 @@ static void say_tally(struct answer *a, const struct tally *t)
 /* "7:17 15:3", or [[7, 17], [15, 3]]: 17 requests took up to 7 us, and 3 more up to 15. */
 static void say_delays(struct answer *a, const _Atomic uint64_t delay[STATS_DELAYS])
 {
-	char text[STATS_DELAYS * 48] = "";
 	const char *pair = a->json ? "%s[%" PRIu64 ", %" PRIu64 "]" : "%s%" PRIu64 ":%" PRIu64;
-	const char *before = a->json ? "[" : "";
-	size_t n = 0;
+	const char *before = "";
 
+	begin_list(a, "delays-us");
+	if (!a->json)
+		control_put(a, "delays-us: ");
 	for (unsigned i = 0; i < STATS_DELAYS; i++) {
 		if (!delay[i])
 			continue;
-		n += (size_t)snprintf(text + n, sizeof(text) - n, pair, before, delay_top(i),
-				      (uint64_t)delay[i]);
+		control_put(a, pair, before, delay_top(i), (uint64_t)delay[i]);
 		before = a->json ? ", " : " ";
 	}
-	if (a->json)
-		strcpy(text + n, n ? "]" : "[]");
-	put_field(a, "delays-us", text);
+	control_put(a, a->json ? "]" : "\n");
 }
 
 static void say_clients(struct answer *a)
@@ -236,9 +235,8 @@ static void say_snapshot(struct answer *a)
 	for (size_t i = 0; i < exports.count; i++)
 		running |= exports.all[i].snapshot || exports.all[i].wanted;
 	control_say(a, "snapshot", "%s", running ? "running" : "idle");
-	if (*control.snapshot)
-		control_say(a, control.snapshot_failed ? "snapshot-error" : "snapshot-last", "%s",
-			    control.snapshot);
+	if (control.snapshot_name)
+		control_say(a, control.snapshot_name, "%s", control.snapshot);
 }
 
 static void say_blocks(struct answer *a)
@@ -329,9 +327,8 @@ static void say_state(struct answer *a)
 void control_query(struct answer *a, bool json)
 {
 	a->json = json;
-	a->before = "json:   ";
 	if (json)
-		control_put(a, "json: {\n");
+		control_put(a, "json: {");
 	say_state(a);
 	if (json)
 		control_put(a, "\njson: }\n");
@@ -362,7 +359,7 @@ const char *control_say_progress(struct answer *a, bool *runs)
 
 void control_note_snapshot(const char *path, const char *error)
 {
-	control.snapshot_failed = !path;
+	control.snapshot_name = path ? "snapshot-last" : "snapshot-error";
 	snprintf(control.snapshot, sizeof(control.snapshot), "%s", path ? path : error);
 }
 

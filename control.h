@@ -21,7 +21,6 @@ struct answer {
 	/* While control_query() appends to it: */
 	bool json;			/* the lines are those of an object, "json: TEXT" */
 	bool item;			/* the fields are those of an item of a list */
-	const char *before;		/* JSON: what comes in front of the next field or item */
 };
 
 /* Append "name: value".  Control characters in the value become question marks. */
