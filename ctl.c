@@ -32,24 +32,18 @@ enum {
 	LINE_END = 2,			/* "\r\n" */
 };
 
-enum state {
-	STATE_FREE,			/* there is no connection */
-	STATE_IDLE,
-
-	/* A command is under way: */
-	STATE_COPYING,
-	STATE_SWITCHING,
-	STATE_RECONNECTING,
-	STATE_SNAPSHOT,
-};
-
+/*
+ * A command under way waits for the end of something, which an address stands for: of a proxy's
+ * cache those of the copy, of the origin, and of whether it has switched; or an export's, for a
+ * snapshot.
+ */
 struct ctl_client {
 	struct source source;
-	enum state state;
+	bool connected;			/* else the place is free */
 	bool ended;			/* no more input comes, or is taken */
-	bool behind;			/* waits for the end after the next one */
-	const struct export *snapshot_of;	/* STATE_SNAPSHOT; else NULL */
-	uint64_t due;			/* now_ms(): for progress; else to be closed */
+	const void *awaits;		/* NULL: no command is under way */
+	bool behind;			/* it awaits the end after the next one */
+	uint64_t due;			/* now_ms(): for progress; without a command, to be closed */
 	uint64_t idle_since;		/* a count of those that became idle */
 	struct answer out;		/* failed also if the connection is broken */
 	size_t len;			/* of the input that was not carried out yet */
@@ -74,8 +68,7 @@ static void answer(struct ctl_client *cl, const char *error)
 		control_say(&cl->out, "error", "%s", error);
 	else
 		control_put(&cl->out, "ok\n");
-	cl->state = STATE_IDLE;
-	cl->snapshot_of = NULL;
+	cl->awaits = NULL;
 	cl->due = now_ms() + IDLE_MS;
 	cl->idle_since = ctl.idle_count++;
 	cl->source.due = 0;
@@ -99,7 +92,7 @@ static void ctl_flush(struct ctl_client *cl)
 
 /*
  * Commands.  Each gets what follows its name, NULL if that is nothing.  It returns why it is not
- * carried out; or NULL, and if it is under way the client has that state.
+ * carried out; or NULL, and if it is under way the client awaits something.
  */
 
 static const char *run_query(struct ctl_client *cl, char *arguments)
@@ -112,10 +105,10 @@ static const char *run_query(struct ctl_client *cl, char *arguments)
 
 static const char *run_snapshot(struct ctl_client *cl, char *arguments)
 {
-	const char *error = exports_snapshot_of(arguments, &cl->snapshot_of, &cl->behind);
+	const struct export *of = NULL;
+	const char *error = exports_snapshot_of(arguments, &of, &cl->behind);
 
-	if (!error)
-		cl->state = STATE_SNAPSHOT;
+	cl->awaits = of;
 	return error;
 }
 
@@ -142,7 +135,7 @@ static const char *run_cache_all(struct ctl_client *cl, char *arguments)
 	if (arguments && !parse_number(arguments, 1, BLOCKS_PER_REQUEST_MAX, &blocks))
 		return "BLOCKS_PER_REQUEST has to be a number from 1 to 8192";
 	copy_start(&exports.cache->copy, (uint64_t)blocks * BLOCK_SIZE);
-	cl->state = STATE_COPYING;
+	cl->awaits = &exports.cache->copy;
 	cl->due = 0;
 	return NULL;
 }
@@ -163,7 +156,7 @@ static const char *run_cache_all2(struct ctl_client *cl, char *arguments)
 		return error;
 	give_up_background();
 	ctl.background = true;
-	cl->state = STATE_IDLE;
+	cl->awaits = NULL;
 	return NULL;
 }
 
@@ -181,7 +174,7 @@ static const char *run_switch(struct ctl_client *cl, char *arguments)
 	if (!arguments || strcmp(arguments, "force") == 0)
 		error = cache_switch(exports.cache, arguments != NULL);
 	if (!error)
-		cl->state = STATE_SWITCHING;	/* one end for all who ask meanwhile */
+		cl->awaits = &exports.cache->switched;	/* one end for all who ask meanwhile */
 	return error;
 }
 
@@ -214,7 +207,7 @@ static const char *run_reconnect(struct ctl_client *cl, char *arguments)
 	error = origin_redirect(exports.cache->origin, host, local ? NULL : port, arguments);
 	if (error)
 		return error;
-	cl->state = STATE_RECONNECTING;
+	cl->awaits = &exports.cache->origin;
 	ctl.reconnecting = true;
 	return NULL;
 }
@@ -273,18 +266,19 @@ static void take_line(struct ctl_client *cl, size_t len)
 	char *line = cl->input;
 	const char *error = "the line has a NUL byte";
 
+	cl->due = UINT64_MAX;
 	if (!memchr(line, '\0', len)) {
 		line[len] = '\0';
 		error = run_line(cl, line);
 	}
-	if (error || cl->state == STATE_IDLE)
+	if (!cl->awaits)
 		answer(cl, error);
 }
 
 /* Carry out what is there, as long as the client takes the answers. */
 static void run_lines(struct ctl_client *cl)
 {
-	while (cl->state == STATE_IDLE && !cl->out.len && !cl->out.failed) {
+	while (!cl->awaits && !cl->out.len && !cl->out.failed) {
 		char *end = memchr(cl->input, '\n', cl->len);
 		size_t len = end ? (size_t)(end - cl->input) : cl->len;
 
@@ -328,19 +322,19 @@ static void ctl_receive(struct ctl_client *cl)
 
 /* Connections */
 
-static bool is_busy(const struct ctl_client *cl)
+static bool awaits_copy(const struct ctl_client *cl)
 {
-	return cl->state >= STATE_COPYING;
+	return exports.cache && cl->awaits == &exports.cache->copy;
 }
 
 static void drop_client(struct ctl_client *cl)
 {
-	if (cl->state == STATE_COPYING)
+	if (awaits_copy(cl))
 		copy_release(&exports.cache->copy, false);
 	loop_remove(&main_loop, &cl->source);
 	close(cl->source.fd);
 	free(cl->out.text);
-	cl->state = STATE_FREE;
+	memset(cl, 0, sizeof(*cl));
 }
 
 /* A client that has only ended its own sending still gets its answers. */
@@ -348,7 +342,7 @@ static bool ctl_has_left(const struct ctl_client *cl, short revents)
 {
 	if (cl->out.failed || (revents & (POLLERR | POLLNVAL)))
 		return true;
-	if (is_busy(cl))
+	if (cl->awaits)
 		return revents & POLLHUP;
 	return now_ms() >= cl->due || (!cl->out.len && cl->ended);
 }
@@ -371,14 +365,14 @@ static void ctl_turn(struct source *s, short revents)
 
 	if (revents & (POLLIN | POLLHUP))
 		ctl_receive(cl);
-	if (cl->state == STATE_COPYING && now_ms() >= cl->due)
+	if (cl->awaits && now_ms() >= cl->due)
 		tell_progress(cl);
 	ctl_flush(cl);
 	run_lines(cl);
 	if (ctl_has_left(cl, revents))
 		drop_client(cl);
 	else
-		s->due = !is_busy(cl) || cl->state == STATE_COPYING ? cl->due : UINT64_MAX;
+		s->due = cl->due;
 }
 
 static const struct source_ops ctl_source_ops = { ctl_events, ctl_turn };
@@ -389,9 +383,9 @@ static struct ctl_client *find_place(void)
 	struct ctl_client *longest = NULL;
 
 	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++) {
-		if (cl->state == STATE_FREE)
+		if (!cl->connected)
 			return cl;
-		if (!is_busy(cl) && (!longest || cl->idle_since < longest->idle_since))
+		if (!cl->awaits && (!longest || cl->idle_since < longest->idle_since))
 			longest = cl;
 	}
 	if (longest)
@@ -406,7 +400,6 @@ static void accept_control(int fd, const struct sockaddr *sa, socklen_t len)
 
 	(void)sa, (void)len;
 	if (cl) {
-		memset(cl, 0, sizeof(*cl));
 		cl->source = (struct source){ .ops = &ctl_source_ops, .fd = fd };
 		cl->due = now_ms() + IDLE_MS;
 		cl->idle_since = ctl.idle_count++;
@@ -416,32 +409,31 @@ static void accept_control(int fd, const struct sockaddr *sa, socklen_t len)
 		close(fd);
 		return;
 	}
-	cl->state = STATE_IDLE;
+	cl->connected = true;
 }
 
 /* What was waited for.  The answers are sent by the next turn, which comes at once. */
 
-/* The error is "" for success, of which the line "name: value" tells, unless that is "". */
-static void end_wait(enum state state, const struct export *of, const char *error,
-		     const char *name, const char *value)
+/* With an error, or NULL; of success the line "name: value" tells, unless the value is NULL. */
+static void end_wait(const void *awaited, const char *error, const char *name, const char *value)
 {
 	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++) {
-		if (cl->state != state || cl->snapshot_of != of)
+		if (cl->awaits != awaited)
 			continue;
 		if (cl->behind) {
 			cl->behind = false;
 			continue;
 		}
-		if (!*error && *value)
+		if (!error && value)
 			control_say(&cl->out, name, "%s", value);
-		answer(cl, *error ? error : NULL);
+		answer(cl, error);
 	}
 }
 
 static void snapshot_ended(const struct export *of, const char *path, const char *error)
 {
 	control_note_snapshot(path, error);
-	end_wait(STATE_SNAPSHOT, of, path ? "" : error, "snapshot", path);
+	end_wait(of, path ? NULL : error, "snapshot", path);
 }
 
 /* If it has. */
@@ -454,28 +446,27 @@ static void copy_ended(void)
 		return;
 	give_up_background();
 	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++)
-		if (cl->state == STATE_COPYING)
+		if (awaits_copy(cl))
 			tell_progress(cl);
 }
 
 void ctl_tend(void)
 {
 	const char *error;
-	char zeroed[24] = "";
+	char zeroed[24];
 
 	exports_tend(snapshot_ended);
 	if (!exports.cache)
 		return;
 	if (origin_redirected(exports.cache->origin, &error)) {
 		ctl.reconnecting = false;
-		end_wait(STATE_RECONNECTING, NULL, error ? error : "", "", "");
+		end_wait(&exports.cache->origin, error, NULL, NULL);
 	}
 	copy_ended();
 	if (!cache_switch_ended(exports.cache, &error))
 		return;
-	if (exports.cache->zeroed)
-		snprintf(zeroed, sizeof(zeroed), "%" PRIu64, exports.cache->zeroed);
-	end_wait(STATE_SWITCHING, NULL, error ? error : "", "zeroed", zeroed);
+	snprintf(zeroed, sizeof(zeroed), "%" PRIu64, exports.cache->zeroed);
+	end_wait(&exports.cache->switched, error, "zeroed", exports.cache->zeroed ? zeroed : NULL);
 }
 
 void ctl_switch(void)
@@ -499,9 +490,9 @@ bool ctl_open(const struct options *o)
 void ctl_close(void)
 {
 	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++) {
-		if (cl->state == STATE_FREE)
+		if (!cl->connected)
 			continue;
-		if (is_busy(cl))
+		if (cl->awaits)
 			control_say(&cl->out, "error", "the server ends");
 		ctl_flush(cl);
 		drop_client(cl);

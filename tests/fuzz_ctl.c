@@ -159,8 +159,8 @@ static int fake_close(int fd)
 	struct peer *p = peer_of(fd);
 
 	for (size_t i = 0; !server_ends && i < CONNECTIONS_MAX; i++)
-		if (ctl.client[i].state != STATE_FREE && ctl.client[i].source.fd == fd)
-			assert(!is_busy(&ctl.client[i]) || p->gone || no_memory);
+		if (ctl.client[i].connected && ctl.client[i].source.fd == fd)
+			assert(!ctl.client[i].awaits || p->gone || no_memory);
 	p->closed = true;
 	return 0;
 }

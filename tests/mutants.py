@@ -1181,7 +1181,7 @@ mutant("a line without end is waited for", "an oversized message",
        "ctl.c", "if (!end && len < sizeof(cl->input))", "if (!end)",
        tests="test_control.py::test_line_without_end_costs_its_connection")
 mutant("a copy goes on when who wanted it is gone", "a foreground cache-all stops",
-       "ctl.c", "if (cl->state == STATE_COPYING)\n\t\tcopy_release(&exports.cache->copy, false);\n\tloop", "loop",
+       "ctl.c", "if (awaits_copy(cl))\n\t\tcopy_release(&exports.cache->copy, false);\n\tloop", "loop",
        tests="test_control.py::test_interrupted_cache_all_stops")
 mutant("who is gone is not noticed", "bgctl killed at any point: server unaffected",
        "ctl.c", "n = send(cl->source.fd, a->text, a->len, MSG_NOSIGNAL | MSG_DONTWAIT);",
