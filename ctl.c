@@ -38,7 +38,7 @@ enum {
  * snapshot.
  */
 struct ctl_client {
-	struct source source;
+	struct source source;		/* the first: ctl_turn() relies on it */
 	bool connected;			/* else the place is free */
 	bool ended;			/* no more input comes, or is taken */
 	const void *awaits;		/* NULL: no command is under way */
@@ -240,12 +240,20 @@ static const char *run_help(struct ctl_client *cl, char *arguments)
 	return NULL;
 }
 
-/* As the commands. */
-static const char *run_line(struct ctl_client *cl, char *line)
+/* As the commands, of which the input begins with one of that length. */
+static const char *run_line(struct ctl_client *cl, size_t len)
 {
-	char *arguments = line, *name = take_word(&arguments);
+	char *arguments = cl->input, *name;
 	const struct command *command = NULL;
 
+	if (len > CTL_LINE_MAX) {
+		cl->ended = true;
+		return "the line is too long";
+	}
+	arguments[len] = '\0';
+	if (strlen(arguments) < len)
+		return "the line has a NUL byte";
+	name = take_word(&arguments);
 	for (size_t i = 0; i < ARRAY_SIZE(commands) && !command; i++)
 		if (strcmp(commands[i].name, name) == 0)
 			command = &commands[i];
@@ -260,41 +268,24 @@ static const char *run_line(struct ctl_client *cl, char *line)
 
 /* Lines */
 
-/* The first line is there, and has that length. */
-static void take_line(struct ctl_client *cl, size_t len)
-{
-	char *line = cl->input;
-	const char *error = "the line has a NUL byte";
-
-	cl->due = UINT64_MAX;
-	if (!memchr(line, '\0', len)) {
-		line[len] = '\0';
-		error = run_line(cl, line);
-	}
-	if (!cl->awaits)
-		answer(cl, error);
-}
-
 /* Carry out what is there, as long as the client takes the answers. */
 static void run_lines(struct ctl_client *cl)
 {
 	while (!cl->awaits && !cl->out.len && !cl->out.failed) {
 		char *end = memchr(cl->input, '\n', cl->len);
-		size_t len = end ? (size_t)(end - cl->input) : cl->len;
+		size_t len = end ? (size_t)(end - cl->input) : cl->len, used = end ? len + 1 : len;
+		const char *error;
 
 		if (!end && len < sizeof(cl->input))
 			return;
 		if (end && len > 0 && end[-1] == '\r')
 			len--;
-		if (len > CTL_LINE_MAX) {
-			answer(cl, "the line is too long");
-			cl->ended = true;
-			cl->len = 0;
-		} else {
-			take_line(cl, len);
-			cl->len -= (size_t)(end + 1 - cl->input);
-			memmove(cl->input, end + 1, cl->len);
-		}
+		cl->due = UINT64_MAX;
+		error = run_line(cl, len);
+		if (!cl->awaits)
+			answer(cl, error);
+		cl->len -= used;
+		memmove(cl->input, cl->input + used, cl->len);
 		ctl_flush(cl);
 	}
 }
@@ -347,21 +338,16 @@ static bool ctl_has_left(const struct ctl_client *cl, short revents)
 	return now_ms() >= cl->due || (!cl->out.len && cl->ended);
 }
 
-static struct ctl_client *client_of(const struct source *s)
-{
-	return (struct ctl_client *)((char *)(uintptr_t)s - offsetof(struct ctl_client, source));
-}
-
 static short ctl_events(const struct source *s)
 {
-	const struct ctl_client *cl = client_of(s);
+	const struct ctl_client *cl = (const struct ctl_client *)s;
 
 	return (short)(POLLHUP | (wants_input(cl) ? POLLIN : 0) | (cl->out.len ? POLLOUT : 0));
 }
 
 static void ctl_turn(struct source *s, short revents)
 {
-	struct ctl_client *cl = client_of(s);
+	struct ctl_client *cl = (struct ctl_client *)s;
 
 	if (revents & (POLLIN | POLLHUP))
 		ctl_receive(cl);
