@@ -23,7 +23,6 @@ enum {
 };
 
 static struct {
-	const struct options *options;
 	char *bitmap;			/* of a proxy, its path from the root */
 	uint64_t started;		/* now_ms() */
 	const char *snapshot_name;	/* the field that tells of the last one; NULL: none yet */
@@ -73,10 +72,15 @@ static void json_string(const char *value, char text[TEXT_MAX])
 	strcpy(text + len, "\"");
 }
 
+static char last_character(const struct answer *a)
+{
+	return a->len > 0 ? a->text[a->len - 1] : '\n';
+}
+
 /* JSON: what comes between the one before, if there is one, and the next. */
 static const char *comma(const struct answer *a)
 {
-	return a->len > 0 && strchr("{[", a->text[a->len - 1]) ? "" : ",";
+	return strchr("{[", last_character(a)) ? "" : ",";
 }
 
 /* The value is masked, and in JSON a string in quotes, a number, true or false. */
@@ -86,7 +90,8 @@ static void put_field(struct answer *a, const char *name, const char *value)
 		control_put(a, "%s%s\"%s\": %s", comma(a), a->item ? " " : "\njson:   ", name,
 			    value);
 	else
-		control_put(a, a->item ? " %s %s" : "%s: %s\n", name, value);
+		control_put(a, last_character(a) == '\n' ? "%s: %s%s" : " %s %s%s", name, value,
+			    a->item ? "" : "\n");
 }
 
 void control_say(struct answer *a, const char *name, const char *fmt, ...)
@@ -129,17 +134,10 @@ static void begin_list(struct answer *a, const char *list)
 
 static void begin_item(struct answer *a, const char *list, const char *key, const char *value)
 {
-	char text[TEXT_MAX];
-
 	a->item = true;
-	if (a->json) {
+	if (a->json)
 		control_put(a, "%s\njson:     {", comma(a));
-		control_say(a, key, "%s", value);
-	} else {
-		snprintf(text, sizeof(text), "%s: %s", list, value);
-		mask_control_characters(text, strlen(text));
-		control_put(a, "%s", text);
-	}
+	control_say(a, a->json ? key : list, "%s", value);
 }
 
 static void end_item(struct answer *a)
@@ -307,9 +305,9 @@ static void say_proxy(struct answer *a)
 
 static void say_state(struct answer *a)
 {
-	bool is_cow = control.options->mode == MODE_COW_TARGET;
+	const char *mode = exports.all->disk ? "target" : "cow-target";	/* which has an overlay */
 
-	control_say(a, "mode", "%s", is_proxy() ? "proxy" : is_cow ? "cow-target" : "target");
+	control_say(a, "mode", "%s", is_proxy() ? "proxy" : mode);
 	say_images(a);
 	say_number(a, "uptime", (now_ms() - control.started) / 1000);
 	say_flag(a, "confined", confine_holds);
@@ -363,9 +361,8 @@ void control_note_snapshot(const char *path, const char *error)
 	snprintf(control.snapshot, sizeof(control.snapshot), "%s", path ? path : error);
 }
 
-void control_init(const struct options *o)
+void control_init(const char *bitmap)
 {
 	control.started = now_ms();
-	control.options = o;
-	control.bitmap = o->bitmap ? absolute_path(o->bitmap) : NULL;
+	control.bitmap = bitmap ? absolute_path(bitmap) : NULL;
 }

@@ -9,7 +9,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-#include "options.h"
 #include "util.h"
 
 /* Lines of text; all zeros has none.  The owner frees the text. */
@@ -29,8 +28,8 @@ void control_say(struct answer *a, const char *name, const char *fmt, ...) PRINT
 /* Append text as it is. */
 void control_put(struct answer *a, const char *fmt, ...) PRINTF_LIKE(2, 3);
 
-/* What is to be served is open; the options stay. */
-void control_init(const struct options *o);
+/* What is to be served is open; the path of a proxy's bitmap, or NULL. */
+void control_init(const char *bitmap);
 
 /* Append the state, in lines or as one JSON object. */
 void control_query(struct answer *a, bool json);

@@ -44,7 +44,7 @@ struct ctl_client {
 	const void *awaits;		/* NULL: no command is under way */
 	bool behind;			/* it awaits the end after the next one */
 	uint64_t due;			/* now_ms(): for progress; without a command, to be closed */
-	uint64_t idle_since;		/* a count of those that became idle */
+	uint64_t idle_since;		/* a count of those that became idle; 0 in a free place */
 	struct answer out;		/* failed also if the connection is broken */
 	size_t len;			/* of the input that was not carried out yet */
 	char input[CTL_LINE_MAX + LINE_END];
@@ -70,7 +70,7 @@ static void answer(struct ctl_client *cl, const char *error)
 		control_put(&cl->out, "ok\n");
 	cl->awaits = NULL;
 	cl->due = now_ms() + IDLE_MS;
-	cl->idle_since = ctl.idle_count++;
+	cl->idle_since = ++ctl.idle_count;
 	cl->source.due = 0;
 }
 
@@ -366,17 +366,14 @@ static const struct source_ops ctl_source_ops = { ctl_events, ctl_turn };
 /* A free place, made by closing the client that was idle for longest if need be; or NULL. */
 static struct ctl_client *find_place(void)
 {
-	struct ctl_client *longest = NULL;
+	struct ctl_client *place = NULL;
 
-	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++) {
-		if (!cl->connected)
-			return cl;
-		if (!cl->awaits && (!longest || cl->idle_since < longest->idle_since))
-			longest = cl;
-	}
-	if (longest)
-		drop_client(longest);
-	return longest;
+	for (struct ctl_client *cl = ctl.client; cl < places_end; cl++)
+		if (!cl->awaits && (!place || cl->idle_since < place->idle_since))
+			place = cl;
+	if (place && place->connected)
+		drop_client(place);
+	return place;
 }
 
 static void accept_control(int fd, const struct sockaddr *sa, socklen_t len)
@@ -388,7 +385,6 @@ static void accept_control(int fd, const struct sockaddr *sa, socklen_t len)
 	if (cl) {
 		cl->source = (struct source){ .ops = &ctl_source_ops, .fd = fd };
 		cl->due = now_ms() + IDLE_MS;
-		cl->idle_since = ctl.idle_count++;
 	}
 	if (!cl || !loop_add(&main_loop, &cl->source)) {
 		send(fd, full, sizeof(full) - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -396,6 +392,7 @@ static void accept_control(int fd, const struct sockaddr *sa, socklen_t len)
 		return;
 	}
 	cl->connected = true;
+	cl->idle_since = ++ctl.idle_count;
 }
 
 /* What was waited for.  The answers are sent by the next turn, which comes at once. */
@@ -469,7 +466,7 @@ bool ctl_open(const struct options *o)
 {
 	if (!o->control)
 		return true;
-	control_init(o);
+	control_init(o->bitmap);
 	return listen_unix(o->control, 0600, accept_control);
 }
 
