@@ -251,13 +251,11 @@ static void say_blocks(struct answer *a)
 	say_number(a, "written-blocks", layer_written(&exports.cache->layer));
 }
 
-/* Why a copy that does not run ended early; NULL if it did not. */
+/* Why a copy ended early. */
 static const char *copy_error(const struct copy_status *s)
 {
 	static char text[128];
 
-	if (s->state == COPY_DONE)
-		return NULL;
 	if (s->state == COPY_IDLE)
 		return "the copy was stopped";
 	if (s->error)
