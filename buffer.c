@@ -15,7 +15,7 @@
 enum {
 	SMALLEST = 64 * 1024,		/* what is smaller comes from malloc() warm enough */
 	LARGEST = 1024 * 1024,		/* what is larger is not kept */
-	ALL_MAX = 8 * 1024 * 1024,
+	ALL_MAX = 6 * 1024 * 1024,
 };
 
 struct kept {

@@ -113,18 +113,23 @@ static void tx_reset(struct tx *tx)
 	tx->used = 0;
 }
 
-/* With room for so many bytes of its own; NULL if out of memory. */
-static struct tx *tx_new(size_t bytes)
+/* In memory of that size, or NULL. */
+static struct tx *tx_init(struct tx *tx, size_t size)
 {
-	size_t size = offsetof(struct tx, bytes) + bytes;
-	struct tx *tx = buffer_get(size);
-
 	if (tx) {
 		tx->size = size;
 		tx->held = NULL;
 		tx_reset(tx);
 	}
 	return tx;
+}
+
+/* With room for so many bytes of its own; NULL if out of memory. */
+static struct tx *tx_new(size_t bytes)
+{
+	size_t size = offsetof(struct tx, bytes) + bytes;
+
+	return tx_init(buffer_get(size), size);
 }
 
 static void tx_free(struct tx *tx)
@@ -238,7 +243,11 @@ static enum tx_result tx_send(struct tx *tx, int fd)
 
 bool workspace_init(struct workspace *w, struct loop *loop)
 {
-	*w = (struct workspace){ .loop = loop, .tx = tx_new(TX_BYTES), .rx = malloc(RX_BYTES) };
+	/* Not of buffer_get(): it would leave less room to those that come and go. */
+	struct tx *tx = malloc(sizeof(*tx));
+
+	*w = (struct workspace){ .loop = loop, .rx = malloc(RX_BYTES) };
+	w->tx = tx_init(tx, sizeof(*tx));
 	return w->tx && w->rx;
 }
 
@@ -246,7 +255,7 @@ void workspace_free(struct workspace *w)
 {
 	free(w->spare);
 	free(w->rx);
-	tx_free(w->tx);
+	free(w->tx);
 }
 
 /* Life and death */
