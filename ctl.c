@@ -441,7 +441,7 @@ void ctl_tend(void)
 	exports_tend(snapshot_ended);
 	if (!exports.cache)
 		return;
-	if (origin_redirected(exports.cache->origin, &error)) {
+	if (ctl.reconnecting && origin_redirected(exports.cache->origin, &error)) {
 		ctl.reconnecting = false;
 		end_wait(&exports.cache->origin, error, NULL, NULL);
 	}

@@ -61,14 +61,9 @@ static struct backend *open_proxy(const struct options *o, struct exported *e)
 {
 	const struct cache_options cache = { o->export->path, o->bitmap, o->clear_bitmap,
 					     o->readonly };
-	const struct origin_options remote = {
-		.host = o->host,
-		.port = o->port,
-		.export_name = o->export_name,
-		.connections = (unsigned)o->origin_connections,
-		.timeout_ms = (unsigned)o->origin_timeout * 1000,
-	};
-	struct origin *origin = origin_open(&remote);
+	struct origin *origin = origin_open(o->host, o->port, o->export_name,
+					    (unsigned)o->origin_connections,
+					    (unsigned)o->origin_timeout * 1000);
 
 	exports.cache = origin ? cache_open(&cache, origin) : NULL;
 	if (!exports.cache)
@@ -167,19 +162,12 @@ bool exports_open(const struct options *o)
 
 bool exports_start(void)
 {
-	struct origin_status status;
-
 	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
 		e->look.run = look_at_image;
 		if (!exports.cache)
 			worker_submit(&e->look, &e->export.lane);
 	}
-	if (!exports.cache)
-		return true;
-	origin_status(exports.cache->origin, &status);
-	log_line("origin %s: connected, %llu bytes", status.address,
-		 (unsigned long long)exports.cache->layer.size);
-	return origin_start(exports.cache->origin);
+	return !exports.cache || origin_start(exports.cache->origin);
 }
 
 /* Snapshots */

@@ -41,7 +41,7 @@ enum {
 	IDLE_MS = 1000,			/* then buffers are given back */
 	BACKOFF_MIN = 100,		/* ms */
 	BACKOFF_MAX = 5000,
-	LINKS_MAX = ORIGIN_CONNECTIONS_MAX + 1,
+	LINKS_MAX = 16 + 1,		/* one is a redirect's */
 
 	LOOKUP_STACK = 256 * 1024,	/* resolvers are greedy */
 	LOOKUPS_MAX = 32,		/* more than that hang */
@@ -147,8 +147,8 @@ struct origin {
 
 	/* Going over to another origin.  One side has it: the thread, while it is redirecting. */
 	struct target redirect;
-	char redirect_error[PROTO_REASON_MAX];	/* of the last time; "" if it went well */
-	atomic_bool redirecting, redirected;	/* redirected: origin_redirected() will tell */
+	const char *redirect_error;	/* of the last time; NULL if it went well */
+	atomic_bool redirecting;
 
 	struct loop loop;		/* of the links */
 	atomic_uint up;			/* links */
@@ -640,11 +640,16 @@ static void set_reason(struct origin *o, const char *reason)
 	pthread_mutex_unlock(&o->lock);
 }
 
+static void log_connected(const struct origin *o)
+{
+	log_line("origin %s: connected, %llu bytes", o->target.address,
+		 (unsigned long long)o->limits.size);
+}
+
 static void redirect_end(struct origin *o, const char *error)
 {
-	snprintf(o->redirect_error, sizeof(o->redirect_error), "%s", error);
+	o->redirect_error = error;
 	atomic_store(&o->redirecting, false);
-	atomic_store(&o->redirected, true);
 	wake_main();
 }
 
@@ -791,11 +796,10 @@ static const char *link_use(struct link *l)
 	if (atomic_fetch_add(&o->up, 1) == 0) {
 		set_reason(o, "");
 		if (o->started)
-			log_line("origin %s: connected, %llu bytes", o->target.address,
-				 (unsigned long long)o->limits.size);
+			log_connected(o);
 	}
 	if (redirects)
-		redirect_end(o, "");
+		redirect_end(o, NULL);
 	return NULL;
 }
 
@@ -923,14 +927,13 @@ static void *origin_main(void *arg)
 /* Opening and closing */
 
 /* NULL, or why not; to be freed in any case. */
-static const char *origin_init(struct origin *o, const struct origin_options *options)
+static const char *origin_init(struct origin *o, unsigned connections)
 {
-	assert(options->connections <= ORIGIN_CONNECTIONS_MAX);
+	assert(connections < LINKS_MAX);
 	pthread_mutex_init(&o->lock, NULL);
-	o->timeout_ms = options->timeout_ms;
 	if (loop_init(&o->loop) < 0)
 		return strerror(errno);
-	while (o->links <= options->connections) {
+	while (o->links <= connections) {
 		struct link *l = not_null(calloc(1, sizeof(*l)));
 
 		o->link[o->links++] = l;
@@ -940,14 +943,18 @@ static const char *origin_init(struct origin *o, const struct origin_options *op
 		if (!loop_add(&o->loop, &l->source))
 			return strerror(ENOMEM);
 	}
-	return target_set(&o->target, options->host, options->port, options->export_name);
+	return NULL;
 }
 
-struct origin *origin_open(const struct origin_options *options)
+struct origin *origin_open(const char *host, const char *port, const char *export_name,
+			   unsigned connections, unsigned timeout_ms)
 {
 	struct origin *o = not_null(calloc(1, sizeof(*o)));
-	const char *wrong = origin_init(o, options);
+	const char *wrong = origin_init(o, connections);
 
+	o->timeout_ms = timeout_ms;
+	if (!wrong)
+		wrong = target_set(&o->target, host, port, export_name);
 	while (!wrong && !first_link(o)) {
 		origin_turn(o);
 		wrong = *o->reason ? o->reason : NULL;
@@ -955,8 +962,8 @@ struct origin *origin_open(const struct origin_options *options)
 	if (!wrong)
 		return o;
 	log_failure("cannot reach origin %s%s%.255s: %s",
-		    *o->target.address ? o->target.address : options->host,
-		    *options->export_name ? ", export " : "", options->export_name, wrong);
+		    *o->target.address ? o->target.address : host,
+		    *export_name ? ", export " : "", export_name, wrong);
 	origin_close(o);
 	return NULL;
 }
@@ -965,13 +972,13 @@ bool origin_start(struct origin *o)
 {
 	int err;
 
+	log_connected(o);
 	o->started = true;
 	err = thread_start(&o->thread, ORIGIN_STACK, origin_main, o);
 	if (!err)
 		return true;
 	o->started = false;
-	log_failure("cannot start a thread: %s", strerror(err));
-	return false;
+	return log_failure("cannot start a thread: %s", strerror(err));
 }
 
 const struct proto_offer *origin_limits(const struct origin *o)
@@ -1017,9 +1024,9 @@ const char *origin_redirect(struct origin *o, const char *host, const char *port
 
 bool origin_redirected(struct origin *o, const char **error)
 {
-	if (!atomic_exchange(&o->redirected, false))
+	if (atomic_load(&o->redirecting))
 		return false;
-	*error = *o->redirect_error ? o->redirect_error : NULL;
+	*error = o->redirect_error;
 	return true;
 }
 

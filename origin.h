@@ -53,20 +53,19 @@ struct origin_request {
 	struct proto_answer answer;
 };
 
-enum { ORIGIN_CONNECTIONS_MAX = 16 };
+/*
+ * Connect, and wait for that.  NULL after logging why not.  host is a name, an address (maybe in
+ * brackets), or "unix:PATH", and then port is NULL; export_name "" is the default one.  All of them are
+ * copied.  There are as many connections at most, 1 to 16, where the origin allows several.  A link
+ * that owes an answer is dead after timeout_ms of silence.
+ */
+struct origin *origin_open(const char *host, const char *port, const char *export_name,
+			   unsigned connections, unsigned timeout_ms);
 
-struct origin_options {
-	const char *host;		/* a name, an address (maybe in brackets), "unix:PATH" */
-	const char *port;		/* NULL for a Unix socket */
-	const char *export_name;	/* "" for the default one */
-	unsigned connections;		/* at most, where the origin allows several; 1 to 16 */
-	unsigned timeout_ms;		/* silence after which a link that owes an answer is dead */
-};
-
-/* Connect, and wait for that; the strings are copied.  NULL after logging why not. */
-struct origin *origin_open(const struct origin_options *o);
-
-/* Start the thread: nothing is asked before.  Main thread, once.  False after logging why not. */
+/*
+ * Log the connection and start the thread: nothing is asked before.  Main thread, once.  False after
+ * logging why not.
+ */
 bool origin_start(struct origin *o);
 
 /* What the first link was told: its size and block sizes hold while the program runs. */
@@ -96,8 +95,8 @@ const char *origin_redirect(struct origin *o, const char *host, const char *port
 			    const char *export_name);
 
 /*
- * Whether a redirect has ended since the last call; the main thread is woken for that.  *error is
- * NULL, or why it failed, until the next one.
+ * Whether the redirect has ended; the main thread is woken for that.  *error is NULL, or why it
+ * failed, until the next one.
  */
 bool origin_redirected(struct origin *o, const char **error);
 

@@ -412,9 +412,8 @@ static struct link *begin(const struct proto_offer *offer)
 	closed_by_origin = closed_by_link = spoilt = false;
 	ms = 0;
 	memset(&origin, 0, sizeof(origin));
-	assert(!origin_init(&origin, &(struct origin_options){
-		.host = "", .export_name = "", .connections = 1, .timeout_ms = 100,
-	}));
+	assert(!origin_init(&origin, 1) && !target_set(&origin.target, "", NULL, ""));
+	origin.timeout_ms = 100;
 	l = origin.link[0];
 	l->source.fd = 0;
 	l->state = LINK_UP;
