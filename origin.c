@@ -128,7 +128,7 @@ struct link {
 	uint8_t rx[RX_BYTES];
 };
 
-_Static_assert(PROTO_CLIENT_ROOM <= (OWED_MAX + 1) * PROTO_REQUEST_SIZE, "tx holds an option");
+_Static_assert(PROTO_CLIENT_ROOM <= (OWED_MAX + 1) * PROTO_REQUEST_SIZE, "tx holds a handshake");
 _Static_assert((size_t)PROTO_CLIENT_WANT_MAX <= RX_BYTES, "rx holds a handshake's message");
 _Static_assert(sizeof(struct addresses) <= 4096, "a pipe takes all addresses at once");
 
@@ -550,52 +550,6 @@ static const char *take_payload(struct link *l, const uint8_t *p, size_t n)
 	return wrong ? wrong : took_payload(l, n);
 }
 
-/* Look at all that was received. */
-static const char *take_replies(struct link *l)
-{
-	const char *wrong = NULL;
-	size_t before;
-
-	do {
-		before = l->rx_from;
-		wrong = (l->current ? take_payload : take_head)(l, l->rx + before,
-								l->rx_to - before);
-	} while (!wrong && l->rx_from > before);
-	memmove(l->rx, l->rx + l->rx_from, l->rx_to - l->rx_from);
-	l->rx_to -= l->rx_from;
-	l->rx_from = 0;
-	return wrong;
-}
-
-/* Receive once: what is left of the data straight to its place. */
-static const char *link_receive(struct link *l)
-{
-	const struct origin_request *r = l->owed.first;
-	size_t direct = l->place ? l->reply.payload : 0;
-	size_t most = r && !r->extent && r->len >= LARGE ? HEADS_BYTES : RX_BYTES;
-	struct iovec iov[2] = {
-		{ .iov_base = l->place, .iov_len = direct },
-		{ .iov_base = l->rx + l->rx_to, .iov_len = most - l->rx_to },
-	};
-	struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
-	ssize_t n = recvmsg(l->source.fd, &msg, 0);
-	const char *wrong = NULL;
-
-	assert(l->rx_to < HEADS_BYTES);		/* a part of a head, at most */
-	if (n == 0)
-		return "it closed the connection";
-	if (n < 0)
-		return would_block(errno) ? NULL : strerror(errno);
-	l->unheard += (size_t)n;
-	if (l->unheard >= PROGRESS)
-		note_progress(l);
-	direct = (size_t)n < direct ? (size_t)n : direct;
-	l->rx_to += (size_t)n - direct;
-	if (direct > 0)
-		wrong = took_payload(l, direct);
-	return wrong ? wrong : take_replies(l);
-}
-
 /* Losing a link */
 
 /* What it owes is asked again. */
@@ -616,6 +570,7 @@ static void link_close(struct link *l)
 	l->current = NULL;
 	l->place = NULL;
 	l->count = 0;
+	l->tx_len = l->rx_from = l->rx_to = 0;
 	while ((r = l->owed.first)) {
 		queue_remove(&l->owed, r);
 		drop_data(r);
@@ -690,8 +645,7 @@ static const char *link_connect(struct link *l)
 
 	l->state = LINK_DIAL;
 	l->deadline = now + left / (l->found.count - i);
-	l->tx_len = l->rx_from = l->rx_to = 0;
-	proto_client_begin(&l->client, target_of(l)->export_name, l->tx);
+	proto_client_begin(&l->client, target_of(l)->export_name);
 	l->source.fd = socket(sa->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (l->source.fd < 0)
 		return strerror(errno);
@@ -803,30 +757,70 @@ static const char *link_use(struct link *l)
 	return NULL;
 }
 
-static const char *link_negotiate(struct link *l)
+/* Receiving */
+
+static const char *take_handshake(struct link *l, const uint8_t *p, size_t n)
 {
-	const char *wrong = link_send(l);
 	struct proto_client *c = &l->client;
 	enum proto_next next;
-	ssize_t n;
 
-	if (wrong || l->tx_len > 0)
-		return wrong;
-	n = recv(l->source.fd, l->rx + c->have, c->want - c->have, 0);
+	c->out = l->tx + l->tx_len;
+	next = proto_client_take(c, p, n);
+	l->tx_len += c->out_len;
+	if (c->want <= n)
+		l->rx_from += c->want;
+	if (next == PROTO_TRANSMIT)
+		return link_use(l);
+	return next == PROTO_CLOSE ? c->reason : NULL;
+}
+
+/* Look at all that was received. */
+static const char *take_messages(struct link *l)
+{
+	const char *(*take)(struct link *l, const uint8_t *p, size_t n), *wrong;
+	size_t before;
+
+	do {
+		before = l->rx_from;
+		take = l->state != LINK_UP ? take_handshake : l->current ? take_payload : take_head;
+		wrong = take(l, l->rx + before, l->rx_to - before);
+	} while (!wrong && l->rx_from > before);
+	memmove(l->rx, l->rx + l->rx_from, l->rx_to - l->rx_from);
+	l->rx_to -= l->rx_from;
+	l->rx_from = 0;
+	return wrong;
+}
+
+/* Receive once: what is left of the data straight to its place. */
+static const char *link_receive(struct link *l)
+{
+	const struct origin_request *r = l->owed.first;
+	size_t direct = l->place ? l->reply.payload : 0;
+	size_t most = r && !r->extent && r->len >= LARGE ? HEADS_BYTES : RX_BYTES;
+	struct iovec iov[2] = {
+		{ .iov_base = l->place, .iov_len = direct },
+		{ .iov_base = l->rx + l->rx_to, .iov_len = most - l->rx_to },
+	};
+	struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
+	ssize_t n = recvmsg(l->source.fd, &msg, 0);
+	const char *wrong = NULL;
+
+	assert(l->rx_to < most);	/* a part of a head, or of a message of the handshake */
 	if (n == 0)
-		return c->opt == NBD_OPT_EXPORT_NAME ?
+		return l->state == LINK_UP ? "it closed the connection" :
+		       l->client.opt == NBD_OPT_EXPORT_NAME ?
 			       "it closed the connection: it may not have such an export" :
 			       "it closed the connection in the handshake";
 	if (n < 0)
 		return would_block(errno) ? NULL : strerror(errno);
-	c->have += (size_t)n;
-	if (c->have < c->want)
-		return NULL;
-	next = proto_client_take(c, l->rx);
-	l->tx_len = c->out_len;
-	if (next == PROTO_TRANSMIT)
-		return link_use(l);
-	return next == PROTO_CLOSE ? c->reason : NULL;
+	l->unheard += (size_t)n;
+	if (l->unheard >= PROGRESS)
+		note_progress(l);
+	direct = (size_t)n < direct ? (size_t)n : direct;
+	l->rx_to += (size_t)n - direct;
+	if (direct > 0)
+		wrong = took_payload(l, direct);
+	return wrong ? wrong : take_messages(l);
 }
 
 /* What the loop calls */
@@ -840,11 +834,9 @@ static short link_events(const struct source *s)
 {
 	const struct link *l = link_of(s);
 
-	if (l->state == LINK_UP)
-		return (l->clogged ? 0 : POLLIN) | (l->tx_len > 0 ? POLLOUT : 0);
-	if (l->state == LINK_DIAL)
-		return l->tx_len > 0 ? POLLOUT : POLLIN;
-	return 0;
+	if (l->state == LINK_DOWN)
+		return 0;
+	return (l->clogged ? 0 : POLLIN) | (l->tx_len > 0 ? POLLOUT : 0);
 }
 
 /* When link_expire() is due: now_ms(), or UINT64_MAX. */
@@ -874,14 +866,14 @@ static void link_turn(struct source *s, short revents)
 
 	if (l->clogged)
 		l->listening = now_ms();
-	l->clogged = atomic_load(&l->origin->unstored) > most;
+	l->clogged = l->state == LINK_UP && atomic_load(&l->origin->unstored) > most;
 	if (!revents && link_deadline(l) <= now_ms())
 		wrong = link_expire(l);		/* unless an earlier turn has put it off */
-	else if (revents && l->state == LINK_DIAL)
-		wrong = l->found.count == 0 ? link_resolved(l) : link_negotiate(l);
-	else if (revents & ~POLLOUT && l->state == LINK_UP && !l->clogged)
+	else if (revents && l->state == LINK_DIAL && l->found.count == 0)
+		wrong = link_resolved(l);
+	else if (revents & ~POLLOUT && l->state != LINK_DOWN && !l->clogged)
 		wrong = link_receive(l);
-	if (!wrong && l->state == LINK_UP)
+	if (!wrong)
 		wrong = link_send(l);
 	if (wrong)
 		link_fail(l, wrong);

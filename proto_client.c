@@ -1,8 +1,8 @@
 /*
  * proto_client.c - the client's side of the NBD wire format: see proto_client.h.
  *
- * A handshake is a state machine that says how many bytes it wants next; every length from the
- * wire is checked before it wants that many.
+ * A handshake is a state machine, whose state is the option that was sent last.  Each option is sent
+ * once.  A length from the wire is checked before so many bytes are wanted.
  */
 #include "proto_client.h"
 
@@ -45,20 +45,10 @@ static enum proto_next handshake_fail(struct proto_client *c, const char *fmt, .
 	return PROTO_CLOSE;
 }
 
-/* The next message has n bytes, as far as can be known. */
-static enum proto_next await(struct proto_client *c, size_t n)
-{
-	c->have = 0;
-	c->want = n;
-	return PROTO_HAGGLE;
-}
-
-void proto_client_begin(struct proto_client *c, const char *name, uint8_t *out)
+void proto_client_begin(struct proto_client *c, const char *name)
 {
 	*c = (struct proto_client){
-		.want = PROTO_GREETING_SIZE,
 		.name = name,
-		.out = out,
 		.zeroes = true,
 		/* "Size constraints": if nothing else is said. */
 		.offer = { .min_block = 1, .max_block = PROTO_MAX_PAYLOAD },
@@ -81,9 +71,7 @@ static enum proto_next send_option(struct proto_client *c, uint32_t opt)
 	put_be32(p, (uint32_t)(end - data));
 	c->opt = opt;
 	c->out_len = (size_t)(end - c->out);
-	if (opt == NBD_OPT_EXPORT_NAME)
-		return await(c, PROTO_EXPORT_SIZE + (c->zeroes ? PROTO_ZEROES_SIZE : 0));
-	return await(c, PROTO_OPTION_REPLY_SIZE);
+	return PROTO_HAGGLE;
 }
 
 static enum proto_next transmit(struct proto_client *c)
@@ -116,24 +104,28 @@ static enum proto_next take_export(struct proto_client *c, const uint8_t *size,
 }
 
 /* "Oldstyle negotiation": 16 bits of the flags are ours. */
-static enum proto_next take_oldstyle(struct proto_client *c, const uint8_t *in)
+static enum proto_next take_oldstyle(struct proto_client *c, const uint8_t *in, size_t n)
 {
 	if (c->name[0])
 		return handshake_fail(c, "it is an oldstyle server, which has no export names");
 	c->want = PROTO_OLDSTYLE_SIZE;
-	return c->have < c->want ? PROTO_HAGGLE : take_export(c, in + 16, in + 26);
+	return n < c->want ? PROTO_HAGGLE : take_export(c, in + 16, in + 26);
 }
 
-static enum proto_next take_greeting(struct proto_client *c, const uint8_t *in)
+static enum proto_next take_greeting(struct proto_client *c, const uint8_t *in, size_t n)
 {
-	unsigned flags = get_be16(in + 16) & (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+	unsigned flags;
 
+	c->want = PROTO_GREETING_SIZE;
+	if (n < c->want)
+		return PROTO_HAGGLE;
 	if (get_be64(in) != NBD_INIT_PASSWD)
 		return handshake_fail(c, "it is no NBD server");
 	if (get_be64(in + 8) == NBD_OLDSTYLE_MAGIC)
-		return take_oldstyle(c, in);
+		return take_oldstyle(c, in, n);
 	if (get_be64(in + 8) != NBD_IHAVEOPT)
 		return handshake_fail(c, "it speaks no known version of NBD");
+	flags = get_be16(in + 16) & (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
 	c->zeroes = !(flags & NBD_FLAG_NO_ZEROES);
 	put_be32(c->out, flags);
 	c->out_len = PROTO_CLIENT_FLAGS_SIZE;
@@ -223,20 +215,24 @@ static enum proto_next take_ack(struct proto_client *c)
 	}
 }
 
-static enum proto_next take_option_reply(struct proto_client *c, const uint8_t *in)
+static enum proto_next take_option_reply(struct proto_client *c, const uint8_t *in, size_t n)
 {
-	uint32_t reply = get_be32(in + 12), len = get_be32(in + 16);
 	const uint8_t *data = in + PROTO_OPTION_REPLY_SIZE;
 	unsigned opt = c->opt;
+	uint32_t reply, len;
 
+	c->want = PROTO_OPTION_REPLY_SIZE;
+	if (n < c->want)
+		return PROTO_HAGGLE;
+	reply = get_be32(in + 12);
+	len = get_be32(in + 16);
 	if (get_be64(in) != NBD_OPTION_REPLY_MAGIC || get_be32(in + 8) != opt)
 		return handshake_fail(c, "its reply to option %u is malformed", opt);
 	if (len > PROTO_OPTION_MAX)
 		return handshake_fail(c, "its reply to option %u is too long", opt);
-	c->want = PROTO_OPTION_REPLY_SIZE + len;
-	if (c->have < c->want)
+	c->want += len;
+	if (n < c->want)
 		return PROTO_HAGGLE;
-	await(c, PROTO_OPTION_REPLY_SIZE);
 	if (reply & NBD_REP_ERR(0))
 		return take_refusal(c, reply, data, len);
 	if (reply == NBD_REP_ACK && len == 0)
@@ -248,16 +244,17 @@ static enum proto_next take_option_reply(struct proto_client *c, const uint8_t *
 	return handshake_fail(c, "it answered option %u by %lu", opt, (unsigned long)reply);
 }
 
-enum proto_next proto_client_take(struct proto_client *c, const uint8_t *in)
+enum proto_next proto_client_take(struct proto_client *c, const uint8_t *in, size_t n)
 {
 	c->out_len = 0;
 	switch (c->opt) {
 	case 0:
-		return take_greeting(c, in);
+		return take_greeting(c, in, n);
 	case NBD_OPT_EXPORT_NAME:
-		return take_export(c, in, in + 8);
+		c->want = PROTO_EXPORT_SIZE + (c->zeroes ? PROTO_ZEROES_SIZE : 0);
+		return n < c->want ? PROTO_HAGGLE : take_export(c, in, in + 8);
 	default:
-		return take_option_reply(c, in);
+		return take_option_reply(c, in, n);
 	}
 }
 

@@ -15,7 +15,7 @@
 
 /* Sizes in bytes. */
 enum {
-	PROTO_CLIENT_ROOM = PROTO_STRING_MAX + 64,	/* room for what is sent at once */
+	PROTO_CLIENT_ROOM = 3 * PROTO_STRING_MAX + 256,	/* room for all that a handshake sends */
 	PROTO_CLIENT_WANT_MAX = PROTO_OPTION_REPLY_SIZE + PROTO_OPTION_MAX,
 	PROTO_REASON_MAX = 256,
 	PROTO_REPLY_SIZE = 16,		/* the shortest reply, and the beginning of all */
@@ -33,9 +33,9 @@ struct proto_offer {
 
 /* A handshake. */
 struct proto_client {
-	size_t have, want;		/* bytes of the message that comes next */
-	uint8_t *out;			/* what is to be sent now ... */
-	size_t out_len;			/* ... of so many bytes */
+	size_t want;			/* bytes of the message that was looked at */
+	uint8_t *out;			/* where to write what is to be sent; the caller's ... */
+	size_t out_len;			/* ... and how many bytes of it there are */
 	const char *name;		/* of the export */
 	bool zeroes;			/* 124 of them follow the answer to EXPORT_NAME */
 	uint32_t opt;			/* the option that was sent last; 0 before the first */
@@ -44,19 +44,15 @@ struct proto_client {
 	char reason[PROTO_REASON_MAX];	/* why it failed */
 };
 
-/*
- * Begin.  name is a string in the sense of proto_is_string(), out has room for PROTO_CLIENT_ROOM
- * bytes, and both must stay.
- */
-void proto_client_begin(struct proto_client *c, const char *name, uint8_t *out);
+/* Begin.  name is a string in the sense of proto_is_string(), and must stay. */
+void proto_client_begin(struct proto_client *c, const char *name);
 
 /*
- * Take the message at in; the caller has received, and c->have is c->want.  PROTO_HAGGLE: send
- * c->out, then go on receiving behind the c->have bytes that stay at in, until c->want are there,
- * at most PROTO_CLIENT_WANT_MAX.  PROTO_TRANSMIT: c->offer is complete.  PROTO_CLOSE: c->reason
- * says why.
+ * Take the next message, of which n bytes are here at in, and write what is to be sent to c->out.  If
+ * c->want, at most PROTO_CLIENT_WANT_MAX, is more than n nothing was taken: more must come first.
+ * PROTO_TRANSMIT: c->offer is complete.  PROTO_CLOSE: c->reason says why.
  */
-enum proto_next proto_client_take(struct proto_client *c, const uint8_t *in);
+enum proto_next proto_client_take(struct proto_client *c, const uint8_t *in, size_t n);
 
 /* Write a request's header to p, of PROTO_REQUEST_SIZE bytes. */
 void proto_put_request(const struct proto_request *r, uint8_t *p);

@@ -65,27 +65,29 @@ static void fuzz_handshake(struct input *in, const char *name)
 	uint8_t out[PROTO_CLIENT_ROOM];
 	enum proto_next next = PROTO_HAGGLE;
 	struct proto_client c;
-	bool first = true;
+	size_t want = 0, sent = 0;
 
-	proto_client_begin(&c, name, out);
+	proto_client_begin(&c, name);
 	while (next == PROTO_HAGGLE) {
 		struct input message = *in;
-		size_t n = c.want;
+		size_t n = want;
 		uint8_t *p;
 
-		assert(c.want > c.have && c.want <= PROTO_CLIENT_WANT_MAX);
 		if (n > in->left)
 			return;
 		p = take_bytes(&message, &n);
-		c.have = n;
-		next = proto_client_take(&c, p);
+		c.out = out + sent;
+		next = proto_client_take(&c, p, n);
 		free(p);
-		assert(c.have == 0 || c.have == n);
-		if (c.have == 0)
+		assert(c.want > 0 && c.want <= PROTO_CLIENT_WANT_MAX);
+		assert(c.want >= n || next != PROTO_HAGGLE);
+		assert(c.out_len <= sizeof(out) - sent);
+		assert(c.out_len == 0 || (next == PROTO_HAGGLE && c.want == n));
+		check_sent(out + sent, c.out_len, sent == 0);
+		sent += c.out_len;
+		want = c.want > n ? c.want : 0;
+		if (c.want == n)
 			*in = message;
-		assert(c.out_len <= sizeof(out) && (c.out_len == 0 || next == PROTO_HAGGLE));
-		check_sent(out, c.out_len, first);
-		first = first && c.out_len == 0;
 	}
 	if (next == PROTO_TRANSMIT)
 		check_offer(&c.offer);

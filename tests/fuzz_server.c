@@ -580,16 +580,11 @@ static enum proto_next converse(const struct world *w, struct proto_client *c,
 	bool first = true;
 
 	while (next == PROTO_HAGGLE) {
-		size_t want = c->want;
-
-		assert(want > 0 && want <= wire->len);
-		c->have = want;
-		next = proto_client_take(c, wire->p);
+		next = proto_client_take(c, wire->p, wire->len);
+		assert(c->want > 0 && c->want <= wire->len);
 		assert(c->out_len <= PROTO_CLIENT_ROOM);
-		if (next == PROTO_HAGGLE && c->have > 0)
-			continue;
-		wire->len -= want;
-		memmove(wire->p, wire->p + want, wire->len);
+		wire->len -= c->want;
+		memmove(wire->p, wire->p + c->want, wire->len);
 		if (next != PROTO_HAGGLE || c->out_len == 0)
 			continue;
 		serve(w, s, c->out, c->out_len, wire, first);
@@ -609,7 +604,8 @@ static void fuzz_handshake(const struct world *w, struct input *in, bool oldstyl
 	struct proto_client c;
 
 	if (proto_is_string(name)) {
-		proto_client_begin(&c, name, sent);
+		proto_client_begin(&c, name);
+		c.out = sent;
 		wire.len = (size_t)(proto_put_greeting(oldstyle ? e : NULL, wire.p) - wire.p);
 		assert(wire.len == (oldstyle ? PROTO_OLDSTYLE_SIZE : PROTO_GREETING_SIZE));
 		if (converse(w, &c, &s, &wire) == PROTO_TRANSMIT) {

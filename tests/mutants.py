@@ -972,9 +972,10 @@ mutant("what a lost link owed is not asked again", "origin closes at every byte"
        "origin.c", "request_add(l->origin, r);\n\t}", "}",
        tests="test_origin.py::test_links_that_come_and_go_lose_nothing")
 mutant("an origin that closed at the start is waited for", "origin closes at every byte",
-       "origin.c", "if (n == 0)\n\t\treturn c->opt",
+       "origin.c", "if (n == 0)\n\t\treturn l->state == LINK_UP ?",
        "if (n == 0)\n\t\tl->deadline = now_ms() + 5000;\n"
-       "\tif (n == 0)\n\t\treturn now_ms() > 0 ? NULL : c->opt",
+       "\tif (n == 0)\n\t\treturn l->state != LINK_UP ? NULL :"
+       " l->state == LINK_UP ?",
        tests="test_origin.py::test_origin_that_closes_at_every_byte_of_the_handshake_is_refused")
 mutant("an origin that says nothing is waited for", "origin never answers",
        "origin.c", "if (l->state != LINK_UP)\n\t\treturn \"no answer\";",
