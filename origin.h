@@ -12,7 +12,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "proto_client.h"
+#include "proto.h"
 
 struct origin;
 

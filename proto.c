@@ -338,8 +338,6 @@ static enum proto_next opt_meta_context(struct option *o)
 	struct name name;
 	uint32_t err;
 
-	if (set)
-		o->s->allocation = false;
 	if (!o->s->structured)
 		return reply(o, NBD_REP_ERR_INVALID);
 	err = in_name(&o->in, &name);
@@ -390,7 +388,7 @@ enum proto_next proto_option(struct proto_session *s, const struct proto_exports
 	for (size_t i = 0; i < ARRAY_SIZE(option_kinds); i++)
 		if (option_kinds[i].opt == opt)
 			kind = &option_kinds[i];
-	if (large && opt == NBD_OPT_SET_META_CONTEXT)	/* one that fails forgets the earlier choice */
+	if (opt == NBD_OPT_SET_META_CONTEXT)	/* one that fails, too, forgets the earlier choice */
 		s->allocation = false;
 	if (opt == NBD_OPT_EXPORT_NAME ? large : !s->fixed)
 		return PROTO_CLOSE;
@@ -568,16 +566,13 @@ uint8_t *proto_put_run(const struct proto_session *s, const struct proto_request
 uint8_t *proto_put_status(const struct proto_session *s, const struct proto_request *r,
 			  const struct extent *extent, uint32_t n, uint8_t *p)
 {
+	uint16_t type = s->extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT : NBD_REPLY_TYPE_BLOCK_STATUS;
+	uint32_t len = s->extended ? 8 + n * PROTO_EXTENDED_EXTENT_SIZE : 4 + n * PROTO_EXTENT_SIZE;
+
 	assert(s->allocation && n > 0);
-	if (s->extended) {
-		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, true,
-			      8 + n * PROTO_EXTENDED_EXTENT_SIZE, p);
-		p = put_be32(put_be32(p, ALLOCATION_ID), n);
-	} else {
-		p = put_chunk(s, r, NBD_REPLY_TYPE_BLOCK_STATUS, true,
-			      4 + n * PROTO_EXTENT_SIZE, p);
-		p = put_be32(p, ALLOCATION_ID);
-	}
+	p = put_be32(put_chunk(s, r, type, true, len, p), ALLOCATION_ID);
+	if (s->extended)
+		p = put_be32(p, n);
 	for (; n > 0; n--, extent++)
 		p = s->extended ? put_be64(put_be64(p, extent->len), extent->flags) :
 				  put_be32(put_be32(p, (uint32_t)extent->len), extent->flags);

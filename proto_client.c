@@ -1,10 +1,10 @@
 /*
- * proto_client.c - the client's side of the NBD wire format: see proto_client.h.
+ * proto_client.c - the client's side of the NBD wire format: see proto.h.
  *
  * A handshake is a state machine, whose state is the option that was sent last.  Each option is sent
  * once.  A length from the wire is checked before so many bytes are wanted.
  */
-#include "proto_client.h"
+#include "proto.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -91,7 +91,6 @@ static enum proto_next transmit(struct proto_client *c)
 	o->max_block = max;
 	if (!(o->flags & NBD_FLAG_HAS_FLAGS))
 		o->flags = 0;
-	c->name = NULL;
 	return PROTO_TRANSMIT;
 }
 
@@ -136,9 +135,8 @@ static enum proto_next take_greeting(struct proto_client *c, const uint8_t *in, 
 /* What an error reply means, for the log. */
 static const char *error_text(uint32_t reply)
 {
-	/* NBD_REP_ERR_UNSUP is the first, those after it follow. */
+	/* From NBD_REP_ERR_POLICY on. */
 	static const char *const texts[] = {
-		"it does not know the option",
 		"its policy forbids it",
 		"it finds the request invalid",
 		"its platform cannot do that",
@@ -148,7 +146,7 @@ static const char *error_text(uint32_t reply)
 		"it requires other block sizes",
 		"it finds the request too big",
 	};
-	uint32_t i = reply - NBD_REP_ERR_UNSUP;
+	uint32_t i = reply - NBD_REP_ERR_POLICY;
 
 	return i < sizeof(texts) / sizeof(texts[0]) ? texts[i] : "it refused";
 }

@@ -8,7 +8,7 @@
 #define _GNU_SOURCE
 #include "fuzz.h"
 
-#include "../proto_client.h"
+#include "../proto.h"
 
 enum {
 	LEN_MAX = 4096,

@@ -8,7 +8,6 @@
 #include "fuzz.h"
 
 #include "../proto.h"
-#include "../proto_client.h"
 
 #include <errno.h>
 
