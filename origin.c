@@ -427,7 +427,8 @@ static struct link *choose_link(const struct origin *o, unsigned priority)
 		if (l->state == LINK_UP && l != first && (best == first || l->count < best->count))
 			best = l;
 	}
-	if (!best || best->count == OWED_MAX || best->tx_len >= OWED_MAX * PROTO_REQUEST_SIZE)
+	/* What is to be sent may begin with a part of a request, and be answered before it is sent. */
+	if (!best || best->count == OWED_MAX || best->tx_len > (OWED_MAX - 1) * PROTO_REQUEST_SIZE)
 		return NULL;
 	return best;
 }
