@@ -226,12 +226,6 @@ static bool trim_to_blocks(struct request *r)
 	return true;
 }
 
-/* Whether a READ can be answered in pieces: its blocks are held, or have been brought once. */
-static bool is_here(struct backend *b, const struct request *r)
-{
-	return r->at.len == 0 || !b->ops->holds || b->ops->holds(b, r->h.len, r->h.off);
-}
-
 static int request_run(struct request *r, enum how how)
 {
 	struct backend *b = r->backend;
@@ -242,8 +236,8 @@ static int request_run(struct request *r, enum how how)
 		return -EIO;
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
-		if (r->h.len > READ_PIECE)
-			return is_here(b, r) ? 0 : ABSENT;
+		if (r->h.len > READ_PIECE)	/* fetch() sees what it lacks, and passes the rest */
+			return b->ops->fetch && r->at.len > 0 ? ABSENT : 0;
 		return how == WAIT ? read_sparse(b, r) :
 				     b->ops->read(b, r->buf, r->h.len, r->h.off, TRY);
 	case NBD_CMD_FLUSH:

@@ -28,8 +28,8 @@ enum {
 };
 
 /*
- * The operations of a backend.  All entries are required, but for holds, fetch and take_back, which
- * are NULL where nothing is brought from elsewhere.  Several threads call them at the same time.
+ * The operations of a backend.  All entries are required, but for fetch and take_back, which are
+ * NULL where nothing is brought from elsewhere.  Several threads call them at the same time.
  * Ranges are inside the backend's size, and not empty.  Whoever changes a range has begun with it
  * in the backend's order (order.h).
  */
@@ -55,9 +55,6 @@ struct backend_ops {
 	 */
 	int (*extents)(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
 		       uint64_t off);
-
-	/* Whether the range can be read without fetch(). */
-	bool (*holds)(struct backend *b, uint64_t len, uint64_t off);
 
 	/*
 	 * Begin to bring what the request lacks: a READ its range, others what r->at says.

@@ -20,7 +20,8 @@ struct cache {
 	 * all becomes durable, and all blocks are held; then the main thread lets the origin go.
 	 */
 	bool switching, switched;	/* the main thread's; switched: it is a target */
-	struct request commit;		/* the flush that makes all durable */
+	struct job job;
+	int error;			/* of the last one, an errno */
 	const char *step;		/* the one that is under way, or has failed */
 	uint64_t zeroed;		/* blocks that were missing, and read as zeros now */
 	atomic_bool switch_done;

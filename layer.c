@@ -32,6 +32,7 @@
 #include <errno.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static struct layer *layer_of(struct backend *b)
@@ -159,31 +160,23 @@ static void flush_job(struct job *job)
 	request_done(r, l->result);
 }
 
-static void complete_job(struct job *job)
+int layer_flush(struct backend *b, struct request *r)
 {
-	struct request *r = (struct request *)((char *)job - offsetof(struct request, job));
-	struct layer *l = layer_of(r->backend);
-	int err = atomic_load(&l->backend.failed) ? -EIO : complete_map(l);
+	struct layer *l = layer_of(b);
 
-	request_done(r, end_commit(l, err, false));
-}
-
-static int submit_request(struct layer *l, struct request *r, void (*run)(struct job *))
-{
+	if (b->readonly && !l->durable)
+		return 0;
 	r->commits = atomic_load(&l->begun);
-	r->job.run = run;
+	r->job.run = flush_job;
 	worker_submit(&r->job, &l->commits);
 	return PENDING;
 }
 
-int layer_flush(struct backend *b, struct request *r)
+int layer_complete(struct layer *l)
 {
-	return b->readonly && !layer_of(b)->durable ? 0 : submit_request(layer_of(b), r, flush_job);
-}
+	int err = atomic_load(&l->backend.failed) ? -EIO : complete_map(l);
 
-int layer_complete(struct layer *l, struct request *r)
-{
-	return submit_request(l, r, complete_job);
+	return end_commit(l, err, false);
 }
 
 /* Beginning and end */
@@ -203,20 +196,24 @@ void layer_begin(struct layer *l, const struct backend_ops *ops, bool readonly, 
 		commit_soon(l);
 }
 
-void layer_destroy(struct layer *l)
+void layer_free(struct layer *l)
 {
 	disk_close(l->base);
 	disk_close(l->disk);
 	bitmap_close(l->map);
+	free(l);
 }
 
-int layer_finish(struct layer *l)
+int layer_close(struct backend *b)
 {
+	struct layer *l = layer_of(b);
 	int err = l->durable ? end_commit(l, make_durable(l), true) : 0;
 
 	if (l->durable && !err)
 		bitmap_mark_clean(l->map);	/* or the next start looks at more than it has to */
-	return atomic_load(&l->lost) ? -EIO : err;
+	err = atomic_load(&l->lost) ? -EIO : err;
+	layer_free(l);
+	return err;
 }
 
 /* Blocks */
@@ -255,6 +252,17 @@ uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off)
 	if (off % BLOCK_SIZE != 0)
 		return 0;
 	return off + len == l->size ? len : len - len % BLOCK_SIZE;
+}
+
+struct span layer_lacks(const struct layer *l, uint64_t len, uint64_t off)
+{
+	uint64_t end = off + len;
+
+	if (off % BLOCK_SIZE != 0 && !layer_holds(l, 1, off))
+		return (struct span){ off, 1 };
+	if (end % BLOCK_SIZE != 0 && end != l->size && !layer_holds(l, 1, end - 1))
+		return (struct span){ end - 1, 1 };
+	return (struct span){ off, 0 };
 }
 
 /* Where the run at off lies, of at most *len bytes, and its length; NULL: it is absent. */
@@ -327,10 +335,14 @@ static int check_map(struct layer *l, int ret)
 	return ret;
 }
 
-/* A client changes something, which a map's file tells first. */
-static int note_change(struct layer *l)
+/* A client changes something, which a map's file tells first; or ABSENT. */
+static int begin_change(struct layer *l, uint64_t len, uint64_t off)
 {
-	return l->map ? check_map(l, bitmap_tell(l->map, BITMAP_WRITTEN, false)) : 0;
+	if (!l->map)
+		return 0;
+	if (!l->base && layer_lacks(l, len, off).len > 0)
+		return ABSENT;
+	return check_map(l, bitmap_tell(l->map, BITMAP_WRITTEN, false));
 }
 
 /*
@@ -399,7 +411,7 @@ static int write_range(struct layer *l, const uint8_t *buf, uint64_t len, uint64
 
 int layer_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
-	int ret = note_change(layer_of(b));
+	int ret = begin_change(layer_of(b), len, off);
 
 	return ret ? ret : write_range(layer_of(b), buf, len, off, how);
 }
@@ -421,7 +433,7 @@ int layer_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 	struct layer *l = layer_of(b);
 	static uint8_t zeros[BLOCK_SIZE];	/* never written */
 	uint64_t head = (BLOCK_SIZE - off % BLOCK_SIZE) % BLOCK_SIZE, whole, tail;
-	int ret = note_change(l);
+	int ret = begin_change(l, len, off);
 
 	if (head > len)
 		head = len;

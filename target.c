@@ -20,16 +20,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static int target_close(struct backend *b)
-{
-	struct layer *l = (struct layer *)b;
-	int err = layer_finish(l);
-
-	layer_destroy(l);
-	free(l);
-	return err;
-}
-
 static const struct backend_ops target_ops = {
 	.read = layer_read,
 	.write = layer_write,
@@ -37,7 +27,7 @@ static const struct backend_ops target_ops = {
 	.flush = layer_flush,
 	.cache = layer_cache,
 	.extents = layer_extents,
-	.close = target_close,
+	.close = layer_close,
 };
 
 /* Opening */
@@ -162,7 +152,6 @@ struct backend *cow_open(const struct cow_options *o)
 		layer_begin(l, &target_ops, o->readonly, "the overlay");
 		return &l->backend;
 	}
-	layer_destroy(l);
-	free(l);
+	layer_free(l);
 	return NULL;
 }
