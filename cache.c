@@ -56,35 +56,35 @@ static const struct backend_ops cache_ops = {
 
 /* Opening */
 
-static bool are_one_file(const char *image, const char *bitmap)
+static bool are_two_files(const char *image, const char *bitmap)
 {
-	bool same = is_same_file(image, bitmap);
-
-	if (same)
-		log_failure("cache image %s and bitmap file %s are the same file", image, bitmap);
-	return same;
+	return !is_same_file(image, bitmap) ||
+	       log_failure("cache image %s and bitmap file %s are the same file", image, bitmap);
 }
 
 /* Create the image, or extend one that holds nothing as yet.  False after logging why not. */
-static bool prepare_image(const struct layer *l, const char *path)
+static bool prepare_image(struct layer *l, const char *path)
 {
-	const struct disk *d = l->disk;
 	unsigned long long size = l->size, held = bitmap_count(l->map);
+	unsigned long long found = l->disk ? l->disk->size : 0;
+	bool is_device = l->disk && !l->disk->is_file;
 
-	if (d && (!d->is_file || d->size >= size))
-		return true;
-	if (held > 0) {
-		log_failure("cache image %s has %llu of %llu bytes, but the bitmap says that it "
-			    "holds %llu blocks (--clear-bitmap begins afresh)", path,
-			    d ? (unsigned long long)d->size : 0, size, held);
+	if (found < size && held > 0 && !is_device)
+		return log_failure("cache image %s has %llu of %llu bytes, but the bitmap says that "
+				   "it holds %llu blocks (--clear-bitmap begins afresh)", path,
+				   found, size, held);
+	if (!l->disk && disk_create(path, size))
+		l->disk = disk_open(path, false, false);
+	if (!l->disk)
 		return false;
-	}
-	if (!d)
-		return disk_create(path, size);
-	if (truncate(path, (off_t)size) == 0)
-		return true;
-	log_failure("cannot extend cache image %s to %llu bytes: %s", path, size, strerror(errno));
-	return false;
+	if (l->disk->size < size && is_device)
+		return log_failure("image %s has %llu bytes, and at least %llu are expected", path,
+				   found, size);
+	if (l->disk->size < size && truncate(path, (off_t)size) < 0)
+		return log_failure("cannot extend cache image %s to %llu bytes: %s", path, size,
+				   strerror(errno));
+	l->disk->size = size;		/* what is behind that is not used */
+	return true;
 }
 
 static bool open_layer(struct cache *c, const struct cache_options *o)
@@ -94,16 +94,11 @@ static bool open_layer(struct cache *c, const struct cache_options *o)
 
 	if (access(o->image, F_OK) == 0) {
 		l->disk = disk_open(o->image, false, false);	/* before anything is changed */
-		if (!l->disk || are_one_file(o->image, o->bitmap))
+		if (!l->disk || !are_two_files(o->image, o->bitmap))
 			return false;
 	}
 	l->map = bitmap_open(o->bitmap, &id, o->clear);
-	if (!l->map || are_one_file(o->image, o->bitmap) ||
-	    !prepare_image(l, o->image))
-		return false;
-	disk_close(l->disk);
-	l->disk = disk_open(o->image, false, false);
-	return l->disk && disk_limit(l->disk, o->image, l->size);
+	return l->map && are_two_files(o->image, o->bitmap) && prepare_image(l, o->image);
 }
 
 struct cache *cache_open(const struct cache_options *o, struct origin *origin)

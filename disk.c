@@ -305,17 +305,6 @@ bool disk_create(const char *path, uint64_t size)
 	return !err || err == -EEXIST;
 }
 
-bool disk_limit(struct disk *d, const char *path, uint64_t size)
-{
-	if (d->size < size) {
-		log_failure("image %s has %llu bytes, and at least %llu are expected", path,
-			    (unsigned long long)d->size, (unsigned long long)size);
-		return false;
-	}
-	d->size = size;
-	return true;
-}
-
 /* Linux lets a read-only device be opened for writing, and then fails the writes. */
 static bool is_readonly_device(int fd)
 {

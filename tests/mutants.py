@@ -862,10 +862,10 @@ mutant("two servers have one bitmap", "another server uses the cache",
        "bitmap.c", "|| flock(b->fd, LOCK_EX | LOCK_NB) < 0 ", "",
        tests="test_proxy.py::test_second_server_on_a_bitmap_is_refused")
 mutant("a lost cache image is made anew", "cache image deleted or shorter, bitmap kept",
-       "cache.c", "if (held > 0) {", "if (held > 0 && d) {",
+       "cache.c", "held > 0 && !is_device", "held > 0 && l->disk && !is_device",
        tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
 mutant("a short cache image is extended", "cache image deleted or shorter, bitmap kept",
-       "cache.c", "if (held > 0) {", "if (held > 0 && !d) {",
+       "cache.c", "held > 0 && !is_device", "held > 0 && !l->disk",
        tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
 
 # The proxy
@@ -1141,7 +1141,7 @@ mutant("the switch goes on though the image is not durable",
        "cache.c", "c->error = -err;", "c->error = 0 * err;",
        tests="test_proxy.py::test_switch_is_refused_when_the_data_cannot_be_made_durable")
 mutant("the switch gives the disk the size of the image", "switch changes the disk's size",
-       "disk.c", "d->size = size;\n\treturn true;", "return true;",
+       "cache.c", "l->disk->size = size;", "",
        "ctl.c", "if (!cache_switch_ended(exports.cache, &error))\n",
        "if (exports.cache->switch_done)\n"
        "\t\texports.all[0].export.proto.size = exports.all[0].disk->size;\n"
