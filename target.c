@@ -50,11 +50,9 @@ static bool open_throw_away(struct layer *l, const struct cow_options *o)
 	char *dir;
 	int fd;
 
-	if (!o->dir && !l->base->is_file) {
-		log_failure("base image %s is a device: --cow-dir must say where the overlay goes",
-			    o->base);
-		return false;
-	}
+	if (!o->dir && !l->base->is_file)
+		return log_failure("base image %s is a device: --cow-dir must say where the "
+				   "overlay goes", o->base);
 	dir = not_null(o->dir ? strdup(o->dir) : directory_of(o->base));
 	fd = disk_make_file(dir, ".xnbd-overlay-", NULL);
 	if (fd >= 0 && ftruncate(fd, (off_t)l->size) == 0) {
@@ -87,10 +85,8 @@ static bool fingerprint(const struct layer *l, uint64_t *result)
 		uint64_t bytes = left < BLOCK_SIZE ? left : BLOCK_SIZE;
 		int err = disk_read(l->base, block, bytes, off, WAIT);
 
-		if (err) {
-			log_failure("cannot read the base image: %s", strerror(-err));
-			return false;
-		}
+		if (err)
+			return log_failure("cannot read the base image: %s", strerror(-err));
 		*result = bitmap_checksum(*result, block, bytes);
 	}
 	return true;
@@ -102,21 +98,16 @@ static bool open_kept_file(struct layer *l, const char *path)
 	uint64_t held = bitmap_count(l->map);
 	struct stat st;
 
-	if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode)) {
-		log_failure("overlay %s is no regular file", path);
-		return false;
-	}
-	if (held > 0 && access(path, F_OK) < 0) {
-		log_failure("overlay %s does not exist, but %s.map says that it holds %llu blocks",
-			    path, path, (unsigned long long)held);
-		return false;
-	}
+	if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
+		return log_failure("overlay %s is no regular file", path);
+	if (held > 0 && access(path, F_OK) < 0)
+		return log_failure("overlay %s does not exist, but %s.map says that it holds %llu "
+				   "blocks", path, path, (unsigned long long)held);
 	l->disk = disk_create(path, l->size) ? disk_open(path, false, false) : NULL;
 	if (!l->disk || l->disk->size == l->size)
 		return l->disk;
-	log_failure("overlay %s: its size is %llu, and %llu, that of its base, is expected", path,
-		    (unsigned long long)l->disk->size, (unsigned long long)l->size);
-	return false;
+	return log_failure("overlay %s: its size is %llu, and %llu, that of its base, is expected",
+			   path, (unsigned long long)l->disk->size, (unsigned long long)l->size);
 }
 
 static bool open_kept(struct layer *l, const char *path)
@@ -127,11 +118,9 @@ static bool open_kept(struct layer *l, const char *path)
 	bool ok = fingerprint(l, &id.fingerprint);
 
 	snprintf(map, room, "%s.map", path);
-	if (ok && access(path, F_OK) == 0 && access(map, F_OK) < 0) {
-		log_failure("overlay %s exists, but its map %s does not: without it the overlay is "
-			    "of no use, remove it to begin afresh", path, map);
-		ok = false;
-	}
+	if (ok && access(path, F_OK) == 0 && access(map, F_OK) < 0)
+		ok = log_failure("overlay %s exists, but its map %s does not: without it the "
+				 "overlay is of no use, remove it to begin afresh", path, map);
 	l->durable = true;
 	l->map = ok ? bitmap_open(map, &id, false) : NULL;
 	free(map);
