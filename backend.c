@@ -157,9 +157,9 @@ static int cache_range(struct backend *b, struct request *r)
 /* Take back what waits for blocks from elsewhere. */
 static bool unfetch(struct request *r)
 {
-	const struct backend_ops *ops = r->backend->ops;
+	const struct backend_source *source = r->backend->source;
 
-	return ops->take_back && ops->take_back(r->backend, r);
+	return source && source->take_back(r->backend, r);
 }
 
 /* Newer changes have replaced all of it: it need not wait for its blocks any more. */
@@ -237,7 +237,7 @@ static int request_run(struct request *r, enum how how)
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
 		if (r->h.len > READ_PIECE)	/* fetch() sees what it lacks, and passes the rest */
-			return b->ops->fetch && r->at.len > 0 ? ABSENT : 0;
+			return b->source && r->at.len > 0 ? ABSENT : 0;
 		return how == WAIT ? read_sparse(b, r) :
 				     b->ops->read(b, r->buf, r->h.len, r->h.off, TRY);
 	case NBD_CMD_FLUSH:
@@ -303,7 +303,7 @@ static void submit(struct request *r)
 /* Bring what it lacks. */
 static void fetch(struct request *r, enum how how)
 {
-	int ret = r->backend->ops->fetch(r->backend, r, how);
+	int ret = r->backend->source->fetch(r->backend, r, how);
 
 	if (ret == 0)
 		request_again(r);

@@ -36,23 +36,7 @@ static bool cache_take_back(struct backend *b, struct request *r)
 	return fetch_take_back(&to_cache(b)->fetcher, r);
 }
 
-static int cache_close(struct backend *b)
-{
-	origin_close(to_cache(b)->origin);
-	return layer_close(b);
-}
-
-static const struct backend_ops cache_ops = {
-	.read = layer_read,
-	.write = layer_write,
-	.zero = layer_zero,
-	.flush = layer_flush,
-	.cache = layer_cache,
-	.extents = layer_extents,
-	.fetch = cache_fetch,
-	.take_back = cache_take_back,
-	.close = cache_close,
-};
+static const struct backend_source cache_source = { cache_fetch, cache_take_back };
 
 /* Opening */
 
@@ -87,21 +71,21 @@ static bool prepare_image(struct layer *l, const char *path)
 	return true;
 }
 
-static bool open_layer(struct cache *c, const struct cache_options *o)
+static bool open_layer(struct layer *l, const char *image, const char *bitmap, bool clear)
 {
-	const struct bitmap_identity id = { BITMAP_CACHE, c->layer.size, 0, o->image };
-	struct layer *l = &c->layer;
+	const struct bitmap_identity id = { BITMAP_CACHE, l->size, 0, image };
 
-	if (access(o->image, F_OK) == 0) {
-		l->disk = disk_open(o->image, false, false);	/* before anything is changed */
-		if (!l->disk || !are_two_files(o->image, o->bitmap))
+	if (access(image, F_OK) == 0) {
+		l->disk = disk_open(image, false, false);	/* before anything is changed */
+		if (!l->disk || !are_two_files(image, bitmap))
 			return false;
 	}
-	l->map = bitmap_open(o->bitmap, &id, o->clear);
-	return l->map && are_two_files(o->image, o->bitmap) && prepare_image(l, o->image);
+	l->map = bitmap_open(bitmap, &id, clear);
+	return l->map && are_two_files(image, bitmap) && prepare_image(l, image);
 }
 
-struct cache *cache_open(const struct cache_options *o, struct origin *origin)
+struct cache *cache_open(const char *image, const char *bitmap, bool clear, bool readonly,
+			 struct origin *origin)
 {
 	struct cache *c = not_null(calloc(1, sizeof(*c)));
 
@@ -110,12 +94,12 @@ struct cache *cache_open(const struct cache_options *o, struct origin *origin)
 	c->layer.durable = true;
 	fetcher_init(&c->fetcher, &c->layer, origin);
 	copy_init(&c->copy, &c->fetcher);
-	if (!open_layer(c, o)) {
-		origin_close(origin);
+	if (!open_layer(&c->layer, image, bitmap, clear)) {
 		layer_free(&c->layer);
 		return NULL;
 	}
-	layer_begin(&c->layer, &cache_ops, o->readonly, "the cache");
+	c->layer.backend.source = &cache_source;
+	layer_begin(&c->layer, readonly, "the cache");
 	return c;
 }
 

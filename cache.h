@@ -28,15 +28,13 @@ struct cache {
 	atomic_bool stopping;		/* zero no more */
 };
 
-struct cache_options {
-	const char *image;		/* path of the cache image, a file or a block device */
-	const char *bitmap;		/* path of its bitmap file */
-	bool clear;			/* forget what is cached */
-	bool readonly;
-};
-
-/* Takes origin over, also when it fails.  NULL after logging why not. */
-struct cache *cache_open(const struct cache_options *o, struct origin *origin);
+/*
+ * A cache in an image, a file or a block device, with a bitmap file; if clear is set, what is cached is
+ * forgotten.  The origin must outlive the workers, and is the caller's to close.  NULL after logging
+ * why not.
+ */
+struct cache *cache_open(const char *image, const char *bitmap, bool clear, bool readonly,
+			 struct origin *origin);
 
 struct cache_status {
 	uint64_t blocks, held;		/* of the disk; in the image */

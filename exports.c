@@ -62,8 +62,6 @@ static struct backend *open_target(const struct options *o, struct exported *e, 
 
 static struct backend *open_proxy(const struct options *o, struct exported *e)
 {
-	const struct cache_options cache = { o->export->path, o->bitmap, o->clear_bitmap,
-					     o->readonly };
 	const struct origin_options remote = {
 		.host = o->host,
 		.port = o->port,
@@ -73,9 +71,13 @@ static struct backend *open_proxy(const struct options *o, struct exported *e)
 	};
 	struct origin *origin = origin_open(&remote);
 
-	exports.cache = origin ? cache_open(&cache, origin) : NULL;
-	if (!exports.cache)
+	if (!origin)
 		return NULL;
+	exports.cache = cache_open(o->export->path, o->bitmap, o->clear_bitmap, o->readonly, origin);
+	if (!exports.cache) {
+		origin_close(origin);
+		return NULL;
+	}
 	e->disk = exports.cache->layer.disk;
 	return &exports.cache->layer.backend;
 }
@@ -86,7 +88,7 @@ static struct backend *open_backend(const struct options *o, struct exported *e,
 		return open_proxy(o, e);
 	if (o->mode == MODE_TARGET)
 		return open_target(o, e, image);
-	return cow_open(&(struct cow_options){ image, o->cow_dir, o->cow_file, o->readonly });
+	return cow_open(image, o->cow_file, o->cow_dir, o->readonly);
 }
 
 /* Open the next export; the table has room for it. */
@@ -270,6 +272,8 @@ bool exports_close(void)
 {
 	bool ok = true;
 
+	if (exports.cache)
+		origin_close(exports.cache->origin);
 	for (size_t i = 0; i < exports.count; i++) {
 		struct exported *e = &exports.all[i];
 

@@ -160,7 +160,7 @@ static void flush_job(struct job *job)
 	request_done(r, l->result);
 }
 
-int layer_flush(struct backend *b, struct request *r)
+static int layer_flush(struct backend *b, struct request *r)
 {
 	struct layer *l = layer_of(b);
 
@@ -177,43 +177,6 @@ int layer_complete(struct layer *l)
 	int err = atomic_load(&l->backend.failed) ? -EIO : complete_map(l);
 
 	return end_commit(l, err, false);
-}
-
-/* Beginning and end */
-
-void layer_begin(struct layer *l, const struct backend_ops *ops, bool readonly, const char *what)
-{
-	l->backend.ops = ops;
-	l->backend.size = l->size;
-	l->backend.readonly = readonly;
-	l->backend.order = &l->disk->order;
-	l->what = what;
-	l->commits.single = true;
-	l->timer.run = timer_due;
-	if (l->map)
-		atomic_init(&l->brought, bitmap_count(l->map));
-	if (l->durable)
-		commit_soon(l);
-}
-
-void layer_free(struct layer *l)
-{
-	disk_close(l->base);
-	disk_close(l->disk);
-	bitmap_close(l->map);
-	free(l);
-}
-
-int layer_close(struct backend *b)
-{
-	struct layer *l = layer_of(b);
-	int err = l->durable ? end_commit(l, make_durable(l), true) : 0;
-
-	if (l->durable && !err)
-		bitmap_mark_clean(l->map);	/* or the next start looks at more than it has to */
-	err = atomic_load(&l->lost) ? -EIO : err;
-	layer_free(l);
-	return err;
 }
 
 /* Blocks */
@@ -274,7 +237,7 @@ static struct disk *run_at(const struct layer *l, uint64_t *len, uint64_t off)
 	return held ? l->disk : l->base;
 }
 
-int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
+static int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	int ret = layer_of(b)->base || layer_holds(layer_of(b), len, off) ? 0 : ABSENT;
 
@@ -289,7 +252,7 @@ int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum
 	return ret;
 }
 
-int layer_cache(struct backend *b, uint64_t *len, uint64_t off)
+static int layer_cache(struct backend *b, uint64_t *len, uint64_t off)
 {
 	struct disk *d = run_at(layer_of(b), len, off);
 
@@ -300,8 +263,8 @@ int layer_cache(struct backend *b, uint64_t *len, uint64_t off)
 	return d ? 0 : ABSENT;
 }
 
-int layer_extents(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
-		  uint64_t off)
+static int layer_extents(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
+			 uint64_t off)
 {
 	uint64_t end = off + len;
 	unsigned n = 0, max = *count;
@@ -409,7 +372,8 @@ static int write_range(struct layer *l, const uint8_t *buf, uint64_t len, uint64
 	return ret;
 }
 
-int layer_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
+static int layer_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off,
+		       enum how how)
 {
 	int ret = begin_change(layer_of(b), len, off);
 
@@ -428,7 +392,7 @@ static int zero_whole(struct layer *l, uint64_t len, uint64_t off, unsigned flag
 }
 
 /* Whole blocks first: for FAST_ZERO that is what may fail, and then nothing may have changed. */
-int layer_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
+static int layer_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
 	struct layer *l = layer_of(b);
 	static uint8_t zeros[BLOCK_SIZE];	/* never written */
@@ -500,4 +464,51 @@ int layer_zero_missing(struct layer *l, const atomic_bool *stop)
 		err = atomic_load(stop) ? -ECANCELED : fill_range(l, NULL, n, off, false, WAIT);
 	}
 	return err;
+}
+
+/* Beginning and end */
+
+void layer_free(struct layer *l)
+{
+	disk_close(l->base);
+	disk_close(l->disk);
+	bitmap_close(l->map);
+	free(l);
+}
+
+static int layer_close(struct backend *b)
+{
+	struct layer *l = layer_of(b);
+	int err = l->durable ? end_commit(l, make_durable(l), true) : 0;
+
+	if (l->durable && !err)
+		bitmap_mark_clean(l->map);	/* or the next start looks at more than it has to */
+	err = atomic_load(&l->lost) ? -EIO : err;
+	layer_free(l);
+	return err;
+}
+
+static const struct backend_ops layer_ops = {
+	.read = layer_read,
+	.write = layer_write,
+	.zero = layer_zero,
+	.flush = layer_flush,
+	.cache = layer_cache,
+	.extents = layer_extents,
+	.close = layer_close,
+};
+
+void layer_begin(struct layer *l, bool readonly, const char *what)
+{
+	l->backend.ops = &layer_ops;
+	l->backend.size = l->size;
+	l->backend.readonly = readonly;
+	l->backend.order = &l->disk->order;
+	l->what = what;
+	l->commits.single = true;
+	l->timer.run = timer_due;
+	if (l->map)
+		atomic_init(&l->brought, bitmap_count(l->map));
+	if (l->durable)
+		commit_soon(l);
 }

@@ -35,12 +35,14 @@ struct layer {
 };
 
 /*
- * All is open, and size, disk, map, base and durable are set; the rest is zero.  What a killed
- * server set and did not commit is committed soon.
+ * All is open; size, disk, map, base and durable are set, and the backend's source if it has one; the
+ * rest is zero.  The backend's operations work from then on.  Without a base, what a read finds not
+ * held is ABSENT, and so is, to a change, what layer_lacks() tells.  What a killed server set and
+ * did not commit is committed soon.
  */
-void layer_begin(struct layer *l, const struct backend_ops *ops, bool readonly, const char *what);
+void layer_begin(struct layer *l, bool readonly, const char *what);
 
-/* Close the image, the map and the base, those that are there, and free what begins with l. */
+/* After a failed start: close the image, the map and the base, and free what begins with l. */
 void layer_free(struct layer *l);
 
 /* The length of the run at off, at most len bytes, that is in the same place: held or not. */
@@ -60,19 +62,6 @@ uint64_t layer_written(const struct layer *l);
 
 /* How many of len bytes at off are whole blocks, from the beginning on. */
 uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off);
-
-/*
- * Operations of a backend.  ABSENT where there is no base: what a read finds not held, and the
- * blocks of which layer_lacks() tells.  The end makes a last commit of the map, on this thread.
- */
-int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how);
-int layer_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
-int layer_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags);
-int layer_flush(struct backend *b, struct request *r);
-int layer_cache(struct backend *b, uint64_t *len, uint64_t off);
-int layer_extents(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
-		  uint64_t off);
-int layer_close(struct backend *b);
 
 /*
  * Hold what is not held of a range of whole blocks; what is held stays as it is.  buf has the

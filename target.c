@@ -20,40 +20,28 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static const struct backend_ops target_ops = {
-	.read = layer_read,
-	.write = layer_write,
-	.zero = layer_zero,
-	.flush = layer_flush,
-	.cache = layer_cache,
-	.extents = layer_extents,
-	.close = layer_close,
-};
-
-/* Opening */
-
 struct backend *target_open(struct disk *d, bool readonly)
 {
 	struct layer *l = not_null(calloc(1, sizeof(*l)));
 
 	l->size = d->size;
 	l->disk = d;
-	layer_begin(l, &target_ops, readonly, "the image");
+	layer_begin(l, readonly, "the image");
 	return &l->backend;
 }
 
 /* Copy on write */
 
 /* A file without a name, as large as the base. */
-static bool open_throw_away(struct layer *l, const struct cow_options *o)
+static bool open_throw_away(struct layer *l, const char *base, const char *place)
 {
 	char *dir;
 	int fd;
 
-	if (!o->dir && !l->base->is_file)
+	if (!place && !l->base->is_file)
 		return log_failure("base image %s is a device: --cow-dir must say where the "
-				   "overlay goes", o->base);
-	dir = not_null(o->dir ? strdup(o->dir) : directory_of(o->base));
+				   "overlay goes", base);
+	dir = not_null(place ? strdup(place) : directory_of(base));
 	fd = disk_make_file(dir, ".xnbd-overlay-", NULL);
 	if (fd >= 0 && ftruncate(fd, (off_t)l->size) == 0) {
 		l->disk = disk_adopt(fd);
@@ -61,7 +49,7 @@ static bool open_throw_away(struct layer *l, const struct cow_options *o)
 	} else {
 		log_failure("cannot make an overlay of %llu bytes in %s: %s%s",
 			    (unsigned long long)l->size, dir, strerror(errno),
-			    o->dir ? "" : " (--cow-dir names another place)");
+			    place ? "" : " (--cow-dir names another place)");
 		if (fd >= 0)
 			close(fd);
 	}
@@ -127,18 +115,18 @@ static bool open_kept(struct layer *l, const char *path)
 	return l->map && open_kept_file(l, path);
 }
 
-struct backend *cow_open(const struct cow_options *o)
+struct backend *cow_open(const char *base, const char *file, const char *dir, bool readonly)
 {
-	struct disk *base = disk_open(o->base, true, false);
+	struct disk *d = disk_open(base, true, false);
 	struct layer *l;
 
-	if (!base)
+	if (!d)
 		return NULL;
 	l = not_null(calloc(1, sizeof(*l)));
-	l->size = base->size;
-	l->base = base;
-	if (o->file ? open_kept(l, o->file) : open_throw_away(l, o)) {
-		layer_begin(l, &target_ops, o->readonly, "the overlay");
+	l->size = d->size;
+	l->base = d;
+	if (file ? open_kept(l, file) : open_throw_away(l, base, dir)) {
+		layer_begin(l, readonly, "the overlay");
 		return &l->backend;
 	}
 	layer_free(l);

@@ -1004,14 +1004,16 @@ mutant("a lost origin is tried again at once", "origin that is always wrong",
        tests="test_origin.py::test_origin_that_is_always_wrong_is_not_asked_all_the_time "
              "test_origin.py::test_attempts_back_off")
 mutant("a cached read waits for the origin", "one dead origin stalls every client",
-       "cache.c", "static const struct backend_ops cache_ops = {",
+       "cache.c", "static const struct backend_source cache_source",
        "static int cache_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)\n"
        "{\n\tstruct cache *c = to_cache(b);\n\tstruct origin_status s;\n\n"
        "\tif (!layer_holds(&c->layer, len, off))\n\t\treturn ABSENT;\n"
        "\tfor (origin_status(c->origin, &s); !s.links; origin_status(c->origin, &s))\n"
-       "\t\tusleep(1000);\n\treturn layer_read(b, buf, len, off, how);\n}\n\n"
-       "static const struct backend_ops cache_ops = {",
-       "cache.c", ".read = layer_read,", ".read = cache_read,",
+       "\t\tusleep(1000);\n\treturn disk_read(c->layer.disk, buf, len, off, how);\n}\n\n"
+       "static const struct backend_source cache_source",
+       "cache.c", "readonly, \"the cache\");",
+       "readonly, \"the cache\");\n\tstatic struct backend_ops ops;\n"
+       "\tops = *c->layer.backend.ops;\n\tops.read = cache_read;\n\tc->layer.backend.ops = &ops;",
        tests="test_proxy.py::test_cached_blocks_need_no_origin_and_others_wait_for_it")
 mutant("an error of the origin is for all who wait", "one EIO of the origin",
        "fetch.c", "(fetch->ask.error == -EIO && wider) ||", "(false && wider) ||",
