@@ -167,9 +167,9 @@ int backend_try_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off
 /* Take back what waits for blocks from elsewhere. */
 static bool unfetch(struct request *r)
 {
-	const struct backend_ops *ops = r->backend->ops;
+	const struct backend_source *source = r->backend->source;
 
-	return ops->take_back && ops->take_back(r->backend, r);
+	return source && source->take_back(r->backend, r);
 }
 
 /* Newer changes have replaced all of it: it need not wait for its blocks any more. */
@@ -250,12 +250,6 @@ static bool trim_to_blocks(struct request *r)
 	return true;
 }
 
-/* Whether a READ can be answered in pieces: its blocks are held, or have been brought once. */
-static bool is_here(struct backend *b, const struct request *r)
-{
-	return r->at.len == 0 || !b->ops->holds || b->ops->holds(b, r->h.len, r->h.off);
-}
-
 static int request_run(struct request *r, enum how how)
 {
 	struct backend *b = r->backend;
@@ -266,8 +260,8 @@ static int request_run(struct request *r, enum how how)
 		return -EIO;
 	switch (r->h.cmd) {
 	case NBD_CMD_READ:
-		if (r->h.len > READ_PIECE)
-			return is_here(b, r) ? 0 : ABSENT;
+		if (r->h.len > READ_PIECE)	/* fetch() sees what it lacks, and passes the rest */
+			return b->source && r->at.len > 0 ? ABSENT : 0;
 		return read_sparse(b, r);
 	case NBD_CMD_FLUSH:
 		return b->ops->flush(b, r);
@@ -332,7 +326,7 @@ static void submit(struct request *r)
 /* Bring what it lacks. */
 static void fetch(struct request *r, enum how how)
 {
-	int ret = r->backend->ops->fetch(r->backend, r, how);
+	int ret = r->backend->source->fetch(r->backend, r, how);
 
 	if (ret == 0)
 		request_again(r);

@@ -28,10 +28,9 @@ enum {
 };
 
 /*
- * The operations of a backend.  All entries are required, but for holds, fetch and take_back, which
- * are NULL where nothing is brought from elsewhere.  Several threads call them at the same time.
- * Ranges are inside the backend's size, and not empty.  Whoever changes a range has begun with it
- * in the backend's order (order.h).
+ * The operations of a backend.  Several threads call them at the same time.  Ranges are inside the
+ * backend's size, and not empty.  Whoever changes a range has begun with it in the backend's order
+ * (order.h).
  */
 struct backend_ops {
 	/* Fill buf with the range. */
@@ -56,9 +55,12 @@ struct backend_ops {
 	int (*extents)(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
 		       uint64_t off);
 
-	/* Whether the range can be read without fetch(). */
-	bool (*holds)(struct backend *b, uint64_t len, uint64_t off);
+	/* Free it, at the end of the program.  0, or -errno if something is not durable. */
+	int (*close)(struct backend *b);
+};
 
+/* Where a backend has blocks brought from.  Several threads call it, likewise. */
+struct backend_source {
 	/*
 	 * Begin to bring what the request lacks: a READ its range, others what r->at says.
 	 * PENDING, or -errno, -EAGAIN for TRY, or 0: try again.  Of a READ up to READ_PIECE and of
@@ -68,13 +70,11 @@ struct backend_ops {
 
 	/* Take back a request that fetch() keeps.  False if it is on its way back.  Any thread. */
 	bool (*take_back)(struct backend *b, struct request *r);
-
-	/* Free it, at the end of the program.  0, or -errno if something is not durable. */
-	int (*close)(struct backend *b);
 };
 
 struct backend {
 	const struct backend_ops *ops;
+	const struct backend_source *source;	/* NULL: nothing is ABSENT */
 	const char *name;	/* of its export, for the log; NULL before export_init() */
 	uint64_t size;		/* bytes; does not change */
 	bool readonly;

@@ -443,10 +443,10 @@ static bool may_clear(const struct bitmap *b)
 
 static bool refuse_file(const struct bitmap *b, const char *why)
 {
-	log_failure("bitmap file %s: %s%s", b->path, why,
-		    b->id.kind == BITMAP_CACHE && may_clear(b) ? " (--clear-bitmap begins afresh)" :
-								 "");
-	return false;
+	bool hint = b->id.kind == BITMAP_CACHE && may_clear(b);
+
+	return log_failure("bitmap file %s: %s%s", b->path, why,
+			   hint ? " (--clear-bitmap begins afresh)" : "");
 }
 
 static bool refuse_number(const struct bitmap *b, const char *what, uint64_t found,

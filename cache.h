@@ -20,22 +20,21 @@ struct cache {
 	 * all becomes durable, and all blocks are held; then the main thread lets the origin go.
 	 */
 	bool switching, switched;	/* the main thread's; switched: it is a target */
-	struct request commit;		/* the flush that makes all durable */
+	struct job job;
+	int error;			/* of the last one, an errno */
 	const char *step;		/* the one that is under way, or has failed */
 	uint64_t zeroed;		/* blocks that were missing, and read as zeros now */
 	atomic_bool switch_done;
 	atomic_bool stopping;		/* zero no more */
 };
 
-struct cache_options {
-	const char *image;		/* path of the cache image, a file or a block device */
-	const char *bitmap;		/* path of its bitmap file */
-	bool clear;			/* forget what is cached */
-	bool readonly;
-};
-
-/* Takes origin over, also when it fails.  NULL after logging why not. */
-struct cache *cache_open(const struct cache_options *o, struct origin *origin);
+/*
+ * A cache in an image, a file or a block device, with a bitmap file; if clear is set, what is cached is
+ * forgotten.  The origin must outlive the workers, and is the caller's to close.  NULL after logging
+ * why not.
+ */
+struct cache *cache_open(const char *image, const char *bitmap, bool clear, bool readonly,
+			 struct origin *origin);
 
 struct cache_status {
 	uint64_t blocks, held;		/* of the disk; in the image */

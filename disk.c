@@ -299,21 +299,9 @@ bool disk_create(const char *path, uint64_t size)
 		return true;
 	if (size <= INT64_MAX)
 		err = create_file(path, false, set_size, &size);
-	if (err && err != -EEXIST)
-		log_failure("cannot create image %s of %llu bytes: %s", path,
-			    (unsigned long long)size, strerror(-err));
-	return !err || err == -EEXIST;
-}
-
-bool disk_limit(struct disk *d, const char *path, uint64_t size)
-{
-	if (d->size < size) {
-		log_failure("image %s has %llu bytes, and at least %llu are expected", path,
-			    (unsigned long long)d->size, (unsigned long long)size);
-		return false;
-	}
-	d->size = size;
-	return true;
+	return !err || err == -EEXIST ||
+	       log_failure("cannot create image %s of %llu bytes: %s", path,
+			   (unsigned long long)size, strerror(-err));
 }
 
 /* Linux lets a read-only device be opened for writing, and then fails the writes. */
@@ -329,39 +317,32 @@ static bool is_readonly_device(int fd)
 #endif
 }
 
-/* Open a file or device.  -1 after logging why not. */
-static int open_image(const char *path, bool readonly, bool hints)
+/* Open a file or device.  False after logging why not. */
+static bool open_image(const char *path, bool readonly, bool hints, int *fd)
 {
 	const char *hint = hints && !readonly ? " (--readonly may help)" : "";
 	struct stat st;
-	int fd;
 
 	/* Before open(), which would hang on a FIFO. */
-	if (stat(path, &st) < 0) {
-		log_failure("cannot open image %s: %s%s", path, strerror(errno),
-			    *hint && errno == ENOENT ? " (--create SIZE makes one)" : "");
-		return -1;
-	}
-	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) {
-		log_failure("cannot serve image %s: it is %s, and must be a file or a block device",
-			    path, S_ISDIR(st.st_mode) ? "a directory" : "of another kind");
-		return -1;
-	}
-	fd = open(path, (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY);
-	if (fd < 0) {
+	if (stat(path, &st) < 0)
+		return log_failure("cannot open image %s: %s%s", path, strerror(errno),
+				   *hint && errno == ENOENT ? " (--create SIZE makes one)" : "");
+	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+		return log_failure("cannot serve image %s: it is %s, and must be a file or a block "
+				   "device", path,
+				   S_ISDIR(st.st_mode) ? "a directory" : "of another kind");
+	*fd = open(path, (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY);
+	if (*fd < 0) {
 		bool perhaps = errno == EACCES || errno == EROFS || errno == EPERM;
 
-		log_failure("cannot open image %s%s: %s%s", path, readonly ? "" : " for writing",
-			    strerror(errno), perhaps ? hint : "");
-		return -1;
+		return log_failure("cannot open image %s%s: %s%s", path,
+				   readonly ? "" : " for writing", strerror(errno),
+				   perhaps ? hint : "");
 	}
-	if (!readonly && is_readonly_device(fd)) {
-		log_failure("cannot open image %s for writing: the device is read-only%s", path,
-			    hint);
-		close(fd);
-		return -1;
-	}
-	return fd;
+	if (readonly || !is_readonly_device(*fd))
+		return true;
+	close(*fd);
+	return log_failure("cannot open image %s for writing: the device is read-only%s", path, hint);
 }
 
 struct disk *disk_adopt(int fd)
@@ -393,7 +374,7 @@ struct disk *disk_adopt(int fd)
 
 struct disk *disk_open(const char *path, bool readonly, bool hints)
 {
-	int fd = open_image(path, readonly, hints);
+	int fd = -1;
 
-	return fd < 0 ? NULL : disk_adopt(fd);
+	return open_image(path, readonly, hints, &fd) ? disk_adopt(fd) : NULL;
 }

@@ -19,7 +19,7 @@ struct disk_hook {
 };
 
 struct disk {
-	uint64_t size;			/* bytes */
+	uint64_t size;			/* bytes; whoever opens it may use less */
 	bool is_file;			/* which has a place beside it; else it is a device */
 	struct order order;		/* of the changes of the image */
 	struct disk_hook *hook;		/* or NULL; is set while nobody changes the disk */
@@ -59,9 +59,6 @@ struct disk *disk_open(const char *path, bool readonly, bool hints);
 
 /* Make a disk of an open image; takes fd over, also when it fails.  NULL as above. */
 struct disk *disk_adopt(int fd);
-
-/* Use the first size bytes only.  False after logging that there are less; path is for the log. */
-bool disk_limit(struct disk *d, const char *path, uint64_t size);
 
 /* NULL is allowed. */
 void disk_close(struct disk *d);

@@ -59,15 +59,17 @@ static struct backend *open_target(const struct options *o, struct exported *e, 
 
 static struct backend *open_proxy(const struct options *o, struct exported *e)
 {
-	const struct cache_options cache = { o->export->path, o->bitmap, o->clear_bitmap,
-					     o->readonly };
 	struct origin *origin = origin_open(o->host, o->port, o->export_name,
 					    (unsigned)o->origin_connections,
 					    (unsigned)o->origin_timeout * 1000);
 
-	exports.cache = origin ? cache_open(&cache, origin) : NULL;
-	if (!exports.cache)
+	if (!origin)
 		return NULL;
+	exports.cache = cache_open(o->export->path, o->bitmap, o->clear_bitmap, o->readonly, origin);
+	if (!exports.cache) {
+		origin_close(origin);
+		return NULL;
+	}
 	e->disk = exports.cache->layer.disk;
 	return &exports.cache->layer.backend;
 }
@@ -78,7 +80,7 @@ static struct backend *open_backend(const struct options *o, struct exported *e,
 		return open_proxy(o, e);
 	if (o->mode == MODE_TARGET)
 		return open_target(o, e, image);
-	return cow_open(&(struct cow_options){ image, o->cow_dir, o->cow_file, o->readonly });
+	return cow_open(image, o->cow_file, o->cow_dir, o->readonly);
 }
 
 /* Open the next export; the table has room for it. */
@@ -253,6 +255,8 @@ bool exports_close(void)
 {
 	bool ok = true;
 
+	if (exports.cache)
+		origin_close(exports.cache->origin);
 	for (struct exported *e = exports.all; e < exports.all + exports.count; e++) {
 		snapshot_free(e->snapshot);
 		ok &= e->export.backend->ops->close(e->export.backend) == 0;

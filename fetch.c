@@ -397,7 +397,9 @@ static int bring(struct fetcher *f, struct request *r, uint64_t *len, uint64_t o
 	return ret;
 }
 
-void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off, enum origin_priority priority)
+/* Begin to fetch what is neither held nor on its way of a range that a client will want. */
+static void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off,
+			enum origin_priority priority)
 {
 	uint64_t end = off + len;
 
@@ -468,27 +470,8 @@ static int pass_held(struct fetcher *f, struct request *r, enum how how)
 	return ret;
 }
 
-int fetch_extents(struct fetcher *f, struct request *r)
-{
-	struct fetch *fetch = fetch_new(f, 0, r->at.off, 0, ORIGIN_DEMAND);
-	int ret;
-
-	if (!fetch)
-		return -ENOMEM;
-	fetch->ask.off = r->at.off;
-	fetch->ask.len = r->at.len;
-	fetch->ask.extent = r->extent;	/* it comes back with the answer */
-	fetch->ask.extents = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
-	r->extent = NULL;
-	pthread_mutex_lock(&f->lock);
-	ret = fetch_join(fetch, r, r->at.len);
-	pthread_mutex_unlock(&f->lock);
-	origin_submit(f->origin, &fetch->ask);
-	return ret;
-}
-
-/* When it is PENDING the request may be done already: it is not looked at any more. */
-int fetch_wait(struct fetcher *f, struct request *r, enum how how)
+/* Of a READ, a CACHE or an edge.  When it is PENDING the request may be done already. */
+static int wait_for_data(struct fetcher *f, struct request *r, enum how how)
 {
 	const struct proto_request h = r->h;
 	uint64_t off, len, n;
@@ -510,6 +493,67 @@ int fetch_wait(struct fetcher *f, struct request *r, enum how how)
 			fetch_ahead(f, h.len, h.off);
 	}
 	return ret;
+}
+
+/* Both edges of a change are asked for at once; it waits for one after the other. */
+static int wait_for_edge(struct fetcher *f, struct request *r, enum how how)
+{
+	uint64_t end = r->at.off + r->at.len;
+	struct span edge = layer_lacks(f->layer, r->at.len, r->at.off);
+
+	if (edge.len == 0)
+		return 0;
+	if (end % BLOCK_SIZE != 0 && end != f->layer->size)
+		fetch_begin(f, 1, end - 1, ORIGIN_DEMAND);
+	r->at = edge;
+	return wait_for_data(f, r, how);
+}
+
+/* Ask the origin about r->at, which begins and ends where its smallest blocks do. */
+static int ask_extents(struct fetcher *f, struct request *r)
+{
+	struct fetch *fetch = fetch_new(f, 0, r->at.off, 0, ORIGIN_DEMAND);
+	int ret;
+
+	if (!fetch)
+		return -ENOMEM;
+	fetch->ask.off = r->at.off;
+	fetch->ask.len = r->at.len;
+	fetch->ask.extent = r->extent;	/* it comes back with the answer */
+	fetch->ask.extents = r->h.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
+	r->extent = NULL;
+	pthread_mutex_lock(&f->lock);
+	ret = fetch_join(fetch, r, r->at.len);
+	pthread_mutex_unlock(&f->lock);
+	origin_submit(f->origin, &fetch->ask);
+	return ret;
+}
+
+/* What is in a part of one of the origin's blocks is data. */
+static int wait_for_extents(struct fetcher *f, struct request *r)
+{
+	uint64_t unit = origin_limits(f->origin)->min_block;
+	struct span *s = &r->at;
+	bool held;
+
+	if (s->len > PROTO_STATUS_MAX / 2)
+		s->len = PROTO_STATUS_MAX / 2;
+	s->len = layer_run(f->layer, s->len, s->off, &held);
+	if (held)
+		return 0;
+	if (s->off % unit == 0 && (s->len % unit == 0 || s->off + s->len == f->layer->size))
+		return ask_extents(f, r);
+	r->extent[0] = (struct extent){ s->len, 0 };
+	r->extents = 1;
+	request_done(r, 0);
+	return PENDING;
+}
+
+int fetch_wait(struct fetcher *f, struct request *r, enum how how)
+{
+	if (r->h.cmd == NBD_CMD_BLOCK_STATUS)
+		return wait_for_extents(f, r);
+	return proto_cmd_writes(r->h.cmd) ? wait_for_edge(f, r, how) : wait_for_data(f, r, how);
 }
 
 bool fetch_take_back(struct fetcher *f, struct request *r)

@@ -45,27 +45,18 @@ void fetcher_init(struct fetcher *f, struct layer *layer, struct origin *origin)
  */
 uint64_t fetch_copy(struct fetcher *f, uint64_t len, uint64_t off, uint64_t max);
 
-/* Begin to fetch what is neither held nor on its way of a range that a client will want. */
-void fetch_begin(struct fetcher *f, uint64_t len, uint64_t off, enum origin_priority priority);
-
 /*
- * Let a client's request wait for the first of r->at that is not held.  The origin's error is its
- * answer.
+ * Let a client's request wait for the first of r->at that it lacks.  The origin's error is its answer.
  *
  *	READ up to READ_PIECE	goes on behind that, and is done with its data at the end
  *	longer READ, CACHE	go on behind that, and are carried out again
- *	others			are carried out again
+ *	BLOCK_STATUS		is done with what the origin tells, in r->extent
+ *	a change		is carried out again
  *
  * What a sequential reader will want next is fetched ahead of it.  Returns the outcome of r's fetch
  * operation.
  */
 int fetch_wait(struct fetcher *f, struct request *r, enum how how);
-
-/*
- * Let a BLOCK_STATUS wait for what the origin tells of r->at, a multiple of its smallest block, in
- * r->extent.  Returns as above.
- */
-int fetch_extents(struct fetcher *f, struct request *r);
 
 /* Let a request that waits go.  False if it is on its way back, or does not wait.  Any thread. */
 bool fetch_take_back(struct fetcher *f, struct request *r);

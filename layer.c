@@ -32,6 +32,7 @@
 #include <errno.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static struct layer *layer_of(struct backend *b)
@@ -159,64 +160,23 @@ static void flush_job(struct job *job)
 	request_done(r, l->result);
 }
 
-static void complete_job(struct job *job)
+static int layer_flush(struct backend *b, struct request *r)
 {
-	struct request *r = (struct request *)((char *)job - offsetof(struct request, job));
-	struct layer *l = layer_of(r->backend);
-	int err = atomic_load(&l->backend.failed) ? -EIO : complete_map(l);
+	struct layer *l = layer_of(b);
 
-	request_done(r, end_commit(l, err, false));
-}
-
-static int submit_request(struct layer *l, struct request *r, void (*run)(struct job *))
-{
+	if (b->readonly && !l->durable)
+		return 0;
 	r->commits = atomic_load(&l->begun);
-	r->job.run = run;
+	r->job.run = flush_job;
 	worker_submit(&r->job, &l->commits);
 	return PENDING;
 }
 
-int layer_flush(struct backend *b, struct request *r)
+int layer_complete(struct layer *l)
 {
-	return b->readonly && !layer_of(b)->durable ? 0 : submit_request(layer_of(b), r, flush_job);
-}
+	int err = atomic_load(&l->backend.failed) ? -EIO : complete_map(l);
 
-int layer_complete(struct layer *l, struct request *r)
-{
-	return submit_request(l, r, complete_job);
-}
-
-/* Beginning and end */
-
-void layer_begin(struct layer *l, const struct backend_ops *ops, bool readonly, const char *what)
-{
-	l->backend.ops = ops;
-	l->backend.size = l->size;
-	l->backend.readonly = readonly;
-	l->backend.order = &l->disk->order;
-	l->what = what;
-	l->commits.single = true;
-	l->timer.run = timer_due;
-	if (l->map)
-		atomic_init(&l->brought, bitmap_count(l->map));
-	if (l->durable)
-		commit_soon(l);
-}
-
-void layer_destroy(struct layer *l)
-{
-	disk_close(l->base);
-	disk_close(l->disk);
-	bitmap_close(l->map);
-}
-
-int layer_finish(struct layer *l)
-{
-	int err = l->durable ? end_commit(l, make_durable(l), true) : 0;
-
-	if (l->durable && !err)
-		bitmap_mark_clean(l->map);	/* or the next start looks at more than it has to */
-	return atomic_load(&l->lost) ? -EIO : err;
+	return end_commit(l, err, false);
 }
 
 /* Blocks */
@@ -257,6 +217,17 @@ uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off)
 	return off + len == l->size ? len : len - len % BLOCK_SIZE;
 }
 
+struct span layer_lacks(const struct layer *l, uint64_t len, uint64_t off)
+{
+	uint64_t end = off + len;
+
+	if (off % BLOCK_SIZE != 0 && !layer_holds(l, 1, off))
+		return (struct span){ off, 1 };
+	if (end % BLOCK_SIZE != 0 && end != l->size && !layer_holds(l, 1, end - 1))
+		return (struct span){ end - 1, 1 };
+	return (struct span){ off, 0 };
+}
+
 /* Where the run at off lies, of at most *len bytes, and its length; NULL: it is absent. */
 static struct disk *run_at(const struct layer *l, uint64_t *len, uint64_t off)
 {
@@ -266,7 +237,7 @@ static struct disk *run_at(const struct layer *l, uint64_t *len, uint64_t off)
 	return held ? l->disk : l->base;
 }
 
-int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
+static int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)
 {
 	int ret = layer_of(b)->base || layer_holds(layer_of(b), len, off) ? 0 : ABSENT;
 
@@ -281,7 +252,7 @@ int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum
 	return ret;
 }
 
-int layer_cache(struct backend *b, uint64_t *len, uint64_t off)
+static int layer_cache(struct backend *b, uint64_t *len, uint64_t off)
 {
 	struct disk *d = run_at(layer_of(b), len, off);
 
@@ -292,8 +263,8 @@ int layer_cache(struct backend *b, uint64_t *len, uint64_t off)
 	return d ? 0 : ABSENT;
 }
 
-int layer_extents(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
-		  uint64_t off)
+static int layer_extents(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
+			 uint64_t off)
 {
 	uint64_t end = off + len;
 	unsigned n = 0, max = *count;
@@ -327,10 +298,14 @@ static int check_map(struct layer *l, int ret)
 	return ret;
 }
 
-/* A client changes something, which a map's file tells first. */
-static int note_change(struct layer *l)
+/* A client changes something, which a map's file tells first; or ABSENT. */
+static int begin_change(struct layer *l, uint64_t len, uint64_t off)
 {
-	return l->map ? check_map(l, bitmap_tell(l->map, BITMAP_WRITTEN, false)) : 0;
+	if (!l->map)
+		return 0;
+	if (!l->base && layer_lacks(l, len, off).len > 0)
+		return ABSENT;
+	return check_map(l, bitmap_tell(l->map, BITMAP_WRITTEN, false));
 }
 
 /*
@@ -397,9 +372,10 @@ static int write_range(struct layer *l, const uint8_t *buf, uint64_t len, uint64
 	return ret;
 }
 
-int layer_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how)
+static int layer_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off,
+		       enum how how)
 {
-	int ret = note_change(layer_of(b));
+	int ret = begin_change(layer_of(b), len, off);
 
 	return ret ? ret : write_range(layer_of(b), buf, len, off, how);
 }
@@ -416,12 +392,12 @@ static int zero_whole(struct layer *l, uint64_t len, uint64_t off, unsigned flag
 }
 
 /* Whole blocks first: for FAST_ZERO that is what may fail, and then nothing may have changed. */
-int layer_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
+static int layer_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags)
 {
 	struct layer *l = layer_of(b);
 	static uint8_t zeros[BLOCK_SIZE];	/* never written */
 	uint64_t head = (BLOCK_SIZE - off % BLOCK_SIZE) % BLOCK_SIZE, whole, tail;
-	int ret = note_change(l);
+	int ret = begin_change(l, len, off);
 
 	if (head > len)
 		head = len;
@@ -488,4 +464,51 @@ int layer_zero_missing(struct layer *l, const atomic_bool *stop)
 		err = atomic_load(stop) ? -ECANCELED : fill_range(l, NULL, n, off, false, WAIT);
 	}
 	return err;
+}
+
+/* Beginning and end */
+
+void layer_free(struct layer *l)
+{
+	disk_close(l->base);
+	disk_close(l->disk);
+	bitmap_close(l->map);
+	free(l);
+}
+
+static int layer_close(struct backend *b)
+{
+	struct layer *l = layer_of(b);
+	int err = l->durable ? end_commit(l, make_durable(l), true) : 0;
+
+	if (l->durable && !err)
+		bitmap_mark_clean(l->map);	/* or the next start looks at more than it has to */
+	err = atomic_load(&l->lost) ? -EIO : err;
+	layer_free(l);
+	return err;
+}
+
+static const struct backend_ops layer_ops = {
+	.read = layer_read,
+	.write = layer_write,
+	.zero = layer_zero,
+	.flush = layer_flush,
+	.cache = layer_cache,
+	.extents = layer_extents,
+	.close = layer_close,
+};
+
+void layer_begin(struct layer *l, bool readonly, const char *what)
+{
+	l->backend.ops = &layer_ops;
+	l->backend.size = l->size;
+	l->backend.readonly = readonly;
+	l->backend.order = &l->disk->order;
+	l->what = what;
+	l->commits.single = true;
+	l->timer.run = timer_due;
+	if (l->map)
+		atomic_init(&l->brought, bitmap_count(l->map));
+	if (l->durable)
+		commit_soon(l);
 }

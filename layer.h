@@ -25,7 +25,7 @@ struct layer {
 	atomic_bool spoilt;		/* blocks without a bit were, since layer_zero_missing() */
 
 	/* Commits, one at a time. */
-	struct lane commits;		/* of those who want one */
+	struct lane commits;
 	atomic_uint_least64_t begun;	/* how many have begun */
 	int result;			/* of the last one; only jobs of the lane know it */
 	bool told;			/* the log was, of an error of the moment; likewise */
@@ -35,22 +35,24 @@ struct layer {
 };
 
 /*
- * All is open, and size, disk, map, base and durable are set; the rest is zero.  What a killed
- * server set and did not commit is committed soon.
+ * All is open; size, disk, map, base and durable are set, and the backend's source if it has one; the
+ * rest is zero.  The backend's operations work from then on.  Without a base, what a read finds not
+ * held is ABSENT, and so is, to a change, what layer_lacks() tells.  What a killed server set and
+ * did not commit is committed soon.
  */
-void layer_begin(struct layer *l, const struct backend_ops *ops, bool readonly, const char *what);
+void layer_begin(struct layer *l, bool readonly, const char *what);
 
-/* Close the image, the map and the base, those that are there. */
-void layer_destroy(struct layer *l);
-
-/* The end: a last commit of the map, on this thread.  0, or -errno if something is not durable. */
-int layer_finish(struct layer *l);
+/* After a failed start: close the image, the map and the base, and free what begins with l. */
+void layer_free(struct layer *l);
 
 /* The length of the run at off, at most len bytes, that is in the same place: held or not. */
 uint64_t layer_run(const struct layer *l, uint64_t len, uint64_t off, bool *held);
 
 /* Whether all of the range is held. */
 bool layer_holds(const struct layer *l, uint64_t len, uint64_t off);
+
+/* A byte in a block that is not held, and of which a change of the range keeps a part; or none. */
+struct span layer_lacks(const struct layer *l, uint64_t len, uint64_t off);
 
 /* The number of blocks that are not held.  Costs nothing. */
 uint64_t layer_missing(const struct layer *l);
@@ -60,18 +62,6 @@ uint64_t layer_written(const struct layer *l);
 
 /* How many of len bytes at off are whole blocks, from the beginning on. */
 uint64_t layer_whole(const struct layer *l, uint64_t len, uint64_t off);
-
-/*
- * Operations of a backend.  What is not held is ABSENT to reads where there is no base.  A change may
- * leave a part of a block as it is if the block is held, or the rest can be taken from the base.
- */
-int layer_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how);
-int layer_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off, enum how how);
-int layer_zero(struct backend *b, uint64_t len, uint64_t off, unsigned flags);
-int layer_flush(struct backend *b, struct request *r);
-int layer_cache(struct backend *b, uint64_t *len, uint64_t off);
-int layer_extents(struct backend *b, struct extent *extent, unsigned *count, uint64_t len,
-		  uint64_t off);
 
 /*
  * Hold what is not held of a range of whole blocks; what is held stays as it is.  buf has the
@@ -86,10 +76,10 @@ int layer_fill(struct layer *l, const uint8_t *buf, uint64_t len, uint64_t off, 
 int layer_zero_missing(struct layer *l, const atomic_bool *stop);
 
 /*
- * Hold all blocks, at one instant, on stable storage, after a flush by r.  What was not held reads
- * as zeros then, if layer_zero_missing() has succeeded.  r is done with an error if that failed,
- * and then nothing has changed.  PENDING.
+ * Hold all blocks, at one instant, on stable storage.  What was not held reads as zeros then, if
+ * layer_zero_missing() has succeeded.  For a job in the lane of the commits.  0; or -errno, and then
+ * nothing has changed.
  */
-int layer_complete(struct layer *l, struct request *r);
+int layer_complete(struct layer *l);
 
 #endif

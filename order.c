@@ -77,10 +77,6 @@ static void take(struct change *c, uint64_t len, uint64_t off)
 	uint64_t end = off + len;
 	unsigned n;
 
-	if (c->count == 1 && c->left->off >= off && c->left->off + c->left->len <= end) {
-		c->count = 0;		/* as mostly */
-		return;
-	}
 	for (unsigned i = find_left(c, off); i < c->count && c->left[i].off < end; i += n) {
 		struct span s = c->left[i], rest[2];
 

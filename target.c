@@ -20,52 +20,28 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static int target_close(struct backend *b)
-{
-	struct layer *l = (struct layer *)b;
-	int err = layer_finish(l);
-
-	layer_destroy(l);
-	free(l);
-	return err;
-}
-
-static const struct backend_ops target_ops = {
-	.read = layer_read,
-	.write = layer_write,
-	.zero = layer_zero,
-	.flush = layer_flush,
-	.cache = layer_cache,
-	.extents = layer_extents,
-	.close = target_close,
-};
-
-/* Opening */
-
 struct backend *target_open(struct disk *d, bool readonly)
 {
 	struct layer *l = not_null(calloc(1, sizeof(*l)));
 
 	l->size = d->size;
 	l->disk = d;
-	layer_begin(l, &target_ops, readonly, "the image");
+	layer_begin(l, readonly, "the image");
 	return &l->backend;
 }
 
 /* Copy on write */
 
 /* A file without a name, as large as the base. */
-static bool open_throw_away(struct layer *l, const struct cow_options *o)
+static bool open_throw_away(struct layer *l, const char *base, const char *place)
 {
 	char *dir;
 	int fd;
 
-	if (!o->dir && !l->base->is_file) {
-		log_failure("base image %s is a device: --cow-dir must say where the overlay goes",
-			    o->base);
-		return false;
-	}
-	dir = not_null(o->dir ? strdup(o->dir) : directory_of(o->base));
+	if (!place && !l->base->is_file)
+		return log_failure("base image %s is a device: --cow-dir must say where the "
+				   "overlay goes", base);
+	dir = not_null(place ? strdup(place) : directory_of(base));
 	fd = disk_make_file(dir, ".xnbd-overlay-", NULL);
 	if (fd >= 0 && ftruncate(fd, (off_t)l->size) == 0) {
 		l->disk = disk_adopt(fd);
@@ -73,7 +49,7 @@ static bool open_throw_away(struct layer *l, const struct cow_options *o)
 	} else {
 		log_failure("cannot make an overlay of %llu bytes in %s: %s%s",
 			    (unsigned long long)l->size, dir, strerror(errno),
-			    o->dir ? "" : " (--cow-dir names another place)");
+			    place ? "" : " (--cow-dir names another place)");
 		if (fd >= 0)
 			close(fd);
 	}
@@ -97,10 +73,8 @@ static bool fingerprint(const struct layer *l, uint64_t *result)
 		uint64_t bytes = left < BLOCK_SIZE ? left : BLOCK_SIZE;
 		int err = disk_read(l->base, block, bytes, off, WAIT);
 
-		if (err) {
-			log_failure("cannot read the base image: %s", strerror(-err));
-			return false;
-		}
+		if (err)
+			return log_failure("cannot read the base image: %s", strerror(-err));
 		*result = bitmap_checksum(*result, block, bytes);
 	}
 	return true;
@@ -112,21 +86,16 @@ static bool open_kept_file(struct layer *l, const char *path)
 	uint64_t held = bitmap_count(l->map);
 	struct stat st;
 
-	if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode)) {
-		log_failure("overlay %s is no regular file", path);
-		return false;
-	}
-	if (held > 0 && access(path, F_OK) < 0) {
-		log_failure("overlay %s does not exist, but %s.map says that it holds %llu blocks",
-			    path, path, (unsigned long long)held);
-		return false;
-	}
+	if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode))
+		return log_failure("overlay %s is no regular file", path);
+	if (held > 0 && access(path, F_OK) < 0)
+		return log_failure("overlay %s does not exist, but %s.map says that it holds %llu "
+				   "blocks", path, path, (unsigned long long)held);
 	l->disk = disk_create(path, l->size) ? disk_open(path, false, false) : NULL;
 	if (!l->disk || l->disk->size == l->size)
 		return l->disk;
-	log_failure("overlay %s: its size is %llu, and %llu, that of its base, is expected", path,
-		    (unsigned long long)l->disk->size, (unsigned long long)l->size);
-	return false;
+	return log_failure("overlay %s: its size is %llu, and %llu, that of its base, is expected",
+			   path, (unsigned long long)l->disk->size, (unsigned long long)l->size);
 }
 
 static bool open_kept(struct layer *l, const char *path)
@@ -137,32 +106,29 @@ static bool open_kept(struct layer *l, const char *path)
 	bool ok = fingerprint(l, &id.fingerprint);
 
 	snprintf(map, room, "%s.map", path);
-	if (ok && access(path, F_OK) == 0 && access(map, F_OK) < 0) {
-		log_failure("overlay %s exists, but its map %s does not: without it the overlay is "
-			    "of no use, remove it to begin afresh", path, map);
-		ok = false;
-	}
+	if (ok && access(path, F_OK) == 0 && access(map, F_OK) < 0)
+		ok = log_failure("overlay %s exists, but its map %s does not: without it the "
+				 "overlay is of no use, remove it to begin afresh", path, map);
 	l->durable = true;
 	l->map = ok ? bitmap_open(map, &id, false) : NULL;
 	free(map);
 	return l->map && open_kept_file(l, path);
 }
 
-struct backend *cow_open(const struct cow_options *o)
+struct backend *cow_open(const char *base, const char *file, const char *dir, bool readonly)
 {
-	struct disk *base = disk_open(o->base, true, false);
+	struct disk *d = disk_open(base, true, false);
 	struct layer *l;
 
-	if (!base)
+	if (!d)
 		return NULL;
 	l = not_null(calloc(1, sizeof(*l)));
-	l->size = base->size;
-	l->base = base;
-	if (o->file ? open_kept(l, o->file) : open_throw_away(l, o)) {
-		layer_begin(l, &target_ops, o->readonly, "the overlay");
+	l->size = d->size;
+	l->base = d;
+	if (file ? open_kept(l, file) : open_throw_away(l, base, dir)) {
+		layer_begin(l, readonly, "the overlay");
 		return &l->backend;
 	}
-	layer_destroy(l);
-	free(l);
+	layer_free(l);
 	return NULL;
 }

@@ -14,14 +14,10 @@ struct disk;
 /* The disk is taken over.  Both are for the start: without memory the program ends. */
 struct backend *target_open(struct disk *d, bool readonly);
 
-struct cow_options {
-	const char *base;	/* path of the base image */
-	const char *dir;	/* where the throw-away overlay goes, NULL: beside the base */
-	const char *file;	/* of an overlay that is kept, its map in FILE.map; or NULL */
-	bool readonly;
-};
-
-/* NULL after logging why not.  The close operation commits an overlay that is kept. */
-struct backend *cow_open(const struct cow_options *o);
+/*
+ * On the base image of that path.  The overlay is file, which is kept, its map in FILE.map; or, if
+ * that is NULL, it is thrown away, and lies in dir, NULL: beside the base.  NULL after logging why not.
+ */
+struct backend *cow_open(const char *base, const char *file, const char *dir, bool readonly);
 
 #endif

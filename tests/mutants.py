@@ -262,8 +262,7 @@ mutant("TRIM of a part clears its whole first block",
        "uint64_t from = r->h.off / BLOCK_SIZE * BLOCK_SIZE;",
        tests="test_protocol.py::test_trim_discards_whole_blocks_and_keeps_the_rest")
 mutant("FLUSH answers at once", "FLUSH as the first command",
-       "layer.c", "return b->readonly && !layer_of(b)->durable ? 0 : submit_request(layer_of(b), r, flush_job);",
-       "(void)b, (void)r, (void)flush_job;\n\treturn 0;",
+       "layer.c", "if (b->readonly && !l->durable)", "if (true)",
        tests="test_protocol.py::test_flush_makes_writes_stable")
 mutant("FLUSH is never answered", "FLUSH as the first command",
        "layer.c", "worker_submit(&r->job, &l->commits);", "",
@@ -282,8 +281,8 @@ mutant("a stuck worker is awaited without end",
        "xnbd.c", "STOP_MS = 4500,", "STOP_MS = 45000,",
        tests="test_exports.py::test_server_ends_in_time_though_a_disk_hangs")
 mutant("FLUSH is done by the thread of its connection", "a disk that hangs",
-       "layer.c", "return b->readonly && !layer_of(b)->durable ? 0 : submit_request(layer_of(b), r, flush_job);",
-       "(void)r, (void)flush_job;\n\treturn disk_sync(layer_of(b)->disk);",
+       "layer.c", "if (b->readonly && !l->durable)\n\t\treturn 0;",
+       "if (true)\n\t\treturn disk_sync(l->disk);",
        tests="test_faults.py::test_sync_that_hangs_holds_up_only_who_waits_for_it")
 mutant("FUA does not flush", "flags on every command",
        "backend.c", "if (ret == 0)\n\t\treturn request_commit(r);\n\treturn r->absent",
@@ -555,9 +554,9 @@ mutant("a block that could not be copied counts as copied", "under a snapshot",
 # Copy on write
 
 mutant("FLUSH marks every block", "FLUSH marks every block as written",
-       "layer.c", "return b->readonly && !layer_of(b)->durable ? 0 : submit_request(layer_of(b), r, flush_job);",
-       "bitmap_set(layer_of(b)->map, 0, bitmap_blocks(b->size), true);\n"
-       "\treturn submit_request(layer_of(b), r, flush_job);",
+       "layer.c", "r->commits = atomic_load(&l->begun);",
+       "bitmap_set(l->map, 0, bitmap_blocks(b->size), true);\n"
+       "\tr->commits = atomic_load(&l->begun);",
        tests="test_cow.py::test_flush_changes_nothing")
 mutant("a block is marked before it is stored", "client dies after 4 of 64 KiB",
        "layer.c", "ret = disk_write(l->disk, buf, n, off, how);\n"
@@ -702,9 +701,9 @@ mutant("that clients write is not synced before their bits",
        tests="test_cow.py::"
              "test_first_change_is_told_and_has_its_space_before_it_is_recorded")
 mutant("a change is told after it was made", "bitmap reaches the disk before the data",
-       "layer.c", "int ret = note_change(layer_of(b));\n\n\treturn ret ? ret : write_range(",
+       "layer.c", "int ret = begin_change(layer_of(b), len, off);\n\n\treturn ret ? ret : write_range(",
        "int ret = write_range(layer_of(b), buf, len, off, how);\n\n"
-       "\treturn ret ? ret : note_change(layer_of(b));\n\treturn write_range(",
+       "\treturn ret ? ret : begin_change(layer_of(b), len, off);\n\treturn write_range(",
        tests="test_cow.py::"
              "test_first_change_is_told_and_has_its_space_before_it_is_recorded")
 mutant("a set bit does not mark its page", "bitmap reaches the disk before the data",
@@ -863,10 +862,10 @@ mutant("two servers have one bitmap", "another server uses the cache",
        "bitmap.c", "|| flock(b->fd, LOCK_EX | LOCK_NB) < 0 ", "",
        tests="test_proxy.py::test_second_server_on_a_bitmap_is_refused")
 mutant("a lost cache image is made anew", "cache image deleted or shorter, bitmap kept",
-       "cache.c", "if (held > 0) {", "if (held > 0 && d) {",
+       "cache.c", "held > 0 && !is_device", "held > 0 && l->disk && !is_device",
        tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
 mutant("a short cache image is extended", "cache image deleted or shorter, bitmap kept",
-       "cache.c", "if (held > 0) {", "if (held > 0 && !d) {",
+       "cache.c", "held > 0 && !is_device", "held > 0 && !l->disk",
        tests="test_proxy.py::test_spoilt_cache_is_refused_until_the_bitmap_is_cleared")
 
 # The proxy
@@ -1006,14 +1005,16 @@ mutant("a lost origin is tried again at once", "origin that is always wrong",
        tests="test_origin.py::test_origin_that_is_always_wrong_is_not_asked_all_the_time "
              "test_origin.py::test_attempts_back_off")
 mutant("a cached read waits for the origin", "one dead origin stalls every client",
-       "cache.c", "static const struct backend_ops cache_ops = {",
+       "cache.c", "static const struct backend_source cache_source",
        "static int cache_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off, enum how how)\n"
        "{\n\tstruct cache *c = to_cache(b);\n\tstruct origin_status s;\n\n"
        "\tif (!layer_holds(&c->layer, len, off))\n\t\treturn ABSENT;\n"
        "\tfor (origin_status(c->origin, &s); !s.links; origin_status(c->origin, &s))\n"
-       "\t\tusleep(1000);\n\treturn layer_read(b, buf, len, off, how);\n}\n\n"
-       "static const struct backend_ops cache_ops = {",
-       "cache.c", ".read = layer_read,", ".read = cache_read,",
+       "\t\tusleep(1000);\n\treturn disk_read(c->layer.disk, buf, len, off, how);\n}\n\n"
+       "static const struct backend_source cache_source",
+       "cache.c", "readonly, \"the cache\");",
+       "readonly, \"the cache\");\n\tstatic struct backend_ops ops;\n"
+       "\tops = *c->layer.backend.ops;\n\tops.read = cache_read;\n\tc->layer.backend.ops = &ops;",
        tests="test_proxy.py::test_cached_blocks_need_no_origin_and_others_wait_for_it")
 mutant("an error of the origin is for all who wait", "one EIO of the origin",
        "fetch.c", "(fetch->ask.error == -EIO && wider) ||", "(false && wider) ||",
@@ -1054,7 +1055,7 @@ mutant("memory for what waits for the origin is not bounded",
        "conn.c", "BUFFERED_MAX, &load.bytes, load.bytes_max)", "BUFFERED_MAX, &load.bytes, SIZE_MAX)",
        tests="test_proxy.py::test_limits_hold_while_the_origin_is_stopped")
 mutant("what is not cached is a hole", 'a proxy never reports "not cached" as a hole',
-       "cache.c", "r->extent[0] = (struct extent){ s->len, 0 };",
+       "fetch.c", "r->extent[0] = (struct extent){ s->len, 0 };",
        "r->extent[0] = (struct extent){ s->len, NBD_STATE_HOLE | NBD_STATE_ZERO };",
        tests="test_proxy.py::test_absent_blocks_are_not_holes")
 mutant("the copy goes before clients", "the copy starves clients",
@@ -1140,11 +1141,10 @@ mutant("a switch that fails undoes an earlier one", "fdatasync fails, the next o
        tests="test_proxy.py::test_second_switch_that_fails_takes_nothing_from_the_first")
 mutant("the switch goes on though the image is not durable",
        "fdatasync fails, the next one succeeds",
-       "cache.c", "atomic_store(&to_cache(r->backend)->switch_done", 
-       "r->error = 0;\n\tatomic_store(&to_cache(r->backend)->switch_done",
+       "cache.c", "c->error = -err;", "c->error = 0 * err;",
        tests="test_proxy.py::test_switch_is_refused_when_the_data_cannot_be_made_durable")
 mutant("the switch gives the disk the size of the image", "switch changes the disk's size",
-       "disk.c", "d->size = size;\n\treturn true;", "return true;",
+       "cache.c", "l->disk->size = size;", "",
        "ctl.c", "if (!cache_switch_ended(exports.cache, &error))\n",
        "if (exports.cache->switch_done)\n"
        "\t\texports.all[0].export.proto.size = exports.all[0].disk->size;\n"
@@ -1306,7 +1306,7 @@ mutant("late requests get ESHUTDOWN",
        tests="test_restart.py::test_client_of_qemu_does_not_notice_restarts "
              "test_restart.py::test_client_that_goes_on_asking_loses_nothing")
 mutant("the status forgets stable storage", "exit status 0 though something is lost",
-       "layer.c", "return atomic_load(&l->lost) ? -EIO : err;", "return err;",
+       "layer.c", "err = atomic_load(&l->lost) ? -EIO : err;", "",
        tests="test_restart.py::test_flush_that_failed_is_told_by_the_status")
 mutant("a disk that keeps a thread is no loss", "exit status 0 though something is lost",
        "xnbd.c", "remove_pidfile();\n\t\t\tend_at_once(NULL);",
