@@ -344,7 +344,7 @@ const char *control_say_progress(struct answer *a, bool *runs)
 	if (o.links == 0 && is_proxy())
 		control_say(a, "origin-reason", "%s", o.reason);
 	control_say(a, "progress", "%" PRIu64 " %" PRIu64 " %" PRIu64, c.held, c.blocks, s.rate);
-	if (*runs || c.held == c.blocks)
+	if (*runs || (c.held == c.blocks && !s.error))
 		return NULL;
 	for (unsigned i = 0; i < s.failures; i++)
 		control_say(a, "failed", "%" PRIu64 " %" PRIu64, s.failure[i].off, s.failure[i].len);

@@ -144,7 +144,7 @@ static void copy_end(struct copy *c)
 		else
 			s->failures_more++;
 	}
-	if (layer_missing(c->layer) == 0)
+	if (layer_missing(c->layer) == 0 && !s->error)
 		s->state = COPY_DONE;
 	else
 		s->state = s->error || c->wanted > 0 ? COPY_FAILED : COPY_IDLE;
@@ -160,6 +160,8 @@ static uint64_t copy_goes_on(struct copy *c)
 	bool over, ended = false;
 
 	pthread_mutex_lock(&c->lock);
+	if (atomic_load(&c->layer->backend.failed) && !c->status.error)
+		c->status.error = EIO;		/* what is stored now would not be believed */
 	if (c->off == size && c->under_way == 0 && !c->by_units && layer_missing(c->layer) > 0) {
 		c->by_units = true;
 		c->off = 0;

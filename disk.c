@@ -30,7 +30,7 @@
 enum {
 	/* A write that took longer shows that the disk is behind: workers write for a while. */
 	SLOW_WRITE_US = 25 * 1000,	/* more than to lose the processor for a turn */
-	SLOW_WRITE_PENALTY_US = 500 * 1000,
+	SLOW_WRITE_PENALTIES = 20,	/* times as long: so much of the loop's time it costs */
 
 	ZERO_CHUNK = 64 * 1024,
 };
@@ -76,7 +76,7 @@ static bool needs_read(struct disk *d, uint64_t off)
  */
 static int write_try(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t off)
 {
-	uint64_t start;
+	uint64_t start, took;
 	int ret;
 
 	if (d->in_memory)
@@ -87,8 +87,9 @@ static int write_try(struct disk *d, const uint8_t *buf, uint64_t len, uint64_t 
 	if (needs_read(d, off) || needs_read(d, off + len))
 		return -EAGAIN;
 	ret = write_at(d->fd, buf, len, off);
-	if (now_us() - start > SLOW_WRITE_US)
-		atomic_store_explicit(&d->slow_until, start + SLOW_WRITE_PENALTY_US,
+	took = now_us() - start;
+	if (took > SLOW_WRITE_US)
+		atomic_store_explicit(&d->slow_until, start + SLOW_WRITE_PENALTIES * took,
 				      memory_order_relaxed);
 	return ret;
 }

@@ -616,8 +616,7 @@ int main(int argc, char **argv)
 		status = EXIT_SUCCESS;
 	}
 	server_stop();
-	alarm(0);		/* what is left is a last commit */
-	if (!exports_close())
+	if (!exports_close())		/* a last commit; the alarm bounds it, too */
 		status = EXIT_FAILURE;
 	return status;
 }
