@@ -1358,6 +1358,16 @@ mutant("a host may have all connections", "one host takes all connections",
 mutant("a signal waits for the end of the start", "a start that waits for a silent origin cannot be ended",
        "xnbd.c", "if (stops && opening) {", "if (false) {",
        tests="test_silence.py::test_signal_ends_a_start_that_waits")
+mutant("workers write for half a second from the beginning of a slow write",
+       "a disk whose writes are slow holds up another export",
+       "disk.c", "start + SLOW_WRITE_PENALTIES * took,", "start + 500 * 1000,",
+       tests="test_order.py::test_write_after_a_slow_one_is_work_for_a_worker")
+mutant("what a failed cache holds is a copy", "a copy into a cache that has failed",
+       "copy.c", "c->status.error = EIO;\t\t/* what", ";\t\t/* what",
+       tests="test_faults.py::test_copy_into_a_cache_that_has_failed_is_no_success")
+mutant("the last commit has no end", "a disk that hangs",
+       "xnbd.c", "\tserver_stop();\n\tif (!exports_close())", "\tserver_stop();\n\talarm(0);\n\tif (!exports_close())",
+       tests="test_faults.py::test_last_commit_that_does_not_end_does_not_keep_the_server_from_ending")
 mutant("the alarm says nothing", "a server ends with status 1, and nobody knows why",
        "xnbd.c", 'end_at_once("xnbd-server: stopped, but the main thread waits for the disk\\n");', "end_at_once(NULL);",
        tests="test_silence.py::test_end_by_the_alarm_is_told")

@@ -39,6 +39,7 @@ from conftest import (CRASH, Server, SharedPage, build_library, is_portable, mak
                       need_holes, skip)
 from nbd import *
 from origin import Origin
+from test_control import bgctl
 from test_cow import Map, spoil_uncommitted
 from test_snapshot import file_system
 
@@ -984,6 +985,33 @@ def test_sync_that_does_not_end_does_not_keep_the_server_from_ending(bench):
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(hang, [bench.mode(name) for name in ("target", "cow-file", "proxy")]))
+
+
+@hazard("SIGTERM with a disk that hangs")
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@with_map
+def test_last_commit_that_does_not_end_does_not_keep_the_server_from_ending(running, number):
+    """Whichever of its syncs hangs, on whatever thread."""
+    carry_out(running, op(FLUSH), op(WRITE, 90 * BLOCK, 2 * BLOCK))
+    running.control.arm("fdatasync", HOLD, number, EVER)
+    running.server.terminate()
+    running.server.expected_status = None
+    status = running.server.wait(DEADLINE)
+    assert status == (running.control.injected > 0)
+    assert (status == 1) == ("waits for the disk" in running.server.log())
+    running.control.disarm()
+
+
+@hazard("a copy into a cache that has failed")
+@pytest.mark.parametrize("running", ["proxy"], indirect=True)
+def test_copy_into_a_cache_that_has_failed_is_no_success(running):
+    running.control.arm("fdatasync", errno.EIO)
+    with running.server.client() as c:
+        assert c.error_of(FLUSH) == NBD_EIO
+    running.server.expected_status = 1
+    result = bgctl("--cache-all", running.path("ctl"))
+    assert result.returncode == 1 and "cannot copy: Input/output error" in result.stderr
+    assert "copy: failed\n" in bgctl("--query", running.path("ctl")).stdout
 
 
 @hazard("SIGTERM with a full disk")

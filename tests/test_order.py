@@ -1147,3 +1147,24 @@ def test_no_block_shows_what_is_older_than_what_was_acknowledged(serve, mode):
         Storm(s, dice, at, content[at:at + length]).run(150)
         if time.monotonic() > end:
             break
+
+
+# A slow disk, and who shares the thread
+
+@hazard("a disk whose writes are slow holds up another export")
+def test_write_after_a_slow_one_is_work_for_a_worker(serve):
+    """For much longer than the slow one took, however long that was."""
+    s = serve("target", content=bytes(64 * BLOCK))
+    with s.client() as c:
+        s.slow.hold(0, BLOCK)
+        first = c.request(WRITE, 0, payload=b"1" * BLOCK)
+        if not s.slow.caught():
+            skip("no write is done by a thread that serves sockets here")
+        time.sleep(0.7)
+        s.slow.release()
+        assert not c.collect(first).error
+        s.slow.hold(8 * BLOCK, BLOCK)
+        second = c.request(WRITE, 8 * BLOCK, payload=b"2" * BLOCK)
+        assert not s.slow.caught()
+        s.slow.release()
+        assert not c.collect(second).error
