@@ -116,7 +116,7 @@ enum {
  */
 int backend_try_read(struct backend *b, uint8_t *buf, uint64_t len, uint64_t off);
 
-/* Write without blocking: 0, or an error or -EAGAIN, and then a request finds out what to do. */
+/* Write without blocking: 0 or -errno; -EAGAIN or ABSENT: a request is needed. */
 int backend_try_write(struct backend *b, const uint8_t *buf, uint64_t len, uint64_t off);
 
 /*

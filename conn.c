@@ -859,6 +859,12 @@ static int read_copied(struct conn *c, const struct proto_request *h, uint64_t l
 	return ret;
 }
 
+/* Whether a try has found out no more than that others have to do it. */
+static bool is_undecided(int ret)
+{
+	return ret == -EAGAIN || ret == ABSENT;
+}
+
 /*
  * read_copied() did not read what r asks for, and returned that.  While it waits for others it has no
  * memory for its data: that is got when the data is there.
@@ -866,7 +872,7 @@ static int read_copied(struct conn *c, const struct proto_request *h, uint64_t l
 static void read_later(struct conn *c, struct request *r, int ret)
 {
 	r->absent = ret == ABSENT;
-	if (r->absent || ret == -EAGAIN)
+	if (is_undecided(ret))
 		queue(c, r);
 	else
 		conn_settle(c, r, ret);
@@ -956,8 +962,8 @@ static int write_at_once(struct conn *c, const struct proto_request *h, const ui
 }
 
 /*
- * Carry out and answer what needs neither a request nor to block: 0.  Else nothing has changed, and
- * that is what read_copied() returned, or an error.
+ * Carry out and answer what needs neither a request nor to block: 0, or -errno.  -EAGAIN and ABSENT are
+ * those of read_copied() and backend_try_write(): then a request is needed.
  */
 static int do_at_once(struct conn *c, const struct proto_request *h, const uint8_t *payload, size_t n)
 {
@@ -973,8 +979,11 @@ static int do_at_once(struct conn *c, const struct proto_request *h, const uint8
 	return ret;
 }
 
-/* Make a request of a command that was refused with an errno, or that do_at_once() did not do. */
-static void take_request(struct conn *c, const struct proto_request *h, int error, int ret)
+/*
+ * Make a request of a command that do_at_once() did not do, and returned that; or that was refused,
+ * and then it is -errno, too.
+ */
+static void take_request(struct conn *c, const struct proto_request *h, bool refused, int ret)
 {
 	struct request *r = new_request(c, h);
 
@@ -982,13 +991,13 @@ static void take_request(struct conn *c, const struct proto_request *h, int erro
 		conn_kill(c, "out of memory");
 		return;
 	}
-	r->error = error;
-	r->refused = error != 0;
-	if (h->payload && h->len > 0) {	/* also of what was refused */
+	r->error = is_undecided(ret) ? 0 : -ret;
+	r->refused = refused;
+	if (h->payload && h->len > 0) {	/* also of what has failed */
 		r->pieces = 1;
 		c->current = r;
-	} else if (error) {
-		conn_settle(c, r, -error);
+	} else if (r->error) {
+		conn_settle(c, r, ret);
 	} else if (is_short_read(h)) {
 		read_later(c, r, ret);
 	} else {
@@ -1021,7 +1030,7 @@ static size_t step_request(struct conn *c, const uint8_t *p, size_t n)
 	ret = error ? -error : do_at_once(c, &h, p + size, n - size);
 	if (ret == 0)
 		return size + (h.payload ? h.len : 0);
-	take_request(c, &h, error, ret);
+	take_request(c, &h, error != 0, ret);
 	return size;
 }
 

@@ -23,6 +23,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -228,11 +229,15 @@ static bool share_descriptors(unsigned *loops)
 {
 	struct options *o = &server.options;
 	int next = dup(STDIN_FILENO);	/* those that are open have lower numbers */
-	size_t spare, there = next < 0 ? 0 : (size_t)sysconf(_SC_OPEN_MAX) - (size_t)next;
+	struct rlimit r = { .rlim_cur = 256 };
+	size_t spare, there;
 	size_t needed = OWN_FDS + LOOP_FDS + EXPORT_FDS * o->exports +
 			(o->mode == MODE_PROXY ? PROXY_FDS : 0);
 
 	close(next);
+	getrlimit(RLIMIT_NOFILE, &r);
+	there = r.rlim_cur < INT_MAX ? (size_t)r.rlim_cur : INT_MAX;
+	there -= next < 0 ? there : (size_t)next;
 	if (there <= needed)
 		return log_failure("the limit of open files is too low: %zu more are needed",
 				   needed + 1 - there);

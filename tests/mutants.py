@@ -217,8 +217,8 @@ mutant("an early READ error is a simple reply", "early READ error sent as a simp
        "proto.c", "if (!s->structured ||\n", "if (err == EINVAL || !s->structured ||\n",
        tests="test_hazards.py::test_early_read_errors_are_chunks")
 mutant("a request always has 28 bytes", "request with a header of the wrong size",
-       "conn.c", "take_request(c, &h, error, ret);\n\treturn size;",
-       "take_request(c, &h, error, ret);\n\treturn PROTO_REQUEST_SIZE;",
+       "conn.c", "take_request(c, &h, error != 0, ret);\n\treturn size;",
+       "take_request(c, &h, error != 0, ret);\n\treturn PROTO_REQUEST_SIZE;",
        tests="test_extended.py::test_requests_of_all_kinds_follow_each_other")
 mutant("only a WRITE has a payload", "unexpected payload that is not drained",
        "proto.c", "(s->extended && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN);", "false;",
