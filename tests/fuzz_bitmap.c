@@ -22,7 +22,7 @@
 
 #undef log_line
 #undef log_failure
-#define log_failure(...) ((void)snprintf(reason, sizeof(reason), __VA_ARGS__))
+#define log_failure(...) (snprintf(reason, sizeof(reason), __VA_ARGS__), false)
 #define log_line(...) ((void)snprintf(reason, sizeof(reason), __VA_ARGS__))
 static char reason[256];
 #include "../bitmap.c"
