@@ -17,7 +17,7 @@ void *buffer_get(size_t len);
 /* Give back what buffer_get(len) returned; NULL is allowed.  Any thread. */
 void buffer_put(void *buffer, size_t len);
 
-/* Give back what is kept. */
+/* Free what is kept and not in use. */
 void buffer_trim(void);
 
 #endif

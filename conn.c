@@ -954,18 +954,22 @@ static bool is_short_read(const struct proto_request *h)
 static int write_at_once(struct conn *c, const struct proto_request *h, const uint8_t *payload)
 {
 	struct tx *tx = c->workspace->tx;
-	int ret = is_there(c) ? backend_try_write(c->export->backend, payload, h->len, h->off) : -EAGAIN;
+	int ret = -EAGAIN;
 
+	if (is_there(c))
+		ret = backend_try_write(c->export->backend, payload, h->len, h->off);
 	if (ret == 0)
 		tx_add(tx, proto_put_reply(&c->session, h, 0, tx_tail(tx)));
 	return ret;
 }
 
 /*
- * Carry out and answer what needs neither a request nor to block: 0, or -errno.  -EAGAIN and ABSENT are
- * those of read_copied() and backend_try_write(): then a request is needed.
+ * Carry out and answer what needs neither a request nor to block; n bytes of the payload are here: 0
+ * or -errno.  -EAGAIN and ABSENT are those of read_copied() and backend_try_write(): then a request is
+ * needed.
  */
-static int do_at_once(struct conn *c, const struct proto_request *h, const uint8_t *payload, size_t n)
+static int do_at_once(struct conn *c, const struct proto_request *h, const uint8_t *payload,
+		      size_t n)
 {
 	uint64_t begun = stats_time(c->stats);
 	int ret = -EAGAIN;

@@ -59,7 +59,10 @@ bool log_at(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
 /* About a failed start. */
 #define log_failure(...) log_at(LOG_ERROR | LOG_TO_STARTER, __VA_ARGS__)
 
-/* log_flush(), and the end of the program with a failure, and a line or NULL.  Also for signal handlers. */
+/*
+ * log_flush(), then a line, with its newline, unless that is NULL, and the end of the program with a
+ * failure.  Also for signal handlers.
+ */
 void end_at_once(const char *line);
 
 #define log_fatal(...) (log_failure(__VA_ARGS__), end_at_once(NULL))
